@@ -1,0 +1,77 @@
+"""The one place that validates the arguments of a LoRA layer. Everything below it may take them for granted."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_RANK = 256
+
+
+class Sizes(NamedTuple):
+    """M tokens (all leading dimensions of x), N out_features, K in_features, R rank."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+
+
+def _describe(name: str, tensor: Tensor) -> str:
+    return f"{name} {list(tensor.shape)}"
+
+
+def check_dropout(dropout_p: float) -> None:
+    """Raises ValueError unless ``dropout_p`` is a probability."""
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def check_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> Sizes:
+    """Validates shapes, dtypes and devices of ``x [..., K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``
+    and ``bias [N]``.
+
+    Returns:
+        Sizes(m, n, k, r), with every leading dimension of x flattened into m.
+
+    Raises:
+        ValueError: shapes that do not fit together, a rank outside 1…256, tensors on different devices.
+        TypeError: dtypes that the layer does not compute with.
+    """
+    # One compare for the common case: a layer is called far more often than it is called wrongly.
+    if x.dim() >= 1 and weight.dim() == lora_a.dim() == lora_b.dim() == 2:
+        (n, k), (r, ka), (nb, rb) = weight.shape, lora_a.shape, lora_b.shape
+        if x.shape[-1] == k == ka and nb == n and rb == r and 1 <= r <= MAX_RANK and (bias is None or bias.shape == (n,)):
+            _check_types(x, weight, lora_a, lora_b, bias)
+            m = 1
+            for size in x.shape[:-1]:
+                m *= size
+            return Sizes(m, n, k, r)
+    raise ValueError(_shape_error(x, weight, lora_a, lora_b, bias))
+
+
+def _check_types(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {dtype}")
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        raise TypeError(
+            f"x is {dtype}, weight {weight.dtype}{'' if bias is None else f', bias {bias.dtype}'}: "
+            "cast them to one dtype, or run under torch.autocast"
+        )
+    for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if adapter.dtype != dtype and not (adapter.dtype == torch.float32 and dtype.itemsize == 2):
+            raise TypeError(f"{name} is {adapter.dtype}; over a {dtype} layer it must be {dtype} or float32")
+    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"x is on {device} but {name} is on {tensor.device}; move them to one device")
+
+
+def _shape_error(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:
+    given = [_describe(n, t) for n, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b))]
+    if bias is not None:
+        given.append(_describe("bias", bias))
+    if lora_a.dim() == 2 and not 1 <= lora_a.shape[0] <= MAX_RANK:
+        return f"the rank must be between 1 and {MAX_RANK}, got {lora_a.shape[0]} ({', '.join(given)})"
+    wanted = "x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R]" + ("" if bias is None else ", bias [N]")
+    return f"shapes do not fit together: expected {wanted}; got {', '.join(given)}"

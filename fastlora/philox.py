@@ -1,0 +1,70 @@
+"""The dropout mask of the side branch, regenerated from a counter wherever it is needed and stored nowhere.
+
+Philox-4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) keyed by the seed. One call gives
+128 bits, which serve eight consecutive elements of a row with 16 bits each: at 32 bits an element the generator would
+cost as much as the shrink product itself. Every backend draws the very same bits.
+"""
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7  # the fewest that pass BigCrush (Salmon et al., table 2)
+ELEMENTS_PER_CALL = 8
+
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_LOW = 0xFFFFFFFF
+
+
+def draw_seed(device: torch.device) -> Tensor:
+    """A seed for one forward pass, from torch's generator, so that ``torch.manual_seed`` and the recomputation of a
+    checkpointed block give the same mask.
+
+    Returns:
+        An int64 tensor of one element. It lives on the CPU, where reading it costs no synchronisation; while a CUDA
+        graph is being captured it lives on ``device``, so that every replay draws anew.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device if capturing else "cpu")
+
+
+def threshold(dropout_p: float) -> int:
+    """Elements whose 16 random bits are below this are dropped."""
+    return round(dropout_p * 65536)
+
+
+def inverse_keep(dropout_p: float) -> float:
+    """What kept elements are scaled by: 1 / (1 - p), and 0 where nothing is kept."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product, in 64-bit lanes (of which int64 keeps the right bits)."""
+    product = a * multiplier
+    return (product >> 32) & _LOW, product & _LOW
+
+
+def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torch.device | str = "cpu") -> Tensor:
+    """The mask of an ``[m, k]`` input: True where the element is kept.
+
+    Args:
+        seed: the 64-bit seed, as an int or a one-element int64 tensor.
+        dropout_p: probability of dropping an element, in steps of 1 / 65536.
+
+    Returns:
+        bool tensor [m, k] on ``device``.
+    """
+    seed = int(seed)
+    calls_per_row = -(-k // ELEMENTS_PER_CALL)
+    counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
+    c0, c1 = counter & _LOW, counter >> 32
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIER_0)
+        high1, low1 = _multiply(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    words = torch.stack((c0, c1, c2, c3), dim=1)  # [calls, 4]
+    bits = torch.stack((words & 0xFFFF, words >> 16), dim=2).view(m, calls_per_row * ELEMENTS_PER_CALL)
+    return bits[:, :k] >= threshold(dropout_p)

@@ -1,0 +1,95 @@
+"""A LoRA layer in plain PyTorch: the ground truth of the tests and the path that CPU users get.
+
+``Y = X·W0ᵀ + s·(drop(X)·Aᵀ)·Bᵀ + bias``, contracted from the left so that nothing larger than M×R is made besides Y:
+2·M·R·(K + N) FLOPs on top of the frozen layer, where forming B·A would cost 2·N·K·R and an N×K temporary. The backward is
+written out by hand and needs X and S = s·drop(X)·Aᵀ alone.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from fastlora.philox import inverse_keep, keep_mask
+
+
+class Needs(NamedTuple):
+    """Which gradients to compute."""
+
+    dx: bool
+    da: bool
+    db: bool
+    dbias: bool
+
+
+class Gradients(NamedTuple):
+    """What a backward returns; None where it was not asked for."""
+
+    dx: Tensor | None
+    da: Tensor | None
+    db: Tensor | None
+    dbias: Tensor | None
+
+
+def lora_forward(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    bias: Tensor | None,  # [N]
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns Y [M, N] and S [M, R], both in x's dtype; ``scaling`` and 1/(1-p) are folded into S before it is rounded."""
+    a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+    dropped = _dropped(x, dropout_p, seed)
+    s = _scaled_product(dropped, a.t(), scaling * inverse_keep(dropout_p))
+    y = linear(x, weight, bias)
+    y.addmm_(s, b.t())
+    return y, s
+
+
+def lora_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    s: Tensor,  # [M, R]
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+) -> Gradients:
+    """Returns dX [M, K], dA [R, K], dB [N, R] and dbias [N]: dX and dbias in x's dtype, dA and dB in their parameters'."""
+    dx = da = db = dbias = None
+    if needs.dx or needs.da:
+        ds = _scaled_product(dy, lora_b.to(dy.dtype), scaling)  # [M, R]
+    if needs.dx:
+        dx = torch.mm(dy, weight)
+        if dropout_p > 0.0:
+            side = torch.mm(ds, lora_a.to(dy.dtype)).mul_(inverse_keep(dropout_p))
+            dx += side.masked_fill_(~keep_mask(seed, dropout_p, *x.shape, x.device), 0.0)
+        else:
+            dx.addmm_(ds, lora_a.to(dy.dtype))
+    if needs.da:
+        da = _scaled_product(ds.t(), _dropped(x, dropout_p, seed), inverse_keep(dropout_p)).to(lora_a.dtype)
+    if needs.db:
+        db = torch.mm(dy.t(), s).to(lora_b.dtype)
+    if needs.dbias:
+        dbias = dy.sum(0)
+    return Gradients(dx, da, db, dbias)
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """scale · left·right with one rounding (beta = 0 leaves the uninitialised output unread)."""
+    if scale == 1.0:
+        return torch.mm(left, right)
+    return torch.addmm(left.new_empty(left.shape[0], right.shape[1]), left, right, beta=0, alpha=scale)
+
+
+def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """mask∘x; the factor 1/(1-p) is left to the product that follows."""
+    return x if dropout_p == 0.0 else x * keep_mask(seed, dropout_p, *x.shape, x.device)
