@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_RANK = 256
-
 
 class Sizes(NamedTuple):
     """M tokens (all leading dimensions of x), N out_features, K in_features, R rank."""
@@ -35,13 +33,13 @@ def check_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, b
         Sizes(m, n, k, r), with every leading dimension of x flattened into m.
 
     Raises:
-        ValueError: shapes that do not fit together, a rank outside 1…256, tensors on different devices.
+        ValueError: shapes that do not fit together, a rank of 0, tensors on different devices.
         TypeError: dtypes that the layer does not compute with.
     """
     # One compare for the common case: a layer is called far more often than it is called wrongly.
     if x.dim() >= 1 and weight.dim() == lora_a.dim() == lora_b.dim() == 2:
         (n, k), (r, ka), (nb, rb) = weight.shape, lora_a.shape, lora_b.shape
-        if x.shape[-1] == k == ka and nb == n and rb == r and 1 <= r <= MAX_RANK and (bias is None or bias.shape == (n,)):
+        if x.shape[-1] == k == ka and nb == n and rb == r >= 1 and (bias is None or bias.shape == (n,)):
             _check_types(x, weight, lora_a, lora_b, bias)
             m = 1
             for size in x.shape[:-1]:
@@ -71,7 +69,7 @@ def _shape_error(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias
     given = [_describe(n, t) for n, t in (("x", x), ("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b))]
     if bias is not None:
         given.append(_describe("bias", bias))
-    if lora_a.dim() == 2 and not 1 <= lora_a.shape[0] <= MAX_RANK:
-        return f"the rank must be between 1 and {MAX_RANK}, got {lora_a.shape[0]} ({', '.join(given)})"
+    if lora_a.dim() == 2 and lora_a.shape[0] == 0:
+        return f"the rank must be at least 1, got 0 ({', '.join(given)})"
     wanted = "x [..., K], weight [N, K], lora_a [R, K], lora_b [N, R]" + ("" if bias is None else ", bias [N]")
     return f"shapes do not fit together: expected {wanted}; got {', '.join(given)}"

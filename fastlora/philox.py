@@ -21,11 +21,11 @@ def draw_seed(device: torch.device) -> Tensor:
     checkpointed block give the same mask.
 
     Returns:
-        An int64 tensor of one element. It lives on the CPU, where reading it costs no synchronisation; while a CUDA
-        graph is being captured it lives on ``device``, so that every replay draws anew.
+        An int64 tensor of one element. It lives on the CPU, where reading it costs no synchronisation; in a captured
+        CUDA graph or a compiled one (which may be captured later) it lives on ``device``, so that replays draw anew.
     """
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device if capturing else "cpu")
+    in_graph = device.type == "cuda" and (torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing())
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device if in_graph else "cpu")
 
 
 def threshold(dropout_p: float) -> int:

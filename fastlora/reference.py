@@ -53,11 +53,11 @@ def lora_forward(
 
 def lora_backward(
     dy: Tensor,  # [M, N]
-    x: Tensor,  # [M, K]
+    x: Tensor | None,  # [M, K], read for dA alone
     weight: Tensor,  # [N, K]
     lora_a: Tensor,  # [R, K]
     lora_b: Tensor,  # [N, R]
-    s: Tensor,  # [M, R]
+    s: Tensor | None,  # [M, R], read for dB alone
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
@@ -71,7 +71,7 @@ def lora_backward(
         dx = torch.mm(dy, weight)
         if dropout_p > 0.0:
             side = torch.mm(ds, lora_a.to(dy.dtype)).mul_(inverse_keep(dropout_p))
-            dx += side.masked_fill_(~keep_mask(seed, dropout_p, *x.shape, x.device), 0.0)
+            dx += _drop_(side, dropout_p, seed)
         else:
             dx.addmm_(ds, lora_a.to(dy.dtype))
     if needs.da:
@@ -92,4 +92,8 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     """mask∘x; the factor 1/(1-p) is left to the product that follows."""
-    return x if dropout_p == 0.0 else x * keep_mask(seed, dropout_p, *x.shape, x.device)
+    return x if dropout_p == 0.0 else _drop_(x.clone(), dropout_p, seed)
+
+
+def _drop_(tensor: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    return tensor.masked_fill_(~keep_mask(seed, dropout_p, *tensor.shape, tensor.device), 0.0)

@@ -1,0 +1,171 @@
+"""The differentiable LoRA layer: torch.library ops, the autograd.Function over them, and ``lora_linear``."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastlora.checks import Sizes, check_arguments, check_dropout
+from fastlora.dispatch import Problem, backend_for
+from fastlora.philox import draw_seed
+from fastlora.reference import Needs
+
+_library = torch.library.Library("fastlora", "DEF")
+_library.define(
+    "lora_forward(Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? bias, float scaling, float dropout_p,"
+    " Tensor? seed, str? backend) -> (Tensor y, Tensor s)",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.define(
+    "lora_backward(Tensor dy, Tensor? x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor? s, float scaling,"
+    " float dropout_p, Tensor? seed, bool[] needs, str? backend) -> Tensor[]",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """As 2-D rows that are contiguous in themselves, without a copy where the strides allow: kernels take any row
+    stride, but unit inner ones."""
+    tensor = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _is_aligned(*tensors: Tensor | None) -> bool:
+    """Every tensor starts on 16 bytes and so does each of its rows."""
+    return all(
+        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
+        for t in tensors
+        if t is not None and t.dim() == 2
+    )
+
+
+def _problem(rows: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *others: Tensor | None) -> Problem:
+    sizes = Sizes(rows.shape[0], *weight.shape, lora_a.shape[0])
+    on_gpu = rows.device.type == "cuda"
+    return Problem(sizes, rows.dtype, rows.device, on_gpu and _is_aligned(rows, weight, lora_a, lora_b, *others))
+
+
+def _lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
+    x, weight, lora_a, lora_b = map(_rows, (x, weight, lora_a, lora_b))
+    chosen = backend_for(_problem(x, weight, lora_a, lora_b), backend)
+    return chosen.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+
+
+def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
+    dy, weight, lora_a, lora_b = map(_rows, (dy, weight, lora_a, lora_b))
+    x = None if x is None else _rows(x)
+    chosen = backend_for(_problem(dy, weight, lora_a, lora_b, x), backend)
+    gradients = chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, Needs(*needs))
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+def _fake_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+def _fake_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
+    shapes = ((dy.shape[0], weight.shape[1]), lora_a.shape, lora_b.shape, (weight.shape[0],))
+    dtypes = (dy.dtype, lora_a.dtype, lora_b.dtype, dy.dtype)
+    return [dy.new_empty(z, dtype=t) for z, t, need in zip(shapes, dtypes, needs, strict=True) if need]
+
+
+for _name, _kernel, _fake in (
+    ("lora_forward", _lora_forward, _fake_forward),
+    ("lora_backward", _lora_backward, _fake_backward),
+):
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """One LoRA layer as one autograd node: one launch forward, one launch backward.
+
+    ``apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)`` with checked arguments; use
+    :func:`lora_linear`, which checks them. It saves x itself and S (M×R), and only where a gradient reads them; weights
+    go by reference. It never computes a gradient of ``weight`` and cannot be differentiated twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
+        y, s = torch.ops.fastlora.lora_forward.default(
+            x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend
+        )
+        _, _, need_da, need_db, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if need_da else None, weight, lora_a, lora_b, s if need_db else None, seed)
+        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
+        ctx.x_shape = x.shape
+        ctx.set_materialize_grads(False)
+        # A tracked view made in here could not be modified in place by what follows the layer.
+        return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
+        needs = [need_dx, need_da, need_db, need_dbias]
+        grads = [None] * 4
+        if dy is not None and any(needs):
+            x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+            if x is not None:
+                x = x.reshape(-1, x.shape[-1])
+            computed = iter(
+                torch.ops.fastlora.lora_backward.default(
+                    dy.reshape(-1, dy.shape[-1]), x, weight, lora_a, lora_b, s,
+                    ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
+                )
+            )  # fmt: skip
+            grads = [next(computed) if need else None for need in needs]
+        dx, da, db, dbias = grads
+        return dx if dx is None else dx.view(ctx.x_shape), None, da, db, dbias, None, None, None, None
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """A LoRA layer: ``x·weightᵀ + scaling·(dropout(x)·lora_aᵀ)·lora_bᵀ + bias``.
+
+    Args:
+        x: input [..., in_features]; float16, bfloat16, float32 or (on the reference backend) float64.
+        weight: frozen weight [out_features, in_features] of x's dtype; it must not require a gradient.
+        lora_a: [r, in_features]; x's dtype, or float32 over a 16-bit x.
+        lora_b: [out_features, r]; likewise.
+        scaling: factor of the low-rank branch (alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA).
+        bias: [out_features] of x's dtype, or None; trainable if it requires a gradient.
+        dropout_p: probability of dropping an element of x in front of the low-rank branch.
+        training: whether dropout applies.
+        backend: "cuda", "triton" or "reference" to insist on one; None for the best that serves the call.
+
+    Returns:
+        Tensor [..., out_features] of x's dtype. Under ``torch.autocast``, x, weight and bias are cast to its dtype.
+
+    Raises:
+        ValueError: shapes, devices or dropout_p do not fit, weight requires a gradient, or the backend insisted on
+            cannot serve the call.
+        TypeError: dtypes do not fit.
+
+    Source:
+        Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+        lora_a, lora_b = (t if t.dtype == torch.float32 else t.to(dtype) for t in (lora_a, lora_b))
+    check_arguments(x, weight, lora_a, lora_b, bias)
+    check_dropout(dropout_p)
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError("weight requires a gradient, which a LoRA layer never computes: weight.requires_grad_(False)")
+    seed = None
+    if dropout_p > 0.0 and training:
+        seed = draw_seed(x.device)
+    else:
+        dropout_p = 0.0
+    return LoRALinearFunction.apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
