@@ -1,0 +1,107 @@
+"""`fastlora info`: what is installed, which devices there are, which backend can run here and why the others cannot."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+
+import click
+
+PACKAGES = ("fastlora", "torch", "triton", "numpy", "safetensors", "transformers", "peft")
+COMPILERS = ("nvcc", "c++")
+COMPILER_TIMEOUT_S = 20
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def compiler_version(name: str) -> str | None:
+    """The line of `<name> --version` that holds the release, or None where there is no such program."""
+    path = shutil.which(name)
+    if path is None:
+        return None
+    try:
+        result = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=COMPILER_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{path} does not run: {error}"
+    lines = result.stdout.splitlines()
+    # nvcc prints its name and copyright first; other compilers put the version in the first line.
+    release = next((line for line in lines if "release" in line), lines[0] if lines else "no version printed")
+    return f"{release.strip()} ({path})"
+
+
+def device_list() -> list[dict]:
+    """One entry a device: the CPU, then each CUDA device with its compute capability, SM count and memory in bytes."""
+    import torch
+
+    devices = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+        }
+    ]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "memory_bytes": properties.total_memory,
+            }
+        )
+    return devices
+
+
+def collect() -> dict:
+    """Everything that `fastlora info` shows, as JSON-able values; None where something is not installed."""
+    import torch
+
+    import fastlora
+
+    return {
+        "versions": {
+            "python": platform.python_version(),
+            **{name: package_version(name) for name in PACKAGES},
+            "CUDA of torch": torch.version.cuda,
+            **{name: compiler_version(name) for name in COMPILERS},
+        },
+        "platform": platform.platform(),
+        "devices": device_list(),
+        "backends": dict(fastlora.available_backends()),
+    }
+
+
+def table(rows: dict[str, object]) -> str:
+    width = max(len(name) for name in rows)
+    return "\n".join(f"  {name:<{width}}  {'none' if value is None else value}" for name, value in rows.items())
+
+
+def as_text(report: dict) -> str:
+    devices = {
+        entry["device"]: ", ".join(f"{key} {value}" for key, value in entry.items() if key != "device")
+        for entry in report["devices"]
+    }
+    sections = {
+        "Versions": {**report["versions"], "platform": report["platform"]},
+        "Devices": devices,
+        "Backends": report["backends"],
+    }
+    return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections.items())
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def info(as_json: bool) -> None:
+    """Show versions, devices, and which backends are usable here."""
+    report = collect()
+    click.echo(json.dumps(report, indent=2) if as_json else as_text(report))

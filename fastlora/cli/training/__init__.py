@@ -1,0 +1,1 @@
+"""The parts of `fastlora finetune`: data, models, the training loop, measurements and the report."""
