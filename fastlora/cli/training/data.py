@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -89,6 +90,7 @@ def batch_at(blocks: Tensor, step: int, batch_size: int, seed: int) -> Tensor:
     return blocks[torch.stack(rows)]
 
 
+@lru_cache(maxsize=2)
 def _epoch_order(count: int, epoch: int, seed: int) -> Tensor:
     # Seeds beyond that of the split, which would otherwise give the same permutation.
     generator = torch.Generator().manual_seed((seed + 1 + epoch) % 2**63)

@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM at a moment when the state can be saved."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user asked to stop. Raised between steps, never within one."""
+
+
+class Interruption:
+    """While entered, a signal raises Interrupted: at once, or at the end of a `deferred` block it fell into.
+
+    A second signal within the same block gives up waiting: it raises KeyboardInterrupt there and then.
+    """
+
+    def __init__(self) -> None:
+        self._deferring = False
+        self._requested = False
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> "Interruption":
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if not self._deferring:
+            raise Interrupted
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """A block that must not be cut: a signal takes effect when it has ended."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+        if self._requested:
+            self._requested = False
+            raise Interrupted

