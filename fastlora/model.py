@@ -1,0 +1,242 @@
+"""LoRA over a whole model: put it in, fold it into the weights and out again, count what trains."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from fastlora.module import LoRALinear, check_hyperparameters
+
+ALL_LINEAR = "all-linear"
+_NAMES_SHOWN = 20
+# What compilation, data-parallel and checkpointing wrappers insert into module paths.
+_WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+class TrainableParameters(NamedTuple):
+    """Parameters that train, all parameters, and the former as a share (0…1) of the latter."""
+
+    trainable: int
+    total: int
+    share: float
+
+    def __str__(self) -> str:
+        return f"trainable: {self.trainable:,} of {self.total:,} parameters ({self.share:.4%})"
+
+
+def inject(
+    model: nn.Module,
+    target_modules: str | Iterable[str],
+    *,
+    r: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    init: str = "kaiming",
+    adapter_dtype: torch.dtype | None = None,
+) -> list[str]:
+    """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear`` and freezes every other parameter.
+
+    Targets are matched as PEFT does: a list holds names or dotted suffixes of module paths, a string is a regular
+    expression that must match a whole path. "all-linear" stands for every plain ``nn.Linear`` but the output head of a
+    transformers model. Layers that carry a branch already keep it. Nothing changes unless every target can be served.
+
+    Args:
+        model: any module; changed in place.
+        target_modules: list of suffixes, a regular expression, or "all-linear".
+        r, alpha, dropout, rslora, init, adapter_dtype: as for ``LoRALinear.from_linear``.
+
+    Returns:
+        The paths of the layers replaced by this call, in the model's order.
+
+    Raises:
+        ValueError: a target matches nothing (the message names what would match); a match is not a plain ``nn.Linear``,
+            shares its weight with another module or carries hooks; a hyperparameter is out of range.
+        TypeError: ``target_modules`` is neither a string nor a list of strings, or r is not an integer.
+    """
+    check_hyperparameters(r, alpha, dropout, init)
+    names = match_targets(model, target_modules)
+    replace_linears(
+        model,
+        {
+            name: {
+                "r": r,
+                "alpha": alpha,
+                "dropout": dropout,
+                "rslora": rslora,
+                "init": init,
+                "adapter_dtype": adapter_dtype,
+            }
+            for name in names
+        },
+    )
+    return names
+
+
+def match_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
+    """The paths that ``inject`` would replace, in the model's order; raises as it does for a target without a match."""
+    if not isinstance(target_modules, str):
+        target_modules = list(target_modules)
+        if not all(isinstance(target, str) for target in target_modules):
+            raise TypeError(f"target_modules must be a string or a list of strings, got {target_modules!r}")
+    modules = {name: module for name, module in model.named_modules() if name}
+    if not modules:
+        raise ValueError(f"{type(model).__name__} has no submodules to replace; LoRALinear.from_linear wraps one layer")
+    if isinstance(target_modules, str):
+        if target_modules.lower() == ALL_LINEAR:
+            matched, unknown = _all_linear(model, modules), []
+        else:
+            try:
+                pattern = re.compile(target_modules)
+            except re.error as error:
+                raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
+            matched, unknown = [name for name in modules if pattern.fullmatch(name)], [target_modules]
+        unknown = [] if matched else (unknown or [target_modules])
+    else:
+        matched = [name for name in modules if any(_is_suffix(target, name) for target in target_modules)]
+        unknown = [t for t in target_modules if not any(_is_suffix(t, name) for name in matched)]
+    if unknown or not matched:
+        raise ValueError(
+            f"target_modules {', '.join(map(repr, unknown)) or '(empty)'} match no module of {type(model).__name__}; "
+            f"names that would match: {_linear_names(modules)}"
+        )
+    return [name for name in matched if not isinstance(modules[name], LoRALinear)]
+
+
+def replace_linears(model: nn.Module, options: dict[str, dict]) -> None:
+    """Replaces layers by path, each with its own ``from_linear`` options, after checking that all can be; then freezes.
+
+    Raises:
+        ValueError: as for ``inject``; the model is unchanged then.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    owners = _parameter_owners(model)
+    problems = [problem for name in options if (problem := _refusal(name, modules, owners))]
+    if problems:
+        raise ValueError("cannot put LoRA on " + "; ".join(problems))
+    layers = {name: LoRALinear.from_linear(modules[name], **kwargs) for name, kwargs in options.items()}
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, layer)
+    _freeze_all_but_adapters(model)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+    """Path and module of every ``LoRALinear``. Paths leave out what compile, FSDP and checkpoint wrappers insert."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield canonical_name(name), module
+
+
+def canonical_name(name: str) -> str:
+    """A module or parameter path without the components that wrappers insert."""
+    return _WRAPPER.sub("", name)
+
+
+def merge(model: nn.Module, safe: bool = False, keep_base: bool = True) -> None:
+    """Folds every branch into its weight: from then on each layer is one ``F.linear``. Merged layers stay as they are.
+
+    Args:
+        safe: refuse results that are not finite, and leave the whole model as it was.
+        keep_base: as for ``LoRALinear.merge``; False frees the frozen weights, for serving.
+
+    Raises:
+        ValueError: the model has no LoRA layer, or ``safe`` and a merged weight is not finite (all such are named).
+    """
+    layers = _require_layers(model)
+    if safe:
+        broken = [n for n, layer in layers if not layer.merged and not torch.isfinite(layer.merged_weight()).all()]
+        if broken:
+            raise ValueError(
+                f"merging would give weights that are not finite in {', '.join(broken)}; nothing was merged: "
+                "look for NaN or overflow in their lora_A and lora_B"
+            )
+    for _, layer in layers:
+        layer.merge(keep_base=keep_base)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Restores every merged weight. Raises ValueError where the model has no LoRA layer."""
+    for _, layer in _require_layers(model):
+        layer.unmerge()
+
+
+def trainable_parameters(model: nn.Module) -> TrainableParameters:
+    """Counts parameters; one that several modules share is counted once.
+
+    Returns:
+        TrainableParameters(trainable, total, share); printed, it reads as one line.
+    """
+    total = trainable = 0
+    for parameter in model.parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+    return TrainableParameters(trainable, total, trainable / total if total else 0.0)
+
+
+def _require_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+    layers = list(lora_layers(model))
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no LoRALinear layer; call fastlora.inject first")
+    return layers
+
+
+def _is_suffix(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [name for name, module in modules.items() if _is_plain_linear(module) and module is not head]
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, LoRALinear)
+
+
+def _linear_names(modules: dict[str, nn.Module]) -> str:
+    """The last components of the paths of all plain linear layers, as a list of targets would hold them."""
+    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if _is_plain_linear(module)})
+    if not names:
+        return "none (the model has no nn.Linear)"
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
+
+
+def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """Every path under which each parameter is found, by its id."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]]) -> str | None:
+    """Why the module of this name cannot be replaced, or None."""
+    module = modules[name]
+    if type(module).__name__ == "Conv1D":
+        return f"{name}: Conv1D keeps its weight as [in, out]; use fastlora.integrations.peft for such models"
+    if type(module) is not nn.Linear:
+        return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
+    shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
+    if shared:
+        return f"{name}: its weight is tied to {', '.join(shared)}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+        return f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such)"
+    parent = modules[name.rpartition(".")[0]]
+    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+        return (
+            f"{name}: the inference fast path of nn.TransformerEncoderLayer would read its weight and skip the branch; "
+            "call torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    return None
+
+
+def _freeze_all_but_adapters(model: nn.Module) -> None:
+    adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)

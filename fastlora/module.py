@@ -1,0 +1,255 @@
+"""``LoRALinear``: an ``nn.Linear`` with a frozen weight and a trainable low-rank branch."""
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.ops import lora_linear
+
+INITS = ("kaiming", "gaussian")
+
+
+class LoRALinear(nn.Linear):
+    """``y = x·Wᵀ + bias + scaling·(dropout(x)·Aᵀ)·Bᵀ`` with W and bias frozen, A and B trainable.
+
+    Args:
+        in_features: size K of the last dimension of the input.
+        out_features: size N of the last dimension of the output.
+        bias: whether the frozen layer has a bias [N].
+        r: rank R of the branch.
+        alpha: numerator of the scaling.
+        dropout: probability with which the branch drops an element of its input while training; the frozen product sees
+            all of it.
+        rslora: scale by alpha / sqrt(r) instead of alpha / r.
+        init: "kaiming" (A as ``nn.Linear`` starts its weight) or "gaussian" (A normal, std 1 / r). B starts at zero.
+        device: where the parameters live. On "meta" nothing is drawn; see ``reset_parameters``.
+        dtype: dtype of all parameters.
+
+    Attributes:
+        weight: frozen parameter [out_features, in_features].
+        bias: frozen parameter [out_features], or None.
+        lora_A: parameter [r, in_features].
+        lora_B: parameter [out_features, r].
+        r, alpha, scaling: rank, alpha, and the factor that multiplies the branch; ``scaling`` is read at every call.
+        merged: whether ``weight`` holds the branch, in which case the forward is one ``F.linear`` and the adapter does
+            not train.
+
+    Raises:
+        ValueError: r < 1, a dropout outside [0, 1], an alpha that is not finite, an unknown init.
+        TypeError: r is not an integer, alpha or dropout not a number, or the dtype is not a floating-point one.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685); rsLoRA: Kalajdzievski,
+    "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str = "kaiming",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_hyperparameters(r, alpha, dropout, init)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        if not self.weight.is_floating_point():
+            raise TypeError(f"a LoRA layer needs a floating-point dtype, got {self.weight.dtype}")
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.r = int(r)
+        self.alpha = alpha
+        self.dropout = float(dropout)
+        self.rslora = rslora
+        self.init = init
+        self.scaling = alpha / (math.sqrt(r) if rslora else r)
+        self.merged = False
+        # What unmerge() puts back. A buffer, so that it follows .to(); not persistent, so that no checkpoint holds it.
+        self.register_buffer("_base_weight", None, persistent=False)
+        self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
+        self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
+        self.reset_lora_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str = "kaiming",
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "LoRALinear":
+        """Puts a branch on an existing layer, whose weight and bias it shares: same storage, device, dtype and mode.
+
+        Args:
+            linear: a plain ``nn.Linear`` with a dense floating-point weight; left as it is.
+            r, alpha, dropout, rslora, init: as for the class.
+            adapter_dtype: dtype of A and B; the weight's own by default. float32 over a 16-bit weight is trained
+                without casting the input up.
+
+        Raises:
+            TypeError: ``linear`` is not an ``nn.Linear`` or its weight is not dense floating-point.
+            ValueError: as for the class.
+        """
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"from_linear needs an nn.Linear, got {type(linear).__name__}")
+        weight = linear.weight
+        if weight.dim() != 2 or not weight.is_floating_point() or weight.layout != torch.strided:
+            raise TypeError(
+                f"from_linear needs a dense floating-point weight [out, in], got {list(weight.shape)} {weight.dtype}"
+            )
+        # On "meta", so that no second weight is allocated and no random number is drawn for it.
+        layer = cls(
+            weight.shape[1],
+            weight.shape[0],
+            bias=linear.bias is not None,
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            rslora=rslora,
+            init=init,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
+        dtype = adapter_dtype or weight.dtype
+        layer.lora_A = nn.Parameter(torch.empty(layer.lora_A.shape, device=weight.device, dtype=dtype))
+        layer.lora_B = nn.Parameter(torch.empty(layer.lora_B.shape, device=weight.device, dtype=dtype))
+        layer.reset_lora_parameters()
+        return layer.train(linear.training)
+
+    def reset_parameters(self) -> None:
+        """Draws every parameter anew: for a layer made on "meta" and given memory with ``to_empty``."""
+        super().reset_parameters()
+        if "lora_A" in self._parameters:  # nn.Linear's constructor calls this before the branch exists
+            self.reset_lora_parameters()
+
+    @torch.no_grad()
+    def reset_lora_parameters(self) -> None:
+        """Draws A and zeroes B.
+
+        The draws are those of PEFT, so that the same seed gives the same start: on the default device, in the default
+        dtype, one ``nn.Linear`` start for A and one for B, then A again; rounded to the weight's dtype.
+        """
+        if self.lora_A.is_meta:
+            return
+        device = torch.get_default_device()
+        if device.type == "meta":
+            device = torch.device("cpu")
+        a = torch.empty(self.lora_A.shape, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(torch.empty(self.lora_B.shape, device=device), a=math.sqrt(5))
+        if self.init == "gaussian":
+            nn.init.normal_(a, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.lora_A.copy_(a.to(self.weight.dtype))
+        self.lora_B.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        return lora_linear(
+            x,
+            self.weight,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.bias,
+            dropout_p=self.dropout,
+            training=self.training,
+        )
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + scaling·B·A [out_features, in_features], computed in float32 at least and rounded once to W's dtype."""
+        compute = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, a, b = self.weight.to(compute), self.lora_A.to(compute), self.lora_B.to(compute)
+        return torch.addmm(weight, b, a, alpha=self.scaling).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self, safe: bool = False, keep_base: bool = True) -> None:
+        """Adds the branch to the weight, so that the forward is one ``F.linear``. A merged layer is left as it is.
+
+        The merged weight is a new tensor: a weight shared with another layer keeps its value there.
+
+        Args:
+            safe: refuse a result that is not finite, and leave the layer as it was.
+            keep_base: hold the frozen weight, so that ``unmerge`` restores it bit by bit. Otherwise its memory is
+                released (to serve only, say), and ``unmerge`` subtracts the branch, which is exact to rounding.
+
+        Raises:
+            ValueError: ``safe`` and the merged weight has elements that are not finite.
+        """
+        if self.merged:
+            return
+        merged = self.merged_weight()
+        if safe and not torch.isfinite(merged).all():
+            count = int((~torch.isfinite(merged)).sum())
+            raise ValueError(
+                f"merging gives {count} elements of the {list(merged.shape)} weight that are not finite; "
+                "the layer is left unmerged: look for NaN or overflow in lora_A and lora_B"
+            )
+        if keep_base:
+            self._base_weight = self.weight.data
+        self.weight.data = merged
+        self.merged = True
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Restores the frozen weight. A layer that is not merged is left as it is."""
+        if not self.merged:
+            return
+        if self._base_weight is not None:
+            self.weight.data, self._base_weight = self._base_weight, None
+        else:
+            compute = torch.promote_types(self.weight.dtype, torch.float32)
+            weight, a, b = self.weight.to(compute), self.lora_A.to(compute), self.lora_B.to(compute)
+            self.weight.data = torch.addmm(weight, b, a, alpha=-self.scaling).to(self.weight.dtype)
+        self.merged = False
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        if self.merged and any(prefix + name in state_dict for name in self._parameters):
+            errors.append(f"{prefix.rstrip('.') or 'the layer'} is merged; call unmerge() before loading parameters")
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def extra_repr(self) -> str:
+        """Sizes, rank, alpha and whatever differs from the defaults."""
+        text = f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}"
+        if self.dropout:
+            text += f", dropout={self.dropout}"
+        if self.rslora:
+            text += ", rslora=True"
+        return text + (", merged=True" if self.merged else "")
+
+
+def check_hyperparameters(r: int, alpha: float, dropout: float, init: str) -> None:
+    """Raises ValueError or TypeError naming the hyperparameter that no LoRA layer can have."""
+    if isinstance(r, bool) or not isinstance(r, Integral):
+        raise TypeError(f"r must be an integer, got {r!r}")
+    if r < 1:
+        raise ValueError(f"r must be at least 1, got {r}")
+    for name, value in (("alpha", alpha), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"alpha must be finite, got {alpha}")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {init!r}")
