@@ -1,0 +1,83 @@
+"""The one-launch schedule: a queue of tiles, flags between them, and a workspace that cleans itself.
+
+Programs claim tile numbers ("tickets") in increasing order from one counter. A tile waits only for tiles with a lower
+ticket, whose owners are already running: no residency, stream mix or scheduling order can deadlock, and no cooperative
+launch is needed.
+"""
+
+import triton
+import triton.language as tl
+
+# The workspace is an int32 buffer: [next ticket, programs that left, flags...].
+N_COUNTERS = tl.constexpr(2)
+
+
+@triton.jit
+def claim(workspace_ptr):
+    return tl.atomic_add(workspace_ptr, 1, sem="relaxed")
+
+
+@triton.jit
+def publish(flag_ptr):
+    """Adds one to a flag once all stores of this program are visible to whoever sees the flag."""
+    # One thread executes the atomic; the barrier puts every other thread's stores before it.
+    tl.debug_barrier()
+    tl.atomic_add(flag_ptr, 1, sem="release")
+
+
+@triton.jit
+def wait_for(flag_ptr, count):
+    while tl.atomic_add(flag_ptr, 0, sem="acquire") < count:
+        pass
+
+
+@triton.jit
+def leave(workspace_ptr, n_words, BLOCK: tl.constexpr):
+    """The last program to leave zeroes the workspace: the next launch finds it as this one did, without a memset."""
+    tl.debug_barrier()
+    if tl.atomic_add(workspace_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        for start in range(0, n_words, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            tl.store(workspace_ptr + offs, tl.zeros((BLOCK,), tl.int32), mask=offs < n_words)
+
+
+@triton.jit
+def locate(ticket, n_rows, n_columns, n_gradients, GROUP_M: tl.constexpr):
+    """What a ticket stands for.
+
+    The output's n_rows x n_columns tiles are walked in groups of GROUP_M row blocks, all columns of a group before the
+    next group, so that a group's rows of the left operand stay in L2. Column 0 makes S for its row block, which the
+    others wait for; so a group's column 0 is queued one wave (as many tiles as there are programs) before the end of the
+    group in front of it. Each group is followed by n_gradients gradient tiles that read the rows it has just used.
+
+        column 0 of group 0 | group 0 …, column 0 of group 1, … one wave | gradients of group 0 | group 1 … and so on
+
+    Returns:
+        (row block, column, group, gradient tile or -1)
+    """
+    n_groups = tl.cdiv(n_rows, GROUP_M)
+    last = n_groups - 1
+    rows_in_last = n_rows - last * GROUP_M
+    first = tl.minimum(n_rows, GROUP_M)
+    if n_columns == 0:
+        first = 0
+    # A group's stretch of the queue holds its columns 1…, column 0 of the next group, and its gradient tiles.
+    stretch = GROUP_M * n_columns + n_gradients
+    last_start = tl.maximum(last * stretch - tl.where(n_columns > 0, GROUP_M - rows_in_last, 0), 0)
+    t = ticket - first
+    group = tl.where(t >= last_start, last, t // stretch)
+    t -= tl.where(group == last, last_start, group * stretch)
+    rows = tl.where(group == last, rows_in_last, GROUP_M)
+    rows_ahead = tl.where(group + 1 < last, GROUP_M, tl.where(group + 1 == last, rows_in_last, 0))
+    if n_columns == 0:
+        rows_ahead = 0
+    others = rows * tl.maximum(n_columns - 1, 0)
+    ahead_start = tl.maximum(others - tl.num_programs(0), 0)
+    gradient = t - others - rows_ahead
+    is_ahead = (t >= ahead_start) & (t < ahead_start + rows_ahead)
+    t -= tl.where(t >= ahead_start + rows_ahead, rows_ahead, 0)
+    row = tl.where(is_ahead, (group + 1) * GROUP_M + t - ahead_start, group * GROUP_M + t % rows)
+    column = tl.where(is_ahead, 0, 1 + t // rows)
+    if ticket < first:
+        row, column, gradient = ticket, 0, -1
+    return row, column, group, tl.maximum(gradient, -1)
