@@ -19,6 +19,7 @@ from fastlora.cli.training.settings import Settings
 
 WARMUP_SHARE = 0.1
 FINAL_SHARE = 0.1
+REMEDY = "lower --learning-rate, or use --dtype float32"
 
 
 @dataclass
@@ -100,14 +101,21 @@ def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
 @torch.no_grad()
 def held_out_loss(model: nn.Module, blocks: TokenBlocks, batch_size: int, device: torch.device) -> float:
-    """Mean loss over the held-out blocks with dropout off; the model's mode is as before afterwards."""
+    """Mean loss over the held-out blocks with dropout off; the model's mode is as before afterwards.
+
+    Raises:
+        CommandError: it is not finite.
+    """
     training = model.training
     model.eval()
     total = 0.0
     for batch in blocks.held_out.split(batch_size):
         total += causal_loss(model, batch.to(device)).item() * len(batch)
     model.train(training)
-    return total / len(blocks.held_out)
+    mean = total / len(blocks.held_out)
+    if not math.isfinite(mean):
+        raise CommandError(f"the held-out loss is {mean}: {REMEDY}")
+    return mean
 
 
 def train(
@@ -125,6 +133,8 @@ def train(
     """
     device = torch.device(settings.device)
     record = arm.record
+    if record.step >= settings.steps:
+        return
     arm.model.train()
     reset_peak(device)
     fastlora.reset_dispatch_counts()
@@ -154,9 +164,7 @@ def _step(arm: Arm, batch: Tensor, settings: Settings) -> float:
         loss = causal_loss(arm.model, batch)
     value = loss.item()
     if not math.isfinite(value):
-        raise CommandError(
-            f"the loss is {value} at step {arm.record.step + 1}: lower --learning-rate, or use --dtype float32"
-        )
+        raise CommandError(f"the loss is {value} at step {arm.record.step + 1}: {REMEDY}")
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -1,0 +1,92 @@
+"""Proof that the merged model answers as the model with its adapter does."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.cli.errors import CommandError, first_line
+from fastlora.cli.training.settings import Settings
+from fastlora.model import merge, unmerge
+
+PROMPT_TOKENS = 32
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class MergeCheck:
+    """Greedy continuations of one prompt before and after merging.
+
+    Attributes:
+        same_answer: both continuations are the same tokens.
+        max_logit_difference: largest |difference| of the logits over prompt and answer.
+        max_logit: largest |logit| there, to judge the difference by.
+    """
+
+    prompt: str
+    answer: str
+    merged_answer: str
+    same_answer: bool
+    max_logit_difference: float
+    max_logit: float
+
+
+@torch.no_grad()
+def check_merge(model: nn.Module, tokenizer, held_out: Tensor, settings: Settings) -> MergeCheck:
+    """Generates, merges, generates again, and takes the merge back.
+
+    Args:
+        held_out: token ids [h, block_size]; the first ones are the prompt where the settings name none.
+
+    Raises:
+        CommandError: a merged weight is not finite.
+    """
+    model.eval()
+    if settings.prompt:
+        prompt_ids = torch.tensor([tokenizer(settings.prompt, add_special_tokens=False)["input_ids"]])
+    else:
+        prompt_ids = held_out[:1, : min(PROMPT_TOKENS, held_out.shape[1])]
+    prompt_ids = prompt_ids.to(settings.device)
+    sequence = _continue(model, prompt_ids, tokenizer)
+    logits = model(input_ids=sequence, use_cache=False).logits.float()
+    _merge(model, settings)
+    merged_sequence = _continue(model, prompt_ids, tokenizer)
+    merged_logits = model(input_ids=sequence, use_cache=False).logits.float()
+    _unmerge(model, settings)
+    start = prompt_ids.shape[1]
+    return MergeCheck(
+        prompt=tokenizer.decode(prompt_ids[0]),
+        answer=tokenizer.decode(sequence[0, start:]),
+        merged_answer=tokenizer.decode(merged_sequence[0, start:]),
+        same_answer=torch.equal(sequence, merged_sequence),
+        max_logit_difference=(logits - merged_logits).abs().max().item(),
+        max_logit=logits.abs().max().item(),
+    )
+
+
+def _continue(model: nn.Module, prompt_ids: Tensor, tokenizer) -> Tensor:
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return model.generate(
+        input_ids=prompt_ids,
+        attention_mask=torch.ones_like(prompt_ids),
+        do_sample=False,
+        max_new_tokens=ANSWER_TOKENS,
+        pad_token_id=pad,
+    )
+
+
+def _merge(model: nn.Module, settings: Settings) -> None:
+    if settings.via == "peft":
+        model.merge_adapter()
+    else:
+        try:
+            merge(model, safe=True)
+        except ValueError as error:
+            raise CommandError(f"cannot merge: {first_line(error)}") from error
+
+
+def _unmerge(model: nn.Module, settings: Settings) -> None:
+    if settings.via == "peft":
+        model.unmerge_adapter()
+    else:
+        unmerge(model)
