@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
@@ -68,6 +69,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         ValueError: the model has no LoRA layer.
         OSError: the directory cannot be written.
     """
+    model = _unwrapped(model)
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer to save; call fastlora.inject first")
@@ -116,7 +118,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         ValueError: the files are damaged or are no plain LoRA on linear layers, or do not fit the model; the message
             lists what is missing, unexpected or mismatched.
     """
-    directory = Path(directory)
+    directory, model = Path(directory), _unwrapped(model)
     config = _read_config(directory)
     with _open_weights(directory) as file:
         stored = _read_header(file, directory / WEIGHTS_NAME)
@@ -133,6 +135,17 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             layer.rslora = bool(config.get("use_rslora", False))
             layer.scaling = layer.alpha / (math.sqrt(layer.r) if layer.rslora else layer.r)
     return list(layers)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and the data-parallel wrappers, whose paths the file's names are."""
+    while True:
+        if isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
 
 
 def _whole(parameter: Tensor) -> Tensor:

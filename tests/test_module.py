@@ -97,18 +97,20 @@ def test_scaling(rslora, scaling):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT])
+@pytest.mark.parametrize("adapter_dtype", [None, torch.float32])
 @pytest.mark.parametrize("init", ["kaiming", "gaussian"])
-def test_same_start_as_peft(init, dtype):
+def test_same_start_as_peft(init, adapter_dtype, dtype):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=5, target_modules=["0"], init_lora_weights=True if init == "kaiming" else init)
     stock = nn.Sequential(nn.Linear(17, 33, dtype=dtype))
     torch.manual_seed(3)
-    layer = LoRALinear.from_linear(stock[0], r=5, init=init)
+    layer = LoRALinear.from_linear(stock[0], r=5, init=init, adapter_dtype=adapter_dtype)
     after = torch.rand(1)
     torch.manual_seed(3)
-    stock = peft.get_peft_model(stock, config)
+    stock = peft.get_peft_model(stock, config, autocast_adapter_dtype=adapter_dtype is not None)
     assert torch.equal(torch.rand(1), after)
-    assert torch.equal(layer.lora_A.float(), stock.base_model.model[0].lora_A["default"].weight.float())
+    start = stock.base_model.model[0].lora_A["default"].weight
+    assert layer.lora_A.dtype == start.dtype and torch.equal(layer.lora_A, start)
     assert not layer.lora_B.any()
 
 
@@ -209,8 +211,12 @@ def test_dropout_keeps_the_expected_output():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *SIXTEEN_BIT])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_merge_and_unmerge_are_exact(dtype, scale):
+@pytest.mark.parametrize("wide_adapter", [False, True])
+def test_merge_and_unmerge_are_exact(dtype, scale, wide_adapter):
     layer = make_layer(dtype=dtype, alpha=3)
+    if wide_adapter and dtype.itemsize == 2:
+        layer = LoRALinear.from_linear(layer, r=5, alpha=3, adapter_dtype=torch.float32)
+        nn.init.normal_(layer.lora_B)
     layer.lora_B.data *= scale
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     weight, a, b = (t.detach().double() for t in (layer.weight, layer.lora_A, layer.lora_B))
