@@ -46,6 +46,7 @@ def measure_full_finetuning(model: nn.Module, batch: Tensor, settings: Settings)
     estimate = estimate_full_finetuning(model)
     if sum(estimate.values()) * MARGIN > free_memory(device):
         return FullFinetuning(0, estimate)
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     model.train()
     model.requires_grad_(True)
     reset_peak(device)
@@ -54,4 +55,9 @@ def measure_full_finetuning(model: nn.Module, batch: Tensor, settings: Settings)
         loss = causal_loss(model, batch.to(device))
     loss.backward()
     optimizer.step()
-    return FullFinetuning(peak_bytes(device), count_bytes(model, optimizer, saved.bytes))
+    result = FullFinetuning(peak_bytes(device), count_bytes(model, optimizer, saved.bytes))
+    # Parameters that are shared with the adapted model go back to being frozen there.
+    model.zero_grad(set_to_none=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    return result

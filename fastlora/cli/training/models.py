@@ -89,6 +89,9 @@ def _quiet_transformers():
         import transformers
     except ImportError as error:
         raise CommandError(f"finetune needs transformers ({error}): {INSTALL_EXTRAS}") from error
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -72,7 +72,7 @@ class Runner:
         if PEFT in (settings.compare, settings.via):
             require_peft()
         check_writable(self.output)
-        self.say(f"Loading {source.label} in {settings.dtype}")
+        self.say(f"Loading {source.label}{'' if source.local else ' from the hub'} in {settings.dtype}")
         base, tokenizer = load_model(source, getattr(torch, settings.dtype), self.device)
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         blocks = make_blocks(token_ids, settings.block_size, settings.held_out, settings.seed)

@@ -1,0 +1,96 @@
+"""fastlora: the group, its lazy commands, and `fastlora info`."""
+
+import importlib
+import json
+import platform
+
+import click
+import pytest
+import torch
+
+from fastlora.cli import info
+from fastlora.cli.main import COMMANDS, main
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_listed_command_exists(name):
+    module, _, attribute = COMMANDS[name].partition(":")
+    assert isinstance(getattr(importlib.import_module(module), attribute), click.Command)
+
+
+def test_help_lists_every_command(fastlora_cli):
+    result = fastlora_cli("--help")
+    assert result.code == 0
+    assert all(f"\n  {name} " in result.out for name in COMMANDS)
+
+
+def test_no_arguments_show_help_and_fail(fastlora_cli):
+    result = fastlora_cli()
+    assert result.code == 2
+    assert "Usage:" in result.err
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [(["tune-all"], "tune-all"), (["info", "--jsonn"], "--jsonn"), (["finetune", "--rank"], "--rank")],
+)
+def test_usage_error_is_one_line(fastlora_cli, args, words):
+    result = fastlora_cli(*args)
+    assert result.code == 2
+    assert result.error_line.startswith("fastlora: error: ")
+    assert words in result.error_line
+
+
+def test_interrupt_outside_of_training_exits_with_130(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "collect", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        main(["info"])
+    assert exit_info.value.code == 130
+    assert capsys.readouterr().err.strip() == "fastlora: interrupted"
+
+
+def test_info_as_json(fastlora_cli):
+    import fastlora
+
+    result = fastlora_cli("info", "--json")
+    assert result.code == 0
+    report = json.loads(result.out)
+    assert report["versions"]["python"] == platform.python_version()
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["backends"] == fastlora.available_backends()
+    assert report["backends"]["reference"] == "usable"
+    assert [entry["device"] for entry in report["devices"]] == [
+        "cpu",
+        *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
+    ]
+
+
+def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
+    import fastlora
+
+    result = fastlora_cli("info")
+    assert result.code == 0
+    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  ")]
+    for name, reason in fastlora.available_backends().items():
+        assert [name, reason] in lines
+
+
+def test_info_reports_what_is_not_installed(monkeypatch, fastlora_cli):
+    monkeypatch.setattr(info, "PACKAGES", (*info.PACKAGES, "no-such-package"))
+    monkeypatch.setattr(info, "COMPILERS", ("no-such-compiler",))
+    result = fastlora_cli("info", "--json")
+    versions = json.loads(result.out)["versions"]
+    assert versions["no-such-package"] is None
+    assert versions["no-such-compiler"] is None
+    assert "no-such-package  none" in " ".join(fastlora_cli("info").out.split("\n"))
+
+
+def test_compiler_version_is_the_release_line(tmp_path, monkeypatch):
+    program = tmp_path / "nvcc"
+    program.write_text("#!/bin/sh\necho 'a compiler'\necho 'Copyright'\necho 'release 13.0, V13.0.1'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert info.compiler_version("nvcc") == f"release 13.0, V13.0.1 ({program})"
