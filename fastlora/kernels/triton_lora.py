@@ -11,35 +11,47 @@ from fastlora.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, pa
 from fastlora.dispatch import Problem
 from fastlora.kernels.target import target_of
 from fastlora.kernels.triton_schedule import N_COUNTERS, claim, leave, locate, wait_for
-from fastlora.kernels.triton_tiles import gradient_tile, low_rank_tile
+from fastlora.kernels.triton_tiles import (
+    Dropout,
+    Gradient,
+    Matrix,
+    Part,
+    Shape,
+    Variant,
+    gradient_tile,
+    low_rank_tile,
+)
 from fastlora.kernels.workspace import borrow_workspace
 from fastlora.reference import Gradients, Needs
 
 
 @triton.jit
-def _seed_value(seed):
-    return tl.load(seed) if seed.dtype.is_ptr() else seed
+def _dropout(seed, threshold, inverse_keep):
+    """A seed comes by value, or by pointer where a CUDA graph draws it."""
+    if seed is None:
+        return Dropout(0, 0, 1.0)
+    elif seed.dtype.is_ptr():
+        return Dropout(tl.load(seed), threshold, inverse_keep)
+    else:
+        return Dropout(seed, threshold, inverse_keep)
 
 
 @triton.jit
 def lora_forward_kernel(
     x, w, a, b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, n_words,
-    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, seed, threshold,
-    GROUP_M: tl.constexpr, FUSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr,
-    TMA_D: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, seed, threshold, variant: tl.constexpr,
 ):  # fmt: skip
     """Y = X·W0ᵀ + S·Bᵀ + bias and S = scale_s·drop(X)·Aᵀ."""
-    n_rows = tl.cdiv(M, BLOCK_M)
-    n_columns = tl.cdiv(N, BLOCK_N) + (0 if FUSED else 1)
-    seed_value = _seed_value(seed) if DROPOUT else 0
+    n_rows = tl.cdiv(M, variant.tile.block_m)
+    n_columns = tl.cdiv(N, variant.tile.block_n) + variant.s_columns
+    dropout = _dropout(seed, threshold, 1.0)
     ticket = claim(workspace_ptr)
     while ticket < n_rows * n_columns:
-        row, column, _, _ = locate(ticket, n_rows, n_columns, 0, GROUP_M)
+        row, column, _, _ = locate(ticket, n_rows, n_columns, 0, variant.tile.group_m)
         low_rank_tile(
-            x, w, a, b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr + N_COUNTERS, row, column, M, N, K, R,
-            stride_xm, stride_wn, stride_ar, stride_bn, N, scale_s, 1.0, seed_value, threshold,
-            True, FUSED, HAS_BIAS, DROPOUT, TMA, TMA_D, EVEN_K, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, BLOCK_N,
+            Matrix(x, stride_xm), Matrix(w, stride_wn), Matrix(a, stride_ar), Matrix(b_ptr, stride_bn), bias_ptr,
+            Matrix(y_ptr, N), Matrix(s_ptr, R), workspace_ptr + N_COUNTERS, row, column, Shape(M, N, K, R), scale_s,
+            dropout, variant,
         )  # fmt: skip
         ticket = claim(workspace_ptr)
     leave(workspace_ptr, n_words, 1024)
@@ -47,60 +59,60 @@ def lora_forward_kernel(
 
 @triton.jit
 def lora_backward_kernel(
-    dy, w, b, dy_ptr, x_ptr, a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr, partial_a_ptr, partial_b_ptr,
-    partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, stride_dym, stride_xm, stride_wn, stride_ar, stride_bn,
-    scaling, inverse_keep, seed, threshold,
-    NEED_DX: tl.constexpr, NEED_DA: tl.constexpr, NEED_DB: tl.constexpr, NEED_DBIAS: tl.constexpr,
-    CHAINED: tl.constexpr, GROUP_M: tl.constexpr, FUSED: tl.constexpr, DROPOUT: tl.constexpr, TMA: tl.constexpr, TMA_D: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SLICE_N: tl.constexpr,
-    GRADIENT_M: tl.constexpr, GRADIENT_N: tl.constexpr,
+    dy, w, b, dy_ptr, x_ptr, a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
+    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words,
+    stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, inverse_keep, seed, threshold,
+    CHAINED: tl.constexpr, variant: tl.constexpr,
 ):  # fmt: skip
     """dX = dY·W0 + mask∘(dS·A)/(1-p), dS = scaling·dY·B, dA = dSᵀ·drop(X), dB = dYᵀ·S, dbias = Σ_m dY.
 
-    BLOCK_N and BLOCK_K are the tile's as a product's: BLOCK_K along N, which dX contracts, BLOCK_N along K.
+    A gradient whose pointer is None is not wanted, and no tile is queued for it. dX contracts N: variant.tile.block_k
+    runs along N and block_n along K. dY comes as operand of dX (perhaps a TMA descriptor) and as a pointer.
     """
-    n_rows = tl.cdiv(M, BLOCK_M)
+    n_rows = tl.cdiv(M, variant.tile.block_m)
     n_columns = 0
-    if NEED_DX:
-        n_columns = tl.cdiv(K, BLOCK_N) + (0 if FUSED else 1)
-    elif NEED_DA:
+    if dx_ptr is not None:
+        n_columns = tl.cdiv(K, variant.tile.block_n) + variant.s_columns
+    elif da_ptr is not None:
         n_columns = 1
-    blocks_b = tl.cdiv(N, GRADIENT_N) if NEED_DB or NEED_DBIAS else 0
-    blocks_a = tl.cdiv(K, GRADIENT_N) if NEED_DA else 0
-    n_parts = tl.cdiv(n_rows, GROUP_M)
+    blocks_b = 0
+    if db_ptr is not None or dbias_ptr is not None:
+        blocks_b = tl.cdiv(N, variant.tile.gradient_n)
+    blocks_a = 0
+    if da_ptr is not None:
+        blocks_a = tl.cdiv(K, variant.tile.gradient_n)
+    n_parts = tl.cdiv(n_rows, variant.tile.group_m)
     flags_ptr = workspace_ptr + N_COUNTERS
     counts_b_ptr = flags_ptr + n_rows
     counts_a_ptr = counts_b_ptr + blocks_b
-    seed_value = _seed_value(seed) if DROPOUT else 0
+    dropout = _dropout(seed, threshold, inverse_keep)
     ticket = claim(workspace_ptr)
     while ticket < n_rows * n_columns + n_parts * (blocks_b + blocks_a):
-        row, column, part, gradient = locate(ticket, n_rows, n_columns, blocks_b + blocks_a, GROUP_M)
-        first_row = part * GROUP_M * BLOCK_M
-        end_row = tl.minimum(first_row + GROUP_M * BLOCK_M, M)
+        row, column, group, gradient = locate(ticket, n_rows, n_columns, blocks_b + blocks_a, variant.tile.group_m)
+        first_row = group * (variant.tile.group_m * variant.tile.block_m)
+        part = Part(group, n_parts, first_row, tl.minimum(first_row + variant.tile.group_m * variant.tile.block_m, M))
         if gradient < 0:
-            if NEED_DX or NEED_DA:
+            if ds_ptr is not None:
                 low_rank_tile(
-                    dy, w, b, a_ptr, a_ptr, dx_ptr, ds_ptr, flags_ptr, row, column, M, K, N, R,
-                    stride_dym, stride_wn, stride_bn, stride_ar, K, scaling, inverse_keep, seed_value, threshold,
-                    False, FUSED, False, DROPOUT, TMA, TMA_D, EVEN_K, PRECISION,
-                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, SLICE_N,
+                    Matrix(dy, stride_dym), Matrix(w, stride_wn), Matrix(b, stride_bn), Matrix(a_ptr, stride_ar), None,
+                    Matrix(dx_ptr, K), Matrix(ds_ptr, R), flags_ptr, row, column, Shape(M, K, N, R), scaling, dropout,
+                    variant,
                 )  # fmt: skip
         elif gradient < blocks_b:
-            if NEED_DB or NEED_DBIAS:
+            if db_ptr is not None or dbias_ptr is not None:
                 gradient_tile(
-                    dy_ptr, s_ptr, db_ptr, dbias_ptr, partial_b_ptr, partial_bias_ptr, counts_b_ptr,
-                    gradient, first_row, end_row, part, n_parts, N, R, stride_dym, R, 1, 1.0, 0, 0,
-                    NEED_DB, NEED_DBIAS, CHAINED, False, PRECISION, GRADIENT_M, GRADIENT_N, BLOCK_R,
+                    Matrix(dy_ptr, stride_dym), Matrix(s_ptr, R), Gradient(partial_b_ptr, db_ptr, R, 1),
+                    Gradient(partial_bias_ptr, dbias_ptr, 1, 1), counts_b_ptr, gradient, part, N, R, 1.0, dropout,
+                    CHAINED, False, variant,
                 )  # fmt: skip
         else:
-            if NEED_DA:
-                for m in range(first_row // BLOCK_M, tl.cdiv(end_row, BLOCK_M)):
+            if da_ptr is not None:
+                for m in range(group * variant.tile.group_m, tl.minimum((group + 1) * variant.tile.group_m, n_rows)):
                     wait_for(flags_ptr + m, 1)
                 gradient_tile(
-                    x_ptr, ds_ptr, da_ptr, da_ptr, partial_a_ptr, partial_a_ptr, counts_a_ptr,
-                    gradient - blocks_b, first_row, end_row, part, n_parts, K, R, stride_xm, 1, K, inverse_keep,
-                    seed_value, threshold, True, False, CHAINED, DROPOUT, PRECISION, GRADIENT_M, GRADIENT_N, BLOCK_R,
+                    Matrix(x_ptr, stride_xm), Matrix(ds_ptr, R), Gradient(partial_a_ptr, da_ptr, 1, K),
+                    Gradient(None, None, 1, 1), counts_a_ptr, gradient - blocks_b, part, K, R, inverse_keep, dropout,
+                    CHAINED, variant.dropout, variant,
                 )  # fmt: skip
         ticket = claim(workspace_ptr)
     leave(workspace_ptr, n_words, 1024)
@@ -127,10 +139,8 @@ def _descriptor_or_tensor(tensor: Tensor, block: list[int], arch: int) -> tuple[
     return (TensorDescriptor.from_tensor(tensor, block), True) if allowed else (tensor, False)
 
 
-def _seed_argument(seed: Tensor | None) -> Tensor | int:
-    if seed is None:
-        return 0
-    return int(seed) if seed.device.type == "cpu" else seed
+def _seed_argument(seed: Tensor | None) -> Tensor | int | None:
+    return int(seed) if seed is not None and seed.device.type == "cpu" else seed
 
 
 def lora_forward(
@@ -160,15 +170,16 @@ def lora_forward(
     n_rows = triton.cdiv(m, cfg.block_m)
     n_tiles = n_rows * (triton.cdiv(n, cfg.block_n) + (not fused))
     n_words = N_COUNTERS.value + n_rows
+    variant = Variant(
+        tile=cfg, block_r=block_r, forward=True, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_a,
+        even_k=k % cfg.block_k == 0, precision=_precision(x.dtype),
+    )  # fmt: skip
     lora_forward_kernel[(min(n_tiles, target.n_sms * cfg.programs_per_sm),)](
-        x_arg if tma else x, w_arg if tma else weight, a_arg, lora_b, bias if bias is not None else y, y, s,
+        x_arg if tma else x, w_arg if tma else weight, a_arg, lora_b, bias, y, s,
         borrow_workspace(n_words, x.device), m, n, k, r, n_words,
         x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0),
         scaling * philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-        GROUP_M=cfg.group_m, FUSED=fused, HAS_BIAS=bias is not None, DROPOUT=dropout_p > 0.0, TMA=tma, TMA_D=tma_a,
-        EVEN_K=k % cfg.block_k == 0, PRECISION=_precision(x.dtype),
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, BLOCK_R=block_r,
-        num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+        variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
     )  # fmt: skip
     return y, s
 
@@ -216,17 +227,15 @@ def lora_backward(
     partial_b = output(chained and needs.db, n, r, dtype=torch.float32)
     partial_bias = output(chained and needs.dbias, n, dtype=torch.float32)
     n_tiles = n_rows * n_columns + n_parts * (blocks_a + blocks_b)
+    variant = Variant(
+        tile=cfg, block_r=block_r, forward=False, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_b,
+        even_k=n % cfg.block_k == 0, precision=_precision(dy.dtype),
+    )  # fmt: skip
     lora_backward_kernel[(min(n_tiles, target.n_sms * cfg.programs_per_sm),)](
         dy_arg if tma else dy, w_arg if tma else weight, b_arg, dy, x, lora_a, s, dx, ds, da, db, dbias,
         partial_a, partial_b, partial_bias, borrow_workspace(n_words, dy.device), m, n, k, r, n_words,
         dy.stride(0), x.stride(0) if needs.da else 0, weight.stride(0), lora_a.stride(0), lora_b.stride(0),
         scaling, philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-        NEED_DX=needs.dx, NEED_DA=needs.da, NEED_DB=needs.db, NEED_DBIAS=needs.dbias,
-        CHAINED=chained, GROUP_M=cfg.group_m, FUSED=fused, DROPOUT=dropout_p > 0.0, TMA=tma, TMA_D=tma_b,
-        EVEN_K=n % cfg.block_k == 0, PRECISION=_precision(dy.dtype),
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, BLOCK_R=block_r,
-        SLICE_N=cfg.slice_n if dropout_p > 0.0 else cfg.block_n,
-        GRADIENT_M=cfg.gradient_m, GRADIENT_N=cfg.gradient_n,
-        num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+        CHAINED=chained, variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
     )  # fmt: skip
     return Gradients(dx, da, db, dbias)

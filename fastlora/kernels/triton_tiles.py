@@ -1,217 +1,308 @@
 """The tiles of a LoRA layer: the product with its low-rank branch, and the gradients of A and B."""
 
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from fastlora import philox
+from fastlora.configs import TileConfig
 from fastlora.kernels.triton_schedule import publish, wait_for
 
 PHILOX_ROUNDS = tl.constexpr(philox.ROUNDS)
 PER_CALL = tl.constexpr(philox.ELEMENTS_PER_CALL)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What is fixed when a kernel is compiled.
+
+    forward: the operands lie in memory as the forward has them; else as dX does (see low_rank_tile).
+    fused: column 0 makes S beside a tile of the product, not alone.
+    tma, tma_d: U and V (D) are TMA descriptors, not pointers.
+    even_k: the contracted dimension is a multiple of block_k.
+    """
+
+    tile: TileConfig
+    block_r: int
+    forward: bool
+    fused: bool
+    dropout: bool
+    tma: bool
+    tma_d: bool
+    even_k: bool
+    precision: str
+
+    @property
+    def s_columns(self) -> int:
+        """Columns of the queue that hold no tile of the product."""
+        return 0 if self.fused else 1
+
+
+class Matrix(NamedTuple):
+    """A row-major matrix: a pointer or a TMA descriptor, and its row stride in elements."""
+
+    data: Any
+    stride: Any
+
+
+class Dropout(NamedTuple):
+    seed: Any
+    threshold: Any
+    inverse_keep: Any
+
+
+class Shape(NamedTuple):
+    """Of a product with a low-rank branch: C is M x N, K is contracted, R is the rank."""
+
+    M: Any
+    N: Any
+    K: Any
+    R: Any
+
+
 @triton.jit
-def keep_mask(seed, threshold, offs_m, column, n_columns, BLOCK: tl.constexpr):
+def keep_mask(dropout, offs_m, column, n_columns, BLOCK: tl.constexpr):
     """The dropout mask of rows offs_m and BLOCK columns from ``column`` (a multiple of 8) on, of a matrix with
     ``n_columns``: the same bits as fastlora.philox.keep_mask."""
     offs_call = column // PER_CALL + tl.arange(0, BLOCK // PER_CALL)
     call = offs_m[:, None].to(tl.int64) * tl.cdiv(n_columns, PER_CALL) + offs_call[None, :]
     low, high = call.to(tl.uint32), (call >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, low * 0, low * 0, PHILOX_ROUNDS)
+    w0, w1, w2, w3 = tl.philox(dropout.seed, low, high, low * 0, low * 0, PHILOX_ROUNDS)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] is word 2i + j
-    bits = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(bits, (offs_m.shape[0], BLOCK)) >= threshold
+    keep = tl.join((words & 0xFFFF) >= dropout.threshold, (words >> 16) >= dropout.threshold)
+    return tl.reshape(keep, (offs_m.shape[0], BLOCK))
 
 
 @triton.jit
-def load_block(ptr, stride, offs_row, offs_col, n_rows, n_cols, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.constexpr):
-    """A block of a row-major matrix, zero outside [n_rows, n_cols]; an EVEN side is known to be inside."""
-    ptrs = ptr + offs_row[:, None].to(tl.int64) * stride + offs_col[None, :]
+def load_block(matrix, offs_row, offs_col, n_rows, n_cols, EVEN_ROWS: tl.constexpr, EVEN_COLS: tl.constexpr):
+    """A block of a matrix, zero outside [n_rows, n_cols]; an EVEN side is known to be inside."""
+    ptrs = matrix.data + offs_row[:, None].to(tl.int64) * matrix.stride + offs_col[None, :]
     if EVEN_ROWS and EVEN_COLS:
         return tl.load(ptrs)
-    if EVEN_ROWS:
+    elif EVEN_ROWS:
         return tl.load(ptrs, mask=(offs_col < n_cols)[None, :], other=0.0)
-    if EVEN_COLS:
+    elif EVEN_COLS:
         return tl.load(ptrs, mask=(offs_row < n_rows)[:, None], other=0.0)
-    return tl.load(ptrs, mask=(offs_row < n_rows)[:, None] & (offs_col < n_cols)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs, mask=(offs_row < n_rows)[:, None] & (offs_col < n_cols)[None, :], other=0.0)
 
 
 @triton.jit
-def low_rank_tile(
-    u, v, d, p_ptr, bias_ptr, c_ptr, s_ptr, flags_ptr, row, column, M, N, K, R,
-    stride_um, stride_v, stride_d, stride_p, stride_cm, scale_s, inverse_keep, seed, threshold,
-    FORWARD: tl.constexpr, FUSED: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    TMA: tl.constexpr, TMA_D: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, SLICE_N: tl.constexpr,
-):  # fmt: skip
+def low_rank_tile(u, v, d, p, bias_ptr, c, s, flags_ptr, row, column, shape, scale_s, dropout, variant: tl.constexpr):
     """One tile of C = U·Vᵀ + S·Pᵀ [M, N], contracting K. Column 0 makes S = scale_s·U·Dᵀ [M, R] for its row block.
 
     Forward: U = X, V = W0 [N, K], D = A [R, K], P = B [N, R].
     dX:      U = dY, V = W0ᵀ, D = Bᵀ, P = Aᵀ. They lie in memory as W0 [K, N], B [K, R] and A [R, N], by this function's
              names: what the forward contracts, dX puts out.
 
-    Where FUSED, column 0 makes S beside its own tile of C, from the block of U that is in shared memory anyway. Else it
+    Where fused, column 0 makes S beside its own tile of C, from the block of U that is in shared memory anyway. Else it
     makes S alone, and column n + 1 is tile n of C: two accumulators do not fit beyond a rank of 64.
-    u, v (and d) are TMA descriptors where TMA (TMA_D) says so, else pointers.
     """
-    makes_s = column == 0
-    n = column if FUSED else column - 1
-    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_r = tl.arange(0, BLOCK_R)
-    rows = tl.minimum(offs_m, M - 1)  # a row past the end repeats the last one; it is not stored
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if makes_s:
-        acc_s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            u_block = _load_u(u, stride_um, row * BLOCK_M, rows, k, offs_k, K, TMA, EVEN_K)
-            if FUSED:
-                v_block = _load_v(v, stride_v, n * BLOCK_N, offs_n, N, k, offs_k, K, FORWARD, TMA, EVEN_K)
-                acc = tl.dot(u_block, v_block, acc, input_precision=PRECISION)
-            d_block = _load_d(d, stride_d, offs_r, R, k, offs_k, K, FORWARD, TMA_D, EVEN_K)
-            if DROPOUT and FORWARD:
-                keep = keep_mask(seed, threshold, offs_m, k, K, BLOCK_K)
-                u_block = tl.where(keep, u_block, 0.0)
-            acc_s = tl.dot(u_block, d_block.to(u_block.dtype), acc_s, input_precision=PRECISION)
-        s = (acc_s * scale_s).to(s_ptr.dtype.element_ty)
-        s_ptrs = s_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-        tl.store(s_ptrs, s, mask=(offs_m < M)[:, None] & (offs_r < R)[None, :])
-        publish(flags_ptr + row)
+    if variant.fused:
+        if column == 0:
+            acc = _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant)
+        else:
+            acc = _multiply(u, v, row, column, shape, variant)
+            wait_for(flags_ptr + row, 1)
+        _finish_tile(acc, p, bias_ptr, c, s, row, column * variant.tile.block_n, shape, dropout, variant)
     else:
-        for k in range(0, K, BLOCK_K):
-            offs_k = k + tl.arange(0, BLOCK_K)
-            u_block = _load_u(u, stride_um, row * BLOCK_M, rows, k, offs_k, K, TMA, EVEN_K)
-            v_block = _load_v(v, stride_v, n * BLOCK_N, offs_n, N, k, offs_k, K, FORWARD, TMA, EVEN_K)
-            acc = tl.dot(u_block, v_block, acc, input_precision=PRECISION)
-        wait_for(flags_ptr + row, 1)
-    if FUSED or not makes_s:
-        _finish_tile(
-            acc, s_ptr, p_ptr, bias_ptr, c_ptr, offs_m, rows, n * BLOCK_N, M, N, R, stride_p, stride_cm,
-            inverse_keep, seed, threshold, FORWARD, HAS_BIAS, DROPOUT, PRECISION, BLOCK_N, BLOCK_R, SLICE_N,
-        )  # fmt: skip
+        if column == 0:
+            _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant)
+        else:
+            acc = _multiply(u, v, row, column - 1, shape, variant)
+            wait_for(flags_ptr + row, 1)
+            _finish_tile(acc, p, bias_ptr, c, s, row, (column - 1) * variant.tile.block_n, shape, dropout, variant)
 
 
 @triton.jit
-def _load_u(u, stride, first_row, rows, k, offs_k, K, TMA: tl.constexpr, EVEN_K: tl.constexpr):
-    if TMA:
-        return u.load([first_row, k])
-    return load_block(u, stride, rows, offs_k, 0, K, True, EVEN_K)
+def _rows(row, M, variant: tl.constexpr):
+    """Row numbers of a row block; one past the end repeats the last row, and is not stored."""
+    return tl.minimum(row * variant.tile.block_m + tl.arange(0, variant.tile.block_m), M - 1)
 
 
 @triton.jit
-def _load_v(v, stride, first_n, offs_n, N, k, offs_k, K, FORWARD: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr):
+def _load_u(u, row, k, shape, variant: tl.constexpr):
+    """[BLOCK_M, BLOCK_K] of U."""
+    if variant.tma:
+        return u.data.load([row * variant.tile.block_m, k])
+    else:
+        offs_k = k + tl.arange(0, variant.tile.block_k)
+        return load_block(u, _rows(row, shape.M, variant), offs_k, 0, shape.K, True, variant.even_k)
+
+
+@triton.jit
+def _load_v(v, n, k, shape, variant: tl.constexpr):
     """[BLOCK_K, BLOCK_N] of Vᵀ."""
-    if FORWARD:
-        if TMA:
-            return v.load([first_n, k]).T
-        return load_block(v, stride, tl.minimum(offs_n, N - 1), offs_k, 0, K, True, EVEN_K).T
-    if TMA:
-        return v.load([k, first_n])
-    return load_block(v, stride, offs_k, offs_n, K, N, EVEN_K, False)
-
-
-@triton.jit
-def _load_d(d, stride, offs_r, R, k, offs_k, K, FORWARD: tl.constexpr, TMA: tl.constexpr, EVEN_K: tl.constexpr):
-    """[BLOCK_K, BLOCK_R] of Dᵀ. Columns from R on hold anything: that part of S is not stored."""
-    if FORWARD:
-        if TMA:
-            return d.load([0, k]).T
-        return load_block(d, stride, tl.minimum(offs_r, R - 1), offs_k, 0, K, True, EVEN_K).T
-    if TMA:
-        return d.load([k, 0])
-    return load_block(d, stride, offs_k, tl.minimum(offs_r, R - 1), K, 0, EVEN_K, True)
-
-
-@triton.jit
-def _finish_tile(
-    acc, s_ptr, p_ptr, bias_ptr, c_ptr, offs_m, rows, first_n, M, N, R, stride_p, stride_cm,
-    inverse_keep, seed, threshold, FORWARD: tl.constexpr, HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, SLICE_N: tl.constexpr,
-):  # fmt: skip
-    """Adds S·Pᵀ and the bias to a tile and stores it, in column slices of SLICE_N."""
-    if BLOCK_N > SLICE_N:
-        # With dropout the branch needs registers of its own until it is masked: a narrow slice of it at a time.
-        half: tl.constexpr = BLOCK_N // 2
-        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, half)), (0, 2, 1)))
-        _finish_tile(
-            left, s_ptr, p_ptr, bias_ptr, c_ptr, offs_m, rows, first_n, M, N, R, stride_p, stride_cm,
-            inverse_keep, seed, threshold, FORWARD, HAS_BIAS, DROPOUT, PRECISION, half, BLOCK_R, SLICE_N,
-        )  # fmt: skip
-        _finish_tile(
-            right, s_ptr, p_ptr, bias_ptr, c_ptr, offs_m, rows, first_n + half, M, N, R, stride_p, stride_cm,
-            inverse_keep, seed, threshold, FORWARD, HAS_BIAS, DROPOUT, PRECISION, half, BLOCK_R, SLICE_N,
-        )  # fmt: skip
+    offs_k = k + tl.arange(0, variant.tile.block_k)
+    offs_n = n * variant.tile.block_n + tl.arange(0, variant.tile.block_n)
+    if variant.forward and variant.tma:
+        return v.data.load([n * variant.tile.block_n, k]).T
+    elif variant.forward:
+        return load_block(v, tl.minimum(offs_n, shape.N - 1), offs_k, 0, shape.K, True, variant.even_k).T
+    elif variant.tma:
+        return v.data.load([k, n * variant.tile.block_n])
     else:
+        return load_block(v, offs_k, offs_n, shape.K, shape.N, variant.even_k, False)
+
+
+@triton.jit
+def _load_d(d, k, shape, variant: tl.constexpr):
+    """[BLOCK_K, BLOCK_R] of Dᵀ. Columns from R on hold anything: that part of S is not stored."""
+    offs_k = k + tl.arange(0, variant.tile.block_k)
+    offs_r = tl.minimum(tl.arange(0, variant.block_r), shape.R - 1)
+    if variant.forward and variant.tma_d:
+        return d.data.load([0, k]).T
+    elif variant.forward:
+        return load_block(d, offs_r, offs_k, 0, shape.K, True, variant.even_k).T
+    elif variant.tma_d:
+        return d.data.load([k, 0])
+    else:
+        return load_block(d, offs_k, offs_r, shape.K, 0, variant.even_k, True)
+
+
+@triton.jit
+def _multiply(u, v, row, n, shape, variant: tl.constexpr):
+    """A tile of U·Vᵀ, in fp32 registers."""
+    BLOCK_M: tl.constexpr = variant.tile.block_m
+    BLOCK_N: tl.constexpr = variant.tile.block_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k in range(0, shape.K, variant.tile.block_k):
+        u_block = _load_u(u, row, k, shape, variant)
+        acc = tl.dot(u_block, _load_v(v, n, k, shape, variant), acc, input_precision=variant.precision)
+    return acc
+
+
+@triton.jit
+def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.constexpr):
+    """Stores a row block of S = scale_s·U·Dᵀ and raises its flag. Returns, where fused, tile 0 of U·Vᵀ, made in the same
+    pass over U."""
+    BLOCK_M: tl.constexpr = variant.tile.block_m
+    BLOCK_N: tl.constexpr = variant.tile.block_n
+    BLOCK_K: tl.constexpr = variant.tile.block_k
+    BLOCK_R: tl.constexpr = variant.block_r
+    offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, BLOCK_R)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for k in range(0, shape.K, BLOCK_K):
+        u_block = _load_u(u, row, k, shape, variant)
+        if variant.fused:
+            acc = tl.dot(u_block, _load_v(v, 0, k, shape, variant), acc, input_precision=variant.precision)
+        d_block = _load_d(d, k, shape, variant).to(u_block.dtype)
+        if variant.dropout and variant.forward:
+            u_block = tl.where(keep_mask(dropout, offs_m, k, shape.K, BLOCK_K), u_block, 0.0)
+        acc_s = tl.dot(u_block, d_block, acc_s, input_precision=variant.precision)
+    s_ptrs = s.data + offs_m[:, None].to(tl.int64) * s.stride + offs_r[None, :]
+    mask = (offs_m < shape.M)[:, None] & (offs_r < shape.R)[None, :]
+    tl.store(s_ptrs, (acc_s * scale_s).to(s.data.dtype.element_ty), mask=mask)
+    publish(flags_ptr + row)
+    return acc
+
+
+@triton.jit
+def _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, dropout, variant: tl.constexpr):
+    """Adds S·Pᵀ and the bias to the columns of C from ``first_n`` on and stores them, slice_n at a time: fewer registers
+    hold addresses, and the branch of dX, which dropout masks before it may be added, needs few of its own."""
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if BLOCK_N > variant.tile.slice_n:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, BLOCK_N // 2)), (0, 2, 1)))
+        _finish_tile(left, p, bias_ptr, c, s, row, first_n, shape, dropout, variant)
+        _finish_tile(right, p, bias_ptr, c, s, row, first_n + BLOCK_N // 2, shape, dropout, variant)
+    else:
+        MASKED: tl.constexpr = variant.dropout and not variant.forward
+        BLOCK_R: tl.constexpr = variant.block_r
+        STEP_R: tl.constexpr = min(BLOCK_R, 64)
+        offs_m = row * variant.tile.block_m + tl.arange(0, variant.tile.block_m)
         offs_n = first_n + tl.arange(0, BLOCK_N)
-        step: tl.constexpr = 64 if BLOCK_R > 64 else BLOCK_R
-        masked: tl.constexpr = DROPOUT and not FORWARD
-        branch = tl.zeros_like(acc) if masked else acc
-        for r in tl.static_range(0, BLOCK_R, step):
-            offs_r = r + tl.arange(0, step)
-            s_block = load_block(s_ptr, R, rows, offs_r, 0, R, True, False)
-            if FORWARD:
-                p_block = load_block(p_ptr, stride_p, tl.minimum(offs_n, N - 1), offs_r, 0, R, True, False).T
+        branch = tl.zeros_like(acc) if MASKED else acc
+        for r in tl.range(0, shape.R, STEP_R, num_stages=1):
+            offs_r = r + tl.arange(0, STEP_R)
+            s_block = load_block(s, _rows(row, shape.M, variant), offs_r, 0, shape.R, True, False)
+            if variant.forward:
+                p_block = load_block(p, tl.minimum(offs_n, shape.N - 1), offs_r, 0, shape.R, True, False).T
             else:
-                p_block = load_block(p_ptr, stride_p, offs_r, offs_n, R, N, False, False)
-            branch = tl.dot(s_block, p_block.to(s_block.dtype), branch, input_precision=PRECISION)
-        if masked:
-            keep = keep_mask(seed, threshold, offs_m, first_n, N, BLOCK_N)
-            branch = acc + tl.where(keep, branch * inverse_keep, 0.0)
-        mask_n = offs_n < N
-        if HAS_BIAS:
-            branch += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)[None, :].to(tl.float32)
-        c_ptrs = c_ptr + offs_m[:, None].to(tl.int64) * stride_cm + offs_n[None, :]
-        tl.store(c_ptrs, branch.to(c_ptr.dtype.element_ty), mask=(offs_m < M)[:, None] & mask_n[None, :])
+                p_block = load_block(p, offs_r, offs_n, shape.R, shape.N, False, False)
+            branch = tl.dot(s_block, p_block.to(s_block.dtype), branch, input_precision=variant.precision)
+        if MASKED:
+            keep = keep_mask(dropout, offs_m, first_n, shape.N, BLOCK_N)
+            branch = acc + tl.where(keep, branch * dropout.inverse_keep, 0.0)
+        if bias_ptr is not None:
+            branch += tl.load(bias_ptr + offs_n, mask=offs_n < shape.N, other=0.0)[None, :].to(tl.float32)
+        c_ptrs = c.data + offs_m[:, None].to(tl.int64) * c.stride + offs_n[None, :]
+        mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]
+        tl.store(c_ptrs, branch.to(c.data.dtype.element_ty), mask=mask)
+
+
+class Gradient(NamedTuple):
+    """A sum over rows: where its fp32 partials go between parts and where the result does, with both strides."""
+
+    partial_ptr: Any
+    ptr: Any
+    stride_n: Any
+    stride_r: Any
+
+
+class Part(NamedTuple):
+    """The rows of the input that one link of a chain adds up."""
+
+    index: Any
+    count: Any
+    first_row: Any
+    end_row: Any
 
 
 @triton.jit
 def gradient_tile(
-    left_ptr, right_ptr, grad_ptr, column_sum_ptr, partial_ptr, sum_partial_ptr, count_ptr,
-    block, first_row, end_row, part, n_parts, N, R, stride_left, stride_gn, stride_gr, scale, seed, threshold,
-    PRODUCT: tl.constexpr, COLUMN_SUM: tl.constexpr, CHAINED: tl.constexpr, DROPOUT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
+    left, right, product, column_sum, count_ptr, block, part, N, R, scale, dropout,
+    CHAINED: tl.constexpr, DROPOUT: tl.constexpr, variant: tl.constexpr,
 ):  # fmt: skip
-    """G[n, :] = scale·Σ_m L[m, n]·T[m, :] over the rows of one part, and where COLUMN_SUM Σ_m L[m, n].
+    """G[n, :] = scale·Σ_m L[m, n]·T[m, :] and Σ_m L[m, n] over the rows of one part. One whose pointer is None is not
+    wanted.
 
-    dB and dbias: L = dY, T = S. dA (stored transposed): L = X, T = dS.
+    dB and dbias: L = dY, T = S. dA (by its strides stored transposed): L = X, T = dS.
 
     The parts of a block are added up as a chain: each waits for the one before it, adds its own sum to the fp32 partial
     and passes it on; the last stores the gradient. So the order of the additions is fixed, results are the same bits in
     every run, and memory does not grow with M. The part before was queued a whole row group earlier: nobody waits.
     """
+    BLOCK_M: tl.constexpr = variant.tile.gradient_m
+    BLOCK_N: tl.constexpr = variant.tile.gradient_n
+    BLOCK_R: tl.constexpr = variant.block_r
     offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_r < R)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     acc_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for m in range(first_row, end_row, BLOCK_M):
+    for m in range(part.first_row, part.end_row, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
-        left = load_block(left_ptr, stride_left, offs_m, offs_n, end_row, N, False, False)
-        if COLUMN_SUM:
-            acc_sum += tl.sum(left.to(tl.float32), axis=0)
-        if PRODUCT:
+        left_block = load_block(left, offs_m, offs_n, part.end_row, N, False, False)
+        if column_sum.ptr is not None:
+            acc_sum += tl.sum(left_block.to(tl.float32), axis=0)
+        if product.ptr is not None:
             if DROPOUT:
-                keep = keep_mask(seed, threshold, offs_m, block * BLOCK_N, N, BLOCK_N)
-                left = tl.where(keep, left, 0.0)
-            right = load_block(right_ptr, R, offs_m, offs_r, end_row, R, False, False)
-            acc = tl.dot(left.T, right, acc, input_precision=PRECISION)
-    if CHAINED and part > 0:
-        wait_for(count_ptr + block, part)
-        if PRODUCT:
-            acc += tl.load(partial_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :], mask=mask, other=0.0)
-        if COLUMN_SUM:
-            acc_sum += tl.load(sum_partial_ptr + offs_n, mask=mask_n, other=0.0)
-    if CHAINED and part < n_parts - 1:
-        if PRODUCT:
-            tl.store(partial_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :], acc, mask=mask)
-        if COLUMN_SUM:
-            tl.store(sum_partial_ptr + offs_n, acc_sum, mask=mask_n)
+                left_block = tl.where(keep_mask(dropout, offs_m, block * BLOCK_N, N, BLOCK_N), left_block, 0.0)
+            right_block = load_block(right, offs_m, offs_r, part.end_row, R, False, False)
+            acc = tl.dot(left_block.T, right_block, acc, input_precision=variant.precision)
+    if CHAINED and part.index > 0:
+        wait_for(count_ptr + block, part.index)
+        if product.ptr is not None:
+            partial_ptrs = product.partial_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :]
+            acc += tl.load(partial_ptrs, mask=mask, other=0.0)
+        if column_sum.ptr is not None:
+            acc_sum += tl.load(column_sum.partial_ptr + offs_n, mask=mask_n, other=0.0)
+    if CHAINED and part.index < part.count - 1:
+        if product.ptr is not None:
+            partial_ptrs = product.partial_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :]
+            tl.store(partial_ptrs, acc, mask=mask)
+        if column_sum.ptr is not None:
+            tl.store(column_sum.partial_ptr + offs_n, acc_sum, mask=mask_n)
         publish(count_ptr + block)
     else:
-        if PRODUCT:
-            grad_ptrs = grad_ptr + offs_n[:, None].to(tl.int64) * stride_gn + offs_r[None, :].to(tl.int64) * stride_gr
-            tl.store(grad_ptrs, (acc * scale).to(grad_ptr.dtype.element_ty), mask=mask)
-        if COLUMN_SUM:
-            tl.store(column_sum_ptr + offs_n, acc_sum.to(column_sum_ptr.dtype.element_ty), mask=mask_n)
+        if product.ptr is not None:
+            ptrs = product.ptr + offs_n[:, None].to(tl.int64) * product.stride_n + offs_r[None, :] * product.stride_r
+            tl.store(ptrs, (acc * scale).to(product.ptr.dtype.element_ty), mask=mask)
+        if column_sum.ptr is not None:
+            tl.store(column_sum.ptr + offs_n, acc_sum.to(column_sum.ptr.dtype.element_ty), mask=mask_n)

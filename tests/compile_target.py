@@ -1,0 +1,123 @@
+"""Compiles Triton kernels for any architecture on a machine without a GPU, through the ordinary launch path.
+
+A stand-in driver answers Triton's questions about the device and drops the launch, so that ``kernel[grid](...)`` on meta
+tensors specialises and compiles exactly as it would for a launch.
+"""
+
+import re
+import subprocess
+import tempfile
+import types
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+
+SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
+TENSOR_MEMORY_COLUMNS = 512
+REGISTER_FILE = 65536
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+class _CompileOnlyDriver(DriverBase):
+    """Answers for a device of compute capability ``arch`` and collects what is compiled."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+        self.launched = []
+        facts = {
+            "max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": REGISTER_FILE,
+            "mem_clock_rate": 0, "mem_bus_width": 0, "sm_clock_rate": 0,
+        }  # fmt: skip
+        self.utils = types.SimpleNamespace(
+            get_device_properties=lambda device: facts,
+            load_binary=lambda *args, **kwargs: (object(), 0, -1, -1, 1024),
+        )
+        driver = self
+
+        class Launcher:
+            def __init__(self, source, metadata):
+                self.source, self.metadata = source, metadata
+
+            def __call__(self, grid_x, grid_y, grid_z, *args, **kwargs):
+                driver.launched.append(self.metadata)
+
+        self.launcher_cls = Launcher
+
+    @classmethod
+    def is_active(cls):
+        return True
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch  # Triton caches compiled kernels by device, so each architecture is a device of its own
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        return torch.device("meta")
+
+    def map_python_to_cpp_type(self, ty):
+        return ty
+
+    def get_benchmarker(self):
+        raise RuntimeError("nothing can be timed on a compile-only driver")
+
+    def get_device_interface(self):
+        raise RuntimeError("a compile-only driver has no device")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What ptxas gave a kernel."""
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    tensor_memory: int
+    threads: int
+
+
+@contextmanager
+def compile_for(arch: int):
+    """Within it, kernels compile for ``arch``; yields a driver whose ``launched`` counts the launches asked for."""
+    driver = _CompileOnlyDriver(arch)
+    config = triton.runtime.driver
+    saved = config._active  # None where no GPU has been asked for yet; reset_active() would insist on one
+    config.set_active(driver)
+    try:
+        yield driver
+    finally:
+        config._active = saved
+
+
+def compiled_kernels(kernel, arch: int) -> list:
+    """Every variant of a @triton.jit kernel compiled for ``arch`` so far, oldest first."""
+    return list(kernel.device_caches[arch][0].values())
+
+
+def resources(compiled) -> Resources:
+    """Registers, stack and memories of a compiled kernel, from its cubin."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        command = [TOOLS / "cuobjdump", "--dump-resource-usage", cubin.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    metadata = compiled.metadata
+    return Resources(
+        registers=found["REG"],
+        stack=found["STACK"],
+        local=found["LOCAL"],
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
+        threads=32 * metadata.num_warps,
+    )
