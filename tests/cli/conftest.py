@@ -7,7 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = "the adapter adds a low rank product to a frozen weight and trains nothing else".split()
+WORDS = [
+    "the",
+    "adapter",
+    "adds",
+    "a",
+    "low",
+    "rank",
+    "product",
+    "to",
+    "a",
+    "frozen",
+    "weight",
+    "and",
+    "trains",
+    "nothing",
+    "else",
+]
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     picks = torch.randint(len(WORDS), (400,), generator=torch.Generator().manual_seed(1))
     path.write_text(" ".join(WORDS[i] for i in picks.tolist()))
     return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Operations this small run faster on one thread, the more so beside other tests."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
