@@ -1,0 +1,455 @@
+"""Patched PEFT models: the numbers of stock, every feature of PEFT, fused where it can be and counted where not."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+
+peft = pytest.importorskip("peft")
+from peft.tuners.lora.layer import Linear as StockLinear  # noqa: E402
+
+from fastlora.integrations.peft import FusedLinear, patch, register, unpatch, unserved  # noqa: E402
+
+SIXTEEN_BIT = [torch.bfloat16, torch.float16]
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(13, 18)
+        self.q_proj = nn.Linear(18, 18)
+        self.down = nn.Linear(18, 7, bias=False)
+
+    def forward(self, ids):
+        return self.down(torch.tanh(self.q_proj(self.embed(ids))))
+
+
+IDS = torch.arange(26).view(2, 13) % 13
+
+
+def make_stock(dtype=torch.float32, autocast_adapter_dtype=True, registered=False, seed=0, **config):
+    """A PEFT model whose branches are about as large as its frozen products."""
+    torch.manual_seed(seed)
+    lora_config = peft.LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down"], **config})
+    if registered:
+        register(lora_config)
+    model = peft.get_peft_model(Base().to(dtype), lora_config, autocast_adapter_dtype=autocast_adapter_dtype)
+    return randomise(model)
+
+
+def randomise(model, adapter="default", seed=5):
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if f"lora_B.{adapter}" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def add_adapter(model, name, **config):
+    torch.manual_seed(8)
+    model.add_adapter(name, peft.LoraConfig(**config))
+    randomise(model, name, seed=9)
+
+
+def layer_of(model):
+    return model.base_model.model.q_proj
+
+
+def make_pair(**kwargs):
+    """The same model twice: stock, and patched."""
+    stock = make_stock(**kwargs)
+    fused = copy.deepcopy(stock)
+    assert patch(fused) == ["base_model.model.q_proj", "base_model.model.down"]
+    fastlora.reset_dispatch_counts()
+    return stock, fused
+
+
+def fused_calls():
+    counts = fastlora.dispatch_counts()
+    return counts["cuda"] + counts["triton"] + counts["reference"]
+
+
+def fallbacks():
+    return {name.removeprefix("peft: "): n for name, n in fastlora.dispatch_counts()["fallbacks"].items()}
+
+
+def gradients(model, forward=lambda model: model(IDS)):
+    model.zero_grad()
+    output = forward(model)
+    output.float().pow(2).mean().backward()
+    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_training_step(stock, fused, dtype=torch.float32):
+    """Outputs and gradients within a few roundings of each other, relative to the largest value of each tensor."""
+    expected, wanted = gradients(stock)
+    output, got = gradients(fused)
+    slack = 64 * torch.finfo(dtype).eps
+    assert output.dtype == expected.dtype and (output - expected).abs().max() <= slack * expected.abs().max()
+    assert got.keys() == wanted.keys() and got
+    for name, gradient in got.items():
+        assert gradient.dtype == wanted[name].dtype, name
+        assert (gradient - wanted[name]).abs().max() <= slack * wanted[name].abs().max(), name
+
+
+SERVED = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"down": 5}, "alpha_pattern": {"q_proj": 2}},
+    "lora_bias": {"lora_bias": True},
+    "trained bias": {"bias": "all"},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "pissa": {"init_lora_weights": "pissa"},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias.*")
+@pytest.mark.parametrize("config", SERVED.values(), ids=SERVED.keys())
+@pytest.mark.parametrize("registered", [False, True])
+def test_served_fused_with_the_numbers_of_stock(config, registered):
+    stock, fused = make_pair(**config)
+    if registered:
+        state = stock.state_dict()
+        fused = make_stock(registered=True, **config)
+        fused.load_state_dict(state)
+        assert all(type(m) is FusedLinear for m in (fused.base_model.model.q_proj, fused.base_model.model.down))
+        fastlora.reset_dispatch_counts()
+    assert_same_training_step(stock, fused)
+    assert fused_calls() == 4 and not fallbacks()
+    assert unserved(fused) == {}
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias.*")
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("autocast_adapter_dtype", [False, True])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT)
+def test_16_bit_bases(dtype, autocast_adapter_dtype, lora_bias):
+    stock, fused = make_pair(dtype=dtype, autocast_adapter_dtype=autocast_adapter_dtype, lora_bias=lora_bias)
+    assert_same_training_step(stock, fused, dtype)
+    assert fused_calls() == 4 and not fallbacks()
+    assert fused(IDS).dtype == dtype
+    parameter = fused.base_model.model.q_proj.lora_A["default"].weight
+    assert parameter.grad.dtype == parameter.dtype == (torch.float32 if autocast_adapter_dtype else dtype)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_autocast(base):
+    stock, fused = make_pair(dtype=base)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same_training_step(stock, fused, torch.bfloat16)
+        assert fused(IDS).dtype == torch.bfloat16
+    assert not fallbacks()
+
+
+def test_dropout_is_fused_seeded_and_off_in_eval():
+    stock, fused = make_pair(lora_dropout=0.5)
+    torch.manual_seed(1)
+    first = fused(IDS)
+    torch.manual_seed(1)
+    assert torch.equal(fused(IDS), first) and not torch.equal(fused(IDS), first)
+    layer, x = layer_of(fused), torch.randn(5, 18)
+    base, (a, b) = layer.base_layer, (m["default"].weight for m in (layer.lora_A, layer.lora_B))
+    torch.manual_seed(2)
+    expected = fastlora.lora_linear(x, base.weight, a, b, layer.scaling["default"], base.bias, dropout_p=0.5)
+    torch.manual_seed(2)
+    assert torch.equal(layer(x), expected)
+    stock.eval(), fused.eval()
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+    assert not fallbacks()
+
+
+def test_unpatch_gives_back_what_was_there():
+    stock, fused = make_pair()
+    assert patch(fused) == unpatch(fused) == ["base_model.model.q_proj", "base_model.model.down"]
+    assert type(fused.base_model.model.q_proj) is StockLinear and repr(fused) == repr(stock)
+    assert torch.equal(fused(IDS), stock(IDS)) and fused_calls() == 0
+    assert unpatch(fused) == []
+
+
+def test_several_adapters_and_switching():
+    stock, fused = make_pair()
+    for model in (stock, fused):
+        add_adapter(model, "second", r=5, lora_alpha=3, target_modules=["q_proj"])
+        model.set_adapter("second")
+    assert_same_training_step(stock, fused)
+    assert fallbacks() == {"0 active adapters": 1}  # down has no second adapter
+    for model in (stock, fused):
+        model.base_model.set_adapter(["default", "second"])
+    fastlora.reset_dispatch_counts()
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+    assert fallbacks() == {"2 active adapters": 1} and fused_calls() == 1
+    assert unserved(fused) == {"base_model.model.q_proj": "2 active adapters"}
+    for model in (stock, fused):
+        model.set_adapter("default")
+        model.delete_adapter("second")
+    fastlora.reset_dispatch_counts()
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+    assert fused_calls() == 2 and not fallbacks()
+
+
+def test_disable_adapter():
+    stock, fused = make_pair()
+    with stock.disable_adapter(), fused.disable_adapter():
+        assert torch.equal(fused(IDS), stock(IDS))
+    assert fallbacks() == {"adapters disabled": 2}
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+
+
+@pytest.mark.filterwarnings("ignore:Already unmerged")
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_unmerge_and_unload(safe_merge):
+    stock, fused = make_pair()
+    expected = fused(IDS)
+    for model in (stock, fused):
+        model.merge_adapter(safe_merge=safe_merge)
+    assert torch.equal(fused(IDS), stock(IDS))
+    torch.testing.assert_close(fused(IDS), expected)
+    assert fallbacks() == {"merged": 4}
+    fused.unmerge_adapter(), stock.unmerge_adapter()
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+    unloaded = fused.merge_and_unload(safe_merge=safe_merge)
+    assert type(unloaded.q_proj) is nn.Linear
+    torch.testing.assert_close(unloaded(IDS), expected)
+    broken = make_pair()[1]
+    broken.base_model.model.q_proj.lora_B["default"].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaNs detected"):
+        broken.merge_and_unload(safe_merge=True)
+
+
+def test_add_weighted_adapter():
+    stock, fused = make_pair()
+    for model in (stock, fused):
+        add_adapter(model, "second", r=3, lora_alpha=2, target_modules=["q_proj", "down"])
+        model.add_weighted_adapter(["default", "second"], [0.7, -0.4], "mix", combination_type="cat")
+        model.set_adapter("mix")
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+    assert fused_calls() == 2 and not fallbacks()
+
+
+def test_mixed_batches_fall_back():
+    stock, fused = make_pair()
+    stock.eval(), fused.eval()
+    names = ["default", "__base__"]
+    assert torch.equal(fused(IDS, adapter_names=names), stock(IDS, adapter_names=names))
+    assert fallbacks() == {"adapter_names": 2}
+
+
+def test_dora_falls_back():
+    stock, fused = make_pair(use_dora=True)
+    assert_same_training_step(stock, fused)
+    assert fallbacks() == {"DoraLinearVariant": 2} and fused_calls() == 0
+
+
+def test_scaling_is_read_at_every_call():
+    stock, fused = make_pair()
+    for model in (stock, fused):
+        model.base_model.model.q_proj.set_scale("default", 0.3)
+        model.base_model.model.down.scale_layer(2.0)
+    assert_same_training_step(stock, fused)
+    with torch.no_grad():
+        for model in (stock, fused):
+            model.base_model.model.down.scaling["default"] = 0
+    assert_same_training_step(stock, fused)
+    assert not fallbacks()
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias.*")
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_scalings_that_hotswap_made_tensors(lora_bias):
+    stock, fused = make_pair(lora_bias=lora_bias)
+    for model in (stock, fused):
+        for layer in (model.base_model.model.q_proj, model.base_model.model.down):
+            layer.scaling["default"] = torch.tensor(layer.scaling["default"])
+    assert_same_training_step(stock, fused)
+    assert fused_calls() == 4 and not fallbacks()
+
+
+def test_hotswap(tmp_path):
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+    other = make_stock(r=5, lora_alpha=3, seed=4)
+    other.save_pretrained(tmp_path)
+    stock, fused = make_pair()
+    for model in (stock, fused):
+        prepare_model_for_compiled_hotswap(model, target_rank=8)
+        hotswap_adapter(model, str(tmp_path), "default")
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+    assert fused_calls() == 2 and not fallbacks()
+
+
+def test_save_and_load(tmp_path):
+    stock, fused = make_pair()
+    stock.save_pretrained(tmp_path / "stock"), fused.save_pretrained(tmp_path / "fused")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "stock" / name).read_bytes() == (tmp_path / "fused" / name).read_bytes()
+    torch.manual_seed(0)
+    loaded = peft.PeftModel.from_pretrained(Base(), tmp_path / "fused")
+    patch(loaded)
+    torch.testing.assert_close(loaded(IDS), stock(IDS))
+    assert list(fused.state_dict()) == list(stock.state_dict())
+    registered = make_stock(registered=True)
+    registered.save_pretrained(tmp_path / "registered")
+    assert "custom" not in (tmp_path / "registered" / "adapter_config.json").read_text()
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_stay_fused(clone):
+    stock, fused = make_pair()
+    other = clone(fused)
+    assert type(other.base_model.model.q_proj) is FusedLinear and repr(other) == repr(fused)
+    assert repr(fused.base_model.model.q_proj).startswith("lora.FusedLinear(")
+    assert torch.equal(other(IDS), fused(IDS)) and not fallbacks()
+
+
+def hook(module):
+    module.register_forward_pre_hook(lambda *_: None)
+
+
+def replace_forward(module):
+    forward = module.forward
+    module.forward = lambda *args: forward(*args)
+
+
+UNSERVED = {
+    "hooks on base_layer": lambda layer: hook(layer.base_layer),
+    "hooks on lora_A": lambda layer: hook(layer.lora_A["default"]),
+    "hooks on lora_B": lambda layer: replace_forward(layer.lora_B["default"]),
+    "hooks on lora_dropout": lambda layer: hook(layer.lora_dropout["default"]),
+    "the base weight trains": lambda layer: layer.base_layer.weight.requires_grad_(True),
+    "lora_A and lora_B differ in dtype": lambda layer: layer.lora_A["default"].double(),
+    "lora_dropout is a Dropout1d": lambda layer: layer.lora_dropout.update({"default": nn.Dropout1d(0.0)}),
+    "lora_A is a Sub": lambda layer: setattr(layer.lora_A["default"], "__class__", type("Sub", (nn.Linear,), {})),
+}
+
+
+@pytest.mark.parametrize("reason", UNSERVED)
+def test_what_cannot_be_served_runs_as_in_peft(reason):
+    stock = make_stock()
+    fused = copy.deepcopy(stock)
+    patch(fused)
+    for model in (stock, fused):
+        UNSERVED[reason](layer_of(model))
+    fastlora.reset_dispatch_counts()
+    if "dtype" in reason:  # so for stock, too
+        for model in (stock, fused):
+            with pytest.raises(RuntimeError, match="dtype"):
+                model(IDS)
+    else:
+        assert_same_training_step(stock, fused)
+    assert fallbacks() == {reason: 1}
+    if "dtype" not in reason:
+        assert unserved(fused) == {"base_model.model.q_proj": reason}
+
+
+def test_input_casting_disabled():
+    from peft.helpers import disable_input_dtype_casting
+
+    stock, fused = make_pair(dtype=torch.bfloat16)
+    with disable_input_dtype_casting(fused), pytest.raises(RuntimeError):
+        fused(IDS)
+    assert fallbacks() == {"input casting disabled": 1}
+    with disable_input_dtype_casting(stock), pytest.raises(RuntimeError):
+        stock(IDS)
+
+
+def test_dtypes_that_do_not_fit_raise_what_stock_raises():
+    stock, fused = make_pair(dtype=torch.bfloat16)
+    x = torch.randn(2, 18)
+    for model in (stock, fused):
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer_of(model)(x)
+    assert fallbacks() == {"torch.float32 input, torch.bfloat16 base, torch.float32 adapter": 1}
+
+
+def test_functorch_transforms_and_double_backward():
+    stock, fused = make_pair()
+    x = torch.randn(4, 18)
+    per_sample = [
+        torch.func.vmap(torch.func.grad(lambda v, model=model: layer_of(model)(v).pow(2).sum()))(x)
+        for model in (stock, fused)
+    ]
+    torch.testing.assert_close(*per_sample)
+    assert fallbacks() == {"torch.func transform": 1}
+    x.requires_grad_(True)
+    (dx,) = torch.autograd.grad(layer_of(fused)(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable|differentiable twice|does not require grad"):
+        dx.sum().backward()
+
+
+def test_strict_raises_with_the_list():
+    model = make_stock(target_modules=["q_proj", "down", "embed"])
+    hook(layer_of(model).base_layer)
+    message = (
+        r"2 of 3 LoRA layers cannot be served fused: base_model.model.embed: a peft.tuners.lora.layer.Embedding, "
+        r"not a stock lora.Linear; base_model.model.q_proj: hooks on base_layer"
+    )
+    with pytest.raises(ValueError, match=message):
+        patch(model, strict=True)
+    assert type(layer_of(model)) is StockLinear
+    assert patch(model) == ["base_model.model.q_proj", "base_model.model.down"]
+    assert len(patch(make_stock(), strict=True)) == 2
+
+
+def test_patching_what_has_no_lora_or_a_replaced_forward():
+    with pytest.raises(ValueError, match="Base has no PEFT LoRA layer; call peft.get_peft_model first"):
+        patch(Base())
+    model = make_stock()
+    replace_forward(layer_of(model))
+    assert patch(model) == ["base_model.model.down"]
+    with pytest.raises(ValueError, match="q_proj: its forward was replaced on the instance"):
+        patch(model, strict=True)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_conv1d_and_special_linears_keep_their_classes():
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+
+    def build(registered):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["c_attn", "out_proj"], fan_in_fan_out=registered)
+        base = nn.ModuleDict({"c_attn": conv1d(6, 4), "out": nn.MultiheadAttention(4, 1)})
+        return randomise(peft.get_peft_model(base, register(config) if registered else config))
+
+    stock, registered = build(False), build(True)
+    patch(stock)
+    x = torch.randn(3, 4)
+    assert type(registered.base_model.model["c_attn"]) is StockLinear
+    fastlora.reset_dispatch_counts()
+    torch.testing.assert_close(stock.base_model.model["c_attn"](x), registered.base_model.model["c_attn"](x))
+    assert fallbacks() == {"fan_in_fan_out": 1}
+    assert all(type(m) is not FusedLinear for m in registered.modules())
+
+
+SHAPES = [(18,), (0, 18), (2, 0, 18), (1, 1, 18), (2, 3, 2, 18)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes_and_strides(shape):
+    stock, fused = make_pair()
+    x = torch.randn(shape)
+    torch.testing.assert_close(layer_of(fused)(x), layer_of(stock)(x))
+    if len(shape) == 4:
+        x = x.transpose(0, 2)
+        torch.testing.assert_close(layer_of(fused)(x), layer_of(stock)(x))
+        torch.testing.assert_close(layer_of(fused)(x.flip(-1)[..., ::1]), layer_of(stock)(x.flip(-1)))
+    assert not fallbacks()
+
+
+def test_frozen_inputs_frozen_factors_and_in_place_use():
+    for frozen in ("lora_A", "lora_B", None):
+        stock, fused = make_pair()
+        for model in (stock, fused):
+            for name, parameter in model.named_parameters():
+                if frozen and f"{frozen}." in name:
+                    parameter.requires_grad_(False)
+        assert_same_training_step(stock, fused)
+        output = fused(IDS)
+        output += 1  # the output is no view and no saved tensor
+        output.sum().backward(retain_graph=True)
+        output.sum().backward()
+    assert not fallbacks()
