@@ -1,13 +1,12 @@
 """The order in which a one-launch kernel's tiles are claimed.
 
-A queue is a list of :class:`Tile`; a CTA claims the next one as soon as it is free. A tile may wait only on tiles before
-it.
+A queue is a list of :class:`Tile`; a CTA claims the next one as soon as it is free. A tile may wait only on tiles in
+front of it.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-SHRINK_COLUMNS = 64  # columns of S that one shrink tile makes
 ORDERS = ("wave", "head", "all")
 
 
@@ -19,7 +18,8 @@ def cdiv(a: int, b: int) -> int:
 class Tile(NamedTuple):
     """One entry of the queue.
 
-    kind: "shrink" (a tile of C that also makes 64 columns of S), "plain" (a tile of C), "dA" or "dB" (a gradient tile).
+    kind: "shrink" (makes columns of S, beside its tile of C where shrink tiles are fused), "plain" (a tile of C), "dA" or
+        "dB" (a gradient tile).
     block: row block of C; for a gradient tile its part of M.
     column: column block of C; for a gradient tile the block of K (dA) or N (dB).
     """
@@ -40,8 +40,10 @@ class Schedule:
             head of their own group) or "all" (every group's first of all).
         grad_blocks: row blocks that one gradient tile sums over; 0 for a whole row group.
         grad_columns: columns of X or dY that one gradient tile covers.
-        early_db: whether a group's dB tiles follow its shrink tiles (they need no dS, so they fill the wait for it), or go to
-            the end of the group with the dA tiles.
+        shrink_width: columns of S that one shrink tile makes; a larger rank takes several columns of tiles.
+        fused: whether a shrink tile is a tile of C with a second accumulator, or makes S alone.
+        early_db: whether a group's dB tiles follow its shrink tiles (they need no dS, so they fill the wait for it), or
+            go to the end of the group with the dA tiles.
         chain: True adds the parts of M one after another into one fp32 buffer, each waiting for the part before; False
             leaves one fp32 plane per part for the last arriver to add.
         overlap: whether the loads of the next tile start during the last steps of this one and its store is
@@ -54,6 +56,8 @@ class Schedule:
     block_k: int = 64
     group_m: int = 16
     order: str = "wave"
+    shrink_width: int = 64
+    fused: bool = True
     grad_blocks: int = 0
     grad_columns: int = 256
     early_db: bool = False
@@ -64,16 +68,11 @@ class Schedule:
     def __post_init__(self):
         if self.order not in ORDERS:
             raise ValueError(f"unknown order {self.order!r}; choose one of {', '.join(ORDERS)}")
-        for name in ("block_m", "block_n", "block_k", "group_m", "grad_columns", "cluster"):
+        for name in ("block_m", "block_n", "block_k", "group_m", "shrink_width", "grad_columns", "cluster"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.grad_blocks < 0:
             raise ValueError(f"grad_blocks must be at least 0, got {self.grad_blocks}")
-
-
-def shrink_columns(rank: int, columns: int) -> int:
-    """How many columns of tiles make S: one per 64 of the rank, but no more than there are."""
-    return min(cdiv(rank, SHRINK_COLUMNS), columns)
 
 
 def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, int], schedule: Schedule, wave: int):
@@ -81,14 +80,14 @@ def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, i
 
     Args:
         rows, columns: row and column blocks of C.
-        shrink: leading columns whose tiles also make S; 0 without a side branch.
+        shrink: columns of shrink tiles; 0 without a side branch.
         grad_columns: (blocks of N for dB, blocks of K for dA); (0, 0) in a forward pass.
         schedule: group size and order.
         wave: number of CTAs.
 
     Returns:
         A list of Tile: with order "wave" S_0, then for each group g its other tiles, with S_{g+1} put in ``wave`` tiles
-        before their end, then the gradient tiles whose last row block is in the group.
+        before their end, then the gradient tiles of the parts of M whose last row block is in the group.
     """
     starts = range(0, rows, schedule.group_m)
     groups = [range(start, min(start + schedule.group_m, rows)) for start in starts]
@@ -99,7 +98,7 @@ def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, i
         db_tiles = [Tile("dB", part, column) for part in parts for column in range(columns_b)]
         da_tiles = [Tile("dA", part, column) for part in parts for column in range(columns_a)]
         shrinks = [Tile("shrink", m, n) for n in range(shrink) for m in group]
-        plains.append([Tile("plain", m, n) for n in range(shrink, columns) for m in group])
+        plains.append([Tile("plain", m, n) for n in range(shrink if schedule.fused else 0, columns) for m in group])
         ahead.append(shrinks + (db_tiles if schedule.early_db else []))
         behind.append(([] if schedule.early_db else db_tiles) + da_tiles)
     queue: list[Tile] = []

@@ -1,0 +1,97 @@
+"""Fits the schedule model's machine to measured times of the frozen layer, and says how far off it is afterwards."""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from benchmarks.schedule_model import Machine, Problem, Schedule, frozen_baseline, simulate
+
+FITTED = ("flops", "dram_bandwidth", "tile_overhead")
+MIN_ROWS = 3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One timed pass of ``fastlora bench``: sizes, direction, rank (0 for the frozen layer) and the median in µs."""
+
+    problem: Problem
+    microseconds: float
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The fitted machine, and model / measured of every frozen row (fitted) and every fused row (predicted)."""
+
+    machine: Machine
+    frozen: list[tuple[Measured, float]]
+    fused: list[tuple[Measured, float]]
+
+    @property
+    def frozen_error(self) -> float:
+        return rms_percent([ratio for _, ratio in self.frozen])
+
+    @property
+    def fused_error(self) -> float:
+        return rms_percent([ratio for _, ratio in self.fused])
+
+
+def rms_percent(ratios: list[float]) -> float:
+    """Root mean square of log(model / measured), in percent."""
+    return 100 * math.sqrt(sum(math.log(ratio) ** 2 for ratio in ratios) / len(ratios)) if ratios else math.nan
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """The 16-bit GPU rows of a ``fastlora bench`` JSON file whose model this is: the frozen layer and fastlora's own.
+
+    Raises:
+        ValueError: the file has no such row.
+    """
+    report = json.loads(Path(path).read_text())
+    rows = []
+    for row in report.get("layer", []):
+        fused = row["variant"] == "fastlora"
+        if row["device"] != "cuda" or row["dtype"] not in ("bfloat16", "float16") or row["dropout"]:
+            continue
+        if row["pass"] in ("forward", "backward") and (fused or row["variant"] == "frozen"):
+            problem = Problem(row["m"], row["n"], row["k"], row["r"] if fused else 0, row["pass"] == "backward")
+            rows.append(Measured(problem, row["median_us"]))
+    if not rows:
+        raise ValueError(f"{path} holds no forward or backward row measured on a GPU in a 16-bit dtype")
+    return list(dict.fromkeys(rows))
+
+
+def fit(measured: list[Measured], schedule: Schedule, machine: Machine | None = None, rounds: int = 3) -> Fit:
+    """Coordinate descent over FITTED on the frozen rows alone, so that the fused rows stay a test of the model.
+
+    Raises:
+        ValueError: fewer than MIN_ROWS frozen rows.
+    """
+    machine = machine or Machine()
+    frozen = [row for row in measured if row.problem.r == 0]
+    if len(frozen) < MIN_ROWS:
+        raise ValueError(f"calibration needs at least {MIN_ROWS} measured frozen rows, got {len(frozen)}")
+
+    def ratio(row: Measured, candidate: Machine) -> float:
+        run = simulate if row.problem.r else frozen_baseline
+        return run(row.problem, schedule, candidate).makespan / row.microseconds
+
+    def error(candidate: Machine) -> float:
+        return rms_percent([ratio(row, candidate) for row in frozen])
+
+    best, step = error(machine), 1.3
+    for _ in range(rounds):
+        for name in FITTED:
+            for factor in (step, 1 / step):
+                while True:
+                    candidate = replace(machine, **{name: getattr(machine, name) * factor})
+                    found = error(candidate)
+                    if found >= best:
+                        break
+                    machine, best = candidate, found
+        step = math.sqrt(step)
+    return Fit(
+        machine,
+        [(row, ratio(row, machine)) for row in frozen],
+        [(row, ratio(row, machine)) for row in measured if row.problem.r],
+    )

@@ -1,0 +1,351 @@
+"""Discrete-event model of the one-launch schedule: what a queue order, a group size or a gradient split should cost.
+
+It models: CTAs that claim tiles in queue order; loads one chunk of K ahead of the product; an LRU L2 over those chunks
+with write-back; first-come-first-served DRAM and L2 bandwidth and a per-SM load bandwidth; flags, and the fixed-order
+sum of gradient parts. It does not model bank conflicts, clocks that fall under load, or cuBLAS: what it prints is a
+model's answer, never a measurement.
+"""
+
+import heapq
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+
+from benchmarks.queue_order import Schedule, Tile, build_queue, cdiv, part_blocks
+
+LABEL = "model, not a measurement"
+MAX_STEPS = 24_000  # K chunks grow until one run has about this many events, so that any shape takes seconds
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the model takes for granted about a GPU. Defaults: H200 SXM, from the sources named field by field.
+
+    sm_count: vendor's datasheet.
+    flops: FLOP/s of all SMs inside a main loop. cuBLAS reaches 788e12 on random bf16 data over a whole 8192³ product;
+        the rest is waves that do not fill and the tile's own overhead below.
+    dram_bandwidth: bytes/s; a large device-to-device copy moved 4.3e12, read and written bytes counted.
+    l2_bandwidth: bytes/s of all SMs together: 5120 B per clock (vendor) at 1.7 GHz under load.
+    sm_bandwidth: bytes/s into one SM: 64 B per clock at 1.7 GHz.
+    l2_bytes: vendor's 50 MB (the runtime reports 60 MB, of which a part is not usable by one side).
+    load_latency, flag_latency: seconds from a miss to shared memory; from a release to the acquire that sees it.
+    tile_overhead: seconds a tile spends outside loads and products (claim, accumulator to shared memory).
+    shrink_floor: the shrink product reads its 64×16 fragment of U from shared memory in as many clocks as 32 columns
+        compute, so fewer columns save nothing.
+    philox: seconds per element of U that dropout costs one SM: about 50 instructions for 8 elements on 128 lanes.
+    """
+
+    sm_count: int = 132
+    flops: float = 815e12
+    dram_bandwidth: float = 4.3e12
+    l2_bandwidth: float = 8.7e12
+    sm_bandwidth: float = 109e9
+    l2_bytes: float = 50e6
+    load_latency: float = 0.7e-6
+    flag_latency: float = 1.0e-6
+    tile_overhead: float = 0.5e-6
+    shrink_floor: int = 32
+    philox: float = 2.9e-11
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One launch: M tokens, N out_features, K in_features, R rank (0: the frozen GEMM alone), and its direction."""
+
+    m: int
+    n: int
+    k: int
+    r: int
+    backward: bool = False
+    dropout: bool = False
+
+    def __post_init__(self):
+        if min(self.m, self.n, self.k) < 1 or self.r < 0:
+            raise ValueError(f"sizes must be positive, got M {self.m}, N {self.n}, K {self.k}, R {self.r}")
+
+    @property
+    def reduction(self) -> int:
+        return self.n if self.backward else self.k
+
+    @property
+    def width(self) -> int:
+        return self.k if self.backward else self.n
+
+    @property
+    def frozen(self) -> "Problem":
+        return replace(self, r=0, dropout=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """makespan, stall (mean per SM, waiting on flags) in µs; bytes between DRAM and L2; tiles in the queue."""
+
+    makespan: float
+    stall: float
+    dram_read: int
+    dram_written: int
+    tiles: int
+
+    @property
+    def dram_bytes(self) -> int:
+        return self.dram_read + self.dram_written
+
+
+class Memory:
+    """L2 (least recently used chunks leave first, dirty ones written back) and DRAM, each with a queue of requests."""
+
+    def __init__(self, machine: Machine):
+        self.machine = machine
+        self.lines: OrderedDict[tuple, tuple[int, bool]] = OrderedDict()
+        self.held = self.read = self.written = 0
+        self.dram_free = self.l2_free = 0.0
+
+    def access(self, now: float, chunks: list[tuple[tuple, int, bool]], port_bytes: float) -> float:
+        """When all of ``chunks`` (key, bytes, is a write) have arrived, asked for at ``now`` through one SM's port."""
+        moved = 0
+        for key, size, write in chunks:
+            known = self.lines.get(key)
+            if known is None:
+                moved += self._insert(key, size, write)
+            else:
+                self.lines.move_to_end(key)
+                if write and not known[1]:
+                    self.lines[key] = (size, True)
+        machine = self.machine
+        self.l2_free = max(self.l2_free, now) + port_bytes / machine.l2_bandwidth
+        done = max(self.l2_free, now + port_bytes / machine.sm_bandwidth)
+        if moved:
+            self.dram_free = max(self.dram_free, now) + moved / machine.dram_bandwidth
+            done = max(done, self.dram_free)
+        return done
+
+    def _insert(self, key: tuple, size: int, write: bool) -> int:
+        moved = 0 if write else size
+        self.read += moved
+        self.lines[key] = (size, write)
+        self.held += size
+        while self.held > self.machine.l2_bytes:
+            old, dirty = self.lines.popitem(last=False)[1]
+            self.held -= old
+            if dirty:
+                self.written += old
+                moved += old
+        return moved
+
+    def flush(self) -> None:
+        """Counts what is still dirty; it goes out after the launch, so it takes no time here."""
+        self.written += sum(size for size, dirty in self.lines.values() if dirty)
+        self.lines.clear()
+
+
+class Simulation:
+    """One launch over a queue. Every SM is a process that loads, as the loading warp does, and keeps the time at which
+    its math warps are free. A process yields a time to sleep until, or a signal to wait for."""
+
+    def __init__(self, problem: Problem, schedule: Schedule, machine: Machine):
+        self.problem, self.schedule, self.machine = problem, schedule, machine
+        self.rows, columns = cdiv(problem.m, schedule.block_m), cdiv(problem.width, schedule.block_n)
+        self.shrink = cdiv(problem.r, schedule.shrink_width)
+        if schedule.fused:
+            self.shrink = min(self.shrink, columns)
+        self.rank = cdiv(problem.r, 16) * 16
+        wanted = problem.backward and problem.r
+        grads = tuple(cdiv(size, schedule.grad_columns) if wanted else 0 for size in (problem.n, problem.k))
+        self.queue = build_queue(self.rows, columns, self.shrink, grads, schedule, machine.sm_count)
+        steps = cdiv(problem.reduction, schedule.block_k)
+        self.chunk = schedule.block_k * min(max(4, cdiv(self.rows * columns * steps, MAX_STEPS)), steps)
+        self.sm_flops = machine.flops / machine.sm_count
+        self.memory = Memory(machine)
+        self.now = self.stalled = 0.0
+        self.busy = [0.0] * machine.sm_count
+        self.claimed = 0
+        self.events: list[tuple[float, int, Callable[[], None]]] = []
+        self.order = count()
+        self.signals: dict[tuple, float] = {}
+        self.waiting: dict[tuple, list] = defaultdict(list)
+        self.planes: dict[tuple, int] = defaultdict(int)
+
+    def run(self) -> Outcome:
+        for sm in range(self.machine.sm_count):
+            self._resume(self._worker(sm))
+        while self.events:
+            self.now, _, action = heapq.heappop(self.events)
+            action()
+        if any(self.waiting.values()):
+            raise RuntimeError("the queue deadlocks: a tile waits on one that nobody will run")
+        self.memory.flush()
+        return Outcome(
+            makespan=max(self.busy) * 1e6,
+            stall=self.stalled / self.machine.sm_count * 1e6,
+            dram_read=self.memory.read,
+            dram_written=self.memory.written,
+            tiles=len(self.queue),
+        )
+
+    def _at(self, when: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.events, (when, next(self.order), action))
+
+    def _resume(self, process: Generator) -> None:
+        request = next(process, None)
+        if request is None:
+            return
+        if isinstance(request, float):
+            self._at(request, partial(self._resume, process))
+        elif request in self.signals:
+            self._at(max(self.now, self.signals[request]), partial(self._resume, process))
+        else:
+            self.waiting[request].append(process)
+
+    def _signal(self, key: tuple, when: float) -> None:
+        """From ``when`` on, nobody waits for ``key`` any more."""
+        self.signals[key] = when
+        for process in self.waiting.pop(key, []):
+            self._at(max(self.now, when), partial(self._resume, process))
+
+    def _worker(self, sm: int) -> Generator:
+        while self.claimed < len(self.queue):
+            tile = self.queue[self.claimed]
+            self.claimed += 1
+            if tile.kind in ("dA", "dB"):
+                yield from self._gradient(sm, tile)
+            else:
+                yield from self._product(sm, tile)
+            if not self.schedule.overlap:
+                yield self.busy[sm]
+
+    def _load(self, sm: int, loads: list, port_bytes: float, seconds: float, first: bool = False) -> float:
+        """Asks for a chunk now and computes on it after the one before; returns when that computation starts."""
+        arrived = self.memory.access(self.now, loads, port_bytes) + (self.machine.load_latency if first else 0.0)
+        start = max(arrived, self.busy[sm])
+        self.busy[sm] = start + seconds
+        return start
+
+    def _product(self, sm: int, tile: Tile) -> Generator:
+        schedule, machine, problem = self.schedule, self.machine, self.problem
+        width = self._slice_width(tile)
+        alone = width > 0 and not schedule.fused
+        columns = 0 if alone else schedule.block_n
+        columns += max(width, machine.shrink_floor) if width else 0
+        for chunk, first in enumerate(range(0, problem.reduction, self.chunk)):
+            depth = min(self.chunk, problem.reduction - first)
+            u, v, d = (size * depth * 2 for size in (schedule.block_m, schedule.block_n, width))
+            loads = [(("U", tile.block, chunk), u, False)]
+            if alone:
+                v = 0
+            else:
+                loads.append((("V", tile.column, chunk), v, False))
+            if width:
+                loads.append((("D", tile.column, chunk), d, False))
+            seconds = 2 * schedule.block_m * columns * depth / self.sm_flops
+            if width and problem.dropout and not problem.backward:
+                seconds += schedule.block_m * depth * machine.philox
+            yield self._load(sm, loads, u + v / schedule.cluster + d, seconds, first=chunk == 0)
+        if width:
+            self._signal(("S", tile.block, tile.column), self.busy[sm] + machine.tile_overhead + machine.flag_latency)
+        if alone:
+            self.busy[sm] += machine.tile_overhead
+            return
+        if problem.r:
+            if not width or self.shrink > 1:
+                for column in range(self.shrink):
+                    yield ("S", tile.block, column)
+                self.stalled += max(0.0, self.now - self.busy[sm])
+            self._expand(sm, tile)
+        self.busy[sm] += machine.tile_overhead
+        size = schedule.block_m * schedule.block_n * 2
+        store = partial(self._store, sm, [(("C", tile.block, tile.column), size, True)], size)
+        self._at(self.busy[sm], store)
+        if not schedule.overlap:
+            yield self.busy[sm]
+
+    def _store(self, sm: int, chunks: list, size: int) -> None:
+        done = self.memory.access(self.now, chunks, size)
+        if not self.schedule.overlap:
+            self.busy[sm] = max(self.busy[sm], done)
+
+    def _expand(self, sm: int, tile: Tile) -> None:
+        schedule = self.schedule
+        s, p = schedule.block_m * self.rank * 2, schedule.block_n * self.rank * 2
+        seconds = 2 * schedule.block_m * schedule.block_n * self.rank / self.sm_flops
+        if self.problem.dropout and self.problem.backward:
+            seconds += schedule.block_m * schedule.block_n * self.machine.philox
+        self._load(sm, [(("S", tile.block), s, False), (("P", tile.column), p, False)], s + p, seconds)
+
+    def _slice_width(self, tile: Tile) -> int:
+        """Columns of S that this tile makes, to a multiple of 8."""
+        if tile.kind != "shrink":
+            return 0
+        width = self.schedule.shrink_width
+        left = self.problem.r - tile.column * width
+        return cdiv(left if tile.column == self.shrink - 1 else width, 8) * 8
+
+    def _gradient(self, sm: int, tile: Tile) -> Generator:
+        """Sums over a part of M, then adds the part to the others'."""
+        schedule, machine = self.schedule, self.machine
+        first = tile.block * part_blocks(schedule)
+        left, right = (schedule.block_m * size * 2 for size in (schedule.grad_columns, self.rank))
+        seconds = 2 * schedule.block_m * schedule.grad_columns * max(self.rank, machine.shrink_floor) / self.sm_flops
+        if self.problem.dropout and tile.kind == "dA":
+            seconds += schedule.block_m * schedule.grad_columns * machine.philox
+        for block in range(first, min(first + part_blocks(schedule), self.rows)):
+            if tile.kind == "dA":
+                before = self.now
+                for column in range(self.shrink):
+                    yield ("S", block, column)
+                self.stalled += self.now - max(before, min(self.now, self.busy[sm]))
+                loads = [(("X", block, tile.column), left, False), (("S", block), right, False)]
+            else:  # dY is this launch's U: the same bytes, met again
+                loads = [(("U", block, c), schedule.block_m * self.chunk * 2, False) for c in self._chunks(tile.column)]
+                loads.append((("saved S", block), right, False))
+            yield self._load(sm, loads, left + right, seconds, first=block == first)
+        size = schedule.grad_columns * self.rank * 4
+        yield from (self._add_part if schedule.chain else self._leave_plane)(sm, tile, size)
+        self.busy[sm] += machine.tile_overhead
+
+    def _chunks(self, column: int) -> range:
+        """The K chunks of U that hold a gradient tile's columns of dY."""
+        width = self.schedule.grad_columns
+        last = min((column + 1) * width, self.problem.reduction) - 1
+        return range(column * width // self.chunk, last // self.chunk + 1)
+
+    def _add_part(self, sm: int, tile: Tile, size: int) -> Generator:
+        """Adds this part to the running fp32 sum (the first part only writes it), then lets the next part go."""
+        key = ("sum", tile.kind, tile.column)
+        if tile.block:
+            yield (*key, tile.block - 1)
+            self.stalled += max(0.0, self.now - self.busy[sm])
+        self.busy[sm] = max(self.busy[sm], self.now)
+        yield self.busy[sm]
+        for write in (False, True) if tile.block else (True,):
+            self.busy[sm] = self.memory.access(self.now, [(key, size, write)], size)
+            yield self.busy[sm]
+        self._signal((*key, tile.block), self.now + self.machine.flag_latency)
+
+    def _leave_plane(self, sm: int, tile: Tile, size: int) -> Generator:
+        """Writes this part's plane; the last part to arrive reads and adds them all."""
+        key = (tile.kind, tile.column)
+        yield self.busy[sm]
+        self.busy[sm] = self.memory.access(self.now, [((*key, tile.block), size, True)], size)
+        yield self.busy[sm]
+        parts = cdiv(self.rows, part_blocks(self.schedule))
+        self.planes[key] += 1
+        if self.planes[key] == parts:
+            yield self.now + self.machine.flag_latency
+            planes = [((*key, part), size, False) for part in range(parts)]
+            self.busy[sm] = self.memory.access(self.now, planes, size * parts)
+
+
+def simulate(problem: Problem, schedule: Schedule, machine: Machine | None = None) -> Outcome:
+    """Runs one launch through the model."""
+    return Simulation(problem, schedule, machine or Machine()).run()
+
+
+def frozen_baseline(problem: Problem, schedule: Schedule, machine: Machine | None = None) -> Outcome:
+    """The same GEMM without the branch at the group size that suits it best: what the branch is compared with."""
+    groups = (1, 2, 4, 8, 16, 32)
+    return min(
+        (simulate(problem.frozen, replace(schedule, group_m=g, order="head"), machine) for g in groups),
+        key=lambda outcome: outcome.makespan,
+    )

@@ -1,0 +1,255 @@
+"""What a user could choose instead: each peer is built over given weights, or listed as missing with the reason."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastlora.bench import decompositions
+from fastlora.bench.cases import LayerCase
+
+SCALING = 1.5  # not 0 or 1, which hide a missing or a doubled scaling
+
+
+@dataclass
+class LayerTensors:
+    """One set of inputs: x [M, K], dy [M, N], weight [N, K], lora_a [R, K], lora_b [N, R]."""
+
+    x: Tensor
+    dy: Tensor
+    weight: Tensor
+    lora_a: Tensor
+    lora_b: Tensor
+
+
+@dataclass
+class Layer:
+    """A built layer: ``call`` maps x [M, K] to y [M, N]; its parameters by the names of LayerTensors.
+
+    transposed: its parameters are those tensors transposed.
+    module: what to put into eval() to switch dropout off; None where there is no such module.
+    """
+
+    call: Callable[[Tensor], Tensor]
+    parameters: dict[str, nn.Parameter]
+    transposed: bool = False
+    module: nn.Module | None = None
+
+    def load(self, tensors: LayerTensors) -> None:
+        """Points every parameter at this set's tensors."""
+        for name, parameter in self.parameters.items():
+            tensor = getattr(tensors, name)
+            parameter.data = tensor.t() if self.transposed else tensor
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        return [parameter for name, parameter in self.parameters.items() if name.startswith("lora")]
+
+
+Builder = Callable[[LayerCase, LayerTensors], Layer]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way to compute the layer.
+
+    build: makes it for a case; raises ImportError where its package is missing.
+    kind: "frozen" (no adapter), "ours", "package" (the real thing) or "stand-in" (our rewrite of its order).
+    dropout: whether it can drop at all.
+    mask: who draws the mask: "torch" (one F.dropout of x), "fastlora", or None (unknown: checked with dropout off).
+    """
+
+    name: str
+    build: Builder
+    kind: str
+    dropout: bool = True
+    mask: str | None = "torch"
+
+    def refuses(self, case: LayerCase) -> str | None:
+        """Why it cannot serve the case, or None."""
+        return "no dropout" if case.dropout and not self.dropout else None
+
+
+def _frozen_parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _from_function(function: Callable[..., Tensor], pass_dropout: bool = True) -> Builder:
+    """A builder over ``function(x, weight, lora_a, lora_b, scaling[, dropout_p])``."""
+
+    def build(case: LayerCase, tensors: LayerTensors) -> Layer:
+        weight = _frozen_parameter(tensors.weight)
+        lora_a, lora_b = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
+        tail = (SCALING, case.dropout) if pass_dropout else (SCALING,)
+        parameters = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+        return Layer(lambda x: function(x, weight, lora_a, lora_b, *tail), parameters)
+
+    return build
+
+
+def _build_frozen(case: LayerCase, tensors: LayerTensors) -> Layer:
+    layer = nn.Linear(case.k, case.n, bias=False, device="meta")
+    layer.weight = _frozen_parameter(tensors.weight)
+    return Layer(layer, {"weight": layer.weight}, module=layer)
+
+
+def _build_fastlora(case: LayerCase, tensors: LayerTensors) -> Layer:
+    from fastlora.module import LoRALinear
+
+    base = nn.Linear(case.k, case.n, bias=False, device="meta")
+    base.weight = _frozen_parameter(tensors.weight)
+    layer = LoRALinear.from_linear(base, r=case.r, alpha=SCALING * case.r, dropout=case.dropout)
+    layer.lora_A, layer.lora_B = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
+    parameters = {"weight": layer.weight, "lora_a": layer.lora_A, "lora_b": layer.lora_B}
+    return Layer(layer, parameters, module=layer)
+
+
+def _fastlora_backend(backend: str) -> Builder:
+    from fastlora.ops import lora_linear
+
+    def function(x, weight, lora_a, lora_b, scaling, dropout_p):
+        return lora_linear(x, weight, lora_a, lora_b, scaling, dropout_p=dropout_p, backend=backend)
+
+    return _from_function(function)
+
+
+def _build_peft(case: LayerCase, tensors: LayerTensors) -> Layer:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    holder = nn.Module()
+    holder.linear = nn.Linear(case.k, case.n, bias=False, device=tensors.x.device, dtype=case.torch_dtype)
+    config = LoraConfig(
+        r=case.r, lora_alpha=SCALING * case.r, lora_dropout=case.dropout, target_modules=["linear"], bias="none"
+    )
+    layer = inject_adapter_in_model(config, holder).linear
+    lora_a, lora_b = layer.lora_A["default"], layer.lora_B["default"]
+    layer.base_layer.weight = _frozen_parameter(tensors.weight)
+    lora_a.weight, lora_b.weight = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
+    parameters = {"weight": layer.base_layer.weight, "lora_a": lora_a.weight, "lora_b": lora_b.weight}
+    return Layer(layer, parameters, module=layer)
+
+
+def _build_compiled_peft(case: LayerCase, tensors: LayerTensors) -> Layer:
+    layer = _build_peft(case, tensors)
+    torch._dynamo.reset()
+    return Layer(torch.compile(layer.module, dynamic=False), layer.parameters, module=layer.module)
+
+
+def _build_loralib(case: LayerCase, tensors: LayerTensors) -> Layer:
+    import loralib
+
+    layer = loralib.Linear(case.k, case.n, r=case.r, lora_alpha=SCALING * case.r, lora_dropout=case.dropout, bias=False)
+    layer.weight = _frozen_parameter(tensors.weight)
+    layer.lora_A, layer.lora_B = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
+    parameters = {"weight": layer.weight, "lora_a": layer.lora_A, "lora_b": layer.lora_B}
+    return Layer(layer, parameters, module=layer)
+
+
+def _build_torchtune(case: LayerCase, tensors: LayerTensors) -> Layer:
+    from torchtune.modules.peft import LoRALinear
+
+    layer = LoRALinear(case.k, case.n, rank=case.r, alpha=SCALING * case.r, dropout=case.dropout)
+    layer.weight = _frozen_parameter(tensors.weight)
+    layer.lora_a.weight, layer.lora_b.weight = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
+    parameters = {"weight": layer.weight, "lora_a": layer.lora_a.weight, "lora_b": layer.lora_b.weight}
+    return Layer(layer, parameters, module=layer)
+
+
+def _build_unsloth(case: LayerCase, tensors: LayerTensors) -> Layer:
+    from unsloth.kernels.fast_lora import LoRA_W
+
+    def function(x, weight, lora_a, lora_b, scaling):
+        return LoRA_W.apply(x.unsqueeze(0), weight, None, lora_a, lora_b, scaling).squeeze(0)
+
+    return _from_function(function, pass_dropout=False)(case, tensors)
+
+
+def _build_lorafusion(case: LayerCase, tensors: LayerTensors) -> Layer:
+    from lorafusion.ops.lora_v1 import fused_linear_lora
+
+    def function(x, weight, lora_a, lora_b, scaling, dropout_p):
+        return fused_linear_lora(x.unsqueeze(0), weight, lora_a, lora_b, scaling, dropout_p=dropout_p).squeeze(0)
+
+    return _from_function(function)(case, tensors)
+
+
+def _build_runlora(case: LayerCase, tensors: LayerTensors) -> Layer:
+    from runlora.runlora import RunLoRACollection
+
+    weight = _frozen_parameter(tensors.weight.t())
+    lora_a, lora_b = nn.Parameter(tensors.lora_a.t()), nn.Parameter(tensors.lora_b.t())
+    operator = RunLoRACollection().get_best("flops", tensors.x, weight, lora_a, lora_b)
+    parameters = {"weight": weight, "lora_a": lora_a, "lora_b": lora_b}
+    return Layer(lambda x: operator.apply(x, weight, lora_a * SCALING, lora_b, None), parameters, transposed=True)
+
+
+FROZEN = Peer("frozen", _build_frozen, "frozen", mask=None)
+FASTLORA = Peer("fastlora", _build_fastlora, "ours", mask="fastlora")
+STORED_S = Peer("autograd.Function", _from_function(decompositions.StoredS.apply, False), "stand-in", dropout=False)
+
+# In every run, where they are installed.
+ORDINARY = (
+    Peer("eager", _from_function(decompositions.eager), "stand-in"),
+    Peer("peft", _build_peft, "package"),
+    Peer("compiled peft", _build_compiled_peft, "package", mask=None),
+    Peer("loralib", _build_loralib, "package"),
+    Peer("torchtune", _build_torchtune, "package"),
+    Peer("unsloth order", _from_function(decompositions.UnslothOrder.apply, False), "stand-in", dropout=False),
+    Peer("lorafusion order", _from_function(decompositions.LoRAFusionOrder.apply), "stand-in"),
+    Peer("runlora order", _from_function(decompositions.RunLoRAOrder.apply, False), "stand-in", dropout=False),
+)
+
+# Only where asked for by name: they need a GPU, or patch what they are imported beside.
+ON_REQUEST = (
+    Peer("unsloth", _build_unsloth, "package", dropout=False),
+    Peer("lorafusion", _build_lorafusion, "package", mask=None),
+    Peer("runlora", _build_runlora, "package", dropout=False),
+)
+
+
+def backend_peers(device: str) -> list[Peer]:
+    """fastlora's backends one by one, where more than one can run here."""
+    from fastlora.dispatch import available_backends
+
+    usable = [name for name, state in available_backends().items() if state == "usable"]
+    if device != "cuda" or len(usable) < 2:
+        return []
+    return [Peer(f"fastlora[{name}]", _fastlora_backend(name), "ours", mask="fastlora") for name in usable]
+
+
+def find_peer(name: str) -> Peer:
+    """A peer by name, or ``module:function`` for one of the user's own.
+
+    Such a function takes (weight [N, K], lora_a [R, K], lora_b [N, R], scaling, dropout_p) and returns a callable of x
+    that uses the very parameters it was given.
+
+    Raises:
+        ValueError: no such peer, or the module does not exist or lacks the function.
+    """
+    for peer in (*ORDINARY, *ON_REQUEST):
+        if peer.name == name:
+            return peer
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        known = ", ".join(peer.name for peer in (*ORDINARY, *ON_REQUEST))
+        raise ValueError(f"unknown peer {name!r}; choose from {known}, or name your own as module:function")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"peer {name!r} cannot be loaded: {error}") from error
+
+    def build(case: LayerCase, tensors: LayerTensors) -> Layer:
+        weight = _frozen_parameter(tensors.weight)
+        lora_a, lora_b = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
+        call = function(weight, lora_a, lora_b, SCALING, case.dropout)
+        return Layer(call, {"weight": weight, "lora_a": lora_a, "lora_b": lora_b})
+
+    return Peer(name, build, "package", mask=None)
+
+
+def torch_mask(x: Tensor, dropout_p: float) -> Tensor:
+    """The elements that the next ``F.dropout`` of a tensor like x would keep."""
+    return F.dropout(torch.ones_like(x), dropout_p) > 0
