@@ -7,23 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-WORDS = [
-    "the",
-    "adapter",
-    "adds",
-    "a",
-    "low",
-    "rank",
-    "product",
-    "to",
-    "a",
-    "frozen",
-    "weight",
-    "and",
-    "trains",
-    "nothing",
-    "else",
-]
+WORDS = ["the", "adapter", "adds", "a", "low", "rank", "product", "to", "one", "frozen", "weight", "and", "trains"]
 
 
 @dataclass(frozen=True)
