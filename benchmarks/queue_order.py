@@ -18,7 +18,7 @@ def cdiv(a: int, b: int) -> int:
 class Tile(NamedTuple):
     """One entry of the queue.
 
-    kind: "shrink" (makes columns of S, beside its tile of C where shrink tiles are fused), "plain" (a tile of C), "dA" or
+    kind: "shrink" (makes columns of S, and its tile of C where shrink tiles are fused), "plain" (a tile of C), "dA" or
         "dB" (a gradient tile).
     block: row block of C; for a gradient tile its part of M.
     column: column block of C; for a gradient tile the block of K (dA) or N (dB).

@@ -7,8 +7,8 @@ from fastlora.bench.cases import LayerCase
 from fastlora.bench.peers import SCALING, Layer, LayerTensors, Peer, torch_mask
 
 SEED = 1234
-# Relative Frobenius error against fp64. Rounding the intermediates leaves about eps / 2; a missing branch 0.8, a missing
-# 1 / (1 - p) at p = 0.1 still 0.08.
+# Relative Frobenius error against fp64. Rounding the intermediates leaves about eps / 2; a missing branch leaves 0.8, a
+# missing 1 / (1 - p) at p = 0.1 still 0.08.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
 

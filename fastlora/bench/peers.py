@@ -211,12 +211,12 @@ ON_REQUEST = (
 
 
 def backend_peers(device: str) -> list[Peer]:
-    """fastlora's backends one by one, where more than one can run here."""
+    """fastlora's backends one by one, where there is a choice."""
+    if device != "cuda":
+        return []
     from fastlora.dispatch import available_backends
 
     usable = [name for name, state in available_backends().items() if state == "usable"]
-    if device != "cuda" or len(usable) < 2:
-        return []
     return [Peer(f"fastlora[{name}]", _fastlora_backend(name), "ours", mask="fastlora") for name in usable]
 
 

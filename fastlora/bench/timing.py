@@ -73,20 +73,23 @@ class Stage:
     method: str | None = None  # how it is timed, where that is not the clock's own way
 
 
-def time_interleaved(variants: dict[str, list[Stage]], device: str, seconds: float) -> dict[str, dict[str, Timing]]:
+def time_interleaved(
+    variants: dict[str, list[Stage]], device: str, seconds: float, warm_up: int = WARM_UP_CALLS
+) -> dict[str, dict[str, Timing]]:
     """Times variants in turn (A B A B …), each round on the next set of inputs.
 
     Args:
         variants: name -> one Stage per set of inputs.
         device: "cpu" or "cuda".
         seconds: time to spend, warm-up not counted; at least MIN_ROUNDS rounds run.
+        warm_up: untimed steps of each variant; never fewer than it has sets.
 
     Returns:
         name -> pass ("forward", "backward", "step") -> Timing.
     """
     clock = EventClock() if device == "cuda" else HostClock()
     for stages in variants.values():
-        for call in range(max(WARM_UP_CALLS, len(stages))):
+        for call in range(max(warm_up, len(stages))):
             _run(stages[call % len(stages)], clock)
     clock.finish()
     marks: dict[str, list] = {name: [] for name in variants}

@@ -9,6 +9,7 @@ import click
 COMMANDS = {
     "info": "fastlora.cli.info:info",
     "finetune": "fastlora.cli.finetune:finetune",
+    "bench": "fastlora.cli.bench:bench",
 }
 
 INTERRUPTED = 130

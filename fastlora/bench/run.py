@@ -1,0 +1,108 @@
+"""Runs the sections of a benchmark and collects them in one JSON-able report."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from fastlora.bench.cases import CPU_HEADLINE, DTYPES, LayerCase, preset_cases
+from fastlora.bench.environment import describe
+from fastlora.bench.host import measure_host
+from fastlora.bench.layer import measure_layer
+from fastlora.bench.models import decoder_case, finetune_case, measure_model
+from fastlora.bench.peaks import measure_peaks
+from fastlora.bench.peers import FASTLORA, FROZEN, ORDINARY, STORED_S, Peer, backend_peers
+
+FORMAT = 1
+SECTIONS = ("layer", "host", "decoder", "finetune")
+COMPILED = "compiled peft"
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to run.
+
+    seconds: timing budget of one case; the quick preset's headline gets twice as much.
+    peers: beyond fastlora and the frozen layer.
+    """
+
+    preset: str
+    device: str
+    sections: tuple[str, ...] = SECTIONS
+    seconds: float = 3.0
+    peers: tuple[Peer, ...] = ORDINARY
+    cases: tuple[LayerCase, ...] | None = None
+    command: str = ""
+    on_progress: Callable[[str], None] = field(default=lambda label: None)
+
+
+def steps_of(options: BenchOptions) -> int:
+    """How many times ``on_progress`` will be called."""
+    cases = len(_cases(options)) if "layer" in options.sections else 0
+    return 1 + cases + sum(section in options.sections for section in SECTIONS[1:])
+
+
+def _cases(options: BenchOptions) -> list[LayerCase]:
+    return list(options.cases) if options.cases is not None else preset_cases(options.preset, options.device)
+
+
+def run_bench(options: BenchOptions) -> dict:
+    """The report: environment, peaks, rows per section, and what was missing and why.
+
+    Raises:
+        WrongResult: fastlora or the frozen layer computes something wrong; nothing of that case was timed.
+    """
+    started = time.perf_counter()
+    device, cases = options.device, _cases(options)
+    dtypes = sorted({case.dtype for case in cases}) or ["float32"]
+    options.on_progress("peaks of this machine")
+    report: dict = {
+        "format": FORMAT,
+        "command": options.command,
+        "preset": options.preset,
+        "environment": describe(device),
+        "peaks": measure_peaks(device, {name: DTYPES[name] for name in dtypes}),
+        "missing": {},
+        **{section: [] for section in SECTIONS},
+    }
+    ours = [FROZEN, FASTLORA, *backend_peers(device)]
+    if "layer" in options.sections:
+        for case in cases:
+            options.on_progress(case.label)
+            headline = case in CPU_HEADLINE
+            peers = [*ours, STORED_S, *(p for p in options.peers if _worth_it(p, case, device))]
+            budget = options.seconds * (2 if headline else 1)
+            _collect(report, "layer", *measure_layer(case, peers, device, report["peaks"], budget))
+            _free(device)
+    if "host" in options.sections:
+        options.on_progress("host overhead")
+        peers = [*ours, STORED_S, *(peer for peer in options.peers if peer.name != COMPILED)]
+        _collect(report, "host", *measure_host(peers, device, options.seconds))
+    for section, make, whole in (("decoder", decoder_case, False), ("finetune", finetune_case, True)):
+        if section in options.sections:
+            case = make(device)
+            options.on_progress(case.name)
+            _collect(report, section, *measure_model(case, device, options.seconds, whole))
+            _free(device)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    return report
+
+
+def _worth_it(peer: Peer, case: LayerCase, device: str) -> bool:
+    """Compiling for a CPU takes longer than the rest of a case, so only the headline is compiled there."""
+    return peer.name != COMPILED or device == "cuda" or case in CPU_HEADLINE
+
+
+def _collect(report: dict, section: str, rows: list[dict], missing: dict[str, str]) -> None:
+    report[section] += rows
+    for name, reason in missing.items():
+        found = report["missing"].setdefault(name, [])
+        if reason not in found:
+            found.append(reason)
+
+
+def _free(device: str) -> None:
+    torch._dynamo.reset()
+    if device == "cuda":
+        torch.cuda.empty_cache()
