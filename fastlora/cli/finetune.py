@@ -70,6 +70,13 @@ def split_targets(ctx: click.Context, param: click.Parameter, value: str) -> tup
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=DEFAULTS.seed, show_default=True)
 @click.option("--prompt", help="What the merged model has to continue.  [default: the start of a held-out sequence]")
 @click.option(
+    "--via",
+    type=click.Choice(["fastlora", "peft"]),
+    default=DEFAULTS.via,
+    show_default=True,
+    help="fastlora: its own layers, injected. peft: a PEFT model whose layers fastlora patches.",
+)
+@click.option(
     "--compare", type=click.Choice(["peft"]), help="Repeat the run through PEFT and check that the losses agree."
 )
 @click.option(

@@ -57,6 +57,7 @@ def test_losses_agree_with_peft_at_every_step(compared):
     assert "the curves agree within 1e-05 at every step" in out
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_adapter_gives_the_reported_loss_when_loaded_by_peft(compared, tiny_model, text_file):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -180,6 +181,17 @@ def test_sixteen_bit_models_train_with_float32_adapters(finetune, tmp_path, dtyp
     assert report["runs"]["fastlora"]["tensor_bytes"]["gradients"] == 4 * report["parameters"]["trainable"]
     adapter = load_file(tmp_path / "adapter/adapter_model.safetensors")
     assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+
+
+def test_patched_peft_model_trains_the_same(compared, finetune, tmp_path):
+    directory, _ = compared
+    result = finetune("--via", "peft", "--compare", "peft", "--output", tmp_path)
+    assert result.code == 0, result.err
+    injected, patched = (read_report(path)["runs"]["fastlora"] for path in (directory, tmp_path))
+    assert max(abs(a - b) for a, b in zip(injected["losses"], patched["losses"], strict=True)) <= LOSS_TOLERANCE
+    assert patched["dispatch_counts"] == injected["dispatch_counts"]
+    names = [set(load_file(path / "adapter/adapter_model.safetensors")) for path in (directory, tmp_path)]
+    assert names[0] == names[1]
 
 
 def test_several_texts_are_all_used(finetune, text_file, tmp_path):

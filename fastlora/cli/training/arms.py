@@ -35,8 +35,10 @@ def fastlora_arm(base: nn.Module, settings: Settings) -> Arm:
         CommandError: a target matches no layer, or one that cannot be adapted.
     """
     if settings.via == PEFT:
+        from fastlora.integrations.peft import patch
+
         arm = peft_arm(base, settings)
-        _patch(arm.model)
+        patch(arm.model)
         return Arm(FASTLORA, arm.model, arm.optimizer)
     model = _shared_copy(base)
     torch.manual_seed(settings.seed)
@@ -84,12 +86,6 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
     return Arm(PEFT, model, make_optimizer(model, settings.learning_rate))
 
 
-def _patch(model: nn.Module) -> None:
-    from fastlora.integrations import peft as integration
-
-    integration.patch(model)
-
-
 def _shared_copy(model: nn.Module) -> nn.Module:
     """A copy whose modules are its own and whose tensors are the model's: adapters do not touch frozen weights."""
     shared = [*model.parameters(), *model.buffers()]
@@ -121,6 +117,6 @@ def start_alike(arm: Arm, initial: dict[str, Tensor]) -> bool:
 def save_arm(arm: Arm, directory: Path, settings: Settings) -> None:
     """Writes fastlora's adapter in PEFT's format. Raises OSError where that fails."""
     if settings.via == PEFT:
-        arm.model.save_pretrained(directory)
+        arm.model.save_pretrained(directory, save_embedding_layers=False)  # "auto" may ask the hub
     else:
         save_adapter(arm.model, directory)

@@ -1,5 +1,6 @@
 """Whether two runs from the same start, over the same batches, gave the same losses."""
 
+import math
 from dataclasses import dataclass
 
 from fastlora.cli.training.settings import Settings
@@ -45,7 +46,7 @@ def compare_losses(first: list[float], second: list[float], settings: Settings, 
     differences = [abs(a - b) for a, b in zip(first, second, strict=True)]
     if not differences:
         raise ValueError("no steps to compare")
-    worst = max(range(len(differences)), key=differences.__getitem__)
+    worst = max(range(len(differences)), key=lambda step: (math.isnan(differences[step]), differences[step]))
     return Agreement(differences[worst], worst + 1, len(differences), same_seed_start, _not_expected(settings))
 
 

@@ -40,7 +40,7 @@ class Settings:
     batch_size: int = 1
     block_size: int = 256
     held_out: int = 8
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0
