@@ -152,6 +152,7 @@ class Rows(torch.utils.data.Dataset):
 
 
 def run_trainer(model, directory, **options):
+    model.enable_input_require_grads()  # what reentrant checkpointing needs of any PEFT model
     arguments = transformers.TrainingArguments(
         output_dir=str(directory),
         per_device_train_batch_size=4,
