@@ -1,0 +1,94 @@
+// The kernel: one warp that loads, two warpgroups that compute, tiles until the queue is empty.
+#pragma once
+#include "gradient.cuh"
+#include "loader.cuh"
+#include "product.cuh"
+
+namespace fastlora {
+
+template <class T>
+__device__ __forceinline__ void consume(const Params& p, Shared<T> shared) {
+  Consumer<T> consumer(p, shared);
+  // Declared once for all tiles: the assembler gives accumulators of separate variables separate registers.
+  float acc[T::kAccumulators], side[T::kSide];
+#pragma unroll
+  for (float& value : acc) value = 0.f;
+#pragma unroll
+  for (float& value : side) value = 0.f;
+  for (int i = 0;; ++i) {
+    const int slot = i & 1;
+    mbarrier_wait(shared.told(slot), i >> 1 & 1);
+    const uint4 told = load_shared_16(shared.tile(slot));
+    const TileInfo tile = {int(told.x), int(told.y), int(told.z), int(told.w)};
+    if (tile.kind == kDone) break;
+    if (tile.kind == kGradientA || tile.kind == kGradientB) {
+      if constexpr (T::kBackward) any_gradient_tile(consumer, tile, acc, side);
+    } else {
+      product_tile(consumer, tile, slot, acc, side);
+    }
+    if (lane_id() == 0) mbarrier_arrive(shared.taken(slot));
+  }
+  if (consumer.thread == 0) tma_store_wait_all();
+}
+
+// The last CTA to leave zeroes the workspace: the next launch finds it as this one did, without a memset.
+__device__ __forceinline__ void leave(const Params& p, uint32_t shared_word) {
+  __syncthreads();
+  if (threadIdx.x == 0) store_shared(shared_word, fetch_add_acq_rel(p.workspace + kLeaversWord, 1) == gridDim.x - 1);
+  __syncthreads();
+  if (load_shared(shared_word)) {
+    for (int i = threadIdx.x; i < p.n_words; i += kThreads) p.workspace[i] = 0;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void run(const Params& p) {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  const Shared<T> shared = {shared_address(memory)};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(shared.told(i), 1);
+      mbarrier_init(shared.taken(i), kConsumerWarps);
+    }
+    for (int i = 0; i < T::kStages; ++i) {
+      mbarrier_init(shared.full(i), 1);
+      mbarrier_init(shared.empty(i), kConsumerWarps);
+    }
+    fence_barrier_init();
+  }
+  if (T::kBackward && threadIdx.x < 64) {
+    const float one = 1.f;
+    store_shared(shared.ones() + threadIdx.x * 4, pack<typename T::Element>(one, one));
+    fence_async_shared();
+  }
+  __syncthreads();
+  if (warp_id() < 4) {
+    shrink_registers<kLoaderRegisters>();
+    if (threadIdx.x == 0) Loader<T>(p, shared).run();
+    __syncwarp();
+  } else {
+    grow_registers<kConsumerRegisters>();
+    consume<T>(p, shared);
+  }
+  leave(p, shared.tile(0));
+}
+
+}  // namespace fastlora
+
+namespace fastlora {
+
+template <class T>
+Variant variant_of(const char* name, const void* kernel) {
+  return {name, kernel, T::kBackward, kIsHalf<typename T::Element>, T::kDropout, T::kSplit, T::kBlockM, T::kBlockN, T::kRank,
+          T::kSharedBytes, T::kTilePlanes, T::kGradPlanes, T::kGradColumns};
+}
+
+}  // namespace fastlora
+
+// A kernel by its own name, so that profiles, disassembly and tests can tell variants apart.
+#define FASTLORA_KERNEL(NAME, ...)                                                                                       \
+  extern "C" __global__ void __launch_bounds__(fastlora::kThreads, 1) NAME(const __grid_constant__ fastlora::Params p) { \
+    fastlora::run<fastlora::Traits<__VA_ARGS__>>(p);                                                                     \
+  }                                                                                                                      \
+  static const fastlora::Registration NAME##_registration(                                                               \
+      fastlora::variant_of<fastlora::Traits<__VA_ARGS__>>(#NAME, reinterpret_cast<const void*>(&NAME)));

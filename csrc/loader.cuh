@@ -1,0 +1,167 @@
+// The loading thread: claims tiles, tells the consumers, and keeps the ring of stages full.
+#pragma once
+#include "traits.cuh"
+
+namespace fastlora {
+
+template <class T>
+struct Loader {
+  const Params& p;
+  Shared<T> shared;
+  Ring<T::kStages> ring;
+  int ticket;
+
+  __device__ __forceinline__ Loader(const Params& params, Shared<T> shared_memory) : p(params), shared(shared_memory) {}
+
+  __device__ __forceinline__ int claim() { return fetch_add_relaxed(p.workspace + kTicketWord, 1); }
+
+  __device__ __forceinline__ void run() {
+    ticket = claim();
+    const int tiles = count_tiles(p.schedule);
+    for (int i = 0;; ++i) {
+      const int slot = i & 1;
+      TileInfo tile = describe(tiles);
+      mbarrier_wait(shared.taken(slot), (i >> 1 & 1) ^ 1);
+      store_shared_16(shared.tile(slot), make_uint4(tile.kind, tile.row, tile.column, tile.part));
+      mbarrier_arrive(shared.told(slot));
+      if (tile.kind == kDone) return;
+      if (tile.kind == kGradientA || tile.kind == kGradientB) {
+        if constexpr (T::kBackward) gradient(tile);
+      } else {
+        product(tile, slot);
+      }
+    }
+  }
+
+  __device__ __forceinline__ TileInfo describe(int tiles) {
+    if (ticket >= tiles) return {kDone, 0, 0, 0};
+    const Tile tile = locate(p.schedule, ticket, gridDim.x);
+    if (tile.gradient >= p.blocks_b) return {kGradientA, tile.row, tile.gradient - p.blocks_b, 0};
+    if (tile.gradient >= 0) return {kGradientB, tile.row, tile.gradient, 0};
+    const bool fused = T::kFused && p.makes_c;
+    if (tile.column == 0) return {fused ? kFusedShrink : kShrinkOnly, tile.row, 0, tile.part};
+    return {kPlain, tile.row, fused ? tile.column : tile.column - 1, tile.part};
+  }
+
+  // Waits for a free stage and announces what will be copied into it.
+  __device__ __forceinline__ uint32_t open_stage(uint32_t bytes) {
+    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+    mbarrier_arrive_expect(shared.full(ring.stage), bytes);
+    return shared.stage(ring.stage);
+  }
+
+  __device__ __forceinline__ void copy(uint32_t address, const CUtensorMap* map, int column, int row) {
+    tma_load(address, map, column, row, shared.full(ring.stage));
+  }
+
+  // Claims the next tile while this one's last copies are under way: early enough to hide the atomic's latency, late enough
+  // that a tile is not held back by a CTA that is busy.
+  __device__ __forceinline__ void claim_at(int step, Steps steps) {
+    if (step == (steps.end - 2 > steps.first ? steps.end - 2 : steps.first)) ticket = claim();
+  }
+
+  __device__ __forceinline__ void product(TileInfo tile, int slot) {
+    const int m = tile.row * T::kBlockM, n = tile.column * T::kBlockN;
+    const bool makes_c = tile.kind != kShrinkOnly, makes_s = tile.kind != kPlain;
+    const bool expands = makes_c && is_last_part<T>(p, tile.part);
+    const bool loads_bias = expands && p.has_bias;
+    const uint32_t bytes = T::kUBytes + (makes_c ? T::kVBytes : 0) + (makes_s ? T::kDBytes : 0);
+    const Steps steps = steps_of<T>(p, tile.part);
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; ++step) {
+      const bool bias_now = loads_bias && step == steps.first;
+      const uint32_t stage = open_stage(bytes + (bias_now ? T::kBiasBytes : 0));
+      const int k = step * kBlockK;
+#pragma unroll
+      for (int i = 0; i < T::kBlockM / 64; ++i) copy(stage + i * kBoxBytes, &p.u, k, m + i * 64);
+      if (makes_c) {
+#pragma unroll
+        for (int j = 0; j < T::kBlockN / 64; ++j) {
+          const uint32_t box = stage + T::kVOffset + j * kBoxBytes;
+          if constexpr (T::kBackward) {
+            copy(box, &p.v, n + j * 64, k);
+          } else {
+            copy(box, &p.v, k, n + j * 64);
+          }
+        }
+      }
+      if (makes_s) {
+#pragma unroll
+        for (int j = 0; j < T::kRank / T::kChunk; ++j) {
+          const uint32_t box = stage + T::kDOffset + j * kBoxBytes;
+          if constexpr (T::kBackward) {
+            copy(box, &p.b, j * 64, k);
+          } else {
+            copy(box, &p.a, k, j * 64);
+          }
+        }
+      }
+      if (bias_now) copy(shared.bias(slot), &p.bias, n, 0);
+      claim_at(step, steps);
+      ring.next();
+    }
+    if (expands) expand(tile, m, n);
+  }
+
+  // One more step of the contraction for every 64 ranks: S and P through the same stages. A fused tile has its rows of S in
+  // registers. dX's dropout masks 64 columns of a warpgroup at a time, and beyond rank 64 loads so, too.
+  __device__ __forceinline__ void expand(TileInfo tile, int m, int n) {
+    const bool loads_s = tile.kind == kPlain;
+    constexpr bool kSliced = T::kBackward && T::kDropout && !T::kFused;
+    constexpr int kBoxes = kSliced ? T::kGroupsN : T::kBlockN / 64, kBoxStride = kSliced ? T::kColumns : 64;
+    constexpr int kRowsBytes = 64 * T::kChunk * 2;  // of 64 rows or columns
+    if (loads_s) {
+      wait_for(p.workspace + kFlagsWord + tile.row, T::kGroupsM);
+      fence_async_global();
+    }
+#pragma unroll 1
+    for (int slice = 0; slice < (kSliced ? T::kColumns : 64); slice += 64) {
+#pragma unroll 1
+      for (int r = 0; r < (T::kFused ? 1 : p.r); r += T::kChunk) {
+        const uint32_t stage = open_stage((kBoxes + (loads_s ? T::kGroupsM : 0)) * kRowsBytes);
+        if (loads_s) {
+#pragma unroll
+          for (int i = 0; i < T::kGroupsM; ++i) copy(stage + i * kRowsBytes, &p.s, r, m + i * 64);
+        }
+#pragma unroll
+        for (int j = 0; j < kBoxes; ++j) {
+          const uint32_t box = stage + T::kVOffset + j * kRowsBytes;
+          const int column = n + slice + j * kBoxStride;
+          if constexpr (T::kBackward) {
+            copy(box, &p.a, column, r);
+          } else {
+            copy(box, &p.b, r, column);
+          }
+        }
+        ring.next();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void gradient(TileInfo tile) {
+    const bool is_a = tile.kind == kGradientA;
+    const CUtensorMap *left = is_a ? &p.x : &p.u, *right = is_a ? &p.s : &p.saved;
+    const int column = tile.column * T::kGradColumns;
+    const Steps rows = rows_of_group<T>(p, tile.row);
+    const Steps steps = {rows.first / 64, ceil_div(rows.end, 64)};
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; ++step) {
+      const int m = step * 64;
+      if (is_a && m % T::kBlockM == 0) {
+        wait_for(p.workspace + kFlagsWord + m / T::kBlockM, T::kGroupsM);
+        fence_async_global();
+      }
+      const uint32_t stage = open_stage(T::kGradBytes);
+#pragma unroll
+      for (int j = 0; j < T::kGradColumns / 64; ++j) copy(stage + j * kBoxBytes, left, column + j * 64, m);
+#pragma unroll
+      for (int j = 0; j < T::kRank / T::kChunk; ++j) {
+        copy(stage + T::kGradColumns * 128 + j * kBoxBytes, right, j * 64, m);
+      }
+      claim_at(step, steps);
+      ring.next();
+    }
+  }
+};
+
+}  // namespace fastlora
