@@ -38,29 +38,26 @@ def _dropout(seed, threshold, inverse_keep):
 
 @triton.jit
 def lora_forward_kernel(
-    x, w, a, b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, n_words,
+    x, w, a, b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, n_words, wave,
     stride_xm, stride_wn, stride_ar, stride_bn, scale_s, seed, threshold, variant: tl.constexpr,
 ):  # fmt: skip
     """Y = X·W0ᵀ + S·Bᵀ + bias and S = scale_s·drop(X)·Aᵀ."""
     n_rows = tl.cdiv(M, variant.tile.block_m)
     n_columns = tl.cdiv(N, variant.tile.block_n) + variant.s_columns
     dropout = _dropout(seed, threshold, 1.0)
-    ticket = claim(workspace_ptr)
-    while ticket < n_rows * n_columns:
-        row, column, _, _ = locate(ticket, n_rows, n_columns, 0, variant.tile.group_m)
-        low_rank_tile(
-            Matrix(x, stride_xm), Matrix(w, stride_wn), Matrix(a, stride_ar), Matrix(b_ptr, stride_bn), bias_ptr,
-            Matrix(y_ptr, N), Matrix(s_ptr, R), workspace_ptr + N_COUNTERS, row, column, Shape(M, N, K, R), scale_s,
-            dropout, variant,
-        )  # fmt: skip
-        ticket = claim(workspace_ptr)
+    row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, wave, variant.tile.group_m)
+    low_rank_tile(
+        Matrix(x, stride_xm), Matrix(w, stride_wn), Matrix(a, stride_ar), Matrix(b_ptr, stride_bn), bias_ptr,
+        Matrix(y_ptr, N), Matrix(s_ptr, R), workspace_ptr + N_COUNTERS, row, column, Shape(M, N, K, R), scale_s,
+        dropout, variant,
+    )  # fmt: skip
     leave(workspace_ptr, n_words, 1024)
 
 
 @triton.jit
 def lora_backward_kernel(
     dy, w, b, dy_ptr, x_ptr, a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
-    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words,
+    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, wave,
     stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, inverse_keep, seed, threshold,
     CHAINED: tl.constexpr, variant: tl.constexpr,
 ):  # fmt: skip
@@ -75,46 +72,45 @@ def lora_backward_kernel(
         n_columns = tl.cdiv(K, variant.tile.block_n) + variant.s_columns
     elif da_ptr is not None:
         n_columns = 1
-    blocks_b = 0
+    tiles_b = 0
     if db_ptr is not None or dbias_ptr is not None:
-        blocks_b = tl.cdiv(N, variant.tile.gradient_n)
-    blocks_a = 0
+        tiles_b = tl.cdiv(N, variant.tile.gradient_n)
+    tiles_a = 0
     if da_ptr is not None:
-        blocks_a = tl.cdiv(K, variant.tile.gradient_n)
+        tiles_a = tl.cdiv(K, variant.tile.gradient_n)
     n_parts = tl.cdiv(n_rows, variant.tile.group_m)
     flags_ptr = workspace_ptr + N_COUNTERS
     counts_b_ptr = flags_ptr + n_rows
-    counts_a_ptr = counts_b_ptr + blocks_b
+    counts_a_ptr = counts_b_ptr + tiles_b
     dropout = _dropout(seed, threshold, inverse_keep)
-    ticket = claim(workspace_ptr)
-    while ticket < n_rows * n_columns + n_parts * (blocks_b + blocks_a):
-        row, column, group, gradient = locate(ticket, n_rows, n_columns, blocks_b + blocks_a, variant.tile.group_m)
-        first_row = group * (variant.tile.group_m * variant.tile.block_m)
-        part = Part(group, n_parts, first_row, tl.minimum(first_row + variant.tile.group_m * variant.tile.block_m, M))
-        if gradient < 0:
-            if ds_ptr is not None:
-                low_rank_tile(
-                    Matrix(dy, stride_dym), Matrix(w, stride_wn), Matrix(b, stride_bn), Matrix(a_ptr, stride_ar), None,
-                    Matrix(dx_ptr, K), Matrix(ds_ptr, R), flags_ptr, row, column, Shape(M, K, N, R), scaling, dropout,
-                    variant,
-                )  # fmt: skip
-        elif gradient < blocks_b:
-            if db_ptr is not None or dbias_ptr is not None:
-                gradient_tile(
-                    Matrix(dy_ptr, stride_dym), Matrix(s_ptr, R), Gradient(partial_b_ptr, db_ptr, R, 1),
-                    Gradient(partial_bias_ptr, dbias_ptr, 1, 1), counts_b_ptr, gradient, part, N, R, 1.0, dropout,
-                    CHAINED, False, variant,
-                )  # fmt: skip
-        else:
-            if da_ptr is not None:
-                for m in range(group * variant.tile.group_m, tl.minimum((group + 1) * variant.tile.group_m, n_rows)):
-                    wait_for(flags_ptr + m, 1)
-                gradient_tile(
-                    Matrix(x_ptr, stride_xm), Matrix(ds_ptr, R), Gradient(partial_a_ptr, da_ptr, 1, K),
-                    Gradient(None, None, 1, 1), counts_a_ptr, gradient - blocks_b, part, K, R, inverse_keep, dropout,
-                    CHAINED, variant.dropout, variant,
-                )  # fmt: skip
-        ticket = claim(workspace_ptr)
+    row, column, group, gradient = locate(
+        claim(workspace_ptr), n_rows, n_columns, tiles_b + tiles_a, wave, variant.tile.group_m
+    )
+    first_row = group * (variant.tile.group_m * variant.tile.block_m)
+    part = Part(group, n_parts, first_row, tl.minimum(first_row + variant.tile.group_m * variant.tile.block_m, M))
+    if gradient < 0:
+        if ds_ptr is not None:
+            low_rank_tile(
+                Matrix(dy, stride_dym), Matrix(w, stride_wn), Matrix(b, stride_bn), Matrix(a_ptr, stride_ar), None,
+                Matrix(dx_ptr, K), Matrix(ds_ptr, R), flags_ptr, row, column, Shape(M, K, N, R), scaling, dropout,
+                variant,
+            )  # fmt: skip
+    elif gradient < tiles_b:
+        if db_ptr is not None or dbias_ptr is not None:
+            gradient_tile(
+                Matrix(dy_ptr, stride_dym), Matrix(s_ptr, R), Gradient(partial_b_ptr, db_ptr, R, 1),
+                Gradient(partial_bias_ptr, dbias_ptr, 1, 1), counts_b_ptr, gradient, part, N, R, 1.0, dropout,
+                CHAINED, False, variant,
+            )  # fmt: skip
+    else:
+        if da_ptr is not None:
+            for m in range(group * variant.tile.group_m, tl.minimum((group + 1) * variant.tile.group_m, n_rows)):
+                wait_for(flags_ptr + m, 1)
+            gradient_tile(
+                Matrix(x_ptr, stride_xm), Matrix(ds_ptr, R), Gradient(partial_a_ptr, da_ptr, 1, K),
+                Gradient(None, None, 1, 1), counts_a_ptr, gradient - tiles_b, part, K, R, inverse_keep, dropout,
+                CHAINED, variant.dropout, variant,
+            )  # fmt: skip
     leave(workspace_ptr, n_words, 1024)
 
 
@@ -169,14 +165,15 @@ def lora_forward(
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     n_rows = triton.cdiv(m, cfg.block_m)
     n_tiles = n_rows * (triton.cdiv(n, cfg.block_n) + (not fused))
+    wave = target.n_sms * cfg.programs_per_sm
     n_words = N_COUNTERS.value + n_rows
     variant = Variant(
         tile=cfg, block_r=block_r, forward=True, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_a,
         even_k=k % cfg.block_k == 0, precision=_precision(x.dtype),
     )  # fmt: skip
-    lora_forward_kernel[(min(n_tiles, target.n_sms * cfg.programs_per_sm),)](
+    lora_forward_kernel[(n_tiles,)](
         x_arg if tma else x, w_arg if tma else weight, a_arg, lora_b, bias, y, s,
-        borrow_workspace(n_words, x.device), m, n, k, r, n_words,
+        borrow_workspace(n_words, x.device), m, n, k, r, n_words, wave,
         x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0),
         scaling * philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
         variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
@@ -209,12 +206,17 @@ def lora_backward(
     w_arg, tma_w = _descriptor_or_tensor(weight, [cfg.block_k, cfg.block_n], target.arch)
     b_arg, tma_b = _descriptor_or_tensor(lora_b, [cfg.block_k, block_r], target.arch)
     tma = tma_dy and tma_w
+    variant = Variant(
+        tile=cfg, block_r=block_r, forward=False, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_b,
+        even_k=n % cfg.block_k == 0, precision=_precision(dy.dtype),
+    )  # fmt: skip
     n_rows = triton.cdiv(m, cfg.block_m)
     n_parts = triton.cdiv(n_rows, cfg.group_m)
     n_columns = triton.cdiv(k, cfg.block_n) + (not fused) if needs.dx else int(needs.da)
-    blocks_a = triton.cdiv(k, cfg.gradient_n) if needs.da else 0
-    blocks_b = triton.cdiv(n, cfg.gradient_n) if needs.db or needs.dbias else 0
-    n_words = N_COUNTERS.value + n_rows + blocks_a + blocks_b
+    tiles_a = triton.cdiv(k, cfg.gradient_n) if needs.da else 0
+    tiles_b = triton.cdiv(n, cfg.gradient_n) if needs.db or needs.dbias else 0
+    wave = target.n_sms * cfg.programs_per_sm
+    n_words = N_COUNTERS.value + n_rows + tiles_a + tiles_b
 
     def output(needed: bool, *shape: int, dtype: torch.dtype = dy.dtype) -> Tensor | None:
         return dy.new_empty(shape, dtype=dtype) if needed else None
@@ -226,14 +228,10 @@ def lora_backward(
     partial_a = output(chained and needs.da, k, r, dtype=torch.float32)
     partial_b = output(chained and needs.db, n, r, dtype=torch.float32)
     partial_bias = output(chained and needs.dbias, n, dtype=torch.float32)
-    n_tiles = n_rows * n_columns + n_parts * (blocks_a + blocks_b)
-    variant = Variant(
-        tile=cfg, block_r=block_r, forward=False, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_b,
-        even_k=n % cfg.block_k == 0, precision=_precision(dy.dtype),
-    )  # fmt: skip
-    lora_backward_kernel[(min(n_tiles, target.n_sms * cfg.programs_per_sm),)](
+    n_tiles = n_rows * n_columns + n_parts * (tiles_a + tiles_b)
+    lora_backward_kernel[(n_tiles,)](
         dy_arg if tma else dy, w_arg if tma else weight, b_arg, dy, x, lora_a, s, dx, ds, da, db, dbias,
-        partial_a, partial_b, partial_bias, borrow_workspace(n_words, dy.device), m, n, k, r, n_words,
+        partial_a, partial_b, partial_bias, borrow_workspace(n_words, dy.device), m, n, k, r, n_words, wave,
         dy.stride(0), x.stride(0) if needs.da else 0, weight.stride(0), lora_a.stride(0), lora_b.stride(0),
         scaling, philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
         CHAINED=chained, variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,

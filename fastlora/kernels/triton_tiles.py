@@ -110,7 +110,7 @@ def low_rank_tile(u, v, d, p, bias_ptr, c, s, flags_ptr, row, column, shape, sca
     else:
         if column == 0:
             _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant)
-        else:
+        elif c.data is not None:
             acc = _multiply(u, v, row, column - 1, shape, variant)
             wait_for(flags_ptr + row, 1)
             _finish_tile(acc, p, bias_ptr, c, s, row, (column - 1) * variant.tile.block_n, shape, dropout, variant)
@@ -255,7 +255,7 @@ class Part(NamedTuple):
 
 @triton.jit
 def gradient_tile(
-    left, right, product, column_sum, count_ptr, block, part, N, R, scale, dropout,
+    left, right, product, column_sum, count_ptr, tile, part, N, R, scale, dropout,
     CHAINED: tl.constexpr, DROPOUT: tl.constexpr, variant: tl.constexpr,
 ):  # fmt: skip
     """G[n, :] = scale·Σ_m L[m, n]·T[m, :] and Σ_m L[m, n] over the rows of one part. One whose pointer is None is not
@@ -270,7 +270,8 @@ def gradient_tile(
     BLOCK_M: tl.constexpr = variant.tile.gradient_m
     BLOCK_N: tl.constexpr = variant.tile.gradient_n
     BLOCK_R: tl.constexpr = variant.block_r
-    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    first_n = tile * BLOCK_N
+    offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_r < R)[None, :]
@@ -283,11 +284,11 @@ def gradient_tile(
             acc_sum += tl.sum(left_block.to(tl.float32), axis=0)
         if product.ptr is not None:
             if DROPOUT:
-                left_block = tl.where(keep_mask(dropout, offs_m, block * BLOCK_N, N, BLOCK_N), left_block, 0.0)
+                left_block = tl.where(keep_mask(dropout, offs_m, first_n, N, BLOCK_N), left_block, 0.0)
             right_block = load_block(right, offs_m, offs_r, part.end_row, R, False, False)
             acc = tl.dot(left_block.T, right_block, acc, input_precision=variant.precision)
     if CHAINED and part.index > 0:
-        wait_for(count_ptr + block, part.index)
+        wait_for(count_ptr + tile, part.index)
         if product.ptr is not None:
             partial_ptrs = product.partial_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :]
             acc += tl.load(partial_ptrs, mask=mask, other=0.0)
@@ -299,7 +300,7 @@ def gradient_tile(
             tl.store(partial_ptrs, acc, mask=mask)
         if column_sum.ptr is not None:
             tl.store(column_sum.partial_ptr + offs_n, acc_sum, mask=mask_n)
-        publish(count_ptr + block)
+        publish(count_ptr + tile)
     else:
         if product.ptr is not None:
             ptrs = product.ptr + offs_n[:, None].to(tl.int64) * product.stride_n + offs_r[None, :] * product.stride_r
