@@ -1,0 +1,48 @@
+"""Runs compiled kernels (PTX) on the CPU and proves them free of races, deadlocks and stray accesses. See README.md."""
+
+from .arguments import Struct
+from .errors import (
+    AlignmentError,
+    AsyncCopyError,
+    BarrierError,
+    BoundsError,
+    DeadlockError,
+    DivergenceError,
+    EmulatorError,
+    EmulatorTimeoutError,
+    LaunchError,
+    LivelockError,
+    ProxyError,
+    PtxError,
+    RaceError,
+    TrapError,
+    UninitialisedError,
+    WgmmaError,
+)
+from .launch import LaunchOptions, LaunchStats, Module, load_ptx
+from .tensor_map import TensorMap
+
+__all__ = [
+    "AlignmentError",
+    "AsyncCopyError",
+    "BarrierError",
+    "BoundsError",
+    "DeadlockError",
+    "DivergenceError",
+    "EmulatorError",
+    "EmulatorTimeoutError",
+    "LaunchError",
+    "LaunchOptions",
+    "LaunchStats",
+    "LivelockError",
+    "Module",
+    "ProxyError",
+    "PtxError",
+    "RaceError",
+    "Struct",
+    "TensorMap",
+    "TrapError",
+    "UninitialisedError",
+    "WgmmaError",
+    "load_ptx",
+]

@@ -1,0 +1,192 @@
+"""Kernel arguments: tensors become device buffers, everything becomes the bytes of the parameter space."""
+
+import ctypes
+import numbers
+import struct
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .errors import LaunchError
+from .tensor_map import TensorMap
+
+BUFFER_SHIFT = 36  # kBufferShift of engine/memory.h
+_ALLOCATION_ALIGNMENT = 256
+_PACK = {
+    "b8": "B",
+    "u8": "B",
+    "s8": "b",
+    "b16": "H",
+    "u16": "H",
+    "s16": "h",
+    "b32": "I",
+    "u32": "I",
+    "s32": "i",
+    "b64": "Q",
+    "u64": "Q",
+    "s64": "q",
+    "f32": "f",
+    "f64": "d",
+}
+
+
+@dataclass
+class Struct:
+    """A C structure passed by value: tensors, TensorMaps, scalars, bytes, each at its natural alignment.
+
+    Python ints are int32 and floats float32: wrap others in a ctypes or numpy scalar.
+    """
+
+    fields: list
+    alignment: int = field(init=False, default=8)
+
+    def __post_init__(self):
+        self.alignment = max([8] + [item.alignment for item in self.fields if isinstance(item, (Struct, TensorMap))])
+
+
+@dataclass
+class Buffer:
+    """A tensor as the device sees it: the bytes from its first to its last element."""
+
+    name: str
+    tensor: torch.Tensor
+    host: int
+    size: int
+    address: int
+    row_bytes: int
+    row_stride: int
+    writable: bool
+    initialised: bool
+
+    def describe(self, offset):
+        """Which element a byte offset is."""
+        element = self.tensor.element_size()
+        index, rest = [], offset // element
+        if offset < 0 or offset >= self.size:
+            return f"{self.name} {offset:+d} bytes"
+        for stride, extent in sorted(zip(self.tensor.stride(), self.tensor.shape), key=lambda pair: -pair[0]):
+            index.append(rest // stride if stride and extent > 1 else 0)
+            rest -= index[-1] * stride
+        return f"{self.name}[{', '.join(map(str, index))}]"
+
+
+class Buffers:
+    """Hands out device addresses, one range for each tensor."""
+
+    def __init__(self, read_only=(), uninitialised=()):
+        self.list, self._read_only, self._uninitialised = [], set(read_only), set(uninitialised)
+        self._by_extent = {}
+
+    def add(self, name, tensor):
+        """Registers a CPU tensor (again under the same address if it was before) -> Buffer."""
+        if tensor.device.type != "cpu":
+            raise LaunchError(f"{name} is on {tensor.device}: the emulator works on CPU tensors")
+        element = tensor.element_size()
+        size = (
+            (sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride())) + 1) * element
+            if tensor.numel()
+            else 0
+        )
+        key = tensor.data_ptr(), size
+        if key in self._by_extent and size:
+            return self._by_extent[key]
+        offset = (tensor.storage_offset() * element) % _ALLOCATION_ALIGNMENT
+        row_bytes, row_stride = 0, 0
+        if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape[0] > 1 and tensor.stride(0) > tensor.shape[1]:
+            row_bytes, row_stride = tensor.shape[1] * element, tensor.stride(0) * element
+        buffer = Buffer(
+            name, tensor, tensor.data_ptr(), size, ((len(self.list) + 1) << BUFFER_SHIFT) + offset, row_bytes, row_stride,
+            name not in self._read_only, name not in self._uninitialised,
+        )  # fmt: skip
+        self.list.append(buffer)
+        self._by_extent[key] = buffer
+        return buffer
+
+    def check_names(self):
+        known = {buffer.name for buffer in self.list}
+        for name in sorted((self._read_only | self._uninitialised) - known):
+            raise LaunchError(
+                f"{name!r} is read_only or uninitialised, but no buffer has that name; there are {sorted(known)}"
+            )
+
+
+def pack_arguments(entry, args, buffers):
+    """The parameter bytes of an entry. `args` is a dict or a list with one item for each parameter."""
+    named = list(args.items()) if isinstance(args, dict) else [(f"arg{i}", value) for i, value in enumerate(args)]
+    if len(named) != len(entry.params):
+        raise LaunchError(f"{entry.name} takes {len(entry.params)} parameters, {len(named)} were given")
+    packed = bytearray(entry.param_bytes)
+    for (name, value), param in zip(named, entry.params):
+        data = _pack_param(name, value, param, buffers)
+        if len(data) > param.size:
+            raise LaunchError(f"{name} has {len(data)} bytes, the parameter {param.name} {param.size}")
+        packed[param.offset : param.offset + len(data)] = data
+    return bytes(packed)
+
+
+def _pack_param(name, value, param, buffers):
+    if isinstance(value, TensorMap) and param.size == 8:  # by pointer
+        holder = torch.frombuffer(bytearray(_pack_map(name, value, buffers)), dtype=torch.uint8)
+        return struct.pack("<Q", buffers.add(f"{name} (descriptor)", holder).address)
+    if isinstance(value, (Struct, TensorMap, bytes)):
+        return _pack_value(name, value, buffers)
+    if isinstance(value, torch.Tensor):
+        return struct.pack("<Q", buffers.add(name, value).address)
+    if value is None:
+        return bytes(param.size)
+    if isinstance(value, ctypes._SimpleCData):
+        value = value.value
+    if isinstance(value, (numbers.Number, np.generic)) and param.type in _PACK and param.size <= 8:
+        return _pack_number(name, value, param.type)
+    raise LaunchError(
+        f"{name}: cannot pass {type(value).__name__} as .{param.type} parameter {param.name} of {param.size} bytes"
+    )
+
+
+def _pack_number(name, value, type_name):
+    """A float for an integer-typed parameter is passed as the bits of a float of that size: PTX declares .b32 for both."""
+    code = _PACK[type_name]
+    if code in "fd":
+        return struct.pack("<" + code, float(value))
+    if isinstance(value, (float, np.floating)):
+        if type_name not in ("b32", "b64"):
+            raise LaunchError(f"{name}: the float {value} for an integer parameter .{type_name}")
+        return struct.pack("<f" if type_name == "b32" else "<d", value)
+    bits = 8 * struct.calcsize(code)
+    if not -(1 << (bits - 1)) <= int(value) < 1 << bits:
+        raise LaunchError(f"{name}: {value} does not fit .{type_name}")
+    return (int(value) % (1 << bits)).to_bytes(bits // 8, "little")
+
+
+def _pack_map(name, value, buffers):
+    return value.pack(buffers.add(name, value.tensor).address)
+
+
+def _pack_value(name, value, buffers):
+    if isinstance(value, TensorMap):
+        return _pack_map(name, value, buffers)
+    if isinstance(value, Struct):
+        data = bytearray()
+        for i, item in enumerate(value.fields):
+            each = _pack_value(f"{name}.{i}", item, buffers)
+            align = (
+                item.alignment if isinstance(item, (Struct, TensorMap)) else 1 if isinstance(item, bytes) else len(each)
+            )
+            data += bytes(-len(data) % align) + each
+        return bytes(data) + bytes(-len(data) % value.alignment)
+    if isinstance(value, torch.Tensor):
+        return struct.pack("<Q", buffers.add(name, value).address)
+    if value is None:
+        return bytes(8)
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, (ctypes._SimpleCData, np.generic)):
+        return bytes(value) if isinstance(value, ctypes._SimpleCData) else value.tobytes()
+    if isinstance(value, bool):
+        return struct.pack("<?", value)
+    if isinstance(value, int):
+        return struct.pack("<i" if value < 1 << 31 else "<I", value)
+    if isinstance(value, float):
+        return struct.pack("<f", value)
+    raise LaunchError(f"{name}: cannot pass {type(value).__name__} in a structure")

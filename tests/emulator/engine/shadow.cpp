@@ -1,0 +1,151 @@
+#include "shadow.h"
+
+#include <algorithm>
+
+namespace emu {
+
+ReadSet& ReadSet::operator=(const ReadSet& other) {
+  count_ = other.count_;
+  std::copy(other.inline_, other.inline_ + kInline, inline_);
+  spill_.reset(other.spill_ ? new std::vector<Access>(*other.spill_) : nullptr);
+  return *this;
+}
+
+void ReadSet::add(const Access& access, const Actor& actor) {
+  Access* reads = data();
+  u32 kept = 0;
+  for (u32 i = 0; i < count_; i++) {
+    bool replaced = reads[i].owner == access.owner && reads[i].scope <= access.scope && reads[i].time != kInFlight;
+    // Whoever is ordered after the new read is ordered after this one too; a strong read stands in only for strong ones.
+    bool covered = actor.ordered(reads[i].owner, reads[i].time) && (access.scope == kWeak || reads[i].scope != kWeak);
+    if (!replaced && !covered) reads[kept++] = reads[i];
+  }
+  count_ = kept;
+  if (!spill_ && count_ == kInline) {
+    spill_.reset(new std::vector<Access>(inline_, inline_ + kInline));
+  }
+  if (spill_) {
+    spill_->resize(count_);
+    spill_->push_back(access);
+  } else {
+    inline_[count_] = access;
+  }
+  count_++;
+}
+
+void Shadow::enable(u32 buffer, u64 bytes, bool initialised, FenceSpace space, const ShadowOptions& options) {
+  buffer_ = buffer;
+  space_ = space;
+  options_ = options;
+  lines_.resize(bytes / kLine + 1);
+  for (Line& line : lines_) line.whole.initialised = initialised;
+}
+
+template <class F>
+void Shadow::for_cells(u64 offset, u64 bytes, bool unify, F f) {
+  u64 end = offset + bytes;
+  for (u64 i = offset / kLine; i * kLine < end; i++) {
+    Line& line = lines_[i];
+    u64 start = i * kLine;
+    bool covers = offset <= start && end >= start + kLine;
+    if (covers && !line.cells) {
+      f(line.whole, start);
+      continue;
+    }
+    if (!line.cells) {
+      line.cells.reset(new Cell[kCells]);
+      std::fill(line.cells.get(), line.cells.get() + kCells, line.whole);
+    }
+    u64 first = std::max(offset, start), last = std::min(end, start + kLine);
+    for (u64 c = (first - start) / kCell; start + c * kCell < last; c++) f(line.cells[c], start + c * kCell);
+    if (covers && unify) {
+      line.whole = line.cells[0];
+      line.cells.reset();
+    }
+  }
+}
+
+static const char* name(Proxy proxy) { return proxy == Proxy::kGeneric ? "" : "asynchronous "; }
+
+void Shadow::race(const char* action, u64 at, const char* other_action, const Access& other, const Access& by) const {
+  char who[96];
+  u32 index = other.owner & ((1u << options_.shift) - 1);
+  snprintf(who, sizeof who, "<agent:%u:%u>", other.owner >> options_.shift, index);
+  fault(ErrorKind::kRace, "%s%s of <at:%u:%llu> is not ordered after the %s%s by %s at <pc:%u>%s", name(by.proxy), action, buffer_,
+        (unsigned long long)at, name(other.proxy), other_action, who, other.pc, other.time == kInFlight ? ", which is still in flight" : "");
+}
+
+bool Shadow::morally_strong(const Access& a, const Access& b, const Actor& actor) const {
+  Scope narrower = std::min(a.scope, b.scope);
+  if (narrower == kWeak) return false;
+  if (narrower == kScopeGpu) return true;
+  u32 other = b.owner >> options_.shift;
+  return narrower == kScopeCta ? other == actor.cta : other / options_.ctas_per_cluster == actor.cta / options_.ctas_per_cluster;
+}
+
+void Shadow::check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const {
+  const Access& write = cell.write;
+  if (write.owner == kNobody || write.proxy != Proxy::kGeneric) return;
+  bool fenced = write.owner == actor.owner ? actor.fenced_now[space_] >= write.time : actor.knows->fenced[space_].at(write.owner) >= write.time;
+  bool foreign = write.owner >> options_.shift != actor.cta;
+  if (fenced && options_.fence_by_reader && foreign && actor.reader_fenced) fenced = actor.reader_fenced[space_].at(write.owner) >= write.time;
+  if (fenced) return;
+  fault(ErrorKind::kProxy, "asynchronous %s of <at:%u:%llu>: the generic write by <agent:%u:%u> at <pc:%u> has no fence.proxy.async for %s memory in between", action,
+        buffer_, (unsigned long long)at, write.owner >> options_.shift, write.owner & ((1u << options_.shift) - 1), write.pc, space_ == kFenceShared ? "shared" : "global");
+}
+
+void Shadow::read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const {
+  const Access& write = cell.write;
+  if (!cell.initialised) fault(ErrorKind::kUninitialised, "read of uninitialised <at:%u:%llu>", buffer_, (unsigned long long)at);
+  if (write.owner != kNobody && !actor.ordered(write.owner, write.time) && !morally_strong(by, write, actor)) race("read", at, "write", write, by);
+  if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "read");
+  cell.reads.add(by, actor);
+}
+
+void Shadow::check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const {
+  const Access& write = cell.write;
+  if (write.owner != kNobody && !actor.ordered(write.owner, write.time) && !morally_strong(by, write, actor)) race("write", at, "write", write, by);
+  for (const Access& read : cell.reads)
+    if (!actor.ordered(read.owner, read.time) && !morally_strong(by, read, actor)) race("write", at, "read", read, by);
+  if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "write");
+}
+
+void Shadow::read(u64 offset, u64 bytes, const Actor& actor, const Access& by) {
+  if (!enabled()) return;
+  for_cells(offset, bytes, false, [&](Cell& cell, u64 at) { read_cell(cell, at, actor, by); });
+}
+
+void Shadow::write(u64 offset, u64 bytes, const Actor& actor, const Access& by) {
+  if (!enabled()) return;
+  for_cells(offset, bytes, true, [&](Cell& cell, u64 at) {
+    check_write(cell, at, actor, by);
+    cell.write = by;
+    cell.initialised = true;
+    if (by.scope == kWeak) cell.reads.clear();
+  });
+}
+
+void Shadow::complete_write(u64 offset, u64 bytes, Owner owner, Time time) {
+  if (!enabled()) return;
+  for_cells(offset, bytes, false, [&](Cell& cell, u64) {
+    if (cell.write.owner == owner && cell.write.time == kInFlight) cell.write.time = time;
+  });
+}
+
+void Shadow::forget(u64 offset, u64 bytes) {
+  if (!enabled()) return;
+  for_cells(offset, bytes, true, [](Cell& cell, u64) { cell = Cell{}; });
+}
+
+void TouchMap::touch(u64 offset, u64 bytes) {
+  u64 first = offset / 2, end = (offset + bytes + 1) / 2;
+  while (first < end) {
+    u64 bit = first % 64, n = std::min<u64>(64 - bit, end - first);
+    u64 mask = (n == 64 ? ~0ull : (1ull << n) - 1) << bit, &word = words_[first / 64];
+    touched_ += u64(std::popcount(mask & ~word));
+    word |= mask;
+    first += n;
+  }
+}
+
+}  // namespace emu

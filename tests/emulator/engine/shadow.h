@@ -1,0 +1,104 @@
+// Shadow memory: who last wrote and who has since read every two bytes, and whether a new access is ordered after them.
+//
+// State is kept per 16-byte line while accesses cover whole lines, and split to eight two-byte cells when they do not.
+#pragma once
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "clock.h"
+
+namespace emu {
+
+// Memory-order scope of an access. Two accesses that are both strong, in scopes that include each other, do not race.
+enum Scope : u8 { kWeak, kScopeCta, kScopeCluster, kScopeGpu };
+// kNeutral: neither proxy asks for a fence after or before it.
+enum class Proxy : u8 { kGeneric, kAsync, kNeutral };
+
+struct Access {
+  Owner owner = kNobody;
+  Time time = 0;
+  u32 pc = 0;
+  Scope scope = kWeak;
+  Proxy proxy = Proxy::kGeneric;
+};
+
+// The readers since the last write that no later reader is ordered after.
+class ReadSet {
+ public:
+  void add(const Access& access, const Actor& actor);
+  void clear() { count_ = 0; }
+  const Access* begin() const { return spill_ ? spill_->data() : inline_; }
+  const Access* end() const { return begin() + count_; }
+  ReadSet() = default;
+  ReadSet(const ReadSet& other) { *this = other; }
+  ReadSet& operator=(const ReadSet& other);
+
+ private:
+  static constexpr u32 kInline = 2;
+  Access* data() { return spill_ ? spill_->data() : inline_; }
+  u32 count_ = 0;
+  Access inline_[kInline];
+  std::unique_ptr<std::vector<Access>> spill_;
+};
+
+struct Cell {
+  Access write;
+  ReadSet reads;
+  bool initialised = false;
+};
+
+struct ShadowOptions {
+  bool fence_by_writer = false;  // the writing thread itself must fence
+  bool fence_by_reader = false;  // and, for data of another CTA, the reading thread too
+  u32 shift = 0;                 // log2 of the agents of a CTA
+  u32 ctas_per_cluster = 1;
+};
+
+class Shadow {
+ public:
+  Shadow() = default;
+  // buffer: number that messages name the memory by.
+  void enable(u32 buffer, u64 bytes, bool initialised, FenceSpace space, const ShadowOptions& options);
+  bool enabled() const { return !lines_.empty(); }
+
+  // `by` is recorded as the reader or writer: the actor itself, or an asynchronous agent that it starts.
+  void read(u64 offset, u64 bytes, const Actor& actor, const Access& by);
+  void write(u64 offset, u64 bytes, const Actor& actor, const Access& by);
+  // An asynchronous write recorded with time kInFlight has completed.
+  void complete_write(u64 offset, u64 bytes, Owner owner, Time time);
+  // Fresh contents, as after an mbarrier's storage is given back.
+  void forget(u64 offset, u64 bytes);
+
+ private:
+  static constexpr u32 kLine = 16, kCell = 2, kCells = kLine / kCell;
+  struct Line {
+    Cell whole;
+    std::unique_ptr<Cell[]> cells;  // present while the line is split
+  };
+  template <class F> void for_cells(u64 offset, u64 bytes, bool unify, F f);
+  void check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const;
+  void read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const;
+  void check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const;
+  bool morally_strong(const Access& a, const Access& b, const Actor& actor) const;
+  [[noreturn]] void race(const char* action, u64 at, const char* other_action, const Access& other, const Access& by) const;
+
+  u32 buffer_ = 0;
+  FenceSpace space_ = kFenceShared;
+  ShadowOptions options_;
+  std::vector<Line> lines_;
+};
+
+// Distinct bytes touched, in steps of two.
+class TouchMap {
+ public:
+  void resize(u64 bytes) { words_.assign(bytes / 128 + 2, 0); }
+  void touch(u64 offset, u64 bytes);
+  u64 bytes() const { return touched_ * 2; }
+
+ private:
+  std::vector<u64> words_;
+  u64 touched_ = 0;
+};
+
+}  // namespace emu

@@ -1,0 +1,113 @@
+"""Builds the C++ engine on first use and loads it. Cached by content, safe when many processes start at once."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+_SOURCES = Path(__file__).parent / "engine"
+_FLAGS = [
+    "-std=c++20",
+    "-O2",
+    "-ftree-vectorize",
+    "-fvect-cost-model=dynamic",
+    "-march=native",
+    "-ffp-contract=off",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+]
+
+
+def _compiler():
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if not compiler:
+        raise RuntimeError("the emulator needs g++ (11 or later) to build its engine")
+    return compiler
+
+
+def _host():
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    except OSError:
+        return platform.processor()
+
+
+def _cache_directory():
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    directory = Path(base) / "fastlora-emulator"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+    except OSError:
+        fallback = Path(tempfile.gettempdir()) / f"fastlora-emulator-{os.getuid()}"
+        fallback.mkdir(exist_ok=True)
+        return fallback
+
+
+def _build(target):
+    """Compiles into a directory of its own and moves the result into place, so that a reader never sees half a file."""
+    compiler = _compiler()
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+
+        def compile_one(source):
+            result = Path(work) / f"{source.stem}.o"
+            done = subprocess.run(
+                [compiler, *_FLAGS, "-c", str(source), "-o", str(result)], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise RuntimeError(f"building the emulator's engine failed:\n{done.stderr[:4000]}")
+            return str(result)
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compile_one, sorted(_SOURCES.glob("*.cpp"))))
+        linked = Path(work) / "engine.so"
+        subprocess.run([compiler, "-shared", "-o", str(linked), *objects], check=True)
+        os.replace(linked, target)
+
+
+@functools.cache
+def library():
+    """The engine as a ctypes library."""
+    digest = hashlib.sha256()
+    for source in sorted(_SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    version = subprocess.run([_compiler(), "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
+    digest.update(repr((_FLAGS, version, _host())).encode())
+    target = _cache_directory() / f"engine-{digest.hexdigest()[:24]}.so"
+    if not target.exists():
+        lock = target.with_suffix(".lock")
+        with open(lock, "w") as handle:
+            _lock(handle)
+            if not target.exists():
+                _build(target)
+        lock.unlink(missing_ok=True)
+    loaded = ctypes.CDLL(str(target))
+    loaded.emu_op_count.restype = ctypes.c_uint64
+    loaded.emu_op_name.restype = ctypes.c_char_p
+    loaded.emu_op_name.argtypes = [ctypes.c_uint64]
+    loaded.emu_program.restype = ctypes.c_void_p
+    loaded.emu_program.argtypes = [ctypes.c_void_p]
+    loaded.emu_free.argtypes = [ctypes.c_void_p]
+    return loaded
+
+
+def _lock(handle):
+    import fcntl
+
+    fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+@functools.cache
+def operations():
+    """Name -> number of every operation that the engine executes."""
+    engine = library()
+    return {engine.emu_op_name(i).decode(): i for i in range(engine.emu_op_count())}

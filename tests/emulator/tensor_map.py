@@ -1,0 +1,79 @@
+"""TMA descriptors, in the emulator's own encoding (engine/tensor_map.h)."""
+
+import struct
+from dataclasses import dataclass
+
+from .errors import LaunchError
+
+_MAGIC = 0x70616D726F736E74
+_MAX_RANK = 5
+_REDUCTION_TYPES = {
+    "torch.float32": 1,
+    "torch.float16": 2,
+    "torch.bfloat16": 3,
+    "torch.uint32": 4,
+    "torch.int32": 5,
+    "torch.float64": 6,
+    "torch.uint64": 7,
+}
+
+
+@dataclass
+class TensorMap:
+    """A tiled TMA descriptor over a tensor of 1 to 5 dimensions; elements outside the tensor read as zero.
+
+    Args:
+        tensor: the base, in row-major order of its dimensions (the last one is TMA's innermost, with stride 1).
+        box: rows, columns (and so on) of a tile, in the tensor's order.
+        swizzle: bytes of the swizzle span: 0, 32, 64 or 128.
+        shape, strides: other extents and strides (in elements) than the tensor's, same order.
+        alignment: bytes; how a by-value kernel parameter of it is aligned.
+    """
+
+    tensor: object
+    box: tuple
+    swizzle: int = 0
+    shape: tuple = None
+    strides: tuple = None
+    alignment = 64
+
+    def pack(self, address):
+        """The 128 bytes, for a base at this device address. Raises LaunchError where cuTensorMapEncodeTiled would fail."""
+        element = self.tensor.element_size()
+        shape = tuple(self.shape if self.shape is not None else self.tensor.shape)
+        strides = tuple(self.strides if self.strides is not None else self.tensor.stride())
+        rank = len(shape)
+        problems = [
+            (not 1 <= rank <= _MAX_RANK, f"rank {rank}"),
+            (
+                len(self.box) != rank or len(strides) != rank,
+                f"box {self.box} and strides {strides} for {rank} dimensions",
+            ),
+            (self.swizzle not in (0, 32, 64, 128), f"swizzle {self.swizzle}"),
+            (address % 16, "the base is not aligned to 16 bytes"),
+            (strides[-1] != 1, f"inner stride {strides[-1]}"),
+            (any(stride * element % 16 for stride in strides[:-1]), f"strides {strides} are not multiples of 16 bytes"),
+            (any(not 1 <= extent <= 256 for extent in self.box), f"box {self.box} outside 1..256"),
+            (self.box[-1] * element % 16, f"inner box of {self.box[-1] * element} bytes is not a multiple of 16"),
+            (
+                self.swizzle and self.box[-1] * element > self.swizzle,
+                f"inner box of {self.box[-1] * element} bytes exceeds the {self.swizzle}-byte swizzle",
+            ),
+            (any(not 1 <= extent < 1 << 32 for extent in shape), f"shape {shape}"),
+        ]
+        for wrong, what in problems:
+            if wrong:
+                raise LaunchError(f"tensor map of a tensor of shape {tuple(self.tensor.shape)}: {what}")
+
+        def padded(values, count):
+            return [*values, *[0] * (count - len(values))]
+
+        inner_first = [tuple(reversed(values)) for values in (shape, strides, self.box)]
+        return struct.pack(
+            "<QQII5Q4Q5IIII",
+            _MAGIC, address, rank, element,
+            *padded(inner_first[0], _MAX_RANK),
+            *padded([stride * element for stride in inner_first[1][1:]], _MAX_RANK - 1),
+            *padded(inner_first[2], _MAX_RANK),
+            self.swizzle, _REDUCTION_TYPES.get(str(self.tensor.dtype), 0), 0,
+        )  # fmt: skip

@@ -1,0 +1,236 @@
+"""Arithmetic, logic, comparisons, moves and conversions."""
+
+from ..errors import PtxError
+from ..program import CLOCKS, file_of
+from ..ptx import SIZES
+from .registry import translates, vector
+
+FLUSH, SATURATE, PROPAGATE_NAN = 1, 2, 4  # FloatFlags of engine/ops_float.cpp
+_INTEGERS = {f"{sign}{bits}" for sign in "us" for bits in (16, 32, 64)}
+_FLOATS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2"}
+
+
+def _compute(instruction, builder, name, n_sources):
+    kind = instruction.type
+    sources = [builder.source(text, kind) for text in instruction.operands[1 : 1 + n_sources]]
+    immediates = []
+    if kind in _FLOATS:
+        instruction.only("rn", "ftz", "sat", "NaN", "approx", "full", "noftz", kind)
+        immediates = [
+            FLUSH * instruction.has("ftz") | SATURATE * instruction.has("sat") | PROPAGATE_NAN * instruction.has("NaN")
+        ]
+    builder.emit(f"{name}.{kind}", [builder.destination(instruction.operands[0], kind)], sources, immediates)
+
+
+@translates("add", "sub", "min", "max", "div", "rem", "copysign")
+def _binary(instruction, builder):
+    if instruction.type in _INTEGERS:
+        instruction.only(instruction.type)
+    _compute(instruction, builder, instruction.modifiers[0], 2)
+
+
+@translates("neg", "abs", "ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh")
+def _unary(instruction, builder):
+    _compute(instruction, builder, instruction.modifiers[0], 1)
+
+
+@translates("fma")
+def _fma(instruction, builder):
+    _compute(instruction, builder, "fma", 3)
+
+
+@translates("mul", "mad")
+def _multiply(instruction, builder):
+    root, kind, operands = instruction.modifiers[0], instruction.type, instruction.operands
+    n_sources = 2 if root == "mul" else 3
+    if kind in _FLOATS:
+        return _compute(instruction, builder, "mul" if root == "mul" else "fma", n_sources)
+    part = instruction.modifiers[1]
+    instruction.only("lo", "hi", "wide", kind)
+    result = f"{kind[0]}{int(kind[1:]) * 2}" if part == "wide" else kind
+    sources = [builder.source(text, kind) for text in operands[1:3]]
+    if root == "mad":
+        sources.append(builder.source(operands[3], result))
+    builder.emit(f"{root}.{part}.{kind}", [builder.destination(operands[0], result)], sources)
+
+
+@translates("and", "or", "xor", "not", "cnot")
+def _logic(instruction, builder):
+    kind = instruction.type
+    instruction.only(kind)
+    sources = [builder.source(text, kind) for text in instruction.operands[1:]]
+    builder.emit(f"{instruction.modifiers[0]}.{kind}", [builder.destination(instruction.operands[0], kind)], sources)
+
+
+@translates("shl", "shr")
+def _shift(instruction, builder):
+    kind, (dst, value, amount) = instruction.type, instruction.operands
+    instruction.only(kind)
+    name = f"shr.{kind.replace('b', 'u')}" if instruction.modifiers[0] == "shr" else f"shl.{kind}"
+    builder.emit(name, [builder.destination(dst, kind)], [builder.source(value, kind), builder.source(amount, "u32")])
+
+
+@translates("shf")
+def _funnel_shift(instruction, builder):
+    direction, mode, kind = instruction.modifiers[1:]
+    sources = [builder.source(text, kind) for text in instruction.operands[1:]]
+    builder.emit(
+        "shf", [builder.destination(instruction.operands[0], kind)], sources, [direction == "l", mode == "wrap"]
+    )
+
+
+@translates("popc", "clz", "brev", "bfind")
+def _bit_count(instruction, builder):
+    root, kind = instruction.modifiers[0], instruction.type
+    instruction.only(kind)
+    result = kind if root == "brev" else "u32"
+    builder.emit(
+        f"{root}.{kind}",
+        [builder.destination(instruction.operands[0], result)],
+        [builder.source(instruction.operands[1], kind)],
+    )
+
+
+@translates("bfe", "bfi")
+def _bit_field(instruction, builder):
+    root, kind, operands = instruction.modifiers[0], instruction.type, instruction.operands
+    n_values = 1 if root == "bfe" else 2
+    sources = [builder.source(text, kind) for text in operands[1 : 1 + n_values]]
+    sources += [builder.source(text, "u32") for text in operands[1 + n_values :]]
+    builder.emit(f"{root}.{kind}", [builder.destination(operands[0], kind)], sources)
+
+
+@translates("prmt", "lop3", "dp4a")
+def _bytes(instruction, builder):
+    root, operands = instruction.modifiers[0], instruction.operands
+    instruction.only("b32", "u32", "s32")
+    immediates = [builder.number(operands[4])] if root == "lop3" else []
+    if root == "dp4a" and len(set(instruction.modifiers[1:])) != 1:
+        raise PtxError("dp4a of mixed signedness is not modelled")
+    name = f"dp4a.{instruction.type}" if root == "dp4a" else root
+    builder.emit(
+        name,
+        [builder.destination(operands[0], "b32")],
+        [builder.source(text, "b32") for text in operands[1:4]],
+        immediates,
+    )
+
+
+@translates("selp")
+def _select(instruction, builder):
+    kind, (dst, a, b, chosen) = instruction.type, instruction.operands
+    name = "selp.pred" if kind == "pred" else f"selp.b{SIZES[kind] * 8}"
+    builder.emit(
+        name,
+        [builder.destination(dst, kind)],
+        [builder.source(a, kind), builder.source(b, kind), builder.source(chosen, "pred")],
+    )
+
+
+# Compare of engine/ops_float.cpp; 8 marks a comparison that is true of a NaN.
+_COMPARISONS = {
+    "eq": 0,
+    "ne": 1,
+    "lt": 2,
+    "le": 3,
+    "gt": 4,
+    "ge": 5,
+    "lo": 2,
+    "ls": 3,
+    "hi": 4,
+    "hs": 5,
+    "num": 6,
+    "nan": 7,
+}
+_COMPARISONS |= {f"{name}u": 8 | _COMPARISONS[name] for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+_COMBINATIONS = {"and": 1, "or": 2, "xor": 3}
+
+
+@translates("setp")
+def _set_predicate(instruction, builder):
+    kind, operands = instruction.type, instruction.operands
+    comparison, *rest = instruction.modifiers[1:-1]
+    combination = next((_COMBINATIONS[name] for name in rest if name in _COMBINATIONS), 0)
+    if set(rest) - set(_COMBINATIONS) - {"ftz"}:
+        raise PtxError(f"{instruction.opcode} is not modelled")
+    destinations = [builder.destination(text.strip(), "pred") for text in operands[0].split("|")]
+    sources = [builder.source(text, kind) for text in operands[1:3]]
+    if combination:
+        sources.append(builder.source(operands[3], "pred"))
+    name = f"setp.{kind.replace('b', 'u') if kind[0] == 'b' and kind != 'bf16' else kind}"
+    builder.emit(name, destinations, sources, [_COMPARISONS[comparison], combination, len(destinations)])
+
+
+@translates("mov")
+def _move(instruction, builder):
+    kind, (dst, src) = instruction.type, instruction.operands
+    instruction.only(kind)
+    if dst.startswith("{"):
+        parts = vector(dst)
+        part_kind = f"b{SIZES[kind] * 8 // len(parts)}"
+        builder.emit(
+            "unpack",
+            [builder.destination(part, part_kind) for part in parts],
+            [builder.source(src, kind)],
+            [part_kind[1:]],
+        )
+    elif src.startswith("{"):
+        parts = vector(src)
+        part_kind = f"b{SIZES[kind] * 8 // len(parts)}"
+        builder.emit(
+            "pack",
+            [builder.destination(dst, kind)],
+            [builder.source(part, part_kind) for part in parts],
+            [part_kind[1:]],
+        )
+    elif src in CLOCKS:
+        builder.emit("clock", [builder.destination(dst, kind)])
+    elif kind == "pred":
+        builder.emit("mov.pred", [builder.destination(dst, kind)], [builder.source(src, kind)])
+    else:
+        builder.emit(
+            f"mov.b{SIZES[kind] * 8 if SIZES[kind] > 1 else 16}",
+            [builder.destination(dst, kind)],
+            [builder.source(src, kind)],
+        )
+
+
+_CVT_TYPES = ("u8", "s8", "u16", "s16", "u32", "s32", "u64", "s64", "f16", "bf16", "tf32", "f32", "f64")
+_ROUNDINGS = {"rn": 0, "rz": 1, "rm": 2, "rp": 3, "rna": 4, "rni": 0, "rzi": 1, "rmi": 2, "rpi": 3}
+
+
+def _register_type(kind):
+    return "b32" if kind == "tf32" else kind
+
+
+@translates("cvt")
+def _convert(instruction, builder):
+    to, source_type = instruction.modifiers[-2:]
+    operands = instruction.operands
+    if to in ("bf16x2", "f16x2") and source_type == "f32":
+        instruction.only("rn", "relu", to, "f32")
+        sources = [builder.source(text, "f32") for text in operands[1:]]
+        return builder.emit(
+            f"cvt.{to}.f32", [builder.destination(operands[0], "b32")], sources, [instruction.has("relu")]
+        )
+    instruction.only(*_ROUNDINGS, "ftz", "sat", "relu", to, source_type)
+    if to not in _CVT_TYPES or source_type not in _CVT_TYPES:
+        raise PtxError(f"{instruction.opcode} is not modelled")
+    destination = builder.any_destination(operands[0], _register_type(to))
+    source = builder.any_register(operands[1], _register_type(source_type))
+    natural = destination & 3 == file_of(_register_type(to)) and source & 3 == file_of(_register_type(source_type))
+    rounding = next((name for name in instruction.modifiers if name in _ROUNDINGS), None)
+    exact_name = f"cvt.{to}.{source_type}"
+    plain = not instruction.has("sat", "ftz", "relu") and rounding in (None, "rn")
+    integers = to[0] in "us" and source_type[0] in "us"
+    frequent = integers or (to == "f32" and (source_type[0] in "us" or source_type in ("bf16", "f16")))
+    if natural and plain and frequent:
+        return builder.emit(exact_name, [destination], [source])
+    flags = [
+        instruction.has("sat"),
+        instruction.has("ftz"),
+        instruction.has("relu"),
+        rounding is not None and rounding.endswith("i"),
+    ]
+    kinds = [_CVT_TYPES.index(to), _CVT_TYPES.index(source_type), _ROUNDINGS.get(rounding, 0)]
+    return builder.emit("cvt", [destination], [source], kinds + flags)

@@ -1,0 +1,119 @@
+"""Walks the statements of an entry."""
+
+import re
+
+from ..errors import PtxError
+from ..program import LOCAL_WINDOW, PARAM_WINDOW, Builder, Scope
+from ..ptx import Block, Label, Site, parse_variable, split_operands
+from .registry import Instruction, translate
+
+SHARED_BASE = 1024  # kSharedBase of engine/memory.h
+_STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.S)
+_IGNORED = (".pragma", ".branchtargets", ".callprototype")
+
+
+class SharedLayout:
+    """Places the .shared variables of a module: static ones first, dynamic ones after them."""
+
+    def __init__(self):
+        self.addresses, self.top, self.dynamic = {}, SHARED_BASE, []
+
+    def add(self, variable):
+        if variable.size == 0:
+            self.dynamic.append(variable)
+            return
+        self.top = -(-self.top // variable.align) * variable.align
+        self.addresses[variable.name] = self.top
+        self.top += variable.size
+
+    def finish(self):
+        """All dynamic variables share one address."""
+        align = max((variable.align for variable in self.dynamic), default=16)
+        start = -(-self.top // align) * align
+        self.addresses |= {variable.name: start for variable in self.dynamic}
+        return start - SHARED_BASE
+
+
+def translate_module(module, global_addresses):
+    """-> {entry name: (Entry, Program, bytes of static shared memory)}. Raises PtxError with the line."""
+    layout = SharedLayout()
+    for variable in module.variables:
+        if variable.space == "shared":
+            layout.add(variable)
+    for entry in module.entries.values():  # variables declared inside a function body
+        for statement in _statements(entry.body):
+            variable = parse_variable(statement) if statement.text.startswith(".shared") else None
+            if variable:
+                layout.add(variable)
+    static_bytes = layout.finish()
+    programs = {}
+    for entry in module.entries.values():
+        symbols = (
+            layout.addresses | global_addresses | {param.name: PARAM_WINDOW | param.offset for param in entry.params}
+        )
+        builder = Builder(symbols)
+        _walk(entry.body, builder)
+        programs[entry.name] = (entry, builder.finish(), static_bytes)
+    return programs
+
+
+def _statements(block):
+    for item in block.items:
+        if isinstance(item, Block):
+            yield from _statements(item)
+        elif not isinstance(item, Label):
+            yield item
+
+
+def _walk(block, builder):
+    builder.scope = Scope(builder.scope)
+    builder.scope.labels = {item.name: [None] for item in block.items if isinstance(item, Label)}
+    for item in block.items:
+        if isinstance(item, Block):
+            _walk(item, builder)
+        elif isinstance(item, Label):
+            builder.place_label(item.name)
+        elif item.text.startswith(".reg"):
+            _declare_registers(item, builder)
+        elif item.text.startswith("."):
+            _directive(item, builder)
+        else:
+            _instruction(item, builder)
+    builder.scope = builder.scope.parent
+
+
+def _declare_registers(statement, builder):
+    match = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement.text)
+    if not match:
+        raise PtxError(f"PTX line {statement.line}: cannot read {statement.text!r}")
+    for name in split_operands(match.group(2)):
+        family = re.fullmatch(r"([%\w$]+)<(\d+)>", name)
+        for each in [f"{family.group(1)}{i}" for i in range(int(family.group(2)))] if family else [name]:
+            builder.declare(each, match.group(1))
+
+
+def _directive(statement, builder):
+    variable = parse_variable(statement)
+    if variable and variable.space == "local":
+        builder.local_bytes = -(-builder.local_bytes // variable.align) * variable.align
+        builder.symbols[variable.name] = LOCAL_WINDOW | builder.local_bytes
+        builder.local_bytes = -(-(builder.local_bytes + variable.size) // 16) * 16
+    elif not (variable and variable.space == "shared") and not statement.text.startswith(_IGNORED):
+        raise PtxError(f"PTX line {statement.line}: unknown directive {statement.text[:80]}")
+
+
+def _instruction(statement, builder):
+    builder.site = site = Site(statement.source, statement.line, statement.text)
+    match = _STATEMENT.fullmatch(statement.text)
+    if not match:
+        raise PtxError(f"cannot read {site}", [site])
+    negated, guard, opcode, operands = match.groups()
+    try:
+        builder.guard = (-1, False)
+        if guard:
+            builder.guard = (builder.source(guard, "pred") >> 2, bool(negated))
+        translate(Instruction(opcode, opcode.split("."), split_operands(operands)), builder)
+    except PtxError as error:
+        raise PtxError(f"{error} at {site}", [site]) from None
+    except (IndexError, KeyError, ValueError) as error:
+        raise PtxError(f"cannot translate {site}: {error!r}", [site]) from error
