@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastlora.bench.names import PRESETS
+
 TOKENS = (1, 16, 128, 512, 2048, 8192, 16384)
 RANKS = (1, 4, 8, 16, 32, 64, 128, 256)
 DROPOUTS = (0.0, 0.1)
@@ -62,8 +64,6 @@ def _grid(tokens, layers, ranks, dropouts, dtypes) -> list[LayerCase]:
 # The reference backend's own targets are set at the first of these (fp32, CPU); the rest is the demo model's.
 CPU_HEADLINE = (LayerCase(2048, 1024, 1024, 16, 0.0, "float32"),)
 GPU_HEADLINE = tuple(LayerCase(8192, 4096, 4096, r) for r in (16, 64))
-
-PRESETS = ("quick", "lorafusion", "llama8b", "llama70b", "full")
 
 
 def preset_cases(preset: str, device: str) -> list[LayerCase]:

@@ -48,3 +48,9 @@ def measure_peaks(device: str, dtypes: dict[str, torch.dtype]) -> dict:
         "copy_gbs": copy_gbs(device),
         "matmul_tflops": {name: matmul_tflops(device, dtype) for name, dtype in dtypes.items()},
     }
+
+
+def larger_peaks(first: dict, second: dict) -> dict:
+    """The larger of each of two measurements."""
+    rates = {name: max(rate, second["matmul_tflops"][name]) for name, rate in first["matmul_tflops"].items()}
+    return {"copy_gbs": max(first["copy_gbs"], second["copy_gbs"]), "matmul_tflops": rates}

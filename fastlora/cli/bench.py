@@ -5,76 +5,88 @@ import sys
 from pathlib import Path
 
 import click
-import torch
-from tqdm import tqdm
 
-from fastlora.bench.cases import PRESETS, LayerCase
-from fastlora.bench.correctness import WrongResult
-from fastlora.bench.peers import ON_REQUEST, ORDINARY, find_peer
-from fastlora.bench.run import SECTIONS, BenchOptions, run_bench, steps_of
-from fastlora.cli.errors import CommandError
+from fastlora.bench.names import PRESETS, SECTIONS
+from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.files import check_writable, reported_write_errors
 
+CASE = "M,N,K,R[,P[,DTYPE]]"
 
-def parse_case(text: str) -> LayerCase:
-    """ "M,N,K,R[,dropout[,dtype]]" as a case.
+
+@click.command()
+@click.option("--preset", default="quick", type=click.Choice(PRESETS), show_default=True, help="Layers to measure.")
+@click.option("--case", "cases", multiple=True, metavar=CASE, help="These layers instead; may be repeated.")
+@click.option("--only", "sections", multiple=True, type=click.Choice(SECTIONS), help="These sections; may be repeated.")
+@click.option("--peer", "wanted", multiple=True, metavar="NAME", help="Also a real package, or your module:function.")
+@click.option("--skip", multiple=True, metavar="NAME", help="Leave a peer out; may be repeated.")
+@click.option("--device", default=None, type=click.Choice(("cpu", "cuda")), help="[default: a GPU if there is one]")
+@click.option("--seconds", default=3.0, type=click.FloatRange(0), show_default=True, help="Timing budget of a case.")
+@click.option(
+    "--output", default="fastlora-bench", type=click.Path(path_type=Path), show_default=True, help="Directory."
+)
+@click.option("--from", "source", type=click.Path(path_type=Path), help="Write the report of this bench.json anew.")
+@click.option("--claims", is_flag=True, help="Measure LoRA's own claims on the demo model instead.")
+@click.option("--steps", default=40, type=click.IntRange(1), show_default=True, help="Training steps of --claims.")
+@click.option("--list-peers", is_flag=True, help="Name the peers and stop.")
+def bench(preset, cases, sections, wanted, skip, device, seconds, output, source, claims, steps, list_peers):
+    """Measure a LoRA layer against the frozen layer and its peers; write JSON, Markdown, HTML and pictures."""
+    if list_peers:
+        _list_peers()
+        return
+    check_writable(output)
+    if claims:
+        _run_claims(output, device, steps)
+        return
+    report = _load(source) if source else _measure(preset, cases, sections, wanted, skip, _device(device), seconds)
+    _write(report, output)
+
+
+def _command() -> str:
+    return shlex.join(["fastlora", *sys.argv[1:]])
+
+
+def _list_peers() -> None:
+    from fastlora.bench.peers import ON_REQUEST, ORDINARY
+
+    for peer in (*ORDINARY, *ON_REQUEST):
+        click.echo(f"{peer.name:18} {peer.kind}{' (with --peer)' if peer in ON_REQUEST else ''}")
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: this machine has no CUDA device that torch can use")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def parse_case(text: str):
+    """ "M,N,K,R[,dropout[,dtype]]" as a LayerCase.
 
     Raises:
         CommandError: it is not one.
     """
+    from fastlora.bench.cases import LayerCase
+
     parts = text.split(",")
     try:
         sizes = [int(part) for part in parts[:4]]
         dropout = float(parts[4]) if len(parts) > 4 else 0.0
-        dtype = parts[5] if len(parts) > 5 else "float32"
-        return LayerCase(*sizes, dropout, dtype)
+        return LayerCase(*sizes, dropout, *(parts[5:] or ["float32"]))
     except (ValueError, TypeError) as error:
-        raise CommandError(f"--case {text!r} is not M,N,K,R[,dropout[,dtype]]: {error}") from error
+        raise CommandError(f"--case {text!r} is not {CASE}: {first_line(error)}") from error
 
 
-@click.command(context_settings={"show_default": True})
-@click.option("--preset", default="quick", type=click.Choice(PRESETS), help="Which layers to measure.")
-@click.option(
-    "--case", "cases", multiple=True, metavar="M,N,K,R[,P[,DTYPE]]", help="These layers instead (repeatable)."
-)
-@click.option("--only", "sections", multiple=True, type=click.Choice(SECTIONS), help="These sections (repeatable).")
-@click.option(
-    "--peer", "requested", multiple=True, metavar="NAME", help="Also a real package, or your module:function."
-)
-@click.option("--skip", multiple=True, metavar="NAME", help="Leave a peer out (repeatable).")
-@click.option("--device", default=None, type=click.Choice(("cpu", "cuda")), help="Where; a GPU if there is one.")
-@click.option("--seconds", default=3.0, type=click.FloatRange(min=0.0), help="Timing budget of each case.")
-@click.option("--output", default="fastlora-bench", type=click.Path(file_okay=False, path_type=Path), help="Directory.")
-@click.option(
-    "--from", "source", type=click.Path(path_type=Path), help="Write the report of an earlier bench.json anew."
-)
-@click.option("--claims", is_flag=True, help="LoRA's own claims on the demo model, as a table, instead.")
-@click.option("--list-peers", is_flag=True, help="Name the peers and stop.")
-def bench(preset, cases, sections, requested, skip, device, seconds, output, source, claims, list_peers):
-    """Measure a LoRA layer against the frozen layer and its peers, and write a report."""
-    if list_peers:
-        for peer in (*ORDINARY, *ON_REQUEST):
-            click.echo(f"{peer.name:18} {peer.kind}{' (with --peer)' if peer in ON_REQUEST else ''}")
-        return
-    check_writable(output)
-    if claims:
-        _run_claims(output)
-        return
-    if source is not None:
-        report = _load(source)
-    else:
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device == "cuda" and not torch.cuda.is_available():
-            raise CommandError("--device cuda: this machine has no CUDA device that torch can use")
-        report = _measure(preset, cases, sections, requested, skip, device, seconds)
-    _write(report, output)
+def _run_claims(output: Path, device: str | None, steps: int) -> None:
+    from fastlora.cli.claims import claims_tables, measure_claims, write_claims
+    from fastlora.cli.training.settings import Settings
 
-
-def _run_claims(output: Path) -> None:
-    from fastlora.bench.claims import measure_claims, write_claims
-
+    found = measure_claims(Settings(device=_device(device), steps=steps), click.echo)
+    found["command"] = _command()
+    for table in claims_tables(found):
+        click.echo(table.to_markdown())
     with reported_write_errors(output):
-        for path in write_claims(measure_claims(), output):
+        for path in write_claims(found, output):
             click.echo(f"wrote {path}")
 
 
@@ -84,19 +96,23 @@ def _load(source: Path) -> dict:
     try:
         return load_report(source)
     except (OSError, ValueError) as error:
-        raise CommandError(f"cannot read {source}: {error}") from error
+        raise CommandError(f"cannot read {source}: {first_line(error)}") from error
 
 
-def _measure(preset, cases, sections, requested, skip, device, seconds) -> dict:
+def _measure(preset, cases, sections, wanted, skip, device, seconds) -> dict:
+    from tqdm import tqdm
+
+    from fastlora.bench.correctness import WrongResult
+    from fastlora.bench.peers import ORDINARY, find_peer
+    from fastlora.bench.run import BenchOptions, run_bench, steps_of
+
     try:
-        extra = tuple(find_peer(name) for name in requested)
+        peers = tuple(dict.fromkeys((*ORDINARY, *map(find_peer, wanted))))
     except ValueError as error:
-        raise CommandError(str(error)) from error
-    known = {peer.name for peer in (*ORDINARY, *extra)}
-    unknown = [name for name in skip if name not in known]
-    if unknown:
-        raise CommandError(f"--skip {unknown[0]}: no such peer; choose from {', '.join(sorted(known))}")
-    peers = tuple(dict.fromkeys(peer for peer in (*ORDINARY, *extra) if peer.name not in skip))
+        raise CommandError(first_line(error)) from error
+    for name in skip:
+        if name not in (peer.name for peer in peers):
+            raise CommandError(f"--skip {name}: no such peer; --list-peers names them")
     with tqdm(unit="part", file=sys.stderr) as bar:
 
         def advance(label: str) -> None:
@@ -108,16 +124,16 @@ def _measure(preset, cases, sections, requested, skip, device, seconds) -> dict:
             device=device,
             sections=sections or (("layer",) if cases else SECTIONS),
             seconds=seconds,
-            peers=peers,
+            peers=tuple(peer for peer in peers if peer.name not in skip),
             cases=tuple(parse_case(text) for text in cases) if cases else None,
-            command=shlex.join(["fastlora", *sys.argv[1:]]),
+            command=_command(),
             on_progress=advance,
         )
         bar.total = steps_of(options)
         try:
             return run_bench(options)
         except WrongResult as error:
-            raise CommandError(f"not timed, because it is wrong: {error}") from error
+            raise CommandError(f"nothing was timed, because it is wrong: {first_line(error)}") from error
 
 
 def _write(report: dict, output: Path) -> None:

@@ -10,6 +10,7 @@ COMMANDS = {
     "info": "fastlora.cli.info:info",
     "finetune": "fastlora.cli.finetune:finetune",
     "bench": "fastlora.cli.bench:bench",
+    "tune": "fastlora.cli.tune:tune",
 }
 
 INTERRUPTED = 130

@@ -1,0 +1,172 @@
+"""LoRA's own claims, measured on the demo model in one run: few trainable parameters, less memory, no added latency
+once merged, and the loss that full fine-tuning reaches in as many steps."""
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fastlora.bench.environment import describe
+from fastlora.bench.models import shared_copy
+from fastlora.bench.tables import Table, mib, time_text
+from fastlora.bench.timing import time_calls
+from fastlora.cli.training.arms import fastlora_arm
+from fastlora.cli.training.data import TokenBlocks, make_blocks, read_text
+from fastlora.cli.training.interrupt import Interruption
+from fastlora.cli.training.loop import Arm, Record, held_out_loss, make_optimizer, train
+from fastlora.cli.training.models import check_device, find_model, load_model
+from fastlora.cli.training.settings import Settings
+from fastlora.model import merge, trainable_parameters
+
+LORA, FULL = "LoRA", "full fine-tuning"
+# LoRA wants a rate some ten times that of full fine-tuning, which diverges at LoRA's: both get the better of two.
+LEARNING_RATES = {LORA: (1e-3, 2e-3), FULL: (5e-5, 2e-4)}
+LATENCY_TOKENS = 64
+LATENCY_SECONDS = 15.0
+LATENCY_CALLS = 2
+
+
+def measure_claims(settings: Settings, say: Callable[[str], None]) -> dict:
+    """Trains LoRA and every weight of the same model on the same batches, and times base, adapted and merged inference.
+
+    Args:
+        settings: model, text, rank and steps; its learning rate is not used.
+        say: shows one line to the user.
+
+    Raises:
+        CommandError: the model or the text cannot be loaded.
+    """
+    device = check_device(settings.device)
+    settings = replace(settings, device=str(device))
+    source = find_model(settings.model)
+    say(f"Loading {source.label}")
+    base, tokenizer = load_model(source, getattr(torch, settings.dtype), device)
+    ids = tokenizer(read_text(settings.text), add_special_tokens=False)["input_ids"]
+    blocks = make_blocks(ids, settings.block_size, settings.held_out, settings.seed)
+    start = held_out_loss(base, blocks, settings.batch_size, device)
+    runs, adapted = {}, None
+    for name, rates in LEARNING_RATES.items():
+        for rate in rates:
+            say(f"{name} at learning rate {rate:g}: {settings.steps} steps")
+            arm = _arm(name, base, replace(settings, learning_rate=rate))
+            record = _trained(arm, blocks, replace(settings, learning_rate=rate))
+            if name not in runs or record.held_out_after < runs[name][1].held_out_after:
+                runs[name] = (rate, record)
+                if name == LORA:
+                    adapted = arm.model
+            del arm
+    say("inference of the base model, with the adapter, and merged")
+    latency = _latencies(base, adapted, blocks, settings)
+    return {
+        "environment": describe(device.type),
+        "model": source.label,
+        "settings": asdict(settings),
+        "parameters": trainable_parameters(adapted)._asdict(),
+        "held_out_before": start,
+        "runs": {
+            name: {
+                "learning_rate": rate,
+                "learning_rates_tried": list(LEARNING_RATES[name]),
+                "held_out_after": record.held_out_after,
+                "final_training_loss": record.losses[-1],
+                "seconds": record.seconds,
+                "tensor_bytes": record.tensor_bytes,
+                "peak_bytes": record.peak_bytes or None,
+            }
+            for name, (rate, record) in runs.items()
+        },
+        "latency": {name: asdict(timing) for name, timing in latency.items()},
+    }
+
+
+def _arm(name: str, base: nn.Module, settings: Settings) -> Arm:
+    if name == LORA:
+        return fastlora_arm(base, settings)
+    model = copy.deepcopy(base).requires_grad_(True)
+    return Arm(name, model, make_optimizer(model, settings.learning_rate))
+
+
+def _trained(arm: Arm, blocks: TokenBlocks, settings: Settings) -> Record:
+    from tqdm import tqdm
+
+    device = torch.device(settings.device)
+    with Interruption() as interruption, tqdm(total=settings.steps, desc=arm.name, unit="step") as bar:
+        train(arm, blocks, settings, interruption, lambda loss: bar.update())
+    arm.record.held_out_after = held_out_loss(arm.model, blocks, settings.batch_size, device)
+    arm.optimizer = None
+    arm.model.zero_grad(set_to_none=True)
+    return arm.record
+
+
+def _latencies(base: nn.Module, adapted: nn.Module, blocks: TokenBlocks, settings: Settings) -> dict:
+    """Time of one forward pass over LATENCY_TOKENS tokens, interleaved."""
+    merged = shared_copy(adapted)
+    merge(merged)
+    tokens = blocks.held_out[:1, :LATENCY_TOKENS].to(settings.device)
+
+    def forward(model: nn.Module) -> Callable[[], None]:
+        model.eval()
+
+        def call() -> None:
+            with torch.no_grad():
+                model(input_ids=tokens, use_cache=False)
+
+        return call
+
+    models = {"base": base, "merged": merged, "adapter": adapted}
+    calls = {name: forward(model) for name, model in models.items()}
+    return time_calls(calls, torch.device(settings.device).type, LATENCY_SECONDS, LATENCY_CALLS)
+
+
+def claims_tables(found: dict) -> list[Table]:
+    """The measurements as tables."""
+    parameters, runs, latency = found["parameters"], found["runs"], found["latency"]
+    settings = found["settings"]
+    shape = f"R {settings['rank']} on {len(settings['targets'])} projections, {settings['steps']} steps of "
+    shape += f"{settings['batch_size']} × {settings['block_size']} tokens, {settings['dtype']}"
+    lora, full = runs[LORA], runs[FULL]
+    base = latency["base"]["median_us"]
+    gap = found["held_out_before"] - full["held_out_after"]
+    closed = (found["held_out_before"] - lora["held_out_after"]) / gap if gap > 0 else None
+    claims = [
+        ["trainable parameters", f"{parameters['trainable']:,} of {parameters['total']:,} ({parameters['share']:.3%})"],
+        ["merged ÷ base inference time", f"{latency['merged']['median_us'] / base:.3f}"],
+        ["unmerged ÷ base inference time", f"{latency['adapter']['median_us'] / base:.3f}"],
+        ["base inference time", time_text(base)],
+        ["held-out loss before training", f"{found['held_out_before']:.4f}"],
+        ["held-out loss, LoRA", f"{lora['held_out_after']:.4f} at learning rate {lora['learning_rate']:g}"],
+        ["held-out loss, full fine-tuning", f"{full['held_out_after']:.4f} at learning rate {full['learning_rate']:g}"],
+        ["of full fine-tuning's gain, LoRA reaches", "–" if closed is None else f"{closed:.0%}"],
+    ]
+    memory = []
+    for part in full["tensor_bytes"]:
+        ours, theirs = lora["tensor_bytes"][part], full["tensor_bytes"][part]
+        memory.append([part, mib(ours), mib(theirs), f"{ours / theirs:.3f}"])
+    totals = [sum(run["tensor_bytes"].values()) for run in (lora, full)]
+    memory.append(["total counted", mib(totals[0]), mib(totals[1]), f"{totals[0] / totals[1]:.3f}"])
+    if lora["peak_bytes"] and full["peak_bytes"]:
+        peaks = (lora["peak_bytes"], full["peak_bytes"])
+        memory.append(["peak measured", mib(peaks[0]), mib(peaks[1]), f"{peaks[0] / peaks[1]:.3f}"])
+    return [
+        Table("LoRA's claims", f"{found['model']}, {shape}.", ["claim", "measured"], claims),
+        Table("Memory", "MiB; counted tensor by tensor in the first step.", ["", LORA, FULL, "ratio"], memory),
+    ]
+
+
+def write_claims(found: dict, directory: Path) -> list[Path]:
+    """Writes claims.json and claims.md."""
+    env = found["environment"]
+    facts = f"{env['device_name']}, {env['cpu_threads']} CPU threads, torch {env['versions']['torch']}, "
+    facts += f"commit {env['commit'] or 'not a checkout'}, {env['date']}; {found['command']}"
+    files = [directory / "claims.json", directory / "claims.md"]
+    files[0].write_text(json.dumps(found, indent=1) + "\n")
+    files[1].write_text("\n".join(["# LoRA's claims, measured", "", facts, "", *_markdown(found)]))
+    return files
+
+
+def _markdown(found: dict) -> list[str]:
+    return [table.to_markdown() for table in claims_tables(found)]

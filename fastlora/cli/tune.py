@@ -1,0 +1,98 @@
+"""`fastlora tune`: measures configurations of the Triton kernels on this GPU and keeps what is faster than the tables."""
+
+import datetime
+import shlex
+import sys
+
+import click
+
+from fastlora.cli.errors import CommandError, first_line
+from fastlora.cli.files import reported_write_errors
+
+PRESET_HELP = "headline: 4096 x 4096 at R 16 and 64, large and small M; llama8b: its projections."
+
+
+@click.command()
+@click.option(
+    "--preset", default="headline", type=click.Choice(("headline", "llama8b")), show_default=True, help=PRESET_HELP
+)
+@click.option("--case", "cases", multiple=True, metavar="M,N,K,R[,P[,DTYPE]]", help="These layers; may be repeated.")
+@click.option("--seconds", default=20.0, type=click.FloatRange(0), show_default=True, help="Search budget of a kernel.")
+@click.option("--dry-run", is_flag=True, help="Measure and print, but keep nothing.")
+@click.option("--show", is_flag=True, help="Print what was kept earlier for this GPU, and stop.")
+def tune(preset: str, cases: tuple[str, ...], seconds: float, dry_run: bool, show: bool) -> None:
+    """Tune the Triton kernels for this GPU; the choice serves every later run of this user."""
+    import torch
+
+    from fastlora import tuning
+
+    if not torch.cuda.is_available():
+        raise CommandError("tuning measures a GPU, and torch finds none here")
+    name = torch.cuda.get_device_name()
+    if show:
+        _show(tuning, name)
+        return
+    found = _search(_cases(preset, cases), seconds)
+    if dry_run:
+        return
+    with reported_write_errors(tuning.cache_file(name)):
+        path = tuning.save_choices(name, found)
+    click.echo(f"wrote {path}")
+
+
+def _show(tuning, name: str) -> None:
+    choices = tuning.load_choices(name)
+    click.echo(f"{tuning.cache_file(name)}: {len(choices)} choices for {name}")
+    for key, config in choices.items():
+        click.echo(f"{key}: {config}")
+
+
+def _cases(preset: str, cases: tuple[str, ...]) -> list:
+    from fastlora.bench.cases import LLAMA_8B, LayerCase
+    from fastlora.cli.bench import parse_case
+
+    if cases:
+        return [parse_case(text) for text in cases]
+    if preset == "llama8b":
+        return [LayerCase(m, n, k, 16) for n, k in LLAMA_8B for m in (16, 512, 2048, 8192)]
+    return [LayerCase(m, 4096, 4096, r) for r in (16, 64) for m in (8192, 512)]
+
+
+def _search(cases: list, seconds: float) -> dict[str, dict]:
+    """Shape class -> what to keep, for every case and direction in which something beat the table."""
+    import torch
+    from tqdm import tqdm
+
+    from fastlora import __version__
+    from fastlora.bench.tuner import tune_case
+    from fastlora.kernels import triton_lora
+    from fastlora.kernels.target import target_of
+    from fastlora.tuning import DIRECTIONS, shape_class
+
+    arch = target_of(torch.device("cuda", torch.cuda.current_device())).arch
+    found = {}
+    for case in tqdm(cases, unit="case", file=sys.stderr):
+        for direction in DIRECTIONS:
+            try:
+                choice = tune_case(case, direction, arch, triton_lora, seconds)
+            except RuntimeError as error:
+                raise CommandError(first_line(error)) from error
+            kept = choice.best.config != choice.table.config
+            verdict = f"{choice.gain:.1%} faster: {choice.best.config}" if kept else "the table's choice stays"
+            tqdm.write(
+                f"{case.label} {direction}: table {choice.table.median_us:.1f} µs, best {choice.best.median_us:.1f} µs "
+                f"of {choice.tried} ({choice.failed} did not run): {verdict}"
+            )
+            if kept:
+                sizes = (case.m, case.n, case.k, case.r)
+                key = shape_class(direction, *sizes, case.torch_dtype, case.dropout > 0)
+                found[key] = {
+                    "config": choice.best.config,
+                    "median_us": choice.best.median_us,
+                    "table_us": choice.table.median_us,
+                    "measured_at": case.label,
+                    "fastlora": __version__,
+                    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                    "command": shlex.join(["fastlora", *sys.argv[1:]]),
+                }
+    return found
