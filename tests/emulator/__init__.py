@@ -20,7 +20,7 @@ from .errors import (
     WgmmaError,
 )
 from .launch import LaunchOptions, LaunchStats, Module, load_ptx
-from .tensor_map import TensorMap
+from .tensor_map import TensorMap, triton_descriptor
 
 __all__ = [
     "AlignmentError",
@@ -45,4 +45,5 @@ __all__ = [
     "UninitialisedError",
     "WgmmaError",
     "load_ptx",
+    "triton_descriptor",
 ]

@@ -77,3 +77,15 @@ class TensorMap:
             *padded(inner_first[2], _MAX_RANK),
             self.swizzle, _REDUCTION_TYPES.get(str(self.tensor.dtype), 0), 0,
         )  # fmt: skip
+
+
+def triton_descriptor(name, tensor, metadata):
+    """The kernel arguments that Triton makes of a 2-D (or other) tensor descriptor: the map, then its shape and strides.
+
+    Args: metadata: the descriptor's entry of `kernel.metadata.tensordesc_meta`.
+    """
+    tensor_map = TensorMap(tensor, tuple(metadata["block_size"]), swizzle=(0, 32, 64, 128)[metadata["swizzle"]])
+    arguments = {name: tensor_map}
+    arguments |= {f"{name}.shape{i}": extent for i, extent in enumerate(tensor.shape)}
+    arguments |= {f"{name}.stride{i}": stride for i, stride in enumerate(tensor.stride())}
+    return arguments
