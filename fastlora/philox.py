@@ -44,6 +44,19 @@ def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     return (product >> 32) & _LOW, product & _LOW
 
 
+def random_words(seed: int, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """Philox-4x32 of 64-bit counters [n] (int64) under a 64-bit key: [n, 4] words of 32 bits, in int64."""
+    c0, c1 = counter & _LOW, counter >> 32
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(rounds):
+        high0, low0 = _multiply(c0, _MULTIPLIER_0)
+        high1, low1 = _multiply(c2, _MULTIPLIER_1)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
+    return torch.stack((c0, c1, c2, c3), dim=1)
+
+
 def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torch.device | str = "cpu") -> Tensor:
     """The mask of an ``[m, k]`` input: True where the element is kept.
 
@@ -54,17 +67,8 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
     Returns:
         bool tensor [m, k] on ``device``.
     """
-    seed = int(seed)
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
-    c0, c1 = counter & _LOW, counter >> 32
-    c2 = c3 = torch.zeros_like(counter)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(ROUNDS):
-        high0, low0 = _multiply(c0, _MULTIPLIER_0)
-        high1, low1 = _multiply(c2, _MULTIPLIER_1)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
-    words = torch.stack((c0, c1, c2, c3), dim=1)  # [calls, 4]
+    words = random_words(int(seed), counter)
     bits = torch.stack((words & 0xFFFF, words >> 16), dim=2).view(m, calls_per_row * ELEMENTS_PER_CALL)
     return bits[:, :k] >= threshold(dropout_p)
