@@ -68,7 +68,10 @@ def split_targets(ctx: click.Context, param: click.Parameter, value: str) -> tup
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default=DEFAULTS.dtype, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto takes a CUDA device where there is one.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=DEFAULTS.seed, show_default=True)
-@click.option("--prompt", help="What the merged model has to continue.  [default: the start of a held-out sequence]")
+@click.option(
+    "--prompt",
+    help="What the merged model has to continue.  [default: the start of a held-out sequence, or a line on Python]",
+)
 @click.option(
     "--via",
     type=click.Choice(["fastlora", "peft"]),

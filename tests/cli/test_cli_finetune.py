@@ -119,6 +119,13 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(compared, fine
     assert (tmp_path / "other" / name).read_bytes() != (directory / name).read_bytes()
 
 
+def test_agrees_with_peft_under_other_options(finetune, tmp_path):
+    options = ["--rslora", "--alpha", 5, "--rank", 3, "--targets", "q_proj,down_proj", "--seed", 7]
+    result = finetune("--compare", "peft", *options, "--output", tmp_path)
+    assert result.code == 0, result.out
+    assert read_report(tmp_path)["agreement"]["max_difference"] <= LOSS_TOLERANCE
+
+
 def test_wrong_scaling_is_seen_by_the_comparison(monkeypatch, finetune, tmp_path):
     def doubled(model, targets, *, alpha, **options):
         return inject(model, targets, alpha=2 * alpha, **options)

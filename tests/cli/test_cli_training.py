@@ -80,7 +80,7 @@ def test_causal_loss_predicts_the_next_token():
 
 def test_saved_tensors_counts_each_storage_once_and_no_parameter():
     weight = torch.nn.Parameter(torch.ones(8, 8))
-    x = torch.ones(4, 8)
+    x = torch.ones(4, 8, requires_grad=True)
     with SavedTensors([weight]) as saved:
         # The products keep x, twice, and the weight; exp keeps its own output.
         y = x @ weight + x @ weight.t()

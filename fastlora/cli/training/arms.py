@@ -1,6 +1,7 @@
 """The models that train: fastlora's layers in the base model, and PEFT's for comparison, from the same start."""
 
 import copy
+import importlib
 import importlib.util
 import re
 import warnings
@@ -23,9 +24,14 @@ _PEFT_NAME = re.compile(r"^base_model\.model\.(.+\.lora_[AB])\.default\.weight$"
 
 
 def require_peft() -> None:
-    """Raises CommandError where the peft package is not installed."""
+    """Imports peft now: loaded between two runs, it would count as memory of the second one.
+
+    Raises:
+        CommandError: the package is not installed.
+    """
     if importlib.util.find_spec("peft") is None:
-        raise CommandError("this needs the peft package: pip install peft")
+        raise CommandError("--compare peft and --via peft need the peft package: pip install peft")
+    importlib.import_module("peft")
 
 
 def fastlora_arm(base: nn.Module, settings: Settings) -> Arm:

@@ -9,6 +9,7 @@ from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.training.settings import Settings
 from fastlora.model import merge, unmerge
 
+DEFAULT_TEXT_PROMPT = 'The "with" statement is used to'
 PROMPT_TOKENS = 32
 ANSWER_TOKENS = 24
 
@@ -36,16 +37,17 @@ def check_merge(model: nn.Module, tokenizer, held_out: Tensor, settings: Setting
     """Generates, merges, generates again, and takes the merge back.
 
     Args:
-        held_out: token ids [h, block_size]; the first ones are the prompt where the settings name none.
+        held_out: token ids [h, block_size]; the first ones are the prompt where the settings name a text but no prompt.
 
     Raises:
         CommandError: a merged weight is not finite.
     """
     model.eval()
-    if settings.prompt:
-        prompt_ids = torch.tensor([tokenizer(settings.prompt, add_special_tokens=False)["input_ids"]])
+    prompt = settings.prompt or (None if settings.text else DEFAULT_TEXT_PROMPT)
+    if prompt:
+        prompt_ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     else:
-        prompt_ids = held_out[:1, : min(PROMPT_TOKENS, held_out.shape[1])]
+        prompt_ids = held_out[:1, :PROMPT_TOKENS]
     prompt_ids = prompt_ids.to(settings.device)
     sequence = _continue(model, prompt_ids, tokenizer)
     logits = model(input_ids=sequence, use_cache=False).logits.float()

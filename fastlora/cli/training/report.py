@@ -132,10 +132,11 @@ def _memory_lines(report: dict) -> list[str]:
     tensors = {name: run["tensor_bytes"] for name, run in report["runs"].items()}
     tensors["full fine-tuning"] = memory["full_finetuning_tensor_bytes"]
     how = f"measured: {memory['measured_as']}" if memory["measured_as"] else "no way to measure it here"
-    shown = ", ".join(f"{name} {_mib(value) if value else 'not measured'}" for name, value in peaks.items())
+    full_peak = peaks["full fine-tuning"]
+    shown = ", ".join(_peak(name, value, full_peak) for name, value in peaks.items())
     lines = [f"Peak memory ({how}): {shown}"]
     if memory["full_finetuning_measured"]:
-        lines.append("  full fine-tuning was run for one AdamW step after the training")
+        lines.append("  all in this process, one after another; full fine-tuning for one AdamW step after the training")
     else:
         lines.append("  full fine-tuning was not run (too large for the free memory, or no way to measure): estimated")
     for name, parts in tensors.items():
@@ -143,6 +144,13 @@ def _memory_lines(report: dict) -> list[str]:
         verb = "counted" if name != "full fine-tuning" or memory["full_finetuning_measured"] else "at least"
         lines.append(f"  {name}, {verb}: {counted}; {_mib(sum(parts.values()))} in all")
     return lines
+
+
+def _peak(name: str, value: int | None, full_peak: int | None) -> str:
+    if not value:
+        return f"{name} not measured"
+    share = f" ({value / full_peak:.0%} of full fine-tuning)" if full_peak and value != full_peak else ""
+    return f"{name} {_mib(value)}{share}"
 
 
 def _mib(count: int) -> str:
@@ -154,9 +162,10 @@ def _one_line(text: str) -> str:
 
 
 def curve_png(report: dict) -> bytes:
-    """The loss of every step, one curve a run, with the held-out losses as dashed ends."""
+    """The loss of every step, one curve a run, and fastlora's held-out loss before and after."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -172,9 +181,10 @@ def curve_png(report: dict) -> bytes:
     axes.plot(
         [0, len(run["losses"])],
         [run["held_out_loss_before"], run["held_out_loss_after"]],
-        "o",
+        "o:",
         label=f"{FASTLORA}: held out",
     )
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy (nats per token)")
     settings = report["settings"]
