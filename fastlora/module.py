@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.ops import lora_linear
+from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 INITS = ("kaiming", "gaussian")
 
@@ -163,9 +164,11 @@ class LoRALinear(nn.Linear):
         """x [..., in_features] -> [..., out_features]."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        return lora_linear(
+        weight = self.weight
+        call = lora_linear_sharded if is_dtensor(weight) else lora_linear
+        return call(
             x,
-            self.weight,
+            weight,
             self.lora_A,
             self.lora_B,
             self.scaling,
@@ -173,6 +176,14 @@ class LoRALinear(nn.Linear):
             dropout_p=self.dropout,
             training=self.training,
         )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in nn.Module. What replaces the weight or a frozen bias (torch's parallel styles do) is frozen, too."""
+        if param is not None and name in ("weight", "bias"):
+            replaced = self._parameters.get(name)
+            if name == "weight" or (replaced is not None and not replaced.requires_grad):
+                param.requires_grad_(False)
+        super().register_parameter(name, param)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -193,10 +204,15 @@ class LoRALinear(nn.Linear):
                 released (to serve only, say), and ``unmerge`` subtracts the branch, which is exact to rounding.
 
         Raises:
-            ValueError: ``safe`` and the merged weight has elements that are not finite.
+            ValueError: ``safe`` and the merged weight has elements that are not finite; or the weight is sharded.
         """
         if self.merged:
             return
+        if is_dtensor(self.weight):
+            raise ValueError(
+                "the weight is sharded (a DTensor), and others hold on to its shards: "
+                "gather the state dict, load it into a model that is not sharded and merge that"
+            )
         merged = self.merged_weight()
         if safe and not torch.isfinite(merged).all():
             count = int((~torch.isfinite(merged)).sum())

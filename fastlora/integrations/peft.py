@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastlora.dispatch import count_fallback
 from fastlora.ops import lora_linear
+from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 # Tensors that stand in for plain ones while torch.export or torch.func look at a model.
@@ -156,7 +157,7 @@ def _inspect(layer: Linear) -> _Parts | str:
             return f"{role} is a {type(linear).__name__}"
         if _has_hooks(linear):
             return f"hooks on {role}"
-        if not _is_plain(linear.weight):
+        if not (_is_plain(linear.weight) or is_dtensor(linear.weight)):
             return f"{role} holds a {type(linear.weight).__name__}"
     if base.weight.requires_grad:
         return "the base weight trains"
@@ -170,7 +171,14 @@ def _inspect(layer: Linear) -> _Parts | str:
 
 def _input_reason(layer: Linear, parts: _Parts, x: Tensor) -> str | None:
     """Why this input cannot be served fused by parts that can, or None."""
-    if not _is_plain(x):
+    if is_dtensor(parts.base.weight):
+        if not is_dtensor(x):
+            return "DTensor base, plain input"
+        if getattr(parts.dropout, "p", 0.0) and parts.dropout.training:
+            return "dropout over DTensors"
+    elif is_dtensor(parts.lora_a.weight) or is_dtensor(parts.lora_b.weight):
+        return "DTensor adapter, plain base"
+    elif not _is_plain(x):
         return f"the input is a {type(x).__name__}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transform"
@@ -197,7 +205,8 @@ def _fused_forward(parts: _Parts, x: Tensor) -> Tensor:
         bias = (side if bias is None else bias + side).to(base.weight.dtype)
     if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
         lora_b, scaling = lora_b * scaling, 1.0
-    return lora_linear(
+    call = lora_linear_sharded if is_dtensor(base.weight) else lora_linear
+    return call(
         x,
         base.weight,
         a.weight,
