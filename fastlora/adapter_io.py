@@ -76,8 +76,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     _warn_of_unsaved(model)
     tensors = {}
     for path, layer in layers.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = _whole(layer.lora_A)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = _whole(layer.lora_B)
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = whole_value(layer.lora_A)
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = whole_value(layer.lora_B)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -148,7 +148,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole_value(parameter: Tensor) -> Tensor:
     """The unsharded, contiguous value on the CPU."""
     value = parameter.detach()
     if hasattr(value, "full_tensor"):  # a DTensor; every process takes part
