@@ -40,8 +40,9 @@ class Schedule:
             head of their own group) or "all" (every group's first of all).
         grad_blocks: row blocks that one gradient tile sums over; 0 for a whole row group.
         grad_columns: columns of X or dY that one gradient tile covers.
-        shrink_width: columns of S that one shrink tile makes; a larger rank takes several columns of tiles.
-        fused: whether a shrink tile is a tile of C with a second accumulator, or makes S alone.
+        fused: whether a shrink tile is a tile of C with a second accumulator for all of S's columns, or makes S alone.
+        shrink_width: columns of S that a tile which makes S alone makes; a larger rank takes several of them. (Several
+            fused ones per row block would wait for each other, the first for a later one.)
         early_db: whether a group's dB tiles follow its shrink tiles (they need no dS, so they fill the wait for it), or
             go to the end of the group with the dA tiles.
         chain: True adds the parts of M one after another into one fp32 buffer, each waiting for the part before; False
@@ -56,8 +57,8 @@ class Schedule:
     block_k: int = 64
     group_m: int = 16
     order: str = "wave"
-    shrink_width: int = 64
     fused: bool = True
+    shrink_width: int = 64
     grad_blocks: int = 0
     grad_columns: int = 256
     early_db: bool = False

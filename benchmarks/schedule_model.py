@@ -7,6 +7,7 @@ model's answer, never a measurement.
 """
 
 import heapq
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -147,9 +148,8 @@ class Simulation:
     def __init__(self, problem: Problem, schedule: Schedule, machine: Machine):
         self.problem, self.schedule, self.machine = problem, schedule, machine
         self.rows, columns = cdiv(problem.m, schedule.block_m), cdiv(problem.width, schedule.block_n)
-        self.shrink = cdiv(problem.r, schedule.shrink_width)
-        if schedule.fused:
-            self.shrink = min(self.shrink, columns)
+        self.shrink_width = problem.r if schedule.fused else min(problem.r, schedule.shrink_width)
+        self.shrink = cdiv(problem.r, self.shrink_width) if problem.r else 0
         self.rank = cdiv(problem.r, 16) * 16
         wanted = problem.backward and problem.r
         grads = tuple(cdiv(size, schedule.grad_columns) if wanted else 0 for size in (problem.n, problem.k))
@@ -230,7 +230,7 @@ class Simulation:
         columns += max(width, machine.shrink_floor) if width else 0
         for chunk, first in enumerate(range(0, problem.reduction, self.chunk)):
             depth = min(self.chunk, problem.reduction - first)
-            u, v, d = (size * depth * 2 for size in (schedule.block_m, schedule.block_n, width))
+            u, v, d = (size * depth * 2 for size in (*self._extent(tile), width))
             loads = [(("U", tile.block, chunk), u, False)]
             if alone:
                 v = 0
@@ -243,18 +243,20 @@ class Simulation:
                 seconds += schedule.block_m * depth * machine.philox
             yield self._load(sm, loads, u + v / schedule.cluster + d, seconds, first=chunk == 0)
         if width:
+            made = self._extent(tile)[0] * self.rank * 2 if tile.column == 0 else 0
+            self._at(self.busy[sm], partial(self._store, sm, [(("S", tile.block), made, True)], made))
             self._signal(("S", tile.block, tile.column), self.busy[sm] + machine.tile_overhead + machine.flag_latency)
         if alone:
             self.busy[sm] += machine.tile_overhead
             return
         if problem.r:
-            if not width or self.shrink > 1:
+            if not width:
                 for column in range(self.shrink):
                     yield ("S", tile.block, column)
                 self.stalled += max(0.0, self.now - self.busy[sm])
-            self._expand(sm, tile)
+            self._expand(sm, tile, reads_s=not width)
         self.busy[sm] += machine.tile_overhead
-        size = schedule.block_m * schedule.block_n * 2
+        size = 2 * math.prod(self._extent(tile))
         store = partial(self._store, sm, [(("C", tile.block, tile.column), size, True)], size)
         self._at(self.busy[sm], store)
         if not schedule.overlap:
@@ -265,31 +267,39 @@ class Simulation:
         if not self.schedule.overlap:
             self.busy[sm] = max(self.busy[sm], done)
 
-    def _expand(self, sm: int, tile: Tile) -> None:
+    def _expand(self, sm: int, tile: Tile, reads_s: bool) -> None:
         schedule = self.schedule
-        s, p = schedule.block_m * self.rank * 2, schedule.block_n * self.rank * 2
+        s, p = (size * self.rank * 2 for size in self._extent(tile))
         seconds = 2 * schedule.block_m * schedule.block_n * self.rank / self.sm_flops
         if self.problem.dropout and self.problem.backward:
             seconds += schedule.block_m * schedule.block_n * self.machine.philox
-        self._load(sm, [(("S", tile.block), s, False), (("P", tile.column), p, False)], s + p, seconds)
+        loads = [(("P", tile.column), p, False)] + [(("S", tile.block), s, False)] * reads_s
+        self._load(sm, loads, p + s * reads_s, seconds)
+
+    def _extent(self, tile: Tile) -> tuple[int, int]:
+        """Rows and columns of C that this tile covers, less at the edges."""
+        schedule, problem = self.schedule, self.problem
+        rows = min(schedule.block_m, problem.m - tile.block * schedule.block_m)
+        return rows, max(0, min(schedule.block_n, problem.width - tile.column * schedule.block_n))
 
     def _slice_width(self, tile: Tile) -> int:
         """Columns of S that this tile makes, to a multiple of 8."""
         if tile.kind != "shrink":
             return 0
-        width = self.schedule.shrink_width
-        left = self.problem.r - tile.column * width
-        return cdiv(left if tile.column == self.shrink - 1 else width, 8) * 8
+        return cdiv(min(self.shrink_width, self.problem.r - tile.column * self.shrink_width), 8) * 8
 
     def _gradient(self, sm: int, tile: Tile) -> Generator:
         """Sums over a part of M, then adds the part to the others'."""
         schedule, machine = self.schedule, self.machine
         first = tile.block * part_blocks(schedule)
-        left, right = (schedule.block_m * size * 2 for size in (schedule.grad_columns, self.rank))
+        total = self.problem.k if tile.kind == "dA" else self.problem.n
+        width = min(schedule.grad_columns, total - tile.column * schedule.grad_columns)
         seconds = 2 * schedule.block_m * schedule.grad_columns * max(self.rank, machine.shrink_floor) / self.sm_flops
         if self.problem.dropout and tile.kind == "dA":
             seconds += schedule.block_m * schedule.grad_columns * machine.philox
         for block in range(first, min(first + part_blocks(schedule), self.rows)):
+            rows = min(schedule.block_m, self.problem.m - block * schedule.block_m)
+            left, right = rows * width * 2, rows * self.rank * 2
             if tile.kind == "dA":
                 before = self.now
                 for column in range(self.shrink):
@@ -297,10 +307,10 @@ class Simulation:
                 self.stalled += self.now - max(before, min(self.now, self.busy[sm]))
                 loads = [(("X", block, tile.column), left, False), (("S", block), right, False)]
             else:  # dY is this launch's U: the same bytes, met again
-                loads = [(("U", block, c), schedule.block_m * self.chunk * 2, False) for c in self._chunks(tile.column)]
+                loads = [(("U", block, c), rows * self.chunk * 2, False) for c in self._chunks(tile.column)]
                 loads.append((("saved S", block), right, False))
             yield self._load(sm, loads, left + right, seconds, first=block == first)
-        size = schedule.grad_columns * self.rank * 4
+        size = width * self.rank * 4
         yield from (self._add_part if schedule.chain else self._leave_plane)(sm, tile, size)
         self.busy[sm] += machine.tile_overhead
 

@@ -1,4 +1,4 @@
-"""`fastlora tune`: measures configurations of the Triton kernels on this GPU and keeps what is faster than the tables."""
+"""`fastlora tune`: times configurations of the Triton kernels on this GPU and keeps what beats the tables."""
 
 import datetime
 import shlex

@@ -1,0 +1,239 @@
+"""The schedule model: queue orders, the memory it assumes, analytic cases, calibration and its command."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import schedule_model
+from benchmarks.queue_order import ORDERS, Schedule, Tile, build_queue, cdiv, part_blocks
+from benchmarks.schedule import main
+from benchmarks.schedule_fit import Measured, fit, read_measured
+from benchmarks.schedule_model import LABEL, Machine, Memory, Problem, frozen_baseline, simulate
+from benchmarks.schedule_sweep import best_by_class, sweep, write_sweep
+
+SMALL = Schedule(block_m=16, block_n=16, block_k=16, group_m=2, grad_columns=16)
+FEW_SMS = Machine(sm_count=3)
+
+
+def short(schedule):
+    return "-".join(str(getattr(schedule, name)) for name in ("order", "fused", "grad_blocks", "early_db", "group_m"))
+
+
+def schedules():
+    return [
+        replace(SMALL, order=order, fused=fused, grad_blocks=blocks, early_db=early, group_m=group)
+        for order in ORDERS
+        for fused in (True, False)
+        for blocks in (0, 1, 3)
+        for early in (False, True)
+        for group in (1, 2, 5)
+    ]
+
+
+@pytest.mark.parametrize("schedule", schedules(), ids=short)
+def test_every_tile_is_queued_once_and_waits_only_on_earlier_ones(schedule):
+    rows, columns, shrink, grads = 5, 4, 1 if schedule.fused else 2, (3, 4)
+    queue = build_queue(rows, columns, shrink, grads, schedule, wave=3)
+    parts = cdiv(rows, part_blocks(schedule))
+    wanted = {Tile("shrink", m, n) for m in range(rows) for n in range(shrink)}
+    wanted |= {Tile("plain", m, n) for m in range(rows) for n in range(shrink if schedule.fused else 0, columns)}
+    wanted |= {Tile("dB", part, n) for part in range(parts) for n in range(grads[0])}
+    wanted |= {Tile("dA", part, n) for part in range(parts) for n in range(grads[1])}
+    assert len(queue) == len(wanted) and set(queue) == wanted
+    position = {tile: index for index, tile in enumerate(queue)}
+    for tile, index in position.items():
+        if tile.kind == "plain":
+            assert all(position[Tile("shrink", tile.block, n)] < index for n in range(shrink)), tile
+        if tile.kind == "dA":
+            first = tile.block * part_blocks(schedule)
+            blocks = range(first, min(first + part_blocks(schedule), rows))
+            assert all(position[Tile("shrink", m, n)] < index for m in blocks for n in range(shrink)), tile
+        if tile.kind in ("dA", "dB") and tile.block:
+            assert position[Tile(tile.kind, tile.block - 1, tile.column)] < index, tile
+
+
+def test_wave_order_puts_the_next_groups_shrink_tiles_one_wave_before_the_end():
+    queue = build_queue(4, 3, 1, (0, 0), replace(SMALL, order="wave"), wave=2)
+    shrink = [Tile("shrink", m, 0) for m in range(4)]
+    plain = {(m, n): Tile("plain", m, n) for m in range(4) for n in (1, 2)}
+    first = [plain[0, 1], plain[1, 1]]
+    assert queue == [
+        *shrink[:2], *first, *shrink[2:], plain[0, 2], plain[1, 2],
+        plain[2, 1], plain[3, 1], plain[2, 2], plain[3, 2],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("field, value", [("order", "best"), ("group_m", 0), ("grad_blocks", -1), ("cluster", 0)])
+def test_a_schedule_that_cannot_be_is_refused(field, value):
+    with pytest.raises(ValueError, match=field if field != "order" else "unknown order"):
+        Schedule(**{field: value})
+
+
+def test_l2_evicts_the_least_recently_used_and_writes_dirty_lines_back():
+    memory = Memory(Machine(l2_bytes=300))
+    memory.access(0.0, [("a", 100, False), ("b", 100, True), ("c", 100, False)], 0)
+    assert (memory.read, memory.written) == (200, 0)
+    memory.access(0.0, [("a", 100, False)], 0)  # a hit makes b the oldest
+    memory.access(0.0, [("d", 100, False)], 0)
+    assert (memory.read, memory.written) == (300, 100)
+    memory.access(0.0, [("a", 100, False), ("b", 100, False)], 0)
+    assert memory.read == 400
+    memory.access(0.0, [("a", 100, True)], 0)
+    memory.flush()
+    assert memory.written == 200
+
+
+def test_requests_queue_for_dram():
+    machine = Machine(dram_bandwidth=100.0, l2_bandwidth=1e12, sm_bandwidth=1e12)
+    memory = Memory(machine)
+    assert memory.access(0.0, [("a", 100, False)], 0) == pytest.approx(1.0)
+    assert memory.access(0.5, [("b", 100, False)], 0) == pytest.approx(2.0)
+    assert memory.access(2.5, [("b", 100, False)], 0) == pytest.approx(2.5)
+
+
+def test_one_tile_takes_what_its_parts_take():
+    machine = Machine(sm_count=1, flops=1e12, tile_overhead=0.25e-6, load_latency=0.5e-6)
+    problem, schedule = Problem(128, 256, 64, 0), Schedule(cluster=1)
+    loaded = (128 + 256) * 64 * 2
+    load = max(loaded / machine.sm_bandwidth, loaded / machine.dram_bandwidth)
+    product = 2 * 128 * 256 * 64 / 1e12
+    expected = load + 0.5e-6 + product + 0.25e-6
+    assert simulate(problem, schedule, machine).makespan == pytest.approx(expected * 1e6)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_with_an_endless_l2_every_operand_is_moved_once(backward):
+    problem = Problem(256, 512, 384, 16, backward)
+    found = simulate(problem, Schedule(), Machine(l2_bytes=1e12))
+    frozen = simulate(problem.frozen, Schedule(), Machine(l2_bytes=1e12))
+    m, n, k, r = 256, 512, 384, 16
+    u, c, d, p = (n, k, n, k) if backward else (k, n, k, n)
+    base = 2 * (m * u + n * k)
+    assert frozen.dram_read == base and frozen.dram_written == 2 * m * c
+    reads = base + 2 * r * (d + p) + (2 * (m * k + m * r) if backward else 0)
+    sums = 4 * r * (n + k) if backward else 0
+    assert found.dram_read == reads
+    assert found.dram_written == 2 * (m * c + m * r) + sums
+
+
+def test_compute_bound_time_follows_the_flop_rate_and_memory_bound_time_the_bandwidth():
+    compute, memory = Problem(4096, 2048, 2048, 0), Problem(16, 32768, 1024, 0)
+    machine = Machine()
+    half_rate = replace(machine, flops=machine.flops / 2)
+    half_dram = replace(machine, dram_bandwidth=machine.dram_bandwidth / 2)
+
+    def slowdown(problem, slower):
+        schedule = Schedule(block_m=min(128, problem.m))
+        return simulate(problem, schedule, slower).makespan / simulate(problem, schedule, machine).makespan
+
+    assert slowdown(compute, half_rate) > 1.8
+    assert slowdown(compute, half_dram) < 1.1
+    assert slowdown(memory, half_dram) > slowdown(memory, half_rate)
+
+
+@pytest.mark.parametrize("schedule", schedules(), ids=short)
+@pytest.mark.parametrize("chain", [True, False])
+def test_every_order_finishes_and_costs_no_less_than_the_gemm(schedule, chain):
+    problem = Problem(75, 60, 50, 20, backward=True)
+    schedule = replace(schedule, chain=chain, shrink_width=8, overlap=chain)
+    found = simulate(problem, schedule, FEW_SMS)
+    assert found == simulate(problem, schedule, FEW_SMS)
+    assert found.makespan > simulate(problem.frozen, schedule, FEW_SMS).makespan
+
+
+def test_heads_of_groups_stall_more_than_shrink_tiles_one_wave_ahead():
+    problem = Problem(8192, 4096, 4096, 16)
+    wave, head = (simulate(problem, Schedule(group_m=4, order=order)) for order in ("wave", "head"))
+    assert head.stall > wave.stall > 0
+    assert head.makespan > wave.makespan
+
+
+def test_idle_multiprocessors_make_s_for_free():
+    problem = Problem(512, 4096, 4096, 16)
+    base = frozen_baseline(problem, Schedule()).makespan
+    fused, alone = (simulate(problem, Schedule(fused=fused)).makespan / base for fused in (True, False))
+    assert fused > 1.1 > 1.02 > alone
+
+
+def test_a_queue_with_a_tile_before_what_it_waits_for_deadlocks(monkeypatch):
+    reverse = lambda *args: build_queue(*args)[::-1]  # noqa: E731 (one expression, used once)
+    monkeypatch.setattr(schedule_model, "build_queue", reverse)
+    with pytest.raises(RuntimeError, match="deadlock"):
+        simulate(Problem(64, 64, 64, 16), SMALL, Machine(sm_count=1))
+
+
+def test_calibration_recovers_the_machine_that_was_measured():
+    truth = replace(Machine(), flops=600e12)
+    problems = [Problem(m, 1024, 1024, r) for m in (1024, 2048, 4096) for r in (0, 16)]
+    run = {0: frozen_baseline}
+    measured = [Measured(p, run.get(p.r, simulate)(p, Schedule(), truth).makespan) for p in problems]
+    found = fit(measured, Schedule())
+    assert found.machine.flops == pytest.approx(600e12, rel=0.1)
+    assert found.frozen_error < 3 and found.fused_error < 6
+    assert len(found.frozen) == len(found.fused) == 3
+    wrong = [replace(row, microseconds=row.microseconds * (2 if row.problem.r else 1)) for row in measured]
+    assert fit(wrong, Schedule(), rounds=1).fused_error > 50
+
+
+def test_calibration_needs_measurements():
+    with pytest.raises(ValueError, match="at least 3 measured frozen rows, got 1"):
+        fit([Measured(Problem(128, 128, 128, 0), 10.0)], Schedule())
+
+
+def bench_row(**changes):
+    row = {"variant": "frozen", "device": "cuda", "dtype": "bfloat16", "dropout": 0.0, "pass": "forward"}
+    return {**row, "m": 512, "n": 256, "k": 128, "r": 16, "median_us": 7.0, **changes}
+
+
+def test_only_gpu_rows_of_the_frozen_layer_and_fastlora_calibrate(tmp_path):
+    rows = [
+        bench_row(),
+        bench_row(variant="fastlora", **{"pass": "backward"}),
+        bench_row(device="cpu"),
+        bench_row(dtype="float32"),
+        bench_row(dropout=0.1),
+        bench_row(variant="peft"),
+        bench_row(**{"pass": "step"}),
+    ]
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"layer": rows}))
+    assert read_measured(path) == [
+        Measured(Problem(512, 256, 128, 0), 7.0),
+        Measured(Problem(512, 256, 128, 16, backward=True), 7.0),
+    ]
+    path.write_text(json.dumps({"layer": rows[2:]}))
+    with pytest.raises(ValueError, match="no forward or backward row measured on a GPU"):
+        read_measured(path)
+
+
+def test_the_sweep_writes_labelled_tables_and_says_that_nothing_calibrated_it(tmp_path):
+    rows = sweep(Machine(), layers=((256, 256),), tokens=(512,), ranks=(16,), progress=False)
+    assert all(row["ratio"] >= 1 and math.isfinite(row["makespan_us"]) for row in rows)
+    best = best_by_class(rows)
+    assert {key[1] for key in best} == {"forward", "backward"}
+    for ranked in best.values():
+        assert [ratio for ratio, _ in ranked] == sorted(ratio for ratio, _ in ranked)
+    written, text = write_sweep(tmp_path, rows, Machine(), None, "the command")
+    stored = json.loads(written.read_text())
+    assert stored["label"] == LABEL and len(stored["rows"]) == len(rows) and stored["command"] == "the command"
+    for heading in (line for line in text.read_text().splitlines() if line.startswith("#")):
+        assert LABEL in heading
+    assert "Calibration: none" in text.read_text()
+
+
+def test_the_command_labels_its_answer(tmp_path):
+    result = CliRunner().invoke(main, ["--m", "256", "--n", "256", "--k", "256", "--r", "8"])
+    assert result.exit_code == 0, result.output
+    assert LABEL in result.output and "forward:" in result.output and "backward:" in result.output
+    empty = tmp_path / "bench.json"
+    empty.write_text("{}")
+    refused = CliRunner().invoke(main, ["--measured", str(empty)])
+    assert refused.exit_code == 2 and "cannot calibrate" in refused.output
+
+
+def test_a_problem_without_size_is_refused():
+    with pytest.raises(ValueError, match="sizes must be positive"):
+        Problem(0, 16, 16, 1)
