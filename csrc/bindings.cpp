@@ -106,5 +106,5 @@ PYBIND11_MODULE(_C, m) {
         const Operands given = operands(arguments);
         const py::gil_scoped_release unlocked;
         plan.launch(given, device, stream);
-      });
+      }, py::arg("device"), py::arg("stream"));
 }

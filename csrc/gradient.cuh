@@ -41,8 +41,8 @@ __device__ __forceinline__ void accumulate(Consumer<T>& c, TileInfo tile, float 
   const Steps rows = rows_of_group<T>(c.p, tile.row);
   const int first = rows.first / 64, end = ceil_div(rows.end, 64);
   const int column = tile.column * T::kGradColumns + c.group * T::kGradBlocks * 64;
-  // Any layout of a matrix of ones is the same matrix.
-  const uint64_t ones = operand<128>(c.shared.ones(), 16, 16);
+  // Any layout of a matrix of ones is the same matrix; this one is the smallest.
+  const uint64_t ones = operand<32>(c.shared.ones(), 16, 256);
 #pragma unroll 1
   for (int step = first; step < end; ++step) {
     const uint32_t stage = c.wait_stage();
@@ -116,7 +116,7 @@ __device__ __forceinline__ void store_gradient(const Consumer<T>& c, int first_c
                             p.fp32_grads);
       }
     }
-    if (kSums && lane_id() % 4 == 0) {
+    if (kSums && p.grad_bias && lane_id() % 4 == 0) {
       static_cast<uint16_t*>(p.grad_bias)[column] = uint16_t(pack<Element>(ones_sum[half * 2], 0.f));
     }
   }
@@ -161,7 +161,7 @@ __device__ __forceinline__ void any_gradient_tile(Consumer<T>& c, TileInfo tile,
                                                   float (&side)[T::kSide]) {
   if (tile.kind == kGradientA) {
     gradient_tile<true, false>(c, tile, acc, side);
-  } else if (c.p.grad_bias) {
+  } else if (T::kRank == 256 || c.p.grad_bias) {  // a third loop over 128 accumulators would spill
     gradient_tile<false, true>(c, tile, acc, side);
   } else {
     gradient_tile<false, false>(c, tile, acc, side);

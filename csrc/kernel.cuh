@@ -26,6 +26,7 @@ __device__ __forceinline__ void consume(const Params& p, Shared<T> shared) {
     } else {
       product_tile(consumer, tile, slot, acc, side);
     }
+    __syncwarp();  // every lane has read the slot
     if (lane_id() == 0) mbarrier_arrive(shared.taken(slot));
   }
   if (consumer.thread == 0) tma_store_wait_all();

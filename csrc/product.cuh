@@ -38,6 +38,7 @@ __device__ __forceinline__ void load_dropped(const Consumer<T>& c, uint32_t (&fr
 #pragma unroll
     for (int j = 0; j < 4; ++j) fragments[i][j] = drop(fragments[i][j], words[j], c.dropout.threshold);
   }
+  __syncwarp();  // the lane that gives the stage back does so for all
 }
 
 // The accumulators of S: beside C's where a tile makes both, else in their place.
