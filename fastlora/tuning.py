@@ -143,7 +143,7 @@ def forget_choices() -> None:
 def tuned_config(
     direction: str, device: torch.device, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool
 ) -> TileConfig | None:
-    """The user's own choice for a call, or None where nothing was tuned for its shape class on this device."""
+    """The user's own choice for a call with aligned rows, or None where its class was not tuned on this device."""
     if device.type != "cuda":
         return None
     choices = _choices_of(torch.cuda.get_device_name(device))

@@ -1,6 +1,5 @@
 """Times configurations of the Triton kernels against the table's own choice, on the machine at hand."""
 
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -11,13 +10,11 @@ from fastlora.bench.cases import LayerCase
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
 from fastlora.bench.timing import EventClock, summarise
-from fastlora.configs import TileConfig, choose_config
+from fastlora.configs import LADDERS, TileConfig, choose_config, ladder_for
 
-TILES = ((128, 256, 64), (128, 128, 64), (256, 128, 64), (64, 256, 64), (128, 64, 64), (64, 128, 64), (64, 64, 64))
-SMALL_TILES = ((16, 64, 128), (16, 128, 128), (32, 64, 128), (32, 128, 64))
-SMALL_M = 64
-GROUPS = (4, 8, 16)
-SURVIVORS = 3  # go on to the second, longer round
+# What is tried around the best tile of the ladder, one field at a time.
+NEIGHBOURS = {"group_m": (4, 8, 16, 32), "num_stages": (2, 3, 4, 5), "num_warps": (4, 8), "programs_per_sm": (1, 2)}
+SURVIVORS = 3  # go on to the last, longer round
 QUICK_ROUNDS, FINAL_ROUNDS = 5, 30
 MIN_GAIN = 0.02  # a choice that wins by less than this is noise: the table's own stays
 
@@ -45,16 +42,10 @@ class Choice:
         return 1 - self.best.median_us / self.table.median_us
 
 
-def candidates(table: TileConfig, m: int) -> list[TileConfig]:
-    """The table's choice first, then tiles, warps and stages around it, then its own tile with other groups."""
-    tiles = SMALL_TILES + TILES[3:] if m <= SMALL_M else TILES
-    found = [table]
-    for (block_m, block_n, block_k), stages in itertools.product(tiles, (3, 4)):
-        warps = 8 if block_m * block_n >= 128 * 128 else 4
-        tile = replace(table, block_m=block_m, block_n=block_n, block_k=block_k, num_warps=warps, num_stages=stages)
-        found.append(tile)
-    found += [replace(table, group_m=group) for group in GROUPS]
-    return list(dict.fromkeys(found))
+def around(config: TileConfig) -> list[TileConfig]:
+    """Configurations that differ from this one in a single field of NEIGHBOURS."""
+    changed = [replace(config, **{name: value}) for name, values in NEIGHBOURS.items() for value in values]
+    return [other for other in dict.fromkeys(changed) if other != config]
 
 
 def make_call(
@@ -76,11 +67,13 @@ def make_call(
     )
 
 
-def tune_case(case: LayerCase, direction: str, arch: int, launchers, seconds: float, clock=None) -> Choice:
-    """Finds the fastest configuration of one case: a quick round over all, a longer interleaved one over the best.
+def tune_case(case: LayerCase, direction: str, target, launchers, seconds: float, clock=None) -> Choice:
+    """Finds the fastest configuration of one case: quick rounds over the table's ladder and then around its best, and a
+    longer interleaved one over the best of all.
 
     Args:
-        case: the layer; direction: "forward" or "backward"; arch: compute capability as 90.
+        case: the layer, with aligned rows; direction: "forward" or "backward".
+        target: compute capability and multiprocessors of the GPU (``arch``, ``n_sms``).
         launchers: a module with lora_forward and lora_backward that take ``config``.
         seconds: stop trying new configurations after this long.
         clock: EventClock by default.
@@ -90,22 +83,30 @@ def tune_case(case: LayerCase, direction: str, arch: int, launchers, seconds: fl
     """
     clock = clock or EventClock()
     sets = input_sets(case, "cuda" if isinstance(clock, EventClock) else "cpu")
-    m, n, k, r = case.m, case.n, case.k, case.r
-    table = choose_config(direction, arch, m, n, k, r, case.torch_dtype, case.dropout > 0)
-    started, quick = time.perf_counter(), []
-    for config in candidates(table, m):
-        if quick and time.perf_counter() - started > seconds:
-            break
-        quick.append(_measure_one(launchers, direction, sets, config, case.dropout, clock))
-    if quick[0].error:
-        raise RuntimeError(f"the table's choice for {case.label} {direction} does not run: {quick[0].error}")
-    ran = sorted((entry for entry in quick if entry.error is None), key=lambda entry: entry.median_us)
+    size = case.torch_dtype.itemsize
+    table = choose_config(
+        direction, case.m, case.n, case.k, case.r, arch=target.arch, n_sms=target.n_sms, element_size=size, aligned=True
+    )
+    started = time.perf_counter()
+    quick: dict[TileConfig, Measured] = {}
+
+    def try_all(configs) -> list[Measured]:
+        for config in configs:
+            if config not in quick and (not quick or time.perf_counter() - started < seconds):
+                quick[config] = _measure_one(launchers, direction, sets, config, case.dropout, clock)
+        ran = (entry for entry in quick.values() if entry.error is None)
+        return sorted(ran, key=lambda entry: entry.median_us)
+
+    ran = try_all([table, *LADDERS[ladder_for(target.arch, case.r, size, True)]])
+    if quick[table].error:
+        raise RuntimeError(f"the table's choice for {case.label} {direction} does not run: {quick[table].error}")
+    ran = try_all(around(ran[0].config))
     finalists = list(dict.fromkeys([table, *(entry.config for entry in ran[:SURVIVORS])]))
     final = _measure_together(launchers, direction, sets, finalists, case.dropout, clock)
     best = min(final, key=lambda entry: entry.median_us)
     if best.median_us > final[0].median_us * (1 - MIN_GAIN):
         best = final[0]
-    return Choice(final[0], best, len(quick), sum(entry.error is not None for entry in quick))
+    return Choice(final[0], best, len(quick), sum(entry.error is not None for entry in quick.values()))
 
 
 def _measure_one(launchers, direction, sets, config, dropout_p, clock) -> Measured:

@@ -69,12 +69,12 @@ def _search(cases: list, seconds: float) -> dict[str, dict]:
     from fastlora.kernels.target import target_of
     from fastlora.tuning import DIRECTIONS, shape_class
 
-    arch = target_of(torch.device("cuda", torch.cuda.current_device())).arch
+    target = target_of(torch.device("cuda", torch.cuda.current_device()))
     found = {}
     for case in tqdm(cases, unit="case", file=sys.stderr):
         for direction in DIRECTIONS:
             try:
-                choice = tune_case(case, direction, arch, triton_lora, seconds)
+                choice = tune_case(case, direction, target, triton_lora, seconds)
             except RuntimeError as error:
                 raise CommandError(first_line(error)) from error
             kept = choice.best.config != choice.table.config

@@ -1,0 +1,165 @@
+"""Every variant computes the layer it claims to, and a wrong one is never timed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fastlora.bench import decompositions, layer
+from fastlora.bench.cases import LayerCase
+from fastlora.bench.correctness import WrongResult, check_variant
+from fastlora.bench.layer import build_variants, measure_layer, random_tensors
+from fastlora.bench.peers import FASTLORA, FROZEN, ORDINARY, STORED_S, Peer, _from_function, find_peer
+
+UNCOMPILED = [peer for peer in (FROZEN, FASTLORA, STORED_S, *ORDINARY) if peer.name != "compiled peft"]
+PEAKS = {"copy_gbs": 10.0, "matmul_tflops": {"float32": 0.1}}
+
+
+def tensors_of(case):
+    return random_tensors(case, "cpu", torch.Generator().manual_seed(3))
+
+
+def check(peer, case):
+    tensors = tensors_of(case)
+    built = peer.build(case, tensors)
+    check_variant(peer, built, case, tensors)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("peer", UNCOMPILED, ids=lambda peer: peer.name)
+def test_every_variant_is_right(peer, dropout):
+    case = LayerCase(37, 29, 43, 5, dropout, "float32")
+    if peer.refuses(case):
+        pytest.skip(peer.refuses(case))
+    try:
+        check(peer, case)
+    except ImportError as error:
+        pytest.skip(f"peer not installed: {error}")
+
+
+@pytest.mark.parametrize("sizes", [(2, 40, 40, 16), (400, 8, 8, 4), (64, 8, 200, 30)])
+def test_runlora_is_right_in_whichever_order_it_chooses(sizes):
+    check(find_peer("runlora order"), LayerCase(*sizes, 0.0, "float32"))
+
+
+def broken(change):
+    """A variant whose gradients are changed by ``change(dx, da, db)``."""
+
+    class Broken(decompositions.StoredS):
+        @staticmethod
+        def backward(ctx, dy):
+            dx, _, da, db, _ = decompositions.StoredS.backward(ctx, dy)
+            dx, da, db = change(dx, da, db)
+            return dx, None, da, db, None
+
+    return Peer("broken", _from_function(Broken.apply, False), "stand-in")
+
+
+DEFECTS = {
+    "dA negated": lambda dx, da, db: (dx, -da, db),
+    "dA unscaled": lambda dx, da, db: (dx, da / 1.5, db),
+    "dB negated": lambda dx, da, db: (dx, da, -db),
+    "dB unscaled": lambda dx, da, db: (dx, da, db / 1.5),
+    "dX lost": lambda dx, da, db: (torch.zeros_like(dx), da, db),
+    "a NaN": lambda dx, da, db: (dx.masked_fill(torch.arange(dx.shape[1]) == 0, float("nan")), da, db),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_wrong_gradient_is_found(defect):
+    with pytest.raises(WrongResult, match="broken: (dx|lora_a|lora_b) is off"):
+        check(broken(DEFECTS[defect]), LayerCase(37, 29, 43, 5, 0.0, "float32"))
+
+
+def without_branch(x, weight, lora_a, lora_b, scaling, dropout_p):
+    return torch.nn.functional.linear(x, weight) + 0 * (lora_a.sum() + lora_b.sum())
+
+
+def without_scaling(x, weight, lora_a, lora_b, scaling, dropout_p):
+    return decompositions.eager(x, weight, lora_a, lora_b, 1.0, dropout_p)
+
+
+def without_dropout(x, weight, lora_a, lora_b, scaling, dropout_p):
+    return decompositions.eager(x, weight, lora_a, lora_b, scaling, 0.0)
+
+
+@pytest.mark.parametrize("function", [without_branch, without_scaling, without_dropout])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wrong_output_is_found(function, dtype):
+    peer = Peer("broken", _from_function(function), "stand-in")
+    with pytest.raises(WrongResult, match="broken: y is off|broken: dx is off|broken: lora_a is off"):
+        check(peer, LayerCase(64, 48, 32, 8, 0.5, dtype))
+
+
+def absent(case, tensors):
+    raise ImportError("No module named 'absent'")
+
+
+def crashing(case, tensors):
+    raise RuntimeError("no kernel\nimage")
+
+
+def test_missing_and_failing_peers_are_listed_and_the_rest_is_measured():
+    case = LayerCase(8, 8, 8, 2, 0.1, "float32")
+    peers = [FROZEN, FASTLORA, STORED_S, Peer("absent", absent, "package"), Peer("crashing", crashing, "package")]
+    built, missing = build_variants(case, peers, tensors_of(case))
+    assert list(built) == ["frozen", "fastlora"]
+    assert missing == {
+        "autograd.Function": "no dropout",
+        "absent": "not installed: No module named 'absent'",
+        "crashing": "RuntimeError: no kernel image",
+    }
+
+
+def test_a_wrong_peer_is_listed_but_wrong_code_of_ours_stops_the_run():
+    case = LayerCase(37, 29, 43, 5, 0.0, "float32")
+    wrong = broken(DEFECTS["dA negated"])
+    built, missing = build_variants(case, [FROZEN, wrong], tensors_of(case))
+    assert "broken" not in built and "WrongResult" in missing["broken"]
+    with pytest.raises(WrongResult):
+        build_variants(case, [FROZEN, replace(wrong, kind="ours")], tensors_of(case))
+
+
+def test_rows_of_a_case_agree_with_each_other(monkeypatch):
+    monkeypatch.setattr(layer, "CPU_CACHE_BYTES", 1)
+    case = LayerCase(24, 16, 32, 4, 0.0, "float32")
+    rows, missing = measure_layer(case, [FASTLORA, STORED_S], "cpu", PEAKS, seconds=0.0)
+    assert missing == {}
+    assert [(row["variant"], row["pass"]) for row in rows] == [
+        (variant, which)
+        for variant in ("frozen", "fastlora", "autograd.Function")
+        for which in ("forward", "backward", "step")
+    ]
+    for row in rows:
+        frozen = next(r for r in rows if (r["variant"], r["pass"]) == ("frozen", row["pass"]))
+        assert row["ratio_to_frozen"] == row["median_us"] / frozen["median_us"]
+        assert row["tflops"] > 0 and row["gbs"] > 0 and row["launches"] > 0
+    saved = {row["variant"]: row["saved_bytes"] for row in rows if row["pass"] == "step"}
+    assert saved["frozen"] == 0
+    x_and_s = 4 * (24 * 32 + 24 * 4)
+    assert saved["autograd.Function"] == x_and_s
+    assert 0 < saved["fastlora"] <= x_and_s
+
+
+def test_users_own_peers_are_found_by_module_and_function(monkeypatch, tmp_path):
+    (tmp_path / "own_lora.py").write_text(
+        "from torch.nn.functional import linear\n"
+        "def build(weight, lora_a, lora_b, scaling, dropout_p):\n"
+        "    return lambda x: linear(x, weight) + scaling * linear(linear(x, lora_a), lora_b)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    check(find_peer("own_lora:build"), LayerCase(9, 8, 7, 3, 0.0, "float32"))
+    for name, message in [
+        ("nobody", "unknown peer 'nobody'"),
+        ("own_lora:other", "cannot be loaded"),
+        ("no_such_module_at_all:build", "cannot be loaded"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            find_peer(name)
+
+
+@pytest.mark.parametrize("name", ["unsloth", "lorafusion", "runlora"])
+def test_real_packages_are_measured_or_listed_as_missing(name):
+    case = LayerCase(8, 8, 8, 2, 0.0, "float32")
+    built, missing = build_variants(case, [FROZEN, find_peer(name)], tensors_of(case))
+    assert (name in built) != (name in missing)

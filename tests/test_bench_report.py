@@ -1,0 +1,132 @@
+"""The report's files come from its JSON alone, show every row, and need nothing else to be read."""
+
+import json
+import re
+
+import pytest
+
+from fastlora.bench import run
+from fastlora.bench.cases import LayerCase
+from fastlora.bench.peers import STORED_S, Peer
+from fastlora.bench.report import load_report, write_report
+from fastlora.bench.run import BenchOptions, run_bench, steps_of
+from fastlora.bench.tables import Table, ratio_table, report_tables, time_text
+
+
+def absent(case, tensors):
+    raise ImportError("No module named <absent> | here")
+
+
+@pytest.fixture(scope="module")
+def report():
+    labels: list = []
+    options = BenchOptions(
+        preset="cases",
+        device="cpu",
+        sections=("layer", "host"),
+        seconds=0.0,
+        peers=(STORED_S, Peer("absent", absent, "package")),
+        cases=(LayerCase(8, 6, 10, 2, 0.0, "float32"), LayerCase(4, 6, 10, 2, 0.1, "float32")),
+        command="fastlora bench --case …",
+        on_progress=labels.append,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastlora.bench.peaks.MATMUL_SIZE", {"cpu": 64})
+        patch.setattr("fastlora.bench.peaks.COPY_BYTES", {"cpu": 1 << 20})
+        patch.setattr("fastlora.bench.layer.CPU_CACHE_BYTES", 1)
+        patch.setattr("fastlora.bench.host.CALLS", 2)
+        found = run_bench(options)
+    assert len(labels) == steps_of(options) == 4
+    return found
+
+
+def test_a_report_carries_what_judges_it(report):
+    env = report["environment"]
+    for key in ("device_name", "cpu_threads", "python", "versions", "commit", "date"):
+        assert key in env
+    assert env["versions"]["torch"]
+    assert report["peaks"]["copy_gbs"] > 0 and report["peaks"]["matmul_tflops"]["float32"] > 0
+    assert report["command"] == "fastlora bench --case …"
+    for row in report["layer"]:
+        peaks = report["peaks"]
+        shares = (row["tflops"] / peaks["matmul_tflops"]["float32"], row["gbs"] / peaks["copy_gbs"])
+        assert row["share_of_peak"] == max(shares)
+
+
+def test_missing_variants_are_listed_with_their_reasons(report):
+    assert report["missing"] == {
+        "absent": ["not installed: No module named <absent> | here"],
+        "autograd.Function": ["no dropout"],
+    }
+    assert {row["variant"] for row in report["host"]} == {"frozen", "fastlora", "autograd.Function"}
+    assert all(row["ratio_to_peft"] is None for row in report["host"])
+
+
+def test_files_are_made_from_the_json_alone(report, tmp_path):
+    first = write_report(report, tmp_path / "a")
+    again = write_report(load_report(first[0]), tmp_path / "b")
+    assert [path.name for path in first] == [path.name for path in again]
+    assert {path.name for path in first} == {
+        "bench.json", "bench.md", "bench.html", "ratio.png", "roofline.png", "memory.png",
+    }  # fmt: skip
+    for ours, theirs in zip(first[:2], again[:2], strict=True):
+        assert ours.read_text() == theirs.read_text()
+
+
+def test_the_page_stands_alone_and_shows_every_number(report, tmp_path):
+    page = write_report(report, tmp_path)[2].read_text()
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert page.count("data:image/png;base64,") == 3
+    assert "&lt;absent&gt;" in page and "<absent>" not in page
+    for table in report_tables(report):
+        for row in table.rows:
+            for cell in row:
+                assert cell.replace("<", "&lt;").replace(">", "&gt;") in page
+
+
+def test_markdown_cells_cannot_break_the_table():
+    text = Table("t", "n", ["a|b"], [["c|d"]]).to_markdown()
+    assert "| a\\|b |" in text and "| c\\|d |" in text
+
+
+def row(variant, m, median, frozen, which="step"):
+    case = {"m": m, "n": 1, "k": 1, "r": 1, "dropout": 0.0, "dtype": "float32"}
+    return {"variant": variant, "pass": which, **case, "median_us": median, "ratio_to_frozen": median / frozen}
+
+
+def test_means_are_geometric_and_over_the_cases_a_variant_serves():
+    rows = [row("frozen", m, 10.0, 10.0) for m in (1, 2)]
+    rows += [
+        row("a", 1, 20.0, 10.0),
+        row("a", 2, 5.0, 10.0),
+        row("b", 1, 30.0, 10.0),
+        row("a", 1, 99.0, 1.0, "forward"),
+    ]
+    table = ratio_table(rows, "step")
+    assert table.columns == ["case", "frozen", "a", "b"]
+    assert [line[2:] for line in table.rows] == [["2.000", "3.000"], ["0.500", "–"], ["1.000", "3.000"]]
+
+
+def test_times_have_units():
+    assert time_text(12.345) == "12.3 µs"
+    assert time_text(12345.0) == "12.35 ms"
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "layer": []}'])
+def test_a_file_that_is_no_report_is_refused(text, tmp_path):
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bench\.json is not"):
+        load_report(path)
+
+
+def test_compiling_is_left_to_the_headline_on_a_cpu():
+    compiled = Peer(run.COMPILED, absent, "package")
+    small, headline = LayerCase(8, 8, 8, 2, 0.0, "float32"), run.CPU_HEADLINE[0]
+    assert not run._worth_it(compiled, small, "cpu")
+    assert run._worth_it(compiled, headline, "cpu") and run._worth_it(compiled, small, "cuda")
+
+
+def test_json_is_readable_by_anyone(report, tmp_path):
+    stored = json.loads(write_report(report, tmp_path)[0].read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert stored["format"] == 1
