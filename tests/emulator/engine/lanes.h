@@ -21,7 +21,7 @@ template <class T> inline T from_raw(Raw<T> raw) {
 
 template <class T> inline Raw<T> to_raw(T value) {
   if constexpr (std::is_floating_point_v<T>) return std::bit_cast<Raw<T>>(value);
-  else return Raw<T>(std::make_unsigned_t<T>(value));
+  else return Raw<T>(value);  // a narrow signed value fills its register
 }
 
 // d[l] = f(l) in the lanes of the mask. All lanes are computed, so that the loop is a vector loop; f must not fault.

@@ -106,7 +106,8 @@ void store(Warp& warp, const Instruction& in, u32 mask) {
     }
     Place at = engine.place(warp, l, address, space, total, total, true);
     Actor actor = warp.actor(l);
-    at.region->shadow.write(at.offset, total, actor, {actor.owner, actor.now, in.pc});
+    bool repeats = at.space != kFenceGlobal && memcmp(at.host(), bytes, total) == 0;
+    at.region->shadow.write(at.offset, total, actor, {actor.owner, actor.now, in.pc, kWeak, Proxy::kGeneric, repeats});
     memcpy(at.host(), bytes, total);
     engine.stored(at, total);
     if (at.space != kFenceGlobal) return;

@@ -102,9 +102,15 @@ void Shadow::read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by)
   cell.reads.add(by, actor);
 }
 
+// Where a value is replicated over lanes, Triton's layout conversions have each of them store it to shared memory, from one
+// instruction: no order among these stores could change what is there.
+static bool replicated(const Access& a, const Access& b, u32 shift) {
+  return b.repeats && a.pc == b.pc && a.owner >> shift == b.owner >> shift && a.proxy == Proxy::kGeneric;
+}
+
 void Shadow::check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const {
   const Access& write = cell.write;
-  if (write.owner != kNobody && !actor.ordered(write.owner, write.time) && !morally_strong(by, write, actor)) race("write", at, "write", write, by);
+  if (!replicated(write, by, options_.shift) && write.owner != kNobody && !actor.ordered(write.owner, write.time) && !morally_strong(by, write, actor)) race("write", at, "write", write, by);
   for (const Access& read : cell.reads)
     if (!actor.ordered(read.owner, read.time) && !morally_strong(by, read, actor)) race("write", at, "read", read, by);
   if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "write");

@@ -21,6 +21,7 @@ struct Access {
   u32 pc = 0;
   Scope scope = kWeak;
   Proxy proxy = Proxy::kGeneric;
+  bool repeats = false;  // a store of the bytes that are there already
 };
 
 // The readers since the last write that no later reader is ordered after.

@@ -1,0 +1,15 @@
+"""One small kernel for each instruction, with what a plain model says it computes; runs in the emulator and on GPUs."""
+
+from . import asynchronous, floating, integer, matrix, memory, warp
+from .case import Case
+from .runners import CudaRunner, EmulatorRunner
+
+__all__ = ["Case", "CudaRunner", "EmulatorRunner", "all_cases"]
+
+_FAMILIES = (integer, floating, memory, warp, matrix, asynchronous)
+
+
+def all_cases():
+    """Every case, grouped by family of instructions."""
+    for family in _FAMILIES:
+        yield from family.cases()
