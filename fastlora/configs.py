@@ -1,9 +1,12 @@
 """Tile configurations, as data, and the pure function that chooses one."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 MAX_RANK = 256
 FUSED_RANK = 64  # up to here column 0 makes S beside its own tile; beyond, two accumulators do not fit
+
+Direction = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
@@ -13,8 +16,8 @@ class TileConfig:
     block_m, block_n, block_k: the product's tile [block_m, block_n] and its step along the contracted dimension.
     group_m: row blocks that share a stretch of the queue, so that their rows stay in L2.
     gradient_m, gradient_n: rows per step and columns of a gradient tile.
-    slice_n: columns of the low-rank branch that dX's dropout masks at a time.
-    programs_per_sm: programs launched per multiprocessor.
+    slice_n: columns of a tile that are finished (low-rank branch, bias, store) at a time.
+    programs_per_sm: programs that run on a multiprocessor at once.
     """
 
     block_m: int
@@ -24,9 +27,58 @@ class TileConfig:
     num_warps: int
     num_stages: int
     gradient_m: int = 64
-    gradient_n: int = 128
+    gradient_n: int = 64
     slice_n: int = 64
     programs_per_sm: int = 1
+
+
+# Each ladder runs from the largest tile to the smallest. "wide" ladders serve ranks above FUSED_RANK, whose gradient tiles
+# need more registers; "odd" ones tensors whose rows are not aligned to 16 bytes, whose addresses do.
+# GROUP_M = 8 comes from benchmarks/results/schedule.md. What else is here compiles without a spill; nothing is tuned yet.
+LADDERS: dict[str, tuple[TileConfig, ...]] = {
+    "hopper": (
+        TileConfig(128, 256, 64, 8, 8, 3, gradient_n=128),
+        TileConfig(128, 128, 64, 8, 8, 4, gradient_n=128),
+        TileConfig(64, 128, 64, 8, 4, 4),
+        TileConfig(64, 64, 64, 8, 4, 4, programs_per_sm=2),
+        TileConfig(32, 64, 128, 8, 4, 4, programs_per_sm=2),
+        TileConfig(16, 64, 128, 8, 4, 4, programs_per_sm=2),
+        TileConfig(16, 32, 128, 8, 4, 4, programs_per_sm=2),
+    ),
+    "hopper wide": (
+        TileConfig(128, 256, 64, 8, 8, 3),
+        TileConfig(128, 128, 64, 8, 8, 3),
+        TileConfig(64, 64, 64, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 64, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+    ),
+    "ampere": (
+        TileConfig(128, 128, 32, 8, 8, 4),
+        TileConfig(64, 64, 64, 8, 4, 3, programs_per_sm=2),
+        TileConfig(32, 64, 64, 8, 4, 4, programs_per_sm=2),
+        TileConfig(16, 64, 64, 8, 4, 4, programs_per_sm=2),
+        TileConfig(16, 32, 128, 8, 4, 3, programs_per_sm=2),
+    ),
+    "ampere wide": (
+        TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+    ),
+    "odd": (
+        TileConfig(128, 64, 32, 8, 8, 3, gradient_m=32, slice_n=32),
+        TileConfig(16, 64, 32, 8, 4, 3, gradient_m=32, slice_n=32),
+    ),
+    "odd wide": (
+        TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+    ),
+    "float32": (
+        TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 32, 8, 4, 3, gradient_m=32, gradient_n=32, slice_n=32),
+    ),
+    "float32 wide": (
+        TileConfig(64, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),
+    ),
+}
 
 
 def padded_rank(rank: int) -> int:
@@ -34,5 +86,41 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def choose_config(direction, arch, m, n, k, r, dtype, dropout):
-    return TileConfig(64, 64, 32, 4, 4, 3)
+def ladder_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
+    """The name of the ladder that serves a GPU of compute capability ``arch`` (90 for 9.0).
+
+    Args:
+        rank: of the adapter.
+        element_size: bytes of one element of x.
+        aligned: whether every operand's rows start on 16 bytes.
+    """
+    if element_size == 4:
+        family = "float32"
+    elif not aligned:
+        family = "odd"
+    else:
+        family = "hopper" if arch in (90, 100, 103) else "ampere"
+    return family if padded_rank(rank) <= FUSED_RANK else f"{family} wide"
+
+
+def choose_config(
+    direction: Direction, m: int, n: int, k: int, r: int, *, arch: int, n_sms: int, element_size: int, aligned: bool
+) -> TileConfig:
+    """The largest tile that is not much taller than the problem and still gives every multiprocessor work; where none
+    does, the one that gives the most of them work.
+
+    Args:
+        direction: the forward puts out [m, n], the backward [m, k].
+        m, n, k, r: tokens, out_features, in_features, rank.
+        arch, n_sms: compute capability (90 for 9.0) and multiprocessors of the GPU.
+        element_size: bytes of one element of x.
+        aligned: whether every operand's rows start on 16 bytes.
+    """
+    columns = n if direction == "forward" else k
+    ladder = LADDERS[ladder_for(arch, r, element_size, aligned)]
+
+    def n_tiles(config: TileConfig) -> int:
+        return -(-m // config.block_m) * -(-columns // config.block_n)
+
+    fitting = [c for c in ladder if c.block_m <= max(16, 1 << (m - 1).bit_length())] or [ladder[-1]]
+    return next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))

@@ -8,9 +8,12 @@ import re
 import subprocess
 import tempfile
 import types
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -23,12 +26,22 @@ REGISTER_FILE = 65536
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
+@dataclass(frozen=True)
+class Launch:
+    """One launch that a kernel was asked for."""
+
+    kernel: Any  # triton's CompiledKernel
+    grid: tuple[int, int, int]
+    args: dict[str, Any]  # what is left of the arguments after specialisation, in order
+
+
 class _CompileOnlyDriver(DriverBase):
-    """Answers for a device of compute capability ``arch`` and collects what is compiled."""
+    """Answers for a device of compute capability ``arch``, collects the launches and hands each to ``on_launch``."""
 
     def __init__(self, arch: int):
         self.arch = arch
-        self.launched = []
+        self.launched: list[Launch] = []
+        self.on_launch: Callable[[Launch], None] | None = None
         facts = {
             "max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": REGISTER_FILE,
             "mem_clock_rate": 0, "mem_bus_width": 0, "sm_clock_rate": 0,
@@ -43,8 +56,13 @@ class _CompileOnlyDriver(DriverBase):
             def __init__(self, source, metadata):
                 self.source, self.metadata = source, metadata
 
-            def __call__(self, grid_x, grid_y, grid_z, *args, **kwargs):
-                driver.launched.append(self.metadata)
+            def __call__(self, grid_x, grid_y, grid_z, stream, function, packed, metadata, on_enter, on_exit, *args):
+                kernel = next(k for k in compiled_kernels(self.source.fn, driver.arch) if k.function is function)
+                named = zip(self.source.fn.arg_names, args, strict=True)
+                runtime = {name: a for name, a in named if self.source.signature[name] != "constexpr"}
+                driver.launched.append(Launch(kernel, (grid_x, grid_y, grid_z), runtime))
+                if driver.on_launch is not None:
+                    driver.on_launch(driver.launched[-1])
 
         self.launcher_cls = Launcher
 
@@ -86,10 +104,18 @@ class Resources:
     threads: int
 
 
+@cache
+def _driver(arch: int) -> _CompileOnlyDriver:
+    """One for each architecture, for compiled kernels keep the driver they were compiled under."""
+    return _CompileOnlyDriver(arch)
+
+
 @contextmanager
-def compile_for(arch: int):
-    """Within it, kernels compile for ``arch``; yields a driver whose ``launched`` counts the launches asked for."""
-    driver = _CompileOnlyDriver(arch)
+def compile_for(arch: int, on_launch: Callable[[Launch], None] | None = None):
+    """Within it, kernels compile for ``arch``; yields a driver whose ``launched`` lists the launches asked for.
+    ``on_launch`` may run each in its own way."""
+    driver = _driver(arch)
+    driver.launched, driver.on_launch = [], on_launch
     config = triton.runtime.driver
     saved = config._active  # None where no GPU has been asked for yet; reset_active() would insist on one
     config.set_active(driver)

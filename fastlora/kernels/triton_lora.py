@@ -7,9 +7,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import philox, reference
-from fastlora.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, padded_rank
+from fastlora.configs import FUSED_RANK, MAX_RANK, Direction, TileConfig, choose_config, padded_rank
 from fastlora.dispatch import Problem
-from fastlora.kernels.target import target_of
+from fastlora.kernels.target import Target, target_of
 from fastlora.kernels.triton_schedule import N_COUNTERS, claim, leave, locate, wait_for
 from fastlora.kernels.triton_tiles import (
     Dropout,
@@ -128,11 +128,22 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def _has_aligned_rows(tensor: Tensor) -> bool:
+    return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+
+
+def _choose(direction: Direction, m: int, n: int, k: int, r: int, target: Target, *operands: Tensor) -> TileConfig:
+    return choose_config(
+        direction, m, n, k, r, arch=target.arch, n_sms=target.n_sms,
+        element_size=operands[0].element_size(), aligned=all(map(_has_aligned_rows, operands)),
+    )  # fmt: skip
+
+
 def _descriptor_or_tensor(tensor: Tensor, block: list[int], arch: int) -> tuple[Tensor | TensorDescriptor, bool]:
     """A TMA descriptor where the architecture has them and the tensor's alignment allows, else the tensor."""
-    size = tensor.element_size()
-    allowed = arch >= 90 and tensor.data_ptr() % 16 == 0 and tensor.stride(0) * size % 16 == 0
-    return (TensorDescriptor.from_tensor(tensor, block), True) if allowed else (tensor, False)
+    if arch >= 90 and _has_aligned_rows(tensor):
+        return TensorDescriptor.from_tensor(tensor, block), True
+    return tensor, False
 
 
 def _seed_argument(seed: Tensor | None) -> Tensor | int | None:
@@ -155,7 +166,7 @@ def lora_forward(
     if 0 in (m, n, k):
         return reference.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     target = target_of(x.device)
-    cfg = config or choose_config("forward", target.arch, m, n, k, r, x.dtype, dropout_p > 0.0)
+    cfg = config or _choose("forward", m, n, k, r, target, x, weight)
     block_r = padded_rank(r)
     fused = block_r <= FUSED_RANK
     x_arg, tma_x = _descriptor_or_tensor(x, [cfg.block_m, cfg.block_k], target.arch)
@@ -199,7 +210,7 @@ def lora_backward(
     if 0 in (m, n, k):
         return reference.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
     target = target_of(dy.device)
-    cfg = config or choose_config("backward", target.arch, m, n, k, r, dy.dtype, dropout_p > 0.0)
+    cfg = config or _choose("backward", m, n, k, r, target, dy, weight)
     block_r = padded_rank(r)
     fused = needs.dx and block_r <= FUSED_RANK
     dy_arg, tma_dy = _descriptor_or_tensor(dy, [cfg.block_m, cfg.block_k], target.arch)

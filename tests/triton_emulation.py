@@ -1,0 +1,60 @@
+"""Runs Triton launches on the CPU: the real launcher, the real compiler, and the PTX they came to, in the emulator."""
+
+import functools
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from compile_target import Launch, compile_for
+from emulator import LaunchOptions, load_ptx, triton_descriptor
+
+_OUTPUTS = ("y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_")
+
+
+@functools.cache
+def _module(ptx: str):
+    return load_ptx(ptx)
+
+
+def _is_output(name: str, launch: Launch) -> bool:
+    saved = name == "s_ptr" and "ds_ptr" in launch.kernel.src.fn.arg_names  # the backward reads S
+    return name.startswith(_OUTPUTS) and not saved
+
+
+@contextmanager
+def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx=lambda ptx: ptx):
+    """Within it, a Triton launch on CPU tensors compiles for ``arch`` and runs in the emulator; yields the list of the
+    launches' counters. ``edit_ptx`` may plant a defect."""
+    stats = []
+
+    def run(launch: Launch) -> None:
+        metadata = launch.kernel.metadata
+        descriptors = iter(getattr(metadata, "tensordesc_meta", None) or ())
+        args: dict[str, Any] = {}
+        tensors: dict[torch.Tensor, str] = {}  # dY comes twice, as a descriptor and as a pointer: one buffer
+        for name, argument in launch.args.items():
+            if hasattr(argument, "block_shape"):
+                tensors.setdefault(argument.base, name)
+                args |= triton_descriptor(name, argument.base, next(descriptors))
+            else:
+                args[name] = argument
+                if isinstance(argument, torch.Tensor):
+                    tensors.setdefault(argument, name)
+        outputs = [name for name in tensors.values() if _is_output(name, launch)]
+        module = _module(edit_ptx(launch.kernel.asm["ptx"]))
+        stats.append(
+            module.launch(
+                metadata.name,
+                grid=launch.grid,
+                block=32 * metadata.num_warps,
+                args=args | {"global scratch": None, "profile scratch": None},
+                shared_bytes=metadata.shared,
+                buffers={name: tensor for tensor, name in tensors.items()},
+                read_only=[name for name in tensors.values() if name not in (*outputs, "workspace_ptr")],
+                uninitialised=outputs,
+                options=options or LaunchOptions(),
+            )
+        )
+
+    with compile_for(arch, run):
+        yield stats
