@@ -1,14 +1,26 @@
 """A LoRA layer in one kernel launch forward and one backward."""
 
+from fastlora import integrations
+from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
+from fastlora.model import inject, merge, trainable_parameters, unmerge
+from fastlora.module import LoRALinear
 from fastlora.ops import LoRALinearFunction, lora_linear
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LoRALinear",
     "LoRALinearFunction",
     "available_backends",
     "dispatch_counts",
+    "inject",
+    "integrations",
+    "load_adapter",
     "lora_linear",
+    "merge",
     "reset_dispatch_counts",
+    "save_adapter",
+    "trainable_parameters",
+    "unmerge",
 ]

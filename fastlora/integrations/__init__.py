@@ -1,1 +1,83 @@
-"""Ways into existing training code. Nothing is imported here: each module needs the library that it serves."""
+"""Ways into existing training code. Each page below runs as it stands; a test runs it.
+
+**PEFT and transformers' Trainer: one line.** Everything else of PEFT (several adapters, switching, merging, saving)
+stays what it was; ``strict=True`` refuses a model in which some layer would not be fused.
+
+```python
+import fastlora
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer
+
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+fastlora.integrations.peft.patch(model)  # the one line
+
+trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
+trainer.train()
+model.save_pretrained(directory)
+print(fastlora.dispatch_counts())  # calls served by each backend, and what fell back to PEFT's forward, by reason
+```
+
+**Plain PyTorch.** No PEFT needed; the adapter file is in PEFT's format all the same.
+
+```python
+import fastlora
+import torch
+
+names = fastlora.inject(model, ["q_proj", "v_proj"], r=8, alpha=16, dropout=0.05)
+print(fastlora.trainable_parameters(model))
+
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+for batch in batches:
+    loss = model(input_ids=batch, labels=batch).loss
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+fastlora.save_adapter(model, directory)
+```
+
+**FSDP2.** Put LoRA in first, then shard: blocks, LoRA layers or leaves. Under ``torchrun`` this is one of several
+processes.
+
+```python
+import fastlora
+import torch
+from torch.distributed.fsdp import fully_shard
+
+fastlora.inject(model, ["q_proj", "v_proj"], r=8, alpha=16)
+for block in model.model.layers:
+    fully_shard(block)
+fully_shard(model)
+
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+for batch in batches:
+    model(input_ids=batch, labels=batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+fastlora.save_adapter(model, directory)  # every process calls it; the first writes whole tensors
+```
+
+**Merge and serve.** A merged layer is one ``F.linear``. ``keep_base=True`` (the default) would keep the frozen weights
+beside, so that ``fastlora.unmerge`` restores them bit by bit.
+
+```python
+import fastlora
+import torch
+
+fastlora.load_adapter(model, directory)  # puts the layers in, too
+fastlora.merge(model.eval(), safe=True, keep_base=False)
+with torch.no_grad():
+    logits = model(input_ids=batches[0]).logits
+```
+"""
+
+import importlib
+from types import ModuleType
+
+_MODULES = ("peft", "state_dicts")
+
+
+def __getattr__(name: str) -> ModuleType:
+    """Imports an integration at its first use, since each needs the library that it serves."""
+    if name in _MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,87 @@
+"""The pages in fastlora.integrations run as they stand."""
+
+import re
+
+import pytest
+import torch
+
+import fastlora
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+PAGE = re.compile(r"^\*\*(?P<title>[^*:.]+)[:.].*?```python\n(?P<code>.*?)```", re.DOTALL | re.MULTILINE)
+PAGES = {page["title"]: page["code"] for page in PAGE.finditer(fastlora.integrations.__doc__)}
+TITLES = ["PEFT and transformers' Trainer", "Plain PyTorch", "FSDP2", "Merge and serve"]
+
+
+def make_llama():
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=31,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+        )
+    )
+
+
+BATCHES = [torch.randint(0, 31, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+
+def run(title, tmp_path, **names):
+    given = {"model": make_llama(), "batches": BATCHES, "directory": tmp_path / "adapter", **names}
+    fastlora.reset_dispatch_counts()
+    exec(compile(PAGES[title], title, "exec"), given)
+    counts = fastlora.dispatch_counts()
+    assert counts["fallbacks"] == {}
+    assert counts["cuda"] + counts["triton"] + counts["reference"] > 0 or title == "Merge and serve"
+    return given
+
+
+def test_all_pages_are_known():
+    assert list(PAGES) == TITLES
+
+
+def test_peft_and_trainer(tmp_path):
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True
+    )
+    dataset = [{"input_ids": row, "labels": row} for batch in BATCHES for row in batch]
+    run("PEFT and transformers' Trainer", tmp_path, arguments=arguments, dataset=dataset)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_plain_pytorch_then_merge_and_serve(tmp_path):
+    trained = run("Plain PyTorch", tmp_path)
+    model = trained["model"]
+    assert trained["names"][0] == "model.layers.0.self_attn.q_proj" and any(p.grad is None for p in model.parameters())
+    served = run("Merge and serve", tmp_path)
+    with torch.no_grad():
+        expected = model.eval()(BATCHES[0]).logits
+        assert not torch.allclose(expected, make_llama()(BATCHES[0]).logits)
+    torch.testing.assert_close(served["logits"], expected)
+
+
+def test_fsdp2(tmp_path):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        run("FSDP2", tmp_path)
+    finally:
+        torch.distributed.destroy_process_group()
+    plain = run("Plain PyTorch", tmp_path / "plain")  # differs by its dropout, so only the files are compared
+    assert plain["model"] is not None
+    names = [sorted(path.name for path in (tmp_path / d).iterdir()) for d in ("adapter", "plain/adapter")]
+    assert names[0] == names[1] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_integrations_are_found_by_name():
+    assert fastlora.integrations.peft.patch.__module__ == "fastlora.integrations.peft"
+    with pytest.raises(AttributeError, match="has no attribute 'megatron'"):
+        _ = fastlora.integrations.megatron
