@@ -363,6 +363,18 @@ def test_repr_shows_what_differs_from_the_defaults():
     assert repr(layer).endswith("r=4, alpha=8, scaling=4, dropout=0.1, rslora=True, merged=True)")
 
 
+def test_what_replaces_a_frozen_parameter_is_frozen():
+    layer = LoRALinear(6, 4)
+    layer.weight, layer.bias = nn.Parameter(torch.ones(4, 6)), nn.Parameter(torch.ones(4))
+    assert not layer.weight.requires_grad and not layer.bias.requires_grad
+    layer.bias.requires_grad_(True)  # a bias may train if asked to
+    layer.bias = nn.Parameter(torch.zeros(4))
+    layer.lora_A = nn.Parameter(torch.ones(8, 6))
+    assert layer.bias.requires_grad and layer.lora_A.requires_grad
+    layer(torch.ones(2, 6)).sum().backward()
+    assert torch.equal(layer.bias.grad, torch.full((4,), 2.0))
+
+
 def test_the_forward_is_one_call_with_the_layers_own_values(monkeypatch):
     seen = []
     monkeypatch.setattr(fastlora.module, "lora_linear", lambda *args, **kwargs: seen.append((args, kwargs)))
