@@ -1,0 +1,163 @@
+"""Ten minutes on a machine with a GPU: build, test on hardware, measure, tune; everything under one folder.
+
+    python -m benchmarks.gpu_visit --output gpu-visit
+
+Needs Python, torch with CUDA, Triton, pytest and nvcc, and no network. Every step runs in a process of its own with a
+time limit, writes its log, and cannot stop the others. The exit code is 1 where a step failed or ran out of time.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parents[1]
+CLI = (sys.executable, "-c", "from fastlora.cli.main import main; main()")
+TAIL_LINES = 15
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, its time limit in seconds, and whether the rest is worthless without it."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    essential: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step: its exit code (None: out of time, or never started) and its time in seconds."""
+
+    name: str
+    code: int | None
+    seconds: float
+    note: str = ""
+
+
+def plan(output: Path, workers: int) -> list[Step]:
+    """The steps in order of worth: what is right before what is fast, headline before grid."""
+    bench = (*CLI, "bench", "--device", "cuda", "--seconds", "1.5")
+    pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "--timeout", "150", "-n", str(workers))
+    return [
+        Step("device", ("nvidia-smi",), 20),
+        Step("info", (*CLI, "info", "--json"), 60, essential=True),
+        Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150),
+        Step("kernel tests", (*pytest, "tests/kernels"), 150),
+        Step(
+            "bench layer",
+            (*bench, "--only", "layer", "--skip", "compiled peft", "--output", str(output / "bench-layer")),
+            120,
+        ),
+        Step("tune", (*CLI, "tune", "--seconds", "8"), 90),
+        Step(
+            "bench rest",
+            (
+                *bench,
+                "--only",
+                "host",
+                "--only",
+                "decoder",
+                "--only",
+                "finetune",
+                "--output",
+                str(output / "bench-rest"),
+            ),
+            90,
+        ),
+        Step("other tests", (*pytest, "tests", "--ignore", "tests/kernels"), 200),
+        Step(
+            "bench layer, tuned",
+            (*bench, "--only", "layer", "--output", str(output / "bench-layer-tuned")),
+            150,
+        ),
+    ]
+
+
+def environment(output: Path) -> dict[str, str]:
+    """This process's variables, the checkout on the path, and the tuned choices kept under ``output``."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(output / "cache")}
+
+
+def run_step(step: Step, output: Path, seconds_left: float) -> Outcome:
+    """Runs one step, its output into a log of its name; it gets its own limit or what is left, whichever is less."""
+    limit = min(step.limit, seconds_left)
+    if limit < 5:
+        return Outcome(step.name, None, 0.0, "no time left")
+    log, started = output / f"{step.name.replace(', ', '-').replace(' ', '-')}.log", time.monotonic()
+    with open(log, "w") as file:
+        try:
+            process = subprocess.Popen(
+                step.command,
+                cwd=ROOT,
+                env=environment(output),
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        except OSError as error:
+            file.write(f"cannot run: {error}")
+            return Outcome(step.name, None, 0.0, f"cannot run: {error}")
+        try:
+            code, note = process.wait(limit), ""
+        except subprocess.TimeoutExpired:
+            code, note = None, f"stopped after {limit:.0f} s"
+            # The whole session: a build's compilers or a test run's workers would otherwise go on beside the next step.
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return Outcome(step.name, code, round(time.monotonic() - started, 1), note)
+
+
+def log_tail(output: Path, name: str) -> str:
+    """The last lines of a step's log."""
+    path = output / f"{name.replace(', ', '-').replace(' ', '-')}.log"
+    return "\n".join(path.read_text(errors="replace").splitlines()[-TAIL_LINES:]) if path.exists() else ""
+
+
+def run_plan(steps: list[Step], output: Path, budget: float) -> list[Outcome]:
+    """Runs the steps until the budget (seconds) is spent; keeps summary.json up to date after each."""
+    output.mkdir(parents=True, exist_ok=True)
+    ends, outcomes = time.monotonic() + budget, []
+    for step in steps:
+        outcome = run_step(step, output, ends - time.monotonic())
+        outcomes.append(outcome)
+        click.echo(
+            f"{outcome.name}: {'ok' if outcome.code == 0 else outcome.note or f'exit code {outcome.code}'}"
+            f" ({outcome.seconds} s)"
+        )
+        if outcome.code != 0:
+            click.echo(log_tail(output, outcome.name))
+        (output / "summary.json").write_text(json.dumps([asdict(entry) for entry in outcomes], indent=1) + "\n")
+        if step.essential and outcome.code != 0:
+            break
+    return outcomes
+
+
+@click.command()
+@click.option("--output", default="gpu-visit", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--minutes", default=9.5, show_default=True, type=click.FloatRange(min=0.1), help="For everything.")
+@click.option("--workers", default=8, show_default=True, type=click.IntRange(1), help="Test processes.")
+@click.option("--only", multiple=True, metavar="STEP", help="These steps; may be repeated.")
+def main(output: Path, minutes: float, workers: int, only: tuple[str, ...]) -> None:
+    """Build, test, measure and tune on this machine's GPU."""
+    output = output.resolve()
+    steps = plan(output, workers)
+    unknown = [name for name in only if name not in {step.name for step in steps}]
+    if unknown:
+        raise click.UsageError(f"no step {unknown[0]!r}; choose from {', '.join(step.name for step in steps)}")
+    outcomes = run_plan([step for step in steps if not only or step.name in only], output, minutes * 60)
+    click.echo(f"everything is under {output}")
+    sys.exit(0 if all(outcome.code == 0 for outcome in outcomes) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""The GPU visit: every step is tried, none can stop or outlast the others, and its log is kept."""
+
+import json
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import gpu_visit
+from benchmarks.gpu_visit import Step, main, plan, run_plan
+
+
+def python(code):
+    return (sys.executable, "-c", code)
+
+
+def test_a_failing_or_endless_step_does_not_stop_the_rest(tmp_path, capsys):
+    steps = [
+        Step("good", python("print('fine')"), 60),
+        Step("bad step", python("import sys; print('reason'); sys.exit(3)"), 60),
+        Step("endless", python("import time; print('on', flush=True); time.sleep(600)"), 6),
+        Step("absent", ("no-such-command-anywhere",), 60),
+        Step("last", python("import os; print(os.environ['XDG_CACHE_HOME'])"), 60),
+    ]
+    outcomes = run_plan(steps, tmp_path, budget=120)
+    assert [outcome.code for outcome in outcomes] == [0, 3, None, None, 0]
+    assert outcomes[2].note == "stopped after 6 s" and "cannot run" in outcomes[3].note
+    assert [entry["name"] for entry in json.loads((tmp_path / "summary.json").read_text())] == [s.name for s in steps]
+    assert (tmp_path / "bad-step.log").read_text() == "reason\n"
+    assert (tmp_path / "last.log").read_text() == f"{tmp_path / 'cache'}\n"
+    assert "reason" in capsys.readouterr().out
+
+
+def test_a_stopped_step_takes_its_children_with_it(tmp_path):
+    alive = tmp_path / "alive"
+    child = (
+        f"import time, pathlib\nfor i in range(600): time.sleep(0.2); pathlib.Path({str(alive)!r}).write_text(str(i))"
+    )
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    run_plan([Step("parent", python(parent), 8)], tmp_path, budget=60)
+    before = alive.read_text()
+    time.sleep(1.5)
+    assert alive.read_text() == before
+
+
+def test_the_budget_ends_the_visit(tmp_path):
+    steps = [Step("first", python("pass"), 60), Step("second", python("pass"), 60)]
+    outcomes = run_plan(steps, tmp_path, budget=0)
+    assert [(outcome.code, outcome.note) for outcome in outcomes] == [(None, "no time left")] * 2
+
+
+def test_nothing_runs_after_an_essential_step_failed(tmp_path):
+    steps = [Step("first", python("raise SystemExit(1)"), 60, essential=True), Step("second", python("pass"), 60)]
+    assert [outcome.name for outcome in run_plan(steps, tmp_path, budget=60)] == ["first"]
+
+
+def test_the_plan_tests_before_it_times_and_fits_its_commands(tmp_path):
+    steps = plan(tmp_path, workers=4)
+    names = [step.name for step in steps]
+    assert names.index("kernel tests") < names.index("bench layer") < names.index("bench layer, tuned")
+    assert names.index("tune") < names.index("bench layer, tuned")
+    for step in steps:
+        for argument in step.command:
+            if argument.startswith("tests") or argument.endswith("setup.py"):
+                assert (gpu_visit.ROOT / argument).exists(), argument
+
+
+def test_the_command_line_names_unknown_steps(tmp_path):
+    refused = CliRunner().invoke(main, ["--only", "nothing", "--output", str(tmp_path)])
+    assert refused.exit_code == 2 and "no step 'nothing'" in refused.output
+
+
+@pytest.mark.parametrize("code, expected", [("pass", 0), ("raise SystemExit(5)", 1)])
+def test_the_exit_code_tells_whether_all_went_well(tmp_path, monkeypatch, code, expected):
+    monkeypatch.setattr(gpu_visit, "plan", lambda output, workers: [Step("only", python(code), 60)])
+    assert CliRunner().invoke(main, ["--output", str(tmp_path)]).exit_code == expected
