@@ -10,6 +10,7 @@ import fastlora
 
 peft = pytest.importorskip("peft")
 from test_integrations_peft import (  # noqa: E402
+    IDS,
     Base,
     StockLinear,
     assert_same_training_step,
