@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from benchmarks import readme_tables
 from fastlora.bench import run
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.peers import STORED_S, Peer
@@ -130,3 +131,19 @@ def test_compiling_is_left_to_the_headline_on_a_cpu():
 def test_json_is_readable_by_anyone(report, tmp_path):
     stored = json.loads(write_report(report, tmp_path)[0].read_text(), parse_constant=lambda name: pytest.fail(name))
     assert stored["format"] == 1
+
+
+def test_readme_tables_come_from_the_files_they_name(report, tmp_path):
+    write_report(report, tmp_path / "results")
+    text = "before\n<!-- table: {} results/bench.json -->\nold\n<!-- end of table -->\nafter\n"
+    filled = readme_tables.fill(text.format("step"), tmp_path)
+    assert filled.startswith("before\n<!-- table: step results/bench.json -->\n**One layer, step")
+    assert filled.endswith("<!-- end of table -->\nafter\n") and "old" not in filled
+    assert report["command"] in filled and "M 8, N 6, K 10, R 2, float32" in filled
+    assert readme_tables.fill(filled, tmp_path) == filled
+    for kind in ("memory", "host"):
+        assert "autograd.Function" in readme_tables.fill(text.format(kind), tmp_path)
+    with pytest.raises(ValueError, match="unknown table 'loudness'"):
+        readme_tables.fill(text.format("loudness"), tmp_path)
+    with pytest.raises(ValueError, match="cannot read elsewhere.json"):
+        readme_tables.fill(text.format("step").replace("results/bench", "elsewhere"), tmp_path)

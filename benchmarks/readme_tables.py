@@ -1,0 +1,90 @@
+"""Fills the README's tables from result files, so that none is typed.
+
+A table stands between two comments; the first names the table and the file that it comes from:
+
+    <!-- table: step benchmarks/results/cpu/bench.json -->
+    ...
+    <!-- end of table -->
+
+``python -m benchmarks.readme_tables`` rewrites them; ``--check`` only says whether they are up to date.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from fastlora.bench.tables import MIB, Table, case_label, host_table, model_table, ratio_table
+from fastlora.cli.claims import claims_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def memory_table(rows: list[dict]) -> Table:
+    """Bytes kept for backward and allocated by a step, at the first case."""
+    steps = [row for row in rows if row["pass"] == "step"]
+    chosen = [row for row in steps if case_label(row) == case_label(steps[0])]
+    lines = [[r["variant"], f"{r['saved_bytes'] / MIB:.2f}", f"{r['peak_bytes'] / MIB:.2f}"] for r in chosen]
+    return Table("Memory", case_label(steps[0]), ["variant", "kept for backward, MiB", "peak of a step, MiB"], lines)
+
+
+TABLES: dict[str, Callable[[dict], Table]] = {
+    "step": lambda report: ratio_table(report["layer"], "step"),
+    "forward": lambda report: ratio_table(report["layer"], "forward"),
+    "backward": lambda report: ratio_table(report["layer"], "backward"),
+    "memory": lambda report: memory_table(report["layer"]),
+    "host": lambda report: host_table(report["host"]),
+    "decoder": lambda report: model_table(report["decoder"]),
+    "finetune": lambda report: model_table(report["finetune"]),
+    "claims": lambda report: claims_tables(report)[0],
+    "claims-memory": lambda report: claims_tables(report)[1],
+}
+
+
+def block_text(kind: str, path: str, root: Path) -> str:
+    """A table and the line that says where it comes from.
+
+    Raises:
+        ValueError: no such kind of table, or no such file.
+    """
+    if kind not in TABLES:
+        raise ValueError(f"unknown table {kind!r}; choose one of {', '.join(TABLES)}")
+    try:
+        report = json.loads((root / path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from error
+    table, env = TABLES[kind](report), report["environment"]
+    heading, body = table.to_markdown().split("\n", 1)
+    source = f"{env['device_name']}, {env['cpu_threads']} CPU threads" if env["device"] == "cpu" else env["device_name"]
+    commit = env["commit"] or "not a checkout"
+    note = f"[{path}]({path}), {source}, torch {env['versions']['torch']}, commit {commit}, {env['date'][:10]}"
+    return f"**{heading.removeprefix('## ')}**\n{body}\n{note}: `{report['command']}`\n"
+
+
+def fill(text: str, root: Path) -> str:
+    """The text with every marked table made anew."""
+    return BLOCK.sub(lambda found: found[1] + block_text(found[2], found[3], root) + found[4], text)
+
+
+@click.command()
+@click.option("--readme", default=ROOT / "README.md", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--check", is_flag=True, help="Write nothing; exit code 1 where a table is not up to date.")
+def main(readme: Path, check: bool) -> None:
+    """Rewrite the README's tables from benchmarks/results."""
+    text = readme.read_text()
+    try:
+        filled = fill(text, ROOT)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+    if check and filled != text:
+        raise click.ClickException(f"{readme} has tables that are not those of benchmarks/results")
+    if not check:
+        readme.write_text(filled)
+    click.echo(f"{len(BLOCK.findall(text))} tables, {'up to date' if filled == text else 'rewritten'}")
+
+
+if __name__ == "__main__":
+    main()
