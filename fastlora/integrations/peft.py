@@ -30,7 +30,7 @@ class FusedLinear(Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
-        if args or any(value is not None for value in kwargs.values()):
+        if args or (kwargs and any(value is not None for value in kwargs.values())):
             served = "adapter_names" if kwargs.get("adapter_names") is not None else "extra forward arguments"
         else:
             served = _inspect(self)
@@ -127,63 +127,76 @@ def call_reason(layer: Linear) -> str | None:
 class _Parts(NamedTuple):
     """What one fused call uses. Looked up at every call: PEFT replaces weights and changes scalings in place."""
 
-    base: nn.Linear
-    lora_a: nn.Linear
-    lora_b: nn.Linear
-    dropout: nn.Module
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    lora_bias: Tensor | None  # [N]
     scaling: float | Tensor
+    dropout_p: float
+    training: bool
 
 
 def _inspect(layer: Linear) -> _Parts | str:
     """The parts of a layer that can be served fused, or the reason why it cannot."""
-    if layer.disable_adapters:
+    if layer._disable_adapters:
         return "adapters disabled"
     if layer.merged_adapters:
         return "merged"
-    modules = layer._modules
+    modules = layer._modules  # nn.Module's own lookup takes longer than all these checks
     lora_a = modules["lora_A"]._modules
     active = [name for name in layer.active_adapters if name in lora_a]
     if len(active) != 1:
         return f"{len(active)} active adapters"
     (adapter,) = active
-    variant = layer.lora_variant.get(adapter)
-    if variant is not None:
-        return type(variant).__name__
+    if adapter in layer.lora_variant:
+        return type(layer.lora_variant[adapter]).__name__
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
     base, a, b = modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter]
-    for role, linear in (("base_layer", base), ("lora_A", a), ("lora_B", b)):
-        if type(linear) is not nn.Linear:
-            return f"{role} is a {type(linear).__name__}"
-        if _has_hooks(linear):
-            return f"hooks on {role}"
-        if not (_is_plain(linear.weight) or is_dtensor(linear.weight)):
-            return f"{role} holds a {type(linear.weight).__name__}"
-    if base.weight.requires_grad:
+    reason = _linear_reason("base_layer", base) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
+    if reason is not None:
+        return reason
+    weight = base.weight
+    if weight.requires_grad:
         return "the base weight trains"
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
     if _has_hooks(dropout):
         return "hooks on lora_dropout"
-    return _Parts(base, a, b, dropout, layer.scaling[adapter])
+    p = dropout.p if type(dropout) is nn.Dropout else 0.0
+    return _Parts(weight, base.bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+
+
+def _linear_reason(role: str, linear: nn.Module) -> str | None:
+    """Why a layer cannot be replaced by a product with its weight, or None."""
+    if type(linear) is not nn.Linear:
+        return f"{role} is a {type(linear).__name__}"
+    if _has_hooks(linear):
+        return f"hooks on {role}"
+    weight = linear.weight
+    if not (_is_plain(weight) or is_dtensor(weight)):
+        return f"{role} holds a {type(weight).__name__}"
+    return None
 
 
 def _input_reason(layer: Linear, parts: _Parts, x: Tensor) -> str | None:
     """Why this input cannot be served fused by parts that can, or None."""
-    if is_dtensor(parts.base.weight):
+    weight, lora_a, lora_b = parts.weight, parts.lora_a, parts.lora_b
+    if is_dtensor(weight):
         if not is_dtensor(x):
             return "DTensor base, plain input"
-        if getattr(parts.dropout, "p", 0.0) and parts.dropout.training:
+        if parts.dropout_p and parts.training:
             return "dropout over DTensors"
-    elif is_dtensor(parts.lora_a.weight) or is_dtensor(parts.lora_b.weight):
+    elif is_dtensor(lora_a) or is_dtensor(lora_b):
         return "DTensor adapter, plain base"
     elif not _is_plain(x):
         return f"the input is a {type(x).__name__}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transform"
-    dtype, weight_dtype, adapter_dtype = x.dtype, parts.base.weight.dtype, parts.lora_a.weight.dtype
-    if adapter_dtype != parts.lora_b.weight.dtype:
+    dtype, weight_dtype, adapter_dtype = x.dtype, weight.dtype, lora_a.dtype
+    if adapter_dtype != lora_b.dtype:
         return "lora_A and lora_B differ in dtype"
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
@@ -198,24 +211,14 @@ def _input_reason(layer: Linear, parts: _Parts, x: Tensor) -> str | None:
 
 
 def _fused_forward(parts: _Parts, x: Tensor) -> Tensor:
-    base, a, b, dropout, scaling = parts
-    lora_b, bias = b.weight, base.bias
-    if b.bias is not None:
-        side = b.bias * scaling
-        bias = (side if bias is None else bias + side).to(base.weight.dtype)
+    weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, training = parts
+    if lora_bias is not None:
+        side = lora_bias * scaling
+        bias = (side if bias is None else bias + side).to(weight.dtype)
     if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
         lora_b, scaling = lora_b * scaling, 1.0
-    call = lora_linear_sharded if is_dtensor(base.weight) else lora_linear
-    return call(
-        x,
-        base.weight,
-        a.weight,
-        lora_b,
-        scaling,
-        bias,
-        dropout_p=getattr(dropout, "p", 0.0),
-        training=dropout.training,
-    )
+    call = lora_linear_sharded if is_dtensor(weight) else lora_linear
+    return call(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, training=training)
 
 
 def _has_hooks(module: nn.Module) -> bool:
