@@ -17,6 +17,21 @@ from benchmarks.schedule_model import LABEL, Machine, Problem, frozen_baseline, 
 LAYERS = ((1024, 1024), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
 TOKENS = (512, 2048, 8192)
 RANKS = (16, 64)
+COLUMNS = (
+    "kernel",
+    "direction",
+    "m",
+    "n",
+    "k",
+    "r",
+    "schedule",
+    "ratio",
+    "ratio_at_m",
+    "makespan_us",
+    "stall_us",
+    "dram_bytes",
+    "frozen_dram_bytes",
+)
 # A single M makes the last wave's luck look like a property of the schedule: average over neighbours.
 NEIGHBOURS = (0.85, 1.0, 1.1)
 KERNELS = {
@@ -162,6 +177,13 @@ def calibration_text(fitted: Fit | None) -> str:
     )
 
 
+def _compact(row: dict) -> list:
+    """A row as a list in the order of COLUMNS, times in µs to two decimals, ratios to four."""
+    digits = {"ratio": 4, "ratio_at_m": 4, "makespan_us": 2, "stall_us": 2}
+    values = {**row, "schedule": describe(row["schedule"])}
+    return [round(values[name], digits[name]) if name in digits else values[name] for name in COLUMNS]
+
+
 def write_sweep(directory: Path, rows: list[dict], machine: Machine, fitted: Fit | None, command: str) -> list[Path]:
     """Writes schedule.json and schedule.md; returns their paths."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -170,9 +192,10 @@ def write_sweep(directory: Path, rows: list[dict], machine: Machine, fitted: Fit
         "command": command,
         "machine": asdict(machine),
         "calibration": calibration_text(fitted),
-        "rows": [{**row, **{name: round(row[name], 5) for name in ("ratio", "ratio_at_m")}} for row in rows],
+        "columns": list(COLUMNS),
+        "rows": [_compact(row) for row in rows],
     }
     paths = [directory / "schedule.json", directory / "schedule.md"]
-    paths[0].write_text(json.dumps(report, separators=(",", ":")).replace("},{", "},\n{") + "\n")
+    paths[0].write_text(json.dumps(report, separators=(",", ":")).replace("],[", "],\n[") + "\n")
     paths[1].write_text(to_markdown(rows, machine, fitted, command))
     return paths
