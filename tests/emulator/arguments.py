@@ -116,6 +116,9 @@ def pack_arguments(entry, args, buffers):
     named = list(args.items()) if isinstance(args, dict) else [(f"arg{i}", value) for i, value in enumerate(args)]
     if len(named) != len(entry.params):
         raise LaunchError(f"{entry.name} takes {len(entry.params)} parameters, {len(named)} were given")
+    for name, value in named:  # plain tensors first: a buffer that a TensorMap or Struct shares with one goes by its name
+        if isinstance(value, torch.Tensor):
+            buffers.add(name, value)
     packed = bytearray(entry.param_bytes)
     for (name, value), param in zip(named, entry.params):
         data = _pack_param(name, value, param, buffers)

@@ -120,6 +120,10 @@ class Module:
     def entries(self):
         return list(self._programs)
 
+    def program(self, entry):
+        """What an entry was translated to."""
+        return self._programs[entry][1]
+
     def launch(
         self,
         entry,

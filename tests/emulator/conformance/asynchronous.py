@@ -117,7 +117,7 @@ def _tma_load(tensor, box, corner, span):
     body += wait("%r5", 0, "full") + _dump(image.numel())
     ptx = module(body, {"x": MAP, "y": "u64"}, _SHARED, arch="sm_90")
     args = {"x": TensorMap(tensor, box, span), "y": torch.zeros_like(image)}
-    return Case(f"TMA load {tuple(tensor.shape)} at {corner}, swizzle {span}", ptx, args, {"y": image}, shared_bytes=_SHARED_BYTES, arch="sm_90")
+    return Case(f"TMA load {box} of {tuple(tensor.shape)} at {corner}, swizzle {span}", ptx, args, {"y": image}, shared_bytes=_SHARED_BYTES, arch="sm_90")
 
 
 _FILL_SHARED = """

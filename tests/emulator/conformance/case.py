@@ -61,7 +61,7 @@ def bits(tensor):
     return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
 
 
-def module(body, params, shared="", arch="sm_80", entry="snippet"):
+def module(body, params, shared="", arch="sm_80", entry="snippet", directives=""):
     """A PTX module with one entry. `params` maps parameter names to types (or to (bytes, align) for by-value structures);
     `shared` declares shared variables. The body may use %p, %h, %r, %f, %rd and %fd registers; pointers are loaded by `pointer`."""
 
@@ -69,7 +69,7 @@ def module(body, params, shared="", arch="sm_80", entry="snippet"):
         return f".param .{kind} {name}" if isinstance(kind, str) else f".param .align {kind[1]} .b8 {name}[{kind[0]}]"
 
     declared = ",\n    ".join(declare(name, kind) for name, kind in params.items())
-    return f".version 8.6\n.target {arch}\n.address_size 64\n{shared}\n.visible .entry {entry}(\n    {declared}\n)\n{{{_REGISTERS}\n{body}\n    ret;\n}}\n"
+    return f".version 8.6\n.target {arch}\n.address_size 64\n{shared}\n.visible .entry {entry}(\n    {declared}\n)\n{directives}\n{{{_REGISTERS}\n{body}\n    ret;\n}}\n"
 
 
 _NAMES = {torch.int16: ("b16", "%h"), torch.bfloat16: ("b16", "%h"), torch.float16: ("b16", "%h"), torch.int32: ("b32", "%r"), torch.float32: ("f32", "%f")}

@@ -1,5 +1,7 @@
 """Floating-point arithmetic, comparisons and conversions against torch."""
 
+import itertools
+
 import numpy as np
 import torch
 
@@ -38,6 +40,12 @@ def _case(operation, n, dtype, model, scale=4.0, tolerance=0.0):
     return elementwise(operation, text, inputs, [result], tolerance=tolerance or 1e-30)
 
 
+def _square_root(a):
+    """Correctly rounded, which torch's vectorised one is not always."""
+    with np.errstate(invalid="ignore"):
+        return torch.from_numpy(np.sqrt(a.numpy()))
+
+
 def _arithmetic():
     for dtype in (torch.float32, torch.float64):
         kind = _kind(dtype)
@@ -51,7 +59,7 @@ def _arithmetic():
         yield _case(f"max.{kind}", 2, dtype, torch.fmax)
         yield _case(f"neg.{kind}", 1, dtype, lambda a: -a)
         yield _case(f"abs.{kind}", 1, dtype, torch.abs)
-        yield _case(f"sqrt.rn.{kind}", 1, dtype, lambda a: torch.from_numpy(np.sqrt(a.numpy())))
+        yield _case(f"sqrt.rn.{kind}", 1, dtype, _square_root)
         yield _case(f"rcp.rn.{kind}", 1, dtype, lambda a, dtype=dtype: (1 / a.to(dtype)).double())
         yield _case(f"copysign.{kind}", 2, dtype, lambda sign, magnitude: torch.copysign(magnitude, sign))
     yield _case("min.NaN.f32", 2, torch.float32, torch.minimum)
@@ -63,6 +71,7 @@ def _arithmetic():
         yield _case(f"{name}.approx.ftz.f32", 1, torch.float32, model, tolerance=4e-6)
     yield _case("div.full.f32", 2, torch.float32, lambda a, b: a / b, tolerance=4e-7)
     yield _case("div.approx.f32", 2, torch.float32, lambda a, b: a / b, tolerance=4e-7)
+    yield _case("rsqrt.approx.f64", 1, torch.float64, torch.rsqrt, tolerance=1e-5)
     yield _case("tanh.approx.f32", 1, torch.float32, torch.tanh, tolerance=2e-3)
     for name, model in {"sin": torch.sin, "cos": torch.cos}.items():
         small = (torch.arange(_COUNT) - 128) / 64.0
@@ -159,19 +168,20 @@ def _integers_to_floats():
     generator = torch.Generator().manual_seed(4)
     for bits_, dtype in ((16, torch.int16), (32, torch.int32), (64, torch.int64)):
         n = torch.randint(-(2 ** (bits_ - 1)), 2 ** (bits_ - 1) - 1, (_COUNT,), generator=generator).to(dtype)
-        yield elementwise(f"cvt.rn.f32.s{bits_}", f"cvt.rn.f32.s{bits_} {{d}}, {{a}};", [n], [torch.tensor(n.numpy().astype("float32"))])
-        unsigned = torch.tensor(n.numpy().astype(f"uint{bits_}").astype("float32"))
-        yield elementwise(f"cvt.rn.f32.u{bits_}", f"cvt.rn.f32.u{bits_} {{d}}, {{a}};", [n], [unsigned])
         yield elementwise(f"cvt.rn.f64.s{bits_}", f"cvt.rn.f64.s{bits_} {{d}}, {{a}};", [n], [n.double()])
-    for source, destination in (("s16", "s32"), ("u16", "u32"), ("s16", "s64"), ("s32", "s64"), ("u32", "u64"), ("s64", "s32"), ("u64", "u16"), ("s32", "s16"), ("s32", "s8"), ("u32", "u8")):
+    kinds = [f"{sign}{width}" for sign in "us" for width in (8, 16, 32, 64)]
+    for source, destination in itertools.product(kinds, kinds):
+        # 8-bit values live in 16-bit registers: a source is their low byte, a result is extended.
+        dtypes = {8: torch.int16, 16: torch.int16, 32: torch.int32, 64: torch.int64}
         n = torch.randint(-(2**62), 2**62, (_COUNT,), generator=generator)
-        width = int(source[1:])
-        dtype = {16: torch.int16, 32: torch.int32, 64: torch.int64}
-        value = n.numpy().astype(f"{'u' * (source[0] == 'u')}int{width}")
+        value = n.numpy().astype(f"{'u' * (source[0] == 'u')}int{source[1:]}")
         result = value.astype(f"{'u' * (destination[0] == 'u')}int{destination[1:]}")
-        held = max(16, int(destination[1:]))  # 8-bit results are extended into a 16-bit register
-        expected = torch.tensor(result.astype("int64")).to(dtype[held])
-        yield elementwise(f"cvt.{destination}.{source}", f"cvt.{destination}.{source} {{d}}, {{a}};", [n.to(dtype[width])], [expected])
+        expected = torch.tensor(result.astype("int64")).to(dtypes[int(destination[1:])])
+        name = f"cvt.{destination}.{source}"
+        yield elementwise(name, f"{name} {{d}}, {{a}};", [n.to(dtypes[int(source[1:])])], [expected])
+        if destination == "u8":
+            expected = torch.tensor(value.astype("float32"))
+            yield elementwise(f"cvt.rn.f32.{source}", f"cvt.rn.f32.{source} {{d}}, {{a}};", [n.to(dtypes[int(source[1:])])], [expected])
     n = torch.randint(-(2**31), 2**31, (_COUNT,), generator=generator).int()
     yield elementwise("cvt.sat.s16.s32", "cvt.sat.s16.s32 {d}, {a};", [n], [n.clamp(-32768, 32767).short()])
 

@@ -65,9 +65,8 @@ def _arithmetic():
         for operation, model in binary.items():
             yield _case(f"{operation}.{kind}", f"{operation}.{kind} {{d}}, {{a}}, {{b}};", [kind] * 2, bits, model)
         yield _case(f"mad.lo.{kind}", f"mad.lo.{kind} {{d}}, {{a}}, {{b}}, {{c}};", [kind] * 3, bits, lambda a, b, c: a * b + c)
-        if bits > 16:
-            model = lambda a, b, c, bits=bits: ((a * b) >> bits) + c  # noqa: E731
-            yield _case(f"mad.hi.{kind}", f"mad.hi.{kind} {{d}}, {{a}}, {{b}}, {{c}};", [kind] * 3, bits, model)
+        high = lambda a, b, c, bits=bits: ((a * b) >> bits) + c  # noqa: E731
+        yield _case(f"mad.hi.{kind}", f"mad.hi.{kind} {{d}}, {{a}}, {{b}}, {{c}};", [kind] * 3, bits, high)
         if bits < 64:
             wide = f"{kind[0]}{bits * 2}"
             yield _case(f"mul.wide.{kind}", f"mul.wide.{kind} {{d}}, {{a}}, {{b}};", [kind] * 2, bits * 2, lambda a, b: a * b)

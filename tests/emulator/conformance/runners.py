@@ -16,10 +16,16 @@ class EmulatorRunner:
 
     def run(self, case):
         """-> {argument name: tensor after the launch}; the case's own tensors stay as they are."""
-        tensors = {name: tensor.clone() for name, tensor in case.tensors().items()}
+        tensors = _copies(case, torch.Tensor.clone)
         args = {name: _with_tensor(value, tensors.get(name)) for name, value in case.args.items()}
         load_ptx(case.ptx).launch(case.entry, case.grid, case.block, args, shared_bytes=case.shared_bytes, cluster=case.cluster, options=self.options)
         return tensors
+
+
+def _copies(case, copy):
+    """A copy of each tensor by argument name; arguments that share a tensor share its copy."""
+    by_identity = {id(tensor): copy(tensor) for tensor in case.tensors().values()}
+    return {name: by_identity[id(tensor)] for name, tensor in case.tensors().items()}
 
 
 def _with_tensor(value, tensor):
@@ -52,7 +58,7 @@ class CudaRunner:
 
     def run(self, case):
         """As EmulatorRunner.run."""
-        tensors = {name: tensor.cuda() for name, tensor in case.tensors().items()}
+        tensors = _copies(case, torch.Tensor.cuda)
         loaded, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self.driver.cuModuleLoadData(ctypes.byref(loaded), case.ptx.encode()), "cuModuleLoadData")
         try:

@@ -25,6 +25,7 @@ struct Group {
   const char* waits_for = "";
   u32 waits_at = 0;
   u64 poll_seen = 0, poll_actions = 0;  // what the last strong load saw, and the warp's actions until then
+  u32 tried_at = 0;                     // 1 + the last mbarrier wait that gave up
 };
 
 // One cp.async of one lane.
@@ -90,6 +91,12 @@ struct Warp {
     else predicate(o) = (predicate(o) & ~(1u << lane)) | u32(value & 1) << lane;
   }
   u64 uniform(Operand o, u32 mask, const char* what);  // the same in all lanes, or a DivergenceError
+
+  // A base register of 32 bits gives an address of 32 bits.
+  u64 address(Operand base, u32 lane, i64 offset) {
+    u64 sum = get(base, lane) + u64(offset);
+    return (base & 3) == k32 ? u32(sum) : sum;
+  }
 
   Group& group() { return groups[current]; }
   Owner owner(u32 lane) const;

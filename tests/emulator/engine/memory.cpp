@@ -13,7 +13,7 @@ Place Engine::shared_place(Cta& cta, u64 address, u64 bytes, u64 align, bool wri
   check_alignment(address, align, "shared");
   Cta* owner = &cta;
   if (u64 rank = address >> kClusterRankShift) {
-    if (rank > cta.cluster->ctas.size()) fault(ErrorKind::kBounds, "shared address 0x%llx is of no CTA in the cluster", (unsigned long long)address);
+    if (rank > cta.cluster->ctas.size()) fault(ErrorKind::kBounds, "shared address 0x%llx is in no CTA of the cluster", (unsigned long long)address);
     owner = cta.cluster->ctas[rank - 1].get();
     if (!owner->live_threads) fault(ErrorKind::kBounds, "access to the shared memory of CTA %llu of the cluster, which has exited", (unsigned long long)(rank - 1));
   }

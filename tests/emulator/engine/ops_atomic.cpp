@@ -69,10 +69,11 @@ u64 fetch(const Place& at, u32 bytes) {
   return value;
 }
 
+// A read-modify-write is recorded as the write it is.
 void record(Warp& warp, u32 l, const Instruction& in, const Place& at, u32 bytes, Scope scope, bool read, bool write) {
   Actor actor = warp.actor(l);
   Access access{actor.owner, actor.now, in.pc, scope};
-  if (read) at.region->shadow.read(at.offset, bytes, actor, access);
+  if (read && !write) at.region->shadow.read(at.offset, bytes, actor, access);
   if (write) at.region->shadow.write(at.offset, bytes, actor, access);
   if (at.space != kFenceGlobal) return;
   if (read) at.region->bytes_read += bytes, at.region->read_map.touch(at.offset, bytes);
@@ -85,7 +86,7 @@ bool spins(Warp& warp, u32 mask, const Instruction& in, Operand address, const O
   u64 seen = in.pc + 1;
   std::vector<u64> keys;
   for_lanes(mask, [&](u32 l) {
-    Place at = engine.place(warp, l, warp.get(address, l) + u64(order.offset), order.space, bytes, bytes, false);
+    Place at = engine.place(warp, l, warp.address(address, l, order.offset), order.space, bytes, bytes, false);
     keys.push_back(at.key());
     seen = (seen * 0x100000001b3ull ^ keys.back()) * 0x100000001b3ull ^ fetch(at, std::min(bytes, 8u));
   });
@@ -107,7 +108,7 @@ void strong_load(Warp& warp, const Instruction& in, u32 mask) {
   const u32 n = in.n_dst, bytes = u32(in.imm[5]);
   if (spins(warp, mask, in, in.reg[n], order, bytes * n)) return;
   for_lanes(mask, [&](u32 l) {
-    Place at = engine.place(warp, l, warp.get(in.reg[n], l) + u64(order.offset), order.space, bytes * n, bytes * n, false);
+    Place at = engine.place(warp, l, warp.address(in.reg[n], l, order.offset), order.space, bytes * n, bytes * n, false);
     acquire_from(warp, l, engine.flags[at.key()], order);
     record(warp, l, in, at, bytes * n, order.scope, true, false);
     for (u32 i = 0; i < n; i++) {
@@ -124,7 +125,7 @@ void strong_store(Warp& warp, const Instruction& in, u32 mask) {
   const Order order(in);
   const u32 n = in.n_reg - 1, bytes = u32(in.imm[5]);
   for_lanes(mask, [&](u32 l) {
-    Place at = engine.place(warp, l, warp.get(in.reg[0], l) + u64(order.offset), order.space, bytes * n, bytes * n, true);
+    Place at = engine.place(warp, l, warp.address(in.reg[0], l, order.offset), order.space, bytes * n, bytes * n, true);
     record(warp, l, in, at, bytes * n, order.scope, false, true);
     release_to(warp, l, engine.flags[at.key()], order, false);
     for (u32 i = 0; i < n; i++) {
@@ -188,14 +189,14 @@ void atomic(Warp& warp, const Instruction& in, u32 mask) {
   };
   if (std::has_single_bit(mask)) {  // a lone thread whose atomic changes nothing may be spinning on it
     u32 l = lowest_lane(mask);
-    Place at = engine.place(warp, l, warp.get(in.reg[first], l) + u64(order.offset), order.space, bytes, bytes, true);
+    Place at = engine.place(warp, l, warp.address(in.reg[first], l, order.offset), order.space, bytes, bytes, true);
     u64 old = fetch(at, bytes);
     bool changes = next_value(l, old) != old;
     if (changes) warp.actions++;
     else if (first && spins(warp, mask, in, in.reg[first], order, bytes)) return;
   }
   for_lanes(mask, [&](u32 l) {
-    Place at = engine.place(warp, l, warp.get(in.reg[first], l) + u64(order.offset), order.space, bytes, bytes, true);
+    Place at = engine.place(warp, l, warp.address(in.reg[first], l, order.offset), order.space, bytes, bytes, true);
     u64 old = fetch(at, bytes), value = next_value(l, old);
     Flag& flag = engine.flags[at.key()];
     acquire_from(warp, l, flag, order);

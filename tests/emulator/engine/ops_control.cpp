@@ -73,10 +73,6 @@ template <auto F> void predicate_logic(Warp& warp, const Instruction& in, u32 ma
 }
 void predicate_not(Warp& warp, const Instruction& in, u32 mask) { write_predicate(warp, in.reg[0], mask, ~warp.predicate(in.reg[1])); }
 void predicate_move(Warp& warp, const Instruction& in, u32 mask) { write_predicate(warp, in.reg[0], mask, warp.predicate(in.reg[1])); }
-void predicate_select(Warp& warp, const Instruction& in, u32 mask) {
-  u32 chosen = warp.predicate(in.reg[3]);
-  write_predicate(warp, in.reg[0], mask, (warp.predicate(in.reg[1]) & chosen) | (warp.predicate(in.reg[2]) & ~chosen));
-}
 
 }  // namespace
 
@@ -95,7 +91,6 @@ void add_control_ops(OpTable& t) {
   t.add("xor.pred", predicate_logic<logic_xor>);
   t.add("not.pred", predicate_not);
   t.add("mov.pred", predicate_move);
-  t.add("selp.pred", predicate_select);
 }
 
 }  // namespace emu

@@ -22,11 +22,11 @@ void issue(Warp& warp, const Instruction& in, u32 mask) {
     if (in.imm[3] == 1) valid = u32(warp.get(in.reg[2], l));
     if (in.imm[3] == 2 && warp.get(in.reg[2], l)) valid = 0;
     if (valid > bytes) fault(ErrorKind::kAsyncCopy, "cp.async copies %u of %u bytes", valid, bytes);
-    Place shared = engine.place(warp, l, warp.get(in.reg[0], l) + u64(in.imm[0]), Space::kShared, bytes, bytes, true);
+    Place shared = engine.place(warp, l, warp.address(in.reg[0], l, in.imm[0]), Space::kShared, bytes, bytes, true);
     Actor actor = warp.actor(l);
     CpAsync op{l, warp.cp_groups[l] + 1, in.pc, bytes, valid, shared, nullptr, false};
     if (valid) {
-      Place global = engine.place(warp, l, warp.get(in.reg[1], l) + u64(in.imm[1]), Space::kGlobal, valid, 1, false);
+      Place global = engine.place(warp, l, warp.address(in.reg[1], l, in.imm[1]), Space::kGlobal, valid, 1, false);
       if ((global.region->address + global.offset) % bytes) fault(ErrorKind::kAlignment, "the source of cp.async is not aligned to %u bytes", bytes);
       global.region->shadow.read(global.offset, valid, actor, {actor.owner, actor.now, in.pc});
       global.region->bytes_read += valid;

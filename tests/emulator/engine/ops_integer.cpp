@@ -184,9 +184,11 @@ template <class T> void add_arithmetic(OpTable& t, const std::string& type) {
   t.add("rem." + type, binary<T, T, remainder<T>>);
   t.add("min." + type, binary<T, T, minimum<T>>);
   t.add("max." + type, binary<T, T, maximum<T>>);
-  t.add("neg." + type, unary<T, T, negate<T>>);
   t.add("shr." + type, shift<T, shr<T>>);
-  if constexpr (std::is_signed_v<T>) t.add("abs." + type, unary<T, T, absolute<T>>);
+  if constexpr (std::is_signed_v<T>) {
+    t.add("neg." + type, unary<T, T, negate<T>>);
+    t.add("abs." + type, unary<T, T, absolute<T>>);
+  }
 }
 
 template <class T> void add_wide(OpTable& t, const std::string& type) {

@@ -31,7 +31,10 @@ template <bool kLoad> void move_matrix(Warp& warp, const Instruction& in, u32 ma
       Place at = engine.place(warp, l, address[l] + u64(in.imm[2]), Space::kShared, 16, 16, !kLoad);
       Actor actor = warp.actor(l);
       if (kLoad) {
-        at.region->shadow.read(at.offset, 16, actor, {actor.owner, actor.now, in.pc});
+        // The row goes to other lanes too: what only the addressing lane knows to be written is not enough.
+        Access read{actor.owner, actor.now, in.pc};
+        actor.owner = kNobody;
+        at.region->shadow.read(at.offset, 16, actor, read);
         memcpy(matrix[row], at.host(), 16);
       } else {
         at.region->shadow.write(at.offset, 16, actor, {actor.owner, actor.now, in.pc});

@@ -61,7 +61,7 @@ void claim(Warp& warp, const Instruction& in, u32 l, Cta& cta, u32 offset) {
 // imm: offset. Registers: address, count.
 void init(Warp& warp, const Instruction& in, u32 mask) {
   for_lanes(mask, [&](u32 l) {
-    Target target = target_of(warp, l, warp.get(in.reg[0], l) + u64(in.imm[0]));
+    Target target = target_of(warp, l, warp.address(in.reg[0], l, in.imm[0]));
     u64 count = warp.get(in.reg[1], l);
     if (count == 0 || count > u64(kMaxTx)) fault(ErrorKind::kBarrier, "mbarrier.init with count %llu", (unsigned long long)count);
     claim(warp, in, l, *target.cta, target.offset);
@@ -82,7 +82,7 @@ void init(Warp& warp, const Instruction& in, u32 mask) {
 
 void invalidate(Warp& warp, const Instruction& in, u32 mask) {
   for_lanes(mask, [&](u32 l) {
-    Target target = target_of(warp, l, warp.get(in.reg[0], l) + u64(in.imm[0]));
+    Target target = target_of(warp, l, warp.address(in.reg[0], l, in.imm[0]));
     MBarrier& barrier = use_mbarrier(warp, in.pc, l, *target.cta, target.offset);
     if (!barrier.waiters.empty()) fault(ErrorKind::kBarrier, "mbarrier.inval while threads wait for it");
     if (barrier.tx) fault(ErrorKind::kBarrier, "mbarrier.inval while %lld bytes are outstanding", (long long)barrier.tx);
@@ -99,7 +99,7 @@ void arrive(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   for_lanes(mask, [&](u32 l) {
     const Operand* operand = in.reg + in.n_dst;
-    Target target = target_of(warp, l, warp.get(operand[0], l) + u64(in.imm[0]));
+    Target target = target_of(warp, l, warp.address(operand[0], l, in.imm[0]));
     MBarrier& barrier = use_mbarrier(warp, in.pc, l, *target.cta, target.offset);
     u32 tx = in.imm[1] ? u32(warp.get(operand[1], l)) : 0;
     u32 count = in.imm[2] ? u32(warp.get(operand[1 + in.imm[1]], l)) : in.imm[3] ? 1 : 0;
@@ -122,7 +122,7 @@ void wait(Warp& warp, const Instruction& in, u32 mask) {
   const bool may_wait = in.imm[1];
   u32 done = 0;
   for_lanes(mask, [&](u32 l) {
-    Target target = target_of(warp, l, warp.get(in.reg[1], l) + u64(in.imm[0]));
+    Target target = target_of(warp, l, warp.address(in.reg[1], l, in.imm[0]));
     if (target.cta != warp.cta) fault(ErrorKind::kBarrier, "an mbarrier of another CTA cannot be waited for");
     MBarrier& barrier = use_mbarrier(warp, in.pc, l, *target.cta, target.offset);
     u64 operand = warp.get(in.reg[2], l);
@@ -130,9 +130,14 @@ void wait(Warp& warp, const Instruction& in, u32 mask) {
     done |= u32(complete) << l;
   });
   engine.lane = -1;
-  if (done != mask && may_wait && !engine.chance(4)) {  // now and then it gives up, as the hardware may
+  // The first try gives up, as the hardware may: who does not try again is found out.
+  Group& group = warp.group();
+  bool tried = group.tried_at == in.pc + 1 && group.poll_actions == warp.actions;
+  group.tried_at = in.pc + 1;
+  group.poll_actions = warp.actions;
+  if (done != mask && may_wait && tried && !engine.chance(4)) {
     for_lanes(mask & ~done, [&](u32 l) {
-      std::vector<Warp*>& waiters = find(*warp.cta, target_of(warp, l, warp.get(in.reg[1], l) + u64(in.imm[0])).offset).waiters;
+      std::vector<Warp*>& waiters = find(*warp.cta, target_of(warp, l, warp.address(in.reg[1], l, in.imm[0])).offset).waiters;
       if (waiters.empty() || waiters.back() != &warp) waiters.push_back(&warp);
     });
     engine.lane = -1;
@@ -142,7 +147,7 @@ void wait(Warp& warp, const Instruction& in, u32 mask) {
   if (done != mask) return engine.polled(warp);
   warp.actions++;
   for_lanes(mask, [&](u32 l) {
-    const MBarrier& barrier = find(*warp.cta, target_of(warp, l, warp.get(in.reg[1], l) + u64(in.imm[0])).offset);
+    const MBarrier& barrier = find(*warp.cta, target_of(warp, l, warp.address(in.reg[1], l, in.imm[0])).offset);
     warp.learn(1u << l, barrier.released);
   });
   engine.lane = -1;

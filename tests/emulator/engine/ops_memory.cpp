@@ -60,7 +60,7 @@ void load(Warp& warp, const Instruction& in, u32 mask) {
   const u32 n = in.n_dst, total = layout.bytes * n;
   Coalescer coalescer;
   for_lanes(mask, [&](u32 l) {
-    u64 address = warp.get(in.reg[n], l) + u64(layout.offset);
+    u64 address = warp.address(in.reg[n], l, layout.offset);
     char bytes[kMaxBytes];
     Space space = resolve(layout.space, address);
     if (space == Space::kLocal) {
@@ -93,7 +93,7 @@ void store(Warp& warp, const Instruction& in, u32 mask) {
   const u32 n = in.n_reg - 1, total = layout.bytes * n;
   Coalescer coalescer;
   for_lanes(mask, [&](u32 l) {
-    u64 address = warp.get(in.reg[0], l) + u64(layout.offset);
+    u64 address = warp.address(in.reg[0], l, layout.offset);
     char bytes[kMaxBytes];
     for (u32 i = 0; i < n; i++) {
       u64 value = warp.get(in.reg[1 + i], l);

@@ -4,21 +4,23 @@
 
 namespace emu {
 
-ReadSet& ReadSet::operator=(const ReadSet& other) {
+AccessSet& AccessSet::operator=(const AccessSet& other) {
   count_ = other.count_;
   std::copy(other.inline_, other.inline_ + kInline, inline_);
   spill_.reset(other.spill_ ? new std::vector<Access>(*other.spill_) : nullptr);
   return *this;
 }
 
-void ReadSet::add(const Access& access, const Actor& actor) {
-  Access* reads = data();
+void AccessSet::add(const Access& access, const Actor& actor) {
+  Access* accesses = data();
   u32 kept = 0;
   for (u32 i = 0; i < count_; i++) {
-    bool replaced = reads[i].owner == access.owner && reads[i].scope <= access.scope && reads[i].time != kInFlight;
-    // Whoever is ordered after the new read is ordered after this one too; a strong read stands in only for strong ones.
-    bool covered = actor.ordered(reads[i].owner, reads[i].time) && (access.scope == kWeak || reads[i].scope != kWeak);
-    if (!replaced && !covered) reads[kept++] = reads[i];
+    const Access& old = accesses[i];
+    // Whoever is ordered after the new access is ordered after these too. A strong access stands in only for strong ones
+    // (another strong one need not be ordered after it), and only a write for a write (a read need not be after a read).
+    bool stands_in = (access.scope == kWeak || old.scope != kWeak) && (access.writes || !old.writes);
+    bool earlier = old.owner == access.owner ? old.time != kInFlight && old.scope <= access.scope : actor.ordered(old.owner, old.time);
+    if (!stands_in || !earlier) accesses[kept++] = old;
   }
   count_ = kept;
   if (!spill_ && count_ == kInline) {
@@ -31,6 +33,11 @@ void ReadSet::add(const Access& access, const Actor& actor) {
     inline_[count_] = access;
   }
   count_++;
+}
+
+void AccessSet::complete(Owner owner, Time time) {
+  for (u32 i = 0; i < count_; i++)
+    if (Access& access = data()[i]; access.owner == owner && access.time == kInFlight) access.time = time;
 }
 
 void Shadow::enable(u32 buffer, u64 bytes, bool initialised, FenceSpace space, const ShadowOptions& options) {
@@ -83,6 +90,12 @@ bool Shadow::morally_strong(const Access& a, const Access& b, const Actor& actor
   return narrower == kScopeCta ? other == actor.cta : other / options_.ctas_per_cluster == actor.cta / options_.ctas_per_cluster;
 }
 
+// The access `by` meets an earlier one: unless both are reads, or both strong, the earlier must have happened before.
+void Shadow::check_order(const Access& earlier, u64 at, const Actor& actor, const Access& by, bool writes) const {
+  if (!(writes || earlier.writes) || actor.ordered(earlier.owner, earlier.time) || morally_strong(by, earlier, actor)) return;
+  race(writes ? "write" : "read", at, earlier.writes ? "write" : "read", earlier, by);
+}
+
 void Shadow::check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const {
   const Access& write = cell.write;
   if (write.owner == kNobody || write.proxy != Proxy::kGeneric) return;
@@ -95,24 +108,22 @@ void Shadow::check_proxy(const Cell& cell, u64 at, const Actor& actor, const cha
 }
 
 void Shadow::read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const {
-  const Access& write = cell.write;
   if (!cell.initialised) fault(ErrorKind::kUninitialised, "read of uninitialised <at:%u:%llu>", buffer_, (unsigned long long)at);
-  if (write.owner != kNobody && !actor.ordered(write.owner, write.time) && !morally_strong(by, write, actor)) race("read", at, "write", write, by);
+  if (cell.write.owner != kNobody) check_order(cell.write, at, actor, by, false);
+  for (const Access& access : cell.since) check_order(access, at, actor, by, false);
   if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "read");
-  cell.reads.add(by, actor);
+  cell.since.add(by, actor);
 }
 
-// Where a value is replicated over lanes, Triton's layout conversions have each of them store it to shared memory, from one
-// instruction: no order among these stores could change what is there.
+// Where a value is replicated over threads, compilers have each of them store it to shared memory, from one instruction:
+// no order among these stores could change what is there.
 static bool replicated(const Access& a, const Access& b, u32 shift) {
   return b.repeats && a.pc == b.pc && a.owner >> shift == b.owner >> shift && a.proxy == Proxy::kGeneric;
 }
 
 void Shadow::check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const {
-  const Access& write = cell.write;
-  if (!replicated(write, by, options_.shift) && write.owner != kNobody && !actor.ordered(write.owner, write.time) && !morally_strong(by, write, actor)) race("write", at, "write", write, by);
-  for (const Access& read : cell.reads)
-    if (!actor.ordered(read.owner, read.time) && !morally_strong(by, read, actor)) race("write", at, "read", read, by);
+  if (cell.write.owner != kNobody && !replicated(cell.write, by, options_.shift)) check_order(cell.write, at, actor, by, true);
+  for (const Access& access : cell.since) check_order(access, at, actor, by, true);
   if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "write");
 }
 
@@ -121,13 +132,18 @@ void Shadow::read(u64 offset, u64 bytes, const Actor& actor, const Access& by) {
   for_cells(offset, bytes, false, [&](Cell& cell, u64 at) { read_cell(cell, at, actor, by); });
 }
 
-void Shadow::write(u64 offset, u64 bytes, const Actor& actor, const Access& by) {
+void Shadow::write(u64 offset, u64 bytes, const Actor& actor, Access by) {
   if (!enabled()) return;
+  by.writes = true;
   for_cells(offset, bytes, true, [&](Cell& cell, u64 at) {
     check_write(cell, at, actor, by);
-    cell.write = by;
     cell.initialised = true;
-    if (by.scope == kWeak) cell.reads.clear();
+    if (by.scope != kWeak) {
+      cell.since.add(by, actor);
+    } else {
+      cell.write = by;
+      cell.since.clear();
+    }
   });
 }
 
@@ -135,6 +151,7 @@ void Shadow::complete_write(u64 offset, u64 bytes, Owner owner, Time time) {
   if (!enabled()) return;
   for_cells(offset, bytes, false, [&](Cell& cell, u64) {
     if (cell.write.owner == owner && cell.write.time == kInFlight) cell.write.time = time;
+    cell.since.complete(owner, time);
   });
 }
 

@@ -22,18 +22,20 @@ struct Access {
   Scope scope = kWeak;
   Proxy proxy = Proxy::kGeneric;
   bool repeats = false;  // a store of the bytes that are there already
+  bool writes = false;   // among the accesses since the last ordinary write: a strong write
 };
 
-// The readers since the last write that no later reader is ordered after.
-class ReadSet {
+// The accesses since the last ordinary write that no later one stands in for: reads, and strong writes.
+class AccessSet {
  public:
   void add(const Access& access, const Actor& actor);
   void clear() { count_ = 0; }
+  void complete(Owner owner, Time time);  // asynchronous accesses that were in flight
   const Access* begin() const { return spill_ ? spill_->data() : inline_; }
   const Access* end() const { return begin() + count_; }
-  ReadSet() = default;
-  ReadSet(const ReadSet& other) { *this = other; }
-  ReadSet& operator=(const ReadSet& other);
+  AccessSet() = default;
+  AccessSet(const AccessSet& other) { *this = other; }
+  AccessSet& operator=(const AccessSet& other);
 
  private:
   static constexpr u32 kInline = 2;
@@ -44,8 +46,8 @@ class ReadSet {
 };
 
 struct Cell {
-  Access write;
-  ReadSet reads;
+  Access write;              // the last ordinary one
+  AccessSet since;
   bool initialised = false;
 };
 
@@ -65,7 +67,7 @@ class Shadow {
 
   // `by` is recorded as the reader or writer: the actor itself, or an asynchronous agent that it starts.
   void read(u64 offset, u64 bytes, const Actor& actor, const Access& by);
-  void write(u64 offset, u64 bytes, const Actor& actor, const Access& by);
+  void write(u64 offset, u64 bytes, const Actor& actor, Access by);
   // An asynchronous write recorded with time kInFlight has completed.
   void complete_write(u64 offset, u64 bytes, Owner owner, Time time);
   // Fresh contents, as after an mbarrier's storage is given back.
@@ -81,6 +83,7 @@ class Shadow {
   void check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const;
   void read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const;
   void check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const;
+  void check_order(const Access& earlier, u64 at, const Actor& actor, const Access& by, bool writes) const;
   bool morally_strong(const Access& a, const Access& b, const Actor& actor) const;
   [[noreturn]] void race(const char* action, u64 at, const char* other_action, const Access& other, const Access& by) const;
 

@@ -119,7 +119,7 @@ def _bytes(instruction, builder):
 @translates("selp")
 def _select(instruction, builder):
     kind, (dst, a, b, chosen) = instruction.type, instruction.operands
-    name = "selp.pred" if kind == "pred" else f"selp.b{SIZES[kind] * 8}"
+    name = f"selp.b{SIZES[kind] * 8}"
     builder.emit(
         name,
         [builder.destination(dst, kind)],

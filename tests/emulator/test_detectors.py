@@ -1,0 +1,217 @@
+"""Every detector on a correct kernel with one edit: the kernel passes, the edit is found and named.
+
+Each row is: case, text to replace, replacement, error, and a fragment of its message.
+"""
+
+import pytest
+
+from emulator import (
+    AlignmentError,
+    AsyncCopyError,
+    BarrierError,
+    BoundsError,
+    DeadlockError,
+    DivergenceError,
+    EmulatorError,
+    LaunchOptions,
+    ProxyError,
+    RaceError,
+    UninitialisedError,
+    WgmmaError,
+)
+from emulator.conformance import EmulatorRunner, all_cases
+
+CASES = {case.name: case for case in all_cases()}
+RING, HANDOVER = "TMA ring", "hand-over through TMA"
+MESSAGE, FENCES = "st.release and ld.acquire", "fences around relaxed accesses"
+WGMMA, STORE, MULTICAST = "wgmma n64", "TMA store (70, 88) torch.bfloat16 at (3, 8), swizzle 128", "TMA multicast"
+LOAD = "TMA load (16, 64) of (70, 88) at (3, 8), swizzle 128"
+CLUSTER_BARRIER = "    barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n"
+
+RACES = [
+    ("bar.sync 0", "bar.sync 0;", "", UninitialisedError, "read of uninitialised shared memory"),
+    ("bar.sync with a count", "bar.sync 3, 128;", "", UninitialisedError, "read of uninitialised shared memory"),
+    ("named barriers of two warps", "add.s32 %r6, %r6, 1;", "shr.u32 %r6, %r0, 5;", DeadlockError, "bar.sync (named)"),
+    ("bar.arrive", "@%p1 bar.arrive 2, 128;", "", DeadlockError, "bar.sync (named)"),
+    ("bar.arrive", "bar.sync 2, 128;", "bar.sync 2, 64;", BarrierError, "is used with"),
+    ("shared by 32-bit address", "bar.sync 0;", "", RaceError, "read of shared memory"),
+    (MESSAGE, "st.release.gpu", "st.relaxed.gpu", RaceError, "read of data[0] is not ordered after the write"),
+    (MESSAGE, "st.release.gpu", "st.release.cta", RaceError, "flag[0]"),
+    (MESSAGE, "@%p0 st.release.gpu.global.u32", "@%p0 st.global.u32", RaceError, "flag[0]"),
+    (MESSAGE, "ld.acquire.gpu", "ld.relaxed.gpu", RaceError, "data[0]"),
+    (MESSAGE, "ld.acquire.gpu", "ld.acquire.cta", RaceError, "flag[0]"),
+    (MESSAGE, "st.global.b32 [%rd0], %r8;\n    bar.sync 0;", "st.global.b32 [%rd0], %r8;", RaceError, "data[1]"),
+    (MESSAGE, "@%p2 bra $spin;", "", RaceError, "data[0]"),
+    (FENCES, "@%p0 fence.acq_rel.gpu;", "", RaceError, "data[0]"),
+    (FENCES, "@%p0 fence.acq_rel.gpu;", "@%p0 fence.acq_rel.cta;", RaceError, "data[0]"),
+    (FENCES, "    fence.acq_rel.gpu;\n$ready", "$ready", RaceError, "data[0]"),
+    ("atom.release and atom.acquire", "atom.release.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
+    ("atom.release and atom.acquire", "atom.acquire.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
+    ("red.release and atom.cas", "red.release.gpu", "red.relaxed.gpu", RaceError, "data[0]"),
+    ("atom.shared.add", "bar.sync 0;\n    atom", "atom", RaceError, "shared memory"),
+    ("tickets", "mul.wide.u32 %rd2, %r2, 4;", "mov.u64 %rd2, 0;", RaceError, "tickets[0]"),
+]
+
+COPIES = [
+    ("cp.async 16 bytes", "cp.async.wait_group 0;", "", RaceError, "still in flight"),
+    ("cp.async 16 bytes", "cp.async.commit_group;", "", RaceError, "still in flight"),
+    ("cp.async 16 bytes", "bar.sync 0;", "", None, ""),  # each thread reads what it copied
+    ("cp.async groups", "cp.async.wait_group 1;", "cp.async.wait_group 2;", RaceError, "still in flight"),
+    ("cp.async groups", "cp.async.wait_all;", "", RaceError, "still in flight"),
+    ("cp.async 16 bytes", "mad.lo.s32 %r6, %r0, 16, %r4;", "mad.lo.s32 %r6, %r0, 8, %r4;", AlignmentError, "not aligned to 16"),
+    (LOAD, "@!%p9 bra $wait_full;", "", RaceError, "still in flight"),
+    (LOAD, "[%r5], 2048;", "[%r5], 1024;", DeadlockError, "mbarrier.try_wait"),
+    (LOAD, "[%r5], 2048;", "[%r5], 4096;", DeadlockError, "mbarrier.try_wait"),
+    (LOAD, "@%p0 mbarrier.init.shared::cta.b64 [%r5], 1;", "", BarrierError, "no mbarrier"),
+    (LOAD, "fence.mbarrier_init.release.cluster;\n    bar.sync 0;", "", RaceError, "without being ordered after its initialisation"),
+    (LOAD, "], [%r5];\n", "], [%r5+8];\n", BarrierError, "no mbarrier"),
+    (LOAD, "[%r4], [%rd0", "[%r4+16], [%rd0", AlignmentError, "not aligned to 1024"),
+    (STORE, "fence.proxy.async.shared::cta;", "", ProxyError, "has no fence.proxy.async for shared memory"),
+    (STORE, "fence.proxy.async.shared::cta;", "fence.proxy.async.global;", ProxyError, "has no fence.proxy.async for shared memory"),
+    (STORE, "bar.sync 0;", "", RaceError, "asynchronous read of shared memory"),
+    (STORE, "cp.async.bulk.commit_group;", "", AsyncCopyError, "may still read shared memory"),
+    (STORE, "cp.async.bulk.wait_group.read 0;\n    cp.async.bulk.wait_group 0;", "", AsyncCopyError, "may still read shared memory"),
+    (STORE, "cp.async.bulk.wait_group.read 0;", "@%p0 st.shared.b32 [%r4], %r0;", RaceError, "write of shared memory"),
+    (RING, "@!%p2 bra $wait_full;", "", EmulatorError, "shared memory"),
+    (RING, "@!%p2 bra $wait_empty;", "", EmulatorError, "shared memory"),
+    (RING, "xor.b32 %r15, %r12, 1;", "mov.b32 %r15, %r12;", DeadlockError, "mbarrier.try_wait"),
+    (RING, "[%r13], 4096;", "[%r13], 4080;", EmulatorError, ""),
+    (RING, "4096, %r4;\n    shl", "2048, %r4;\n    shl", RaceError, "asynchronous write of shared memory"),  # stages overlap
+    (RING, "mbarrier.arrive.shared::cta.b64 _, [%r14];", "", DeadlockError, "mbarrier.try_wait"),
+    (RING, "[%r6], 32;", "[%r6], 31;", RaceError, "asynchronous write of shared memory"),
+    (RING, "ld.shared.b32 %r17, [%r16+-4096];", "ld.shared.b32 %r17, [%r16];", RaceError, "shared memory"),  # the next stage
+    (HANDOVER, "fence.proxy.async.global;  // by the reader", "", None, ""),  # the writer's is on the path too
+    (HANDOVER, "ld.acquire.gpu.global.u32 %r9", "ld.relaxed.gpu.global.u32 %r9", RaceError, "s[0]"),
+    (HANDOVER, "red.release.gpu", "red.relaxed.gpu", RaceError, "s[0]"),
+    (HANDOVER, "bar.sync 0;\n    @%p0 red", "@%p0 red", RaceError, "s[1]"),
+    (HANDOVER, "bar.sync 1;", "", EmulatorError, ""),
+]
+
+TENSOR_CORES = [
+    (WGMMA, "fence.proxy.async.shared::cta;", "", ProxyError, "asynchronous read of shared memory"),
+    (WGMMA, "bar.sync 0;", "", RaceError, "asynchronous read of shared memory"),
+    (WGMMA, "wgmma.wait_group.sync.aligned 0;", "", WgmmaError, "in flight is read"),
+    (WGMMA, "wgmma.wait_group.sync.aligned 0;", "wgmma.wait_group.sync.aligned 1;", WgmmaError, "in flight is read"),
+    (WGMMA, "wgmma.commit_group.sync.aligned;", "", WgmmaError, "in flight is read"),
+    (WGMMA, "wgmma.fence.sync.aligned;", "", WgmmaError, "without a wgmma.fence"),
+    (WGMMA, "wgmma.fence.sync.aligned;", "wgmma.fence.sync.aligned;\n    mov.f32 %f3, 0f00000000;", WgmmaError, "since its last wgmma.fence"),
+    (WGMMA, "wgmma.commit_group.sync.aligned;", "wgmma.commit_group.sync.aligned;\n    mov.f32 %f3, 0f00000000;", WgmmaError, "in flight is written"),
+    (WGMMA, "wgmma.commit_group.sync.aligned;", "wgmma.commit_group.sync.aligned;\n    st.shared.b32 [%r5], %r0;", RaceError, "write of shared memory"),
+    (WGMMA, "or.b64 %rd11, %rd11,", "setp.gt.u32 %p7, %r0, 15;\n    @%p7 or.b64 %rd11, %rd11,", DivergenceError, "descriptor differs"),
+    (WGMMA, "or.b64 %rd11, %rd11,", "setp.gt.u32 %p7, %r0, 63;\n    @%p7 or.b64 %rd11, %rd11, 1;\n    or.b64 %rd11, %rd11,", DivergenceError, "different wgmma"),
+    ("wgmma bf16 A in registers, swizzle 128", "wgmma.commit_group.sync.aligned;", "wgmma.commit_group.sync.aligned;\n    mov.b32 %r20, 0;", WgmmaError, "in flight is written"),
+    ("ldmatrix.x4", "bar.sync 0;", "", RaceError, "shared memory"),
+    ("ldmatrix.x4", "[%r1];\n    st", "[%r1+8];\n    st", AlignmentError, "not aligned to 16"),
+    ("ldmatrix.x4", "ldmatrix.sync", "@%p1 ldmatrix.sync", None, ""),  # all 32 lanes move rows of four matrices
+    ("ldmatrix.x2", "ldmatrix.sync", "@%p1 ldmatrix.sync", DivergenceError, "predicated off"),
+]  # fmt: skip
+
+CLUSTERS = [
+    ("mapa and remote load", CLUSTER_BARRIER + "    xor", "    xor", EmulatorError, ""),
+    ("mapa and remote load", "%r8, [%r7];\n" + CLUSTER_BARRIER, "%r8, [%r7];\n", BoundsError, "has exited"),
+    ("remote store", "barrier.cluster.arrive.release", "barrier.cluster.arrive.relaxed", RaceError, "read of shared memory"),
+    ("remote mbarrier arrival", "@%p0 fence.mbarrier_init.release.cluster;\n" + CLUSTER_BARRIER, "", EmulatorError, ""),
+    (MULTICAST, "[%r22], 4096;", "[%r22], 2048;", EmulatorError, ""),
+    (MULTICAST, "[%r22], 4096;\n" + CLUSTER_BARRIER, "[%r22], 4096;\n", None, ""),  # bytes may come before they are expected
+    (MULTICAST, "mov.b16 %h1, 3;", "mov.b16 %h1, 1;", DeadlockError, "mbarrier.try_wait"),
+    ("remote atomic", "atom.shared::cluster.add.u32 %r9", "ld.shared::cluster.u32 %r10, [%r7];\n    st.shared::cluster.u32 [%r7], %r10;\n    mov.u32 %r9", EmulatorError, ""),
+]  # fmt: skip
+
+OTHERS = [
+    ("shared by 32-bit address", "st.shared.b32 [%r2+128], %r1;", "", EmulatorError, ""),
+    ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];", "ld.shared.b32 %r6, [%rd5+512];", UninitialisedError, "uninitialised shared memory"),
+    ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];", "ld.shared.b32 %r6, [%rd5+1024];", BoundsError, "shared memory"),
+    ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];", "ld.shared.b32 %r6, [%rd5+130];", AlignmentError, "not aligned to 4"),
+    ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];", "ld.shared.b32 %r6, [%rd5+-500];", BoundsError, "below"),
+    ("shared by 32-bit address", "[%r5+128]", "[%r5+-2048]", BoundsError, "in no CTA"),
+    ("ld/st.global.b32", "ld.global.b32 %r10, [%rd0];", "ld.global.b32 %r10, [%rd0+4];", BoundsError, "read of 4 bytes at x"),
+    ("ld/st.global.b32", "st.global.b32 [%rd1]", "st.global.b32 [%rd1+-4]", BoundsError, "write of 4 bytes at y -4 bytes"),
+    ("ld/st.global.b32", "ld.global.b32 %r10, [%rd0];", "mov.u64 %rd9, 64;\n    ld.global.b32 %r10, [%rd9];", BoundsError, "in no buffer"),
+    ("ld/st.global.v4.b32", "[%rd0];\n    st", "[%rd0+4];\n    st", AlignmentError, "not aligned to 16"),
+    ("local memory", "[%rd5+16]", "[%rd5+64]", BoundsError, "local access"),
+    ("divergent loop", "31, -1;", "31, 0xffff;", DivergenceError, "not in its member mask"),
+    ("shfl.down width 32", "shfl.sync", "setp.gt.s32 %p5, %r20, 0;\n    @%p5 shfl.sync", DivergenceError, "predicated off"),
+    ("vote.any", "vote.sync.any.pred %p2, %p1, -1;", "@%p1 bra $else;\n    vote.sync.any.pred %p2, %p1, -1;\n    bra.uni $end;\n$else:\n    vote.sync.any.pred %p2, %p1, -1;\n$end:", DivergenceError, "wait for each other"),
+    ("bar.sync 0", "bar.sync 0;", "setp.gt.u32 %p7, %r0, 15;\n    @%p7 bar.sync 0;", DivergenceError, "predicated off"),
+    ("bar.sync 0", "bar.sync 0;", "setp.gt.u32 %p7, %r0, 31;\n    @%p7 bar.sync 0;", EmulatorError, ""),
+    ("bar.sync with a count", "bar.sync 3, 128;", "bar.sync 3, 100;", BarrierError, "for 100 threads"),
+    ("bar.sync with a count", "bar.sync 3, 128;", "bar.sync 16, 128;", BarrierError, "barrier number 16"),
+    ("mbarrier.arrive", "mbarrier.init.shared::cta.b64 [%r5], 32;", "mbarrier.init.shared::cta.b64 [%r5], 32;\n    @%p0 mbarrier.init.shared::cta.b64 [%r5], 32;", BarrierError, "initialised again"),
+    ("mbarrier.arrive", "mbarrier.init.shared::cta.b64 [%r5], 32;", "mbarrier.init.shared::cta.b64 [%r5], 33;", DeadlockError, "mbarrier.try_wait"),
+    ("mbarrier by state", "bar.sync 0;\n    @%p0 mbarrier.inval", "@%p0 mbarrier.inval", RaceError, "without being ordered after its use"),
+    ("setmaxnreg", "setmaxnreg.dec.sync.aligned.u32 40;", "", DeadlockError, "no free registers"),
+    ("setmaxnreg", "inc.sync.aligned.u32 232", "inc.sync.aligned.u32 240", DeadlockError, "no free registers"),
+]  # fmt: skip
+
+MUTANTS = RACES + COPIES + TENSOR_CORES + CLUSTERS + OTHERS
+POLICIES = [{}, {"seed": 1, "async_policy": "random"}, {"seed": 2, "async_policy": "early"}]
+
+
+def mutated(case, old, new):
+    assert old in case.ptx, f"{case.name} has no {old!r}"
+    return type(case)(**{**vars(case), "ptx": case.ptx.replace(old, new)})
+
+
+def describe(row):
+    return f"{row[0]}: {row[1][:40]} -> {row[2][:40]}".replace("\n", " ")
+
+
+@pytest.mark.parametrize("row", MUTANTS, ids=describe)
+def test_the_edit_is_found(row):
+    """By one of the completion orders at least; every error must be the expected one."""
+    name, old, new, error, fragment = row
+    case = mutated(CASES[name], old, new)
+    found = []
+    for options in POLICIES:
+        runner = EmulatorRunner(timeout_s=20, **options)
+        try:
+            mismatch = case.mismatch(runner.run(case))
+        except EmulatorError as raised:
+            assert error is not None and isinstance(raised, error), raised
+            assert fragment in str(raised)
+            assert raised.sites, "the message names no instruction"
+            found.append(raised)
+        else:
+            assert mismatch is None or found, f"only the result tells: {mismatch}"
+    assert bool(found) == (error is not None)
+
+
+@pytest.mark.parametrize("name", sorted({row[0] for row in MUTANTS}))
+def test_the_unedited_kernel_passes(name):
+    for options in POLICIES + [{"seed": seed} for seed in range(3, 9)]:
+        assert CASES[name].mismatch(EmulatorRunner(**options).run(CASES[name])) is None
+
+
+WRITER, READER = "fence.proxy.async.global;  // by the writer", "fence.proxy.async.global;  // by the reader"
+
+
+@pytest.mark.parametrize(
+    ("proxy_fence", "removed", "found"),
+    [
+        ("path", [WRITER], False),
+        ("path", [READER], False),
+        ("path", [WRITER, READER], True),
+        ("writer", [WRITER], True),
+        ("writer", [READER], False),
+        ("both", [WRITER], True),
+        ("both", [READER], True),
+        ("both", [], False),
+    ],
+)
+def test_proxy_fence_policies(proxy_fence, removed, found):
+    case = CASES[HANDOVER]
+    for text in removed:
+        case = mutated(case, text, "")
+    runner = EmulatorRunner(proxy_fence=proxy_fence)
+    if not found:
+        assert case.mismatch(runner.run(case)) is None
+        return
+    with pytest.raises(ProxyError, match="has no fence.proxy.async for global memory"):
+        runner.run(case)
+
+
+def test_without_race_detection_only_the_result_tells():
+    case = mutated(CASES["bar.sync 0"], "bar.sync 0;", "")
+    runner = EmulatorRunner()
+    runner.options = LaunchOptions(race=False)
+    runner.run(case)  # no error
