@@ -12,12 +12,13 @@ from setuptools.command.build_ext import build_ext
 CSRC = Path(__file__).resolve().parent / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 TILES = ((128, 256), (128, 128), (64, 128))
-FLAGS = "-std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -Xcompiler -fPIC,-fvisibility=hidden"
+# The PTX goes into the library beside the machine code made of it: the tests run it on machines without a GPU.
+TARGETS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -lineinfo"
+FLAGS = f"-std=c++17 -O3 {TARGETS} -Xcompiler -fPIC,-fvisibility=hidden"
 
 
 def objects():
-    """(object, source, flags): the kernels in one object per direction, element type and tile, so that they compile side by
-    side."""
+    """(object, source, flags): an object per direction, element type and tile, so that kernels compile side by side."""
     for source in ("plan.cpp", "launch.cpp", "bindings.cpp"):
         yield f"{source}.o", source, ""
     for direction in ("backward", "forward"):  # the slower ones first

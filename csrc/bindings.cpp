@@ -55,6 +55,7 @@ py::dict as_dict(const fastlora::Variant& v) {
   d["half"] = v.half;
   d["dropout"] = v.dropout;
   d["split"] = v.split;
+  d["cluster"] = v.cluster;
   d["block_m"] = v.block_m;
   d["block_n"] = v.block_n;
   d["rank"] = v.rank;

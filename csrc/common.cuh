@@ -16,8 +16,27 @@ __device__ __forceinline__ uint32_t lane_id() { return threadIdx.x & 31; }
 // The warp's index, known to the compiler to be the same in all lanes.
 __device__ __forceinline__ uint32_t warp_id() { return __shfl_sync(kFullMask, threadIdx.x >> 5, 0); }
 
+// This CTA's place in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// All threads of the cluster; what each wrote before, all see after.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// The same place in the shared memory of the cluster's CTA `rank`.
+__device__ __forceinline__ uint32_t peer_address(uint32_t shared, uint32_t rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
+  return address;
 }
 
 // ---- mbarriers
@@ -35,24 +54,32 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same on a barrier of any CTA of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+}
+
 // Arrives and announces bytes that asynchronous copies will deliver before the phase completes.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Returns once the phase of this parity has completed.
+// Returns once the phase of this parity has completed. kCluster: arrivals come from other CTAs, too.
+template <bool kCluster = false>
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-  asm volatile(
-      "{\n"
-      ".reg .pred done;\n"
-      "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra DONE;\n"
-      "bra WAIT;\n"
-      "DONE:\n"
-      "}" ::"r"(barrier),
-      "r"(parity)
-      : "memory");
+#define FL_WAIT(SEMANTICS)                                                      \
+  asm volatile(                                                                 \
+      "{\n.reg .pred done;\nWAIT:\n"                                            \
+      "mbarrier.try_wait.parity" SEMANTICS ".shared::cta.b64 done, [%0], %1;\n" \
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),                    \
+      "r"(parity)                                                               \
+      : "memory")
+  if constexpr (kCluster) {
+    FL_WAIT(".acquire.cluster");
+  } else {
+    FL_WAIT("");
+  }
+#undef FL_WAIT
 }
 
 // Barrier `id` of the hardware's sixteen, among `threads` threads.
@@ -72,6 +99,16 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
+// The same into each CTA of the cluster that `ranks` has a bit for, to the same place, counting towards each one's barrier.
+__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map, int column, int row,
+                                                   uint32_t barrier, uint16_t ranks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+      "[%4], %5;" ::"r"(shared),
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
       : "memory");
 }
 
@@ -122,6 +159,11 @@ __device__ __forceinline__ void store_shared(uint32_t address, uint32_t value) {
 
 __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_peer_16(uint32_t peer, uint4 v) {
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(peer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 
@@ -202,17 +244,28 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
   return packed;
 }
 
+// Their inverse: the lower half becomes x.
 template <class Element>
 __device__ __forceinline__ float2 unpack(uint32_t packed);
 
+#define FL_UNPACK(TYPE)                                                                       \
+  float2 pair;                                                                                \
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32." TYPE " %0, low;\ncvt.f32." \
+      TYPE " %1, high;\n}"                                                                    \
+      : "=f"(pair.x), "=f"(pair.y)                                                            \
+      : "r"(packed));                                                                         \
+  return pair
+
 template <>
 __device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t packed) {
-  return make_float2(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000u));
+  FL_UNPACK("bf16");
 }
 
 template <>
 __device__ __forceinline__ float2 unpack<__half>(uint32_t packed) {
-  return __half22float2(*reinterpret_cast<__half2*>(&packed));
+  FL_UNPACK("f16");
 }
+
+#undef FL_UNPACK
 
 }  // namespace fastlora

@@ -49,13 +49,19 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void release_stage() {
-    if (held >= 0 && lane_id() == 0) mbarrier_arrive(shared.empty(held));
+    if (held >= 0) {
+      if constexpr (T::kCluster == 1) {
+        if (lane_id() == 0) mbarrier_arrive(shared.empty(held));
+      } else {
+        if (lane_id() < T::kCluster) mbarrier_arrive_peer(peer_address(shared.empty(held), lane_id()));
+      }
+    }
     held = -1;
   }
 
   // This warpgroup's chain of a gradient block's sums, or of a product tile's parts.
   __device__ __forceinline__ int* chain(int block) const {
-    return p.workspace + kFlagsWord + p.schedule.rows + block * 2 + group;
+    return flag_of<T>(p, p.schedule.rows * T::kCluster) + block * 2 + group;
   }
 
   // Makes what this warpgroup has written to global memory visible to whoever sees the flag.

@@ -128,7 +128,7 @@ __device__ __forceinline__ void gradient_tile(Consumer<T>& c, TileInfo tile, flo
   constexpr int kProduct = T::kRank / 2;
   float ones_sum[T::kGradBlocks][4];
   accumulate<kIsA && T::kDropout, kSums>(c, tile, acc, side, ones_sum);
-  const int block = (kIsA ? c.p.blocks_b : 0) + tile.column;
+  const int block = (kIsA ? c.p.blocks_b * T::kCluster : 0) + tile.column;
   int* chain = c.chain(block);
   float* partial = c.p.gradient_sums + int64_t(block * 2 + c.group) * T::kGradPlanes * 128 + c.thread;
   auto exchange_all = [&](auto load) {

@@ -4,27 +4,52 @@
 
 namespace fastlora {
 
+// Slot i % 2 holds the i-th tile of this cluster.
+template <class T>
+__device__ __forceinline__ TileInfo read_slot(Shared<T> shared, int i) {
+  mbarrier_wait<(T::kCluster > 1)>(shared.told(i & 1), i >> 1 & 1);
+  const uint4 told = load_shared_16(shared.tile(i & 1));
+  return {int(told.x), int(told.y), int(told.z), int(told.w)};
+}
+
+template <class T>
+__device__ __forceinline__ void free_slot(Shared<T> shared, int slot) {
+  if constexpr (T::kCluster == 1) {
+    mbarrier_arrive(shared.taken(slot));
+  } else {
+    mbarrier_arrive_peer(peer_address(shared.taken(slot), 0));
+  }
+}
+
 template <class T>
 struct Loader {
   const Params& p;
   Shared<T> shared;
   Ring<T::kStages> ring;
   int ticket;
+  uint32_t rank;  // in the cluster; the first CTA claims tiles for all
 
-  __device__ __forceinline__ Loader(const Params& params, Shared<T> shared_memory) : p(params), shared(shared_memory) {}
+  __device__ __forceinline__ Loader(const Params& params, Shared<T> shared_memory)
+      : p(params), shared(shared_memory), rank(T::kCluster == 1 ? 0 : cluster_rank()) {}
 
   __device__ __forceinline__ int claim() { return fetch_add_relaxed(p.workspace + kTicketWord, 1); }
 
   __device__ __forceinline__ void run() {
-    ticket = claim();
-    const int tiles = count_tiles(p.schedule);
+    if (rank == 0) ticket = claim();
+    for (const CUtensorMap* map : {&p.u, &p.v, &p.a, &p.b}) prefetch_map(map);
     for (int i = 0;; ++i) {
       const int slot = i & 1;
-      TileInfo tile = describe(tiles);
-      mbarrier_wait(shared.taken(slot), (i >> 1 & 1) ^ 1);
-      store_shared_16(shared.tile(slot), make_uint4(tile.kind, tile.row, tile.column, tile.part));
-      mbarrier_arrive(shared.told(slot));
+      TileInfo tile;
+      if (rank == 0) {
+        tile = describe(count_tiles(p.schedule));
+        mbarrier_wait<(T::kCluster > 1)>(shared.taken(slot), (i >> 1 & 1) ^ 1);
+        tell(tile, slot);
+      } else {
+        tile = read_slot(shared, i);
+        free_slot(shared, slot);
+      }
       if (tile.kind == kDone) return;
+      tile = own_tile<T>(tile);
       if (tile.kind == kGradientA || tile.kind == kGradientB) {
         if constexpr (T::kBackward) gradient(tile);
       } else {
@@ -33,9 +58,20 @@ struct Loader {
     }
   }
 
+  __device__ __forceinline__ void tell(TileInfo tile, int slot) {
+    const uint4 words = make_uint4(tile.kind, tile.row, tile.column, tile.part);
+    store_shared_16(shared.tile(slot), words);
+    mbarrier_arrive(shared.told(slot));
+#pragma unroll
+    for (uint32_t peer = 1; peer < T::kCluster; ++peer) {
+      store_peer_16(peer_address(shared.tile(slot), peer), words);
+      mbarrier_arrive_peer(peer_address(shared.told(slot), peer));
+    }
+  }
+
   __device__ __forceinline__ TileInfo describe(int tiles) {
     if (ticket >= tiles) return {kDone, 0, 0, 0};
-    const Tile tile = locate(p.schedule, ticket, gridDim.x);
+    const Tile tile = locate(p.schedule, ticket, gridDim.x / T::kCluster);
     if (tile.gradient >= p.blocks_b) return {kGradientA, tile.row, tile.gradient - p.blocks_b, 0};
     if (tile.gradient >= 0) return {kGradientB, tile.row, tile.gradient, 0};
     const bool fused = T::kFused && p.makes_c;
@@ -45,7 +81,7 @@ struct Loader {
 
   // Waits for a free stage and announces what will be copied into it.
   __device__ __forceinline__ uint32_t open_stage(uint32_t bytes) {
-    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
+    mbarrier_wait<(T::kCluster > 1)>(shared.empty(ring.stage), ring.phase ^ 1);
     mbarrier_arrive_expect(shared.full(ring.stage), bytes);
     return shared.stage(ring.stage);
   }
@@ -54,10 +90,19 @@ struct Loader {
     tma_load(address, map, column, row, shared.full(ring.stage));
   }
 
+  // Box number `i` of an operand that all CTAs of the cluster want: one of them loads it for all.
+  __device__ __forceinline__ void copy_for_all(int i, uint32_t address, const CUtensorMap* map, int column, int row) {
+    if constexpr (T::kCluster == 1) {
+      copy(address, map, column, row);
+    } else if (i % T::kCluster == rank) {
+      tma_load_multicast(address, map, column, row, shared.full(ring.stage), (1 << T::kCluster) - 1);
+    }
+  }
+
   // Claims the next tile while this one's last copies are under way: early enough to hide the atomic's latency, late enough
   // that a tile is not held back by a CTA that is busy.
   __device__ __forceinline__ void claim_at(int step, Steps steps) {
-    if (step == (steps.end - 2 > steps.first ? steps.end - 2 : steps.first)) ticket = claim();
+    if (rank == 0 && step == (steps.end - 2 > steps.first ? steps.end - 2 : steps.first)) ticket = claim();
   }
 
   __device__ __forceinline__ void product(TileInfo tile, int slot) {
@@ -79,9 +124,9 @@ struct Loader {
         for (int j = 0; j < T::kBlockN / 64; ++j) {
           const uint32_t box = stage + T::kVOffset + j * kBoxBytes;
           if constexpr (T::kBackward) {
-            copy(box, &p.v, n + j * 64, k);
+            copy_for_all(j, box, &p.v, n + j * 64, k);
           } else {
-            copy(box, &p.v, k, n + j * 64);
+            copy_for_all(j, box, &p.v, k, n + j * 64);
           }
         }
       }
@@ -90,9 +135,9 @@ struct Loader {
         for (int j = 0; j < T::kRank / T::kChunk; ++j) {
           const uint32_t box = stage + T::kDOffset + j * kBoxBytes;
           if constexpr (T::kBackward) {
-            copy(box, &p.b, j * 64, k);
+            copy_for_all(j, box, &p.b, j * 64, k);
           } else {
-            copy(box, &p.a, k, j * 64);
+            copy_for_all(j, box, &p.a, k, j * 64);
           }
         }
       }
@@ -111,7 +156,7 @@ struct Loader {
     constexpr int kBoxes = kSliced ? T::kGroupsN : T::kBlockN / 64, kBoxStride = kSliced ? T::kColumns : 64;
     constexpr int kRowsBytes = 64 * T::kChunk * 2;  // of 64 rows or columns
     if (loads_s) {
-      wait_for(p.workspace + kFlagsWord + tile.row, T::kGroupsM);
+      wait_for(flag_of<T>(p, tile.row), T::kGroupsM);
       fence_async_global();
     }
 #pragma unroll 1
@@ -128,9 +173,9 @@ struct Loader {
           const uint32_t box = stage + T::kVOffset + j * kRowsBytes;
           const int column = n + slice + j * kBoxStride;
           if constexpr (T::kBackward) {
-            copy(box, &p.a, column, r);
+            copy_for_all(j, box, &p.a, column, r);
           } else {
-            copy(box, &p.b, r, column);
+            copy_for_all(j, box, &p.b, r, column);
           }
         }
         ring.next();
@@ -148,7 +193,7 @@ struct Loader {
     for (int step = steps.first; step < steps.end; ++step) {
       const int m = step * 64;
       if (is_a && m % T::kBlockM == 0) {
-        wait_for(p.workspace + kFlagsWord + m / T::kBlockM, T::kGroupsM);
+        wait_for(flag_of<T>(p, m / T::kBlockM), T::kGroupsM);
         fence_async_global();
       }
       const uint32_t stage = open_stage(T::kGradBytes);
@@ -156,7 +201,7 @@ struct Loader {
       for (int j = 0; j < T::kGradColumns / 64; ++j) copy(stage + j * kBoxBytes, left, column + j * 64, m);
 #pragma unroll
       for (int j = 0; j < T::kRank / T::kChunk; ++j) {
-        copy(stage + T::kGradColumns * 128 + j * kBoxBytes, right, j * 64, m);
+        copy_for_all(j, stage + T::kGradColumns * 128 + j * kBoxBytes, right, j * 64, m);
       }
       claim_at(step, steps);
       ring.next();

@@ -18,7 +18,8 @@ constexpr int kTicketWord = 0;   // next tile to claim
 constexpr int kLeaversWord = 1;  // CTAs that are done
 constexpr int kFlagsWord = 2;    // one for each row block: warpgroups that have written their rows of S; then the chains
 
-// The order of the tiles: see schedule.h.
+// The order of the tiles: see schedule.h. A cluster of CTAs takes a tile each at a time, from neighbouring row blocks; so
+// "row blocks" here are the cluster's.
 struct Schedule {
   int rows;       // row blocks of C
   int columns;    // columns of tiles, the one that makes S (column 0) included
@@ -45,7 +46,7 @@ struct Params {
   int m, n, k, r;
   int has_bias;
   int makes_c;     // 0: only S is wanted
-  int blocks_b;    // gradient tiles along out_features; those along in_features follow
+  int blocks_b;    // a group's gradient tiles along out_features; those along in_features follow
   int n_words;     // of the workspace
   int fp32_grads;  // dA and dB are fp32, not the operands' type
   float scale_s, inverse_keep;
@@ -57,6 +58,7 @@ struct Variant {
   const char* name;
   const void* kernel;
   bool backward, half, dropout, split;
+  int cluster;
   int block_m, block_n, rank;
   int shared_bytes;
   int tile_planes, grad_planes, grad_columns;

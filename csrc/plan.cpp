@@ -1,4 +1,5 @@
 // From sizes to a kernel, its grid and its parameters; nothing here touches a device.
+#include <algorithm>
 #include <cstddef>
 #include <stdexcept>
 
@@ -58,21 +59,24 @@ Plan::Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int
   p.k = int(k);
   p.r = int(r);
   p.makes_c = makes_c;
-  p.blocks_b = grad_b || grad_bias ? ceil_div(int(k), variant_->grad_columns) : 0;
-  const int blocks_a = grad_a ? ceil_div(int(n), variant_->grad_columns) : 0;
-  p.schedule = {ceil_div(int(m), block_m), columns_of_c + (makes_s && !fused), group_m, p.blocks_b + blocks_a, splits};
+  const int cluster = variant_->cluster, grad_columns = variant_->grad_columns * cluster;
+  p.blocks_b = grad_b || grad_bias ? ceil_div(int(k), grad_columns) : 0;
+  const int blocks_a = grad_a ? ceil_div(int(n), grad_columns) : 0;
+  p.schedule = {ceil_div(int(m), block_m * cluster), columns_of_c + (makes_s && !fused), ceil_div(group_m, cluster),
+                p.blocks_b + blocks_a, splits};
   const int64_t tiles = int64_t(p.schedule.rows) * p.schedule.columns;
-  const int64_t groups = ceil_div(p.schedule.rows, group_m);
+  const int64_t groups = ceil_div(p.schedule.rows, p.schedule.group_m);
   if (tiles * splits + groups * p.schedule.gradients > limit) {
     throw std::invalid_argument("fastlora: more tiles than a 32-bit ticket counts: " + what);
   }
   const int64_t chains = p.schedule.gradients + (splits > 1 ? tiles : 0);
-  words_ = kFlagsWord + p.schedule.rows + 2 * chains;
+  words_ = kFlagsWord + (p.schedule.rows + 2 * chains) * cluster;
   p.n_words = int(words_);
-  gradient_floats_ = groups > 1 ? int64_t(p.schedule.gradients) * 2 * variant_->grad_planes * 128 : 0;
+  gradient_floats_ = groups > 1 ? int64_t(p.schedule.gradients) * cluster * 2 * variant_->grad_planes * 128 : 0;
   part_floats_ = tiles * (splits - 1) * 2 * variant_->tile_planes * 128;
   const int64_t work = tiles * splits + groups * p.schedule.gradients;
-  if (work < ctas_) ctas_ = int(work);
+  const int64_t clusters = std::min<int64_t>(work, std::max(ctas / cluster, 1));
+  ctas_ = int(clusters) * cluster;
 }
 
 Params Plan::parameters(const Operands& o, std::vector<MapSpec>& maps) const {

@@ -116,10 +116,13 @@ __device__ __forceinline__ void multiply(Consumer<T>& c, TileInfo tile, float (&
 #pragma unroll 1
     while (drawn < KeepBits<T>::kCalls) keep.append(c, row, column, drawn++);
   }
-  wgmma_wait<0>();
-  c.release_stage();
-  if constexpr (kMain) pin(acc);
-  if constexpr (kSide) pin(side);
+  // Where nothing looks at the sums before the expand step adds to them, the products stay in flight.
+  if constexpr (kSide || T::kSplit || kDraws) {
+    wgmma_wait<0>();
+    c.release_stage();
+    if constexpr (kMain) pin(acc);
+    if constexpr (kSide) pin(side);
+  }
 }
 
 // Scales and rounds this warpgroup's rows of S, stores them and raises the row block's flag. `s` are the fragments of S as
@@ -144,7 +147,7 @@ __device__ __forceinline__ void store_s(Consumer<T>& c, TileInfo tile, const flo
   }
   if (c.group_n == 0) {
     fence_async_global();
-    c.publish(c.p.workspace + kFlagsWord + tile.row);
+    c.publish(flag_of<T>(c.p, tile.row));
   }
 }
 
@@ -180,11 +183,12 @@ __device__ __forceinline__ void expand(Consumer<T>& c, float (&acc)[T::kAccumula
       }
     }
     wgmma_commit();
-    wgmma_wait<0>();
-    pin(acc);
+    wgmma_wait<1>();
     c.turn_stage();
-    c.release_stage();
   }
+  wgmma_wait<0>();
+  c.release_stage();
+  pin(acc);
 }
 
 // Rounds 64 columns and sends them out through shared memory; the copy runs on beneath whatever follows.

@@ -12,14 +12,20 @@ constexpr int kThreads = 384;           // a warpgroup that loads, two that comp
 constexpr int kConsumerWarps = 8;
 constexpr int kSharedLimit = 227 * 1024;
 
-// kRank: the rank rounded up to 16, 32, 64, 128 or 256. kSplit: tiles may be cut along the contraction.
-template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kDropout_, bool kSplit_>
+// kRank: the rank rounded up to 16, 32, 64, 128 or 256.
+template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kDropout_>
 struct Traits {
   using Element = Element_;
-  static constexpr bool kBackward = kBackward_, kDropout = kDropout_, kSplit = kSplit_;
+  static constexpr bool kBackward = kBackward_, kDropout = kDropout_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kRank = kRank_;
   static_assert(kBlockM == 64 || kBlockM == 128, "a warpgroup computes 64 rows");
   static_assert(kRank <= 64 || kRank <= kBlockN, "D takes V's place in shared memory");
+
+  // Two CTAs share wide tiles' V: each loads half of it into both, or L2 could not keep up with the products. A cluster's
+  // CTAs take neighbouring row blocks of one column (or neighbouring gradient tiles), step by step together.
+  static constexpr int kCluster = kBlockN == 256 ? 2 : 1;
+  // Smaller tiles' contraction may be split, for want of tiles.
+  static constexpr bool kSplit = kCluster == 1;
 
   // The two warpgroups share out rows, or columns where there are only 64 rows.
   static constexpr int kGroupsM = kBlockM / 64, kGroupsN = 2 / kGroupsM;
@@ -48,7 +54,7 @@ struct Traits {
   static_assert(!kBackward || kGradBytes <= kStageBytes, "a gradient step fits a stage");
 
   // Finished tiles leave through slabs of 64 x 64 for each warpgroup.
-  static constexpr int kSlabs = kBlockN == 256 && kRank == 64 ? 2 : kColumns / 64;
+  static constexpr int kSlabs = kBlockN == 256 && kRank == 64 ? 3 : kColumns / 64;
   static constexpr int kSlabOffset = 0;
   static constexpr int kBiasOffset = kSlabOffset + 2 * kSlabs * kBoxBytes;
   static constexpr int kBiasBytes = kBlockN * 2;
@@ -68,8 +74,21 @@ enum TileKind { kPlain, kFusedShrink, kShrinkOnly, kGradientB, kGradientA, kDone
 
 // What the loader tells the consumers about a tile; 16 bytes.
 struct TileInfo {
-  int kind, row, column, part;  // a gradient tile's row is its group, its part unused
+  int kind, row, column, part;  // in units of the cluster's tiles; a gradient tile's row is its group, its part unused
 };
+
+// A CTA's own tile of its cluster's.
+template <class T>
+__device__ __forceinline__ TileInfo own_tile(TileInfo tile) {
+  if (T::kCluster == 1) return tile;
+  const int rank = int(cluster_rank());
+  if (tile.kind == kGradientA || tile.kind == kGradientB) {
+    tile.column = tile.column * T::kCluster + rank;
+  } else {
+    tile.row = tile.row * T::kCluster + rank;
+  }
+  return tile;
+}
 
 // Addresses in shared memory.
 template <class T>
@@ -84,10 +103,10 @@ struct Shared {
   __device__ __forceinline__ uint32_t tile(int slot) const { return base + T::kBarrierOffset + slot * 16; }
   __device__ __forceinline__ uint32_t barrier(int i) const { return base + T::kBarrierOffset + 32 + i * 8; }
   __device__ __forceinline__ uint32_t ones() const { return base + T::kOnesOffset; }
-  // Two tile slots: told (by the loader) and done with (by the consumers' warps).
+  // Two tile slots: told (by the first CTA's loader) and taken (by all who read them; the first CTA's counts).
   __device__ __forceinline__ uint32_t told(int slot) const { return barrier(slot); }
   __device__ __forceinline__ uint32_t taken(int slot) const { return barrier(2 + slot); }
-  // Stages: full (loaded) and empty (read by the consumers' warps).
+  // Stages: full (loaded) and empty (read by the consumers' warps, of all CTAs, since each loads for all).
   __device__ __forceinline__ uint32_t full(int i) const { return barrier(4 + i); }
   __device__ __forceinline__ uint32_t empty(int i) const { return barrier(4 + T::kStages + i); }
 };
@@ -127,9 +146,15 @@ __device__ __forceinline__ bool is_last_part(const Params& p, int part) {
 // Rows of a group: what its gradient tiles sum over.
 template <class T>
 __device__ __forceinline__ Steps rows_of_group(const Params& p, int group) {
-  const int first = group * p.schedule.group_m * T::kBlockM;
-  const int end = first + p.schedule.group_m * T::kBlockM;
+  const int rows = p.schedule.group_m * T::kBlockM * T::kCluster;
+  const int first = group * rows, end = first + rows;
   return {first, end < p.m ? end : p.m};
+}
+
+// The flag of a row block; behind the flags lie the chains.
+template <class T>
+__device__ __forceinline__ int* flag_of(const Params& p, int row) {
+  return p.workspace + kFlagsWord + row;
 }
 
 }  // namespace fastlora

@@ -1,69 +1,59 @@
-"""Runs the launchers of fastlora.kernels.cuda on the CPU: the very parameters that would go to the GPU, and the PTX of the
-very kernel, in the emulator."""
+"""Runs the launchers of fastlora.kernels.cuda on the CPU.
+
+The parameters are the very ones that would go to the GPU; the kernel is the PTX that the library holds beside the code
+for the GPU; the emulator stands in for the device.
+"""
 
 import functools
-import hashlib
-import os
 import re
 import shutil
 import subprocess
-import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from emulator import LaunchOptions, Struct, TensorMap, load_ptx
-from emulator.engine_library import _cache_directory as cache_directory
+from numerics import Case
 
 from fastlora.kernels import cuda
+from fastlora.reference import Needs
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
-NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 THREADS = 384
-_OUTPUTS = ("c", "s", "grad_a", "grad_b", "grad_bias", "gradient_sums", "tile_parts")
+_WRITTEN = ("c", "s", "grad_a", "grad_b", "grad_bias", "gradient_sums", "tile_parts")
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, or the copy that Triton brings along."""
+    import triton
+
+    beside_triton = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return shutil.which(name) or (str(beside_triton) if beside_triton.exists() else None)
 
 
 def unavailable() -> str | None:
-    """Why these tests cannot run here, or None."""
-    if NVCC is None:
-        return "nvcc is not found"
-    return cuda._extension()[1]
+    """Why the compiled kernels cannot be tested here, or None."""
+    return cuda._extension()[1] or (None if tool("cuobjdump") else "cuobjdump is not found")
 
 
 @functools.cache
-def ptx_of_object(direction: str, element: str, block_m: int, block_n: int, source: Path = CSRC) -> str:
-    """The PTX of one object of setup.py; compiled once for each state of the sources."""
-    files = sorted(source.glob("*.cu*")) + sorted(source.glob("*.h"))
-    defines = [f"-DFASTLORA_ELEMENT={element}", f"-DFASTLORA_BLOCK_M={block_m}", f"-DFASTLORA_BLOCK_N={block_n}"]
-    key = hashlib.sha256()
-    for part in (NVCC, direction, *defines, *(file.read_text() for file in files)):
-        key.update(part.encode() + b"\0")
-    target = cache_directory() / f"{key.hexdigest()[:24]}.ptx"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=target.parent) as work:
-            out = Path(work) / "out.ptx"
-            command = [NVCC, "-std=c++17", "-O3", "-lineinfo", "-gencode", "arch=compute_90a,code=compute_90a", *defines]
-            subprocess.run([*command, "-ptx", "-o", out, source / f"lora_{direction}.cu"], check=True)
-            os.replace(out, target)
-    return target.read_text()
+def _entries() -> dict[str, str]:
+    """The PTX in the library: a module for each kernel."""
+    library = cuda._extension()[0].__file__
+    text = subprocess.run([tool("cuobjdump"), "-ptx", library], capture_output=True, text=True, check=True).stdout
+    entries = {}
+    for module in re.split(r"^(?=\.version )", text, flags=re.M)[1:]:
+        starts = [match.start() for match in re.finditer(r"^[ \t]*(?:\.weak |\.visible )?\.entry ", module, re.M)]
+        files = "\n".join(re.findall(r"^\s*\.file\s.*$", module, re.M))
+        for start, end in zip(starts, [*starts[1:], len(module)], strict=True):
+            body = re.split(r"^\.(?:file|section)\b", module[start:end], maxsplit=1, flags=re.M)[0]
+            entries[re.search(r"\.entry\s+(\w+)", body).group(1)] = f"{module[: starts[0]]}{body}{files}\n"
+    return entries
 
 
-def entry_text(ptx: str, name: str) -> str:
-    """A module with this one entry."""
-    starts = [match.start() for match in re.finditer(r"^\s*\.visible \.entry", ptx, re.M)]
-    ends = [*starts[1:], len(ptx)]
-    for start, end in zip(starts, ends, strict=True):
-        if re.match(rf"\s*\.visible \.entry {name}\(", ptx[start:]):
-            tail = ptx[starts[-1] :]
-            files = "\n".join(re.findall(r"^\s*\.file\s.*$", tail, re.M)) if end != len(ptx) else ""
-            return ptx[: starts[0]] + ptx[start:end] + files
-    raise KeyError(f"no entry {name}")
-
-
-def ptx_of(variant: dict, source: Path = CSRC) -> str:
+def ptx_of(name: str) -> str:
     """The PTX of one compiled kernel."""
-    direction = "backward" if variant["backward"] else "forward"
-    element = "fp16" if variant["half"] else "bf16"
-    return entry_text(ptx_of_object(direction, element, variant["block_m"], variant["block_n"], source), variant["name"])
+    return _entries()[name]
 
 
 @functools.cache
@@ -72,51 +62,83 @@ def _module(text: str):
 
 
 class EmulatedLaunch:
-    """Takes the place of fastlora.kernels.cuda._launch. ``ptx`` gives a kernel's text; ``stats`` holds each launch's."""
+    """Takes the place of fastlora.kernels.cuda._launch.
 
-    def __init__(self, options: LaunchOptions | None = None, ptx=ptx_of):
-        self.options, self._ptx, self.stats = options or LaunchOptions(), ptx, []
+    Args:
+        options: how the emulator runs.
+        ptx: from a kernel's name to its text; tests of seeded bugs change it on the way.
+
+    ``stats`` holds the counters of every launch.
+    """
+
+    def __init__(self, options: LaunchOptions | None = None, ptx: Callable[[str], str] = ptx_of):
+        self.options, self.stats, self._ptx = options or LaunchOptions(), [], ptx
 
     def __call__(self, plan, device, operands):
-        addresses = {name: cuda._address(operand) for name, operand in operands.items()}
-        raw, maps = plan.parameters(**addresses)
-        tensors = {n: t for n, t in operands.items() if isinstance(t, torch.Tensor)}
-        by_address = {t.data_ptr(): t for t in tensors.values()}
-        stats = _module(self._ptx(plan.variant)).launch(
-            plan.variant["name"],
-            grid=plan.ctas,
-            block=THREADS,
-            args=[_parameters(raw, maps, by_address)],
-            shared_bytes=plan.variant["shared_bytes"],
-            buffers=tensors,
-            read_only=[n for n in tensors if n not in _OUTPUTS and n != "workspace"],
-            uninitialised=[n for n in tensors if n in _OUTPUTS],
-            options=self.options,
+        raw, maps = plan.parameters(**{name: cuda._address(operand) for name, operand in operands.items()})
+        tensors = {name: operand for name, operand in operands.items() if isinstance(operand, torch.Tensor)}
+        variant = plan.variant
+        self.stats.append(
+            _module(self._ptx(variant["name"])).launch(
+                variant["name"],
+                grid=plan.ctas,
+                block=THREADS,
+                cluster=(variant["cluster"], 1, 1),
+                args=[_parameters(raw, maps, {t.data_ptr(): t for t in tensors.values()})],
+                shared_bytes=variant["shared_bytes"],
+                buffers=tensors,
+                read_only=[name for name in tensors if name not in _WRITTEN and name != "workspace"],
+                uninitialised=[name for name in tensors if name in _WRITTEN],
+                options=self.options,
+            )
         )
-        self.stats.append(stats)
+
+
+@contextmanager
+def emulated(options: LaunchOptions | None = None, ptx: Callable[[str], str] = ptx_of):
+    """Within it, the CUDA launchers run in the emulator; yields the EmulatedLaunch."""
+    launch, real = EmulatedLaunch(options, ptx), cuda._launch
+    cuda._launch = launch
+    try:
+        yield launch
+    finally:
+        cuda._launch = real
+
+
+def run_layer(case: Case, tile: cuda.CudaTile, ctas: int, needs: Needs = Needs(True, True, True, True)):  # noqa: B008
+    """Forward and backward of one layer, within ``emulated``.
+
+    Returns:
+        The results by name, and the forward's S.
+    """
+    c = case
+    needs = needs._replace(dbias=needs.dbias and c.bias is not None)
+    shared = (c.scaling, c.dropout_p, c.seed)
+    y, s = cuda.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, tile=tile, ctas=ctas)
+    gradients = cuda.lora_backward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, needs, tile=tile, ctas=ctas)
+    return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, s
 
 
 def _parameters(raw: bytes, maps: list[dict], by_address: dict[int, torch.Tensor]) -> Struct:
     """The structure that ``raw`` holds, with tensors and tensor maps in the emulator's terms."""
-    at = {map["offset"]: _tensor_map(map, by_address[map["address"]]) for map in maps}
+    at = {each["offset"]: _tensor_map(each, by_address[each["address"]]) for each in maps}
     fields, offset = [], 0
     while offset < len(raw):
-        word = raw[offset : offset + 8]
         if offset in at:
             fields.append(at[offset])
             offset += 128
             continue
-        tensor = by_address.get(int.from_bytes(word, "little"))
-        fields.append(word if tensor is None else tensor)
+        word = raw[offset : offset + 8]
+        fields.append(by_address.get(int.from_bytes(word, "little"), word))
         offset += 8
     return Struct(fields)
 
 
-def _tensor_map(map: dict, tensor: torch.Tensor) -> TensorMap:
+def _tensor_map(described: dict, tensor: torch.Tensor) -> TensorMap:
     return TensorMap(
         tensor,
-        box=map["box"],
-        swizzle=map["swizzle"],
-        shape=(map["rows"], map["columns"]),
-        strides=(map["stride_bytes"] // 2, 1),
+        box=described["box"],
+        swizzle=described["swizzle"],
+        shape=(described["rows"], described["columns"]),
+        strides=(described["stride_bytes"] // 2, 1),
     )

@@ -1,5 +1,6 @@
-"""The CUDA backend for Hopper: a whole LoRA layer in one launch forward and one launch backward. The only importer of the
-compiled extension."""
+"""The CUDA backend for Hopper: a whole LoRA layer in one launch forward and one launch backward.
+
+The only importer of the compiled extension."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ _COMBINE_BYTES_PER_CLOCK = 40
 
 @lru_cache(maxsize=4096)
 def choose_tile(m: int, n: int, k: int, r: int, n_sms: int) -> CudaTile:
-    """The tile for C [m, n] contracted over k with rank r: the one that a rough model of waves and memory finds fastest."""
+    """The tile for C [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest."""
     if r > SMALL_TILE_RANK:
         return WIDE_TILE
     candidates = [WIDE_TILE]
@@ -182,8 +183,9 @@ def lora_forward(
     tile: CudaTile | None = None,
     ctas: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Y [M, N] and S [M, R] in one launch; see fastlora.reference.lora_forward. ``tile`` overrides choose_tile, ``ctas`` the
-    number of CTAs, one for each multiprocessor."""
+    """Y [M, N] and S [M, R] in one launch; see fastlora.reference.lora_forward.
+
+    ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for each multiprocessor."""
     (m, k), (n, r) = x.shape, lora_b.shape
     y, s = x.new_empty(m, n), x.new_empty(m, r)
     if m == 0:
