@@ -1,5 +1,6 @@
 """Host overhead: what one forward and backward costs where the arithmetic is next to nothing."""
 
+import time
 from dataclasses import asdict
 
 import torch
@@ -32,7 +33,9 @@ def measure_host(peers: list[Peer], device: str, seconds: float) -> tuple[list[d
             stage.backward()
 
         calls[name] = step
-    timings = time_calls(calls, device, seconds, CALLS)
+    # On a CPU all of it runs in this thread, backward included; on a GPU the last kernel is waited for.
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    timings = time_calls(calls, device, seconds, CALLS, clock)
     frozen, peft = timings[FROZEN.name].median_us, timings.get("peft")
     rows = [
         {
