@@ -65,7 +65,9 @@ class Buffer:
         index, rest = [], offset // element
         if offset < 0 or offset >= self.size:
             return f"{self.name} {offset:+d} bytes"
-        for stride, extent in sorted(zip(self.tensor.stride(), self.tensor.shape), key=lambda pair: -pair[0]):
+        for stride, extent in sorted(
+            zip(self.tensor.stride(), self.tensor.shape, strict=True), key=lambda pair: -pair[0]
+        ):
             index.append(rest // stride if stride and extent > 1 else 0)
             rest -= index[-1] * stride
         return f"{self.name}[{', '.join(map(str, index))}]"
@@ -84,7 +86,8 @@ class Buffers:
             raise LaunchError(f"{name} is on {tensor.device}: the emulator works on CPU tensors")
         element = tensor.element_size()
         size = (
-            (sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride())) + 1) * element
+            (sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1)
+            * element
             if tensor.numel()
             else 0
         )
@@ -96,9 +99,16 @@ class Buffers:
         if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape[0] > 1 and tensor.stride(0) > tensor.shape[1]:
             row_bytes, row_stride = tensor.shape[1] * element, tensor.stride(0) * element
         buffer = Buffer(
-            name, tensor, tensor.data_ptr(), size, ((len(self.list) + 1) << BUFFER_SHIFT) + offset, row_bytes, row_stride,
-            name not in self._read_only, name not in self._uninitialised,
-        )  # fmt: skip
+            name,
+            tensor,
+            host=tensor.data_ptr(),
+            size=size,
+            address=((len(self.list) + 1) << BUFFER_SHIFT) + offset,
+            row_bytes=row_bytes,
+            row_stride=row_stride,
+            writable=name not in self._read_only,
+            initialised=name not in self._uninitialised,
+        )
         self.list.append(buffer)
         self._by_extent[key] = buffer
         return buffer
@@ -116,11 +126,14 @@ def pack_arguments(entry, args, buffers):
     named = list(args.items()) if isinstance(args, dict) else [(f"arg{i}", value) for i, value in enumerate(args)]
     if len(named) != len(entry.params):
         raise LaunchError(f"{entry.name} takes {len(entry.params)} parameters, {len(named)} were given")
-    for name, value in named:  # plain tensors first: a buffer that a TensorMap or Struct shares with one goes by its name
+    for (
+        name,
+        value,
+    ) in named:  # plain tensors first: a buffer that a TensorMap or Struct shares with one goes by its name
         if isinstance(value, torch.Tensor):
             buffers.add(name, value)
     packed = bytearray(entry.param_bytes)
-    for (name, value), param in zip(named, entry.params):
+    for (name, value), param in zip(named, entry.params, strict=True):
         data = _pack_param(name, value, param, buffers)
         if len(data) > param.size:
             raise LaunchError(f"{name} has {len(data)} bytes, the parameter {param.name} {param.size}")
@@ -148,7 +161,7 @@ def _pack_param(name, value, param, buffers):
 
 
 def _pack_number(name, value, type_name):
-    """A float for an integer-typed parameter is passed as the bits of a float of that size: PTX declares .b32 for both."""
+    """A float for a parameter declared .b32 or .b64 is passed as the bits of a float of that size."""
     code = _PACK[type_name]
     if code in "fd":
         return struct.pack("<" + code, float(value))

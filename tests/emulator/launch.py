@@ -170,7 +170,7 @@ def _shape(grid, block, cluster, static_bytes, shared_bytes):
     grid, block, cluster = _extent(grid, "grid"), _extent(block, "block"), _extent(cluster, "cluster")
     if block[0] * block[1] * block[2] > 1024:
         raise LaunchError(f"a block of {block} has more than 1024 threads")
-    if any(n % c for n, c in zip(grid, cluster)):
+    if any(n % c for n, c in zip(grid, cluster, strict=True)):
         raise LaunchError(f"a grid of {grid} is not a multiple of clusters of {cluster}")
     triple = ctypes.c_uint32 * 3
     return _Shape(triple(*grid), triple(*block), triple(*cluster), static_bytes + shared_bytes, shared_bytes)
@@ -194,15 +194,24 @@ def _run(program, buffers, params, shape, options):
     )
     stats, agent_shift, message = _Stats(), ctypes.c_uint32(), ctypes.create_string_buffer(_MESSAGE_BYTES)
     kind = library().emu_launch(
-        program.handle, ctypes.byref(shape), ctypes.byref(native), specs, ctypes.c_uint64(len(buffers)), params, ctypes.c_uint64(len(params)),
-        ctypes.byref(stats), ctypes.byref(agent_shift), message, ctypes.c_uint64(_MESSAGE_BYTES),
-    )  # fmt: skip
+        program.handle,
+        ctypes.byref(shape),
+        ctypes.byref(native),
+        specs,
+        ctypes.c_uint64(len(buffers)),
+        params,
+        ctypes.c_uint64(len(params)),
+        ctypes.byref(stats),
+        ctypes.byref(agent_shift),
+        message,
+        ctypes.c_uint64(_MESSAGE_BYTES),
+    )
     if kind:
         raise _error(kind, message.value.decode(), program.sites, buffers, shape)
     counters = {name: getattr(stats, name) for name, _ in _Stats._fields_}
     traffic = {
         b.name: BufferStats(*(getattr(spec, name) for name in BufferStats.__dataclass_fields__))
-        for b, spec in zip(buffers, specs)
+        for b, spec in zip(buffers, specs, strict=False)
     }
     return LaunchStats(**counters, buffers=traffic)
 

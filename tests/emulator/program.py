@@ -70,7 +70,8 @@ class Operation:
 class _ProgramSpec(ctypes.Structure):
     _fields_ = [
         ("code", ctypes.c_void_p), ("n_instructions", ctypes.c_uint64),
-        ("n_32", ctypes.c_uint32), ("n_64", ctypes.c_uint32), ("n_pred", ctypes.c_uint32), ("local_bytes", ctypes.c_uint32), ("uses_wgmma", ctypes.c_uint32),
+        ("n_32", ctypes.c_uint32), ("n_64", ctypes.c_uint32), ("n_pred", ctypes.c_uint32),
+        ("local_bytes", ctypes.c_uint32), ("uses_wgmma", ctypes.c_uint32),
         ("constants", ctypes.c_void_p), ("n_constants", ctypes.c_uint64),
         ("specials", ctypes.c_void_p), ("n_specials", ctypes.c_uint64),
     ]  # fmt: skip
@@ -162,7 +163,7 @@ class Builder:
         return register
 
     def any_register(self, text, type_name):
-        """A register of any size, or else a source of this type: loads, stores and conversions allow wider registers."""
+        """A register of any size (loads, stores and conversions allow wider ones), or else a source of this type."""
         register = self.scope.find("registers", text)
         return self.source(text, type_name) if register is None else register
 

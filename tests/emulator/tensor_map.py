@@ -38,7 +38,10 @@ class TensorMap:
     alignment = 64
 
     def pack(self, address):
-        """The 128 bytes, for a base at this device address. Raises LaunchError where cuTensorMapEncodeTiled would fail."""
+        """The 128 bytes, for a base at this device address.
+
+        Raises: LaunchError, where cuTensorMapEncodeTiled would fail.
+        """
         element = self.tensor.element_size()
         shape = tuple(self.shape if self.shape is not None else self.tensor.shape)
         strides = tuple(self.strides if self.strides is not None else self.tensor.stride())
@@ -80,7 +83,7 @@ class TensorMap:
 
 
 def triton_descriptor(name, tensor, metadata):
-    """The kernel arguments that Triton makes of a 2-D (or other) tensor descriptor: the map, then its shape and strides.
+    """The kernel arguments that Triton makes of a tensor descriptor: the map, then its shape and strides.
 
     Args: metadata: the descriptor's entry of `kernel.metadata.tensordesc_meta`.
     """

@@ -12,7 +12,11 @@ from emulator.conformance import CudaRunner, EmulatorRunner, all_cases
 from emulator.engine_library import operations
 
 CASES = {case.name: case for case in all_cases()}
-ASYNCHRONOUS = [name for name in CASES if any(word in name for word in ("cp.async", "bulk", "TMA", "mbarrier", "wgmma", "remote", "bar"))]
+ASYNCHRONOUS = [
+    name
+    for name in CASES
+    if any(word in name for word in ("cp.async", "bulk", "TMA", "mbarrier", "wgmma", "remote", "bar"))
+]
 
 
 def find_ptxas():
@@ -53,7 +57,9 @@ def test_every_operation_of_the_engine_is_covered():
     covered = {"trap"}  # its effect is an error: test_detect_launch.py
     for case in CASES.values():
         module = load_ptx(case.ptx)
-        covered |= {operation.name for entry in module.entries for operation in module.program(entry).builder.operations}
+        covered |= {
+            operation.name for entry in module.entries for operation in module.program(entry).builder.operations
+        }
     assert covered == set(operations())
 
 

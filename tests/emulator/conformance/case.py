@@ -39,7 +39,11 @@ class Case:
 
     def tensors(self):
         """Every tensor among the arguments, those under a TensorMap included."""
-        return {name: value.tensor if isinstance(value, TensorMap) else value for name, value in self.args.items() if not isinstance(value, int)}
+        return {
+            name: value.tensor if isinstance(value, TensorMap) else value
+            for name, value in self.args.items()
+            if not isinstance(value, int)
+        }
 
     def mismatch(self, results):
         """The first difference between the results and the model as text, or None."""
@@ -47,32 +51,54 @@ class Case:
             got = results[name]
             if self.tolerance:
                 scale = want.double().abs().clamp(min=1e-30)
-                wrong = ~(((got.double() - want.double()).abs() <= self.tolerance * scale) | (got == want) | (got.isnan() & want.isnan()))
+                wrong = ~(
+                    ((got.double() - want.double()).abs() <= self.tolerance * scale)
+                    | (got == want)
+                    | (got.isnan() & want.isnan())
+                )
             else:
                 wrong = bits(got) != bits(want)
             if wrong.any():
                 at = tuple(wrong.nonzero()[0].tolist())
-                return f"{self.name}: {name}{list(at)} is {got[at].item()!r}, the model says {want[at].item()!r} ({int(wrong.sum())} differ)"
+                values = f"{name}{list(at)} is {got[at].item()!r}, the model says {want[at].item()!r}"
+                return f"{self.name}: {values} ({int(wrong.sum())} differ)"
         return None
 
 
 def bits(tensor):
     """The same bytes as integers, so that NaNs and signed zeros compare."""
-    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+    return tensor.contiguous().view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    )
 
 
 def module(body, params, shared="", arch="sm_80", entry="snippet", directives=""):
-    """A PTX module with one entry. `params` maps parameter names to types (or to (bytes, align) for by-value structures);
-    `shared` declares shared variables. The body may use %p, %h, %r, %f, %rd and %fd registers; pointers are loaded by `pointer`."""
+    """A PTX module with one entry.
+
+    Args:
+        body: may use registers %p, %h (16 bits), %r (32), %rd (64), %f and %fd.
+        params: name -> type, or (bytes, alignment) of a structure by value.
+        shared: declarations of the module's variables.
+        directives: of the entry, such as .maxntid.
+    """
 
     def declare(name, kind):
         return f".param .{kind} {name}" if isinstance(kind, str) else f".param .align {kind[1]} .b8 {name}[{kind[0]}]"
 
     declared = ",\n    ".join(declare(name, kind) for name, kind in params.items())
-    return f".version 8.6\n.target {arch}\n.address_size 64\n{shared}\n.visible .entry {entry}(\n    {declared}\n)\n{directives}\n{{{_REGISTERS}\n{body}\n    ret;\n}}\n"
+    return (
+        f".version 8.6\n.target {arch}\n.address_size 64\n{shared}\n.visible .entry {entry}(\n"
+        f"    {declared}\n)\n{directives}\n{{{_REGISTERS}\n{body}\n    ret;\n}}\n"
+    )
 
 
-_NAMES = {torch.int16: ("b16", "%h"), torch.bfloat16: ("b16", "%h"), torch.float16: ("b16", "%h"), torch.int32: ("b32", "%r"), torch.float32: ("f32", "%f")}
+_NAMES = {
+    torch.int16: ("b16", "%h"),
+    torch.bfloat16: ("b16", "%h"),
+    torch.float16: ("b16", "%h"),
+    torch.int32: ("b32", "%r"),
+    torch.float32: ("f32", "%f"),
+}
 _NAMES |= {torch.int64: ("b64", "%rd"), torch.float64: ("f64", "%fd")}
 
 
@@ -92,7 +118,11 @@ def elementwise(name, instruction, inputs, outputs, arch="sm_80", tolerance=0.0)
         letter = "defg"[i - len(inputs)] if is_output else "abc"[i] if i < 3 else "xyz"[i - 3]
         kind, family = _NAMES[tensor.dtype]
         where[letter] = f"{family}{20 + i}"
-        body.append(f"    ld.param.u64 %rd{i}, [p{i}];\n    mul.wide.u32 %rd{10 + i}, %r0, {tensor.element_size()};\n    add.s64 %rd{i}, %rd{i}, %rd{10 + i};")
+        body.append(
+            f"    ld.param.u64 %rd{i}, [p{i}];\n"
+            f"    mul.wide.u32 %rd{10 + i}, %r0, {tensor.element_size()};\n"
+            f"    add.s64 %rd{i}, %rd{i}, %rd{10 + i};"
+        )
         if not is_output:
             body.append(f"    ld.global.{kind} {where[letter]}, [%rd{i}];")
         tensors[f"p{i}"] = torch.full_like(tensor, -1) if is_output else tensor
@@ -104,7 +134,16 @@ def elementwise(name, instruction, inputs, outputs, arch="sm_80", tolerance=0.0)
     blocks = n // 128
     if n % 128:
         raise ValueError(f"{name}: {n} elements are not a multiple of 128")
-    return Case(name, module("\n".join(body), dict.fromkeys(tensors, "u64"), arch=arch), tensors, expected, grid=(blocks, 1, 1), block=128, arch=arch, tolerance=tolerance)
+    return Case(
+        name,
+        module("\n".join(body), dict.fromkeys(tensors, "u64"), arch=arch),
+        tensors,
+        expected,
+        grid=(blocks, 1, 1),
+        block=128,
+        arch=arch,
+        tolerance=tolerance,
+    )
 
 
 def pointers(*names):

@@ -12,7 +12,7 @@ _LETTERS = "abc"
 
 
 def floats(dtype, seed, scale=4.0):
-    """Normal numbers of moderate size with short mantissas, so that sums and products round in one place; and special values."""
+    """Numbers of moderate size with short mantissas, so that sums and products round once; and special values."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(_COUNT, generator=generator).mul(scale).to(torch.bfloat16).to(dtype)
     special = torch.tensor([0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 65504.0, 1e-3])
@@ -22,7 +22,12 @@ def floats(dtype, seed, scale=4.0):
 
 def _canonical(tensor):
     """The hardware's NaN has all mantissa bits set."""
-    pattern = {torch.bfloat16: 0x7FFF, torch.float16: 0x7FFF, torch.float32: 0x7FFFFFFF, torch.float64: 0x7FF8000000000000}[tensor.dtype]
+    pattern = {
+        torch.bfloat16: 0x7FFF,
+        torch.float16: 0x7FFF,
+        torch.float32: 0x7FFFFFFF,
+        torch.float64: 0x7FF8000000000000,
+    }[tensor.dtype]
     whole = bits(tensor).clone()
     whole[tensor.isnan()] = pattern
     return whole.view(tensor.dtype)
@@ -65,7 +70,13 @@ def _arithmetic():
     yield _case("min.NaN.f32", 2, torch.float32, torch.minimum)
     yield _case("max.NaN.f32", 2, torch.float32, torch.maximum)
     yield _case("add.sat.f32", 2, torch.float32, lambda a, b: torch.nan_to_num((a + b).clamp(0, 1), nan=0.0))
-    approximate = {"ex2": torch.exp2, "lg2": torch.log2, "rcp": torch.reciprocal, "sqrt": torch.sqrt, "rsqrt": torch.rsqrt}
+    approximate = {
+        "ex2": torch.exp2,
+        "lg2": torch.log2,
+        "rcp": torch.reciprocal,
+        "sqrt": torch.sqrt,
+        "rsqrt": torch.rsqrt,
+    }
     for name, model in approximate.items():
         yield _case(f"{name}.approx.f32", 1, torch.float32, model, tolerance=4e-6)
         yield _case(f"{name}.approx.ftz.f32", 1, torch.float32, model, tolerance=4e-6)
@@ -75,7 +86,13 @@ def _arithmetic():
     yield _case("tanh.approx.f32", 1, torch.float32, torch.tanh, tolerance=2e-3)
     for name, model in {"sin": torch.sin, "cos": torch.cos}.items():
         small = (torch.arange(_COUNT) - 128) / 64.0
-        yield elementwise(f"{name}.approx.f32", f"{name}.approx.f32 {{d}}, {{a}};", [small], [model(small.double()).float()], tolerance=2e-4)
+        yield elementwise(
+            f"{name}.approx.f32",
+            f"{name}.approx.f32 {{d}}, {{a}};",
+            [small],
+            [model(small.double()).float()],
+            tolerance=2e-4,
+        )
 
 
 def _flush():
@@ -89,7 +106,12 @@ def _halves():
     """16-bit arithmetic, single and in pairs: rounded once from the exact result."""
     for dtype, arch in ((torch.float16, "sm_80"), (torch.bfloat16, "sm_90")):
         kind = _kind(dtype)
-        models = {"add.rn": (2, lambda a, b: a + b), "sub.rn": (2, lambda a, b: a - b), "mul.rn": (2, lambda a, b: a * b), "fma.rn": (3, lambda a, b, c: a * b + c)}
+        models = {
+            "add.rn": (2, lambda a, b: a + b),
+            "sub.rn": (2, lambda a, b: a - b),
+            "mul.rn": (2, lambda a, b: a * b),
+            "fma.rn": (3, lambda a, b, c: a * b + c),
+        }
         models |= {"min": (2, torch.fmin), "max": (2, torch.fmax), "neg": (1, lambda a: -a), "abs": (1, torch.abs)}
         for name, (n, model) in models.items():
             sources = [floats(dtype, seed, 1.0) for seed in range(n)]
@@ -99,15 +121,23 @@ def _halves():
             pairs = [bits(value).view(torch.int32) for value in sources]
             plain = [torch.where(value.isnan(), torch.ones_like(value), value) for value in sources]
             packed = [bits(value).view(torch.int32).repeat(2) for value in plain]
-            expected = bits(_canonical(model(*(value.double() for value in plain)).to(dtype))).view(torch.int32).repeat(2)
+            expected = (
+                bits(_canonical(model(*(value.double() for value in plain)).to(dtype))).view(torch.int32).repeat(2)
+            )
             assert len(pairs[0]) * 2 == _COUNT
             yield elementwise(f"{name}.{kind}x2", text.replace(f".{kind}", f".{kind}x2"), packed, [expected], arch=arch)
 
 
 _FLOAT_RELATIONS = {
-    "eq": lambda a, b: a == b, "ne": lambda a, b: (a != b) & ~(a.isnan() | b.isnan()), "lt": lambda a, b: a < b, "le": lambda a, b: a <= b,
-    "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b, "num": lambda a, b: ~(a.isnan() | b.isnan()), "nan": lambda a, b: a.isnan() | b.isnan(),
-}  # fmt: skip
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: (a != b) & ~(a.isnan() | b.isnan()),
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+    "num": lambda a, b: ~(a.isnan() | b.isnan()),
+    "nan": lambda a, b: a.isnan() | b.isnan(),
+}
 
 
 def _comparisons():
@@ -133,7 +163,9 @@ def _conversions():
         yield elementwise(f"cvt.{name}.s32.f32", f"cvt.{name}.s32.f32 {{d}}, {{a}};", [x], [model(x).int()])
         yield elementwise(f"cvt.{name}.f32.f32", f"cvt.{name}.f32.f32 {{d}}, {{a}};", [x], [model(x)])
     big = torch.tensor([3e9, -3e9, 1e20, float("inf"), float("-inf"), float("nan"), -0.5, 7.9]).repeat(_COUNT // 8)
-    clamped = torch.tensor([2**31 - 1, -(2**31), 2**31 - 1, 2**31 - 1, -(2**31), 0, 0, 7], dtype=torch.int32).repeat(_COUNT // 8)
+    clamped = torch.tensor([2**31 - 1, -(2**31), 2**31 - 1, 2**31 - 1, -(2**31), 0, 0, 7], dtype=torch.int32).repeat(
+        _COUNT // 8
+    )
     yield elementwise("cvt.rzi.s32.f32 saturates", "cvt.rzi.s32.f32 {d}, {a};", [big], [clamped])
     unsigned = torch.tensor([-1294967296, 0, -1, -1, 0, 0, 0, 7], dtype=torch.int32).repeat(_COUNT // 8)
     yield elementwise("cvt.rzi.u32.f32 saturates", "cvt.rzi.u32.f32 {d}, {a};", [big], [unsigned])
@@ -181,7 +213,12 @@ def _integers_to_floats():
         yield elementwise(name, f"{name} {{d}}, {{a}};", [n.to(dtypes[int(source[1:])])], [expected])
         if destination == "u8":
             expected = torch.tensor(value.astype("float32"))
-            yield elementwise(f"cvt.rn.f32.{source}", f"cvt.rn.f32.{source} {{d}}, {{a}};", [n.to(dtypes[int(source[1:])])], [expected])
+            yield elementwise(
+                f"cvt.rn.f32.{source}",
+                f"cvt.rn.f32.{source} {{d}}, {{a}};",
+                [n.to(dtypes[int(source[1:])])],
+                [expected],
+            )
     n = torch.randint(-(2**31), 2**31, (_COUNT,), generator=generator).int()
     yield elementwise("cvt.sat.s16.s32", "cvt.sat.s16.s32 {d}, {a};", [n], [n.clamp(-32768, 32767).short()])
 

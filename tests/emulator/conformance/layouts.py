@@ -1,4 +1,4 @@
-"""Where elements lie: in the registers of a warp, and in shared memory under a swizzle. Written from the PTX manual's tables."""
+"""Where elements lie: in the registers of a warp, and in shared memory under a swizzle; from the PTX manual."""
 
 import torch
 
@@ -69,7 +69,7 @@ def place_matrix(matrix, mn_major, span, bytes_total):
 
 
 def tile_image(tensor, corner, box, span):
-    """What a TMA load of the box at `corner` (outermost first) leaves in shared memory; outside the tensor it is zero."""
+    """What a TMA load of the box at `corner` (outermost first) leaves in shared memory: zero outside the tensor."""
     tile = torch.zeros(box, dtype=tensor.dtype)
     source, target = [], []
     for start, extent, size in zip(corner, box, tensor.shape, strict=True):

@@ -13,10 +13,17 @@ def _iota(n, dtype=torch.int32):
 
 def _copy(name, width, instruction_pairs, elements=32, arch="sm_80"):
     """Every thread moves `width` bytes from x to y."""
-    body = pointers("x", "y") + "\n" + _THREAD + f"    mul.wide.u32 %rd4, %r0, {width};\n    add.s64 %rd0, %rd0, %rd4;\n    add.s64 %rd1, %rd1, %rd4;\n"
+    body = (
+        pointers("x", "y")
+        + "\n"
+        + _THREAD
+        + (f"    mul.wide.u32 %rd4, %r0, {width};\n    add.s64 %rd0, %rd0, %rd4;\n    add.s64 %rd1, %rd1, %rd4;\n")
+    )
     body += "\n".join(f"    {line}" for line in instruction_pairs)
     x = _iota(elements * width // 4)
-    return Case(name, module(body, {"x": "u64", "y": "u64"}, arch=arch), {"x": x, "y": torch.zeros_like(x)}, {"y": x}, arch=arch)
+    return Case(
+        name, module(body, {"x": "u64", "y": "u64"}, arch=arch), {"x": x, "y": torch.zeros_like(x)}, {"y": x}, arch=arch
+    )
 
 
 def _widths():
@@ -30,19 +37,35 @@ def _widths():
             suffix, operand = (f".v{count}", "{" + ", ".join(names) + "}") if count > 1 else ("", names[0])
             pair = [f"ld.global{suffix}.{kind} {operand}, [%rd0];", f"st.global{suffix}.{kind} [%rd1], {operand};"]
             yield _copy(f"ld/st.global{suffix}.{kind}", size * count, pair)
-    yield _copy("ld.global.nc.L1::evict_last", 4, ["ld.global.nc.L1::evict_last.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"])
-    hinted = ["createpolicy.fractional.L2::evict_first.b64 %rd10, 1.0;", "ld.global.L2::cache_hint.b32 %r10, [%rd0], %rd10;", "st.global.L2::cache_hint.b32 [%rd1], %r10, %rd10;"]
+    yield _copy(
+        "ld.global.nc.L1::evict_last",
+        4,
+        ["ld.global.nc.L1::evict_last.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"],
+    )
+    hinted = [
+        "createpolicy.fractional.L2::evict_first.b64 %rd10, 1.0;",
+        "ld.global.L2::cache_hint.b32 %r10, [%rd0], %rd10;",
+        "st.global.L2::cache_hint.b32 [%rd1], %r10, %rd10;",
+    ]
     yield _copy("ld/st.L2::cache_hint", 4, hinted)
     yield _copy("ld.volatile", 4, ["ld.volatile.global.b32 %r10, [%rd0];", "st.volatile.global.b32 [%rd1], %r10;"])
     for scope in ("cta", "gpu", "sys"):
         for width in (32, 64):
             register = "%r10" if width == 32 else "%rd10"
-            pair = [f"ld.acquire.{scope}.global.b{width} {register}, [%rd0];", f"st.release.{scope}.global.b{width} [%rd1], {register};"]
+            pair = [
+                f"ld.acquire.{scope}.global.b{width} {register}, [%rd0];",
+                f"st.release.{scope}.global.b{width} [%rd1], {register};",
+            ]
             yield _copy(f"acquire/release.{scope}.b{width}", width // 8, pair)
-            pair = [f"ld.relaxed.{scope}.global.u{width} {register}, [%rd0];", f"st.relaxed.{scope}.global.u{width} [%rd1], {register};"]
+            pair = [
+                f"ld.relaxed.{scope}.global.u{width} {register}, [%rd0];",
+                f"st.relaxed.{scope}.global.u{width} [%rd1], {register};",
+            ]
             yield _copy(f"relaxed.{scope}.u{width}", width // 8, pair)
     yield _copy("generic addresses", 4, ["ld.b32 %r10, [%rd0];", "st.b32 [%rd1], %r10;"])
-    yield _copy("prefetch", 4, ["prefetch.global.L2 [%rd0];", "ld.global.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"])
+    yield _copy(
+        "prefetch", 4, ["prefetch.global.L2 [%rd0];", "ld.global.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"]
+    )
     narrow = torch.randint(0, 255, (128,), dtype=torch.int32)
     for kind in ("s8", "u8"):
         extended = narrow.to(torch.int8 if kind == "s8" else torch.uint8).int()
@@ -65,10 +88,22 @@ def _shared_and_local():
     xor.b32 %r4, %r3, 124;
 """
     variants = {
-        "shared by 32-bit address": "mov.u32 %r5, buffer;\n    add.s32 %r5, %r5, %r4;\n    ld.shared.b32 %r6, [%r5+128];",
-        "shared by symbol": "cvt.u64.u32 %rd5, %r4;\n    mov.u64 %rd6, buffer;\n    add.s64 %rd5, %rd5, %rd6;\n    ld.shared.b32 %r6, [%rd5+128];",
-        "shared by generic address": "cvt.u64.u32 %rd5, %r4;\n    mov.u64 %rd6, buffer;\n    cvta.shared.u64 %rd6, %rd6;\n    add.s64 %rd5, %rd5, %rd6;\n    ld.b32 %r6, [%rd5+128];",
-        "shared there and back": "cvt.u64.u32 %rd5, %r4;\n    mov.u64 %rd6, buffer;\n    cvta.shared.u64 %rd6, %rd6;\n    cvta.to.shared.u64 %rd6, %rd6;\n    add.s64 %rd5, %rd5, %rd6;\n    ld.shared.b32 %r6, [%rd5+128];",
+        "shared by 32-bit address": (
+            "mov.u32 %r5, buffer;\n    add.s32 %r5, %r5, %r4;\n    ld.shared.b32 %r6, [%r5+128];"
+        ),
+        "shared by symbol": (
+            "cvt.u64.u32 %rd5, %r4;\n    mov.u64 %rd6, buffer;\n    add.s64 %rd5, %rd5, %rd6;\n"
+            "    ld.shared.b32 %r6, [%rd5+128];"
+        ),
+        "shared by generic address": (
+            "cvt.u64.u32 %rd5, %r4;\n    mov.u64 %rd6, buffer;\n    cvta.shared.u64 %rd6, %rd6;\n"
+            "    add.s64 %rd5, %rd5, %rd6;\n    ld.b32 %r6, [%rd5+128];"
+        ),
+        "shared there and back": (
+            "cvt.u64.u32 %rd5, %r4;\n    mov.u64 %rd6, buffer;\n    cvta.shared.u64 %rd6, %rd6;\n"
+            "    cvta.to.shared.u64 %rd6, %rd6;\n    add.s64 %rd5, %rd5, %rd6;\n"
+            "    ld.shared.b32 %r6, [%rd5+128];"
+        ),
     }
     x = _iota(32)
     for name, load in variants.items():
@@ -102,31 +137,65 @@ def _variables_and_parameters():
     st.global.b32 [%rd0], %r2;"""
     lanes = torch.arange(32, dtype=torch.int32) % 4
     expected = (lanes + 1) * 10 + lanes + 1 + 1000
-    yield Case("module variables and scalar parameters", module(body, {"y": "u64", "n": "u32"}, table), {"y": torch.zeros(32, dtype=torch.int32), "n": 1000}, {"y": expected})
+    yield Case(
+        "module variables and scalar parameters",
+        module(body, {"y": "u64", "n": "u32"}, table),
+        {"y": torch.zeros(32, dtype=torch.int32), "n": 1000},
+        {"y": expected},
+    )
 
 
 _ATOMICS = {
-    "add": (("u32", "s32", "u64"), lambda old, b: old + b), "min": (("u32", "s32"), torch.minimum), "max": (("u32", "s32"), torch.maximum),
-    "and": (("b32",), lambda old, b: old & b), "or": (("b32",), lambda old, b: old | b), "xor": (("b32",), lambda old, b: old ^ b), "exch": (("b32", "b64"), lambda old, b: b),
-}  # fmt: skip
+    "add": (("u32", "s32", "u64"), lambda old, b: old + b),
+    "min": (("u32", "s32"), torch.minimum),
+    "max": (("u32", "s32"), torch.maximum),
+    "and": (("b32",), lambda old, b: old & b),
+    "or": (("b32",), lambda old, b: old | b),
+    "xor": (("b32",), lambda old, b: old ^ b),
+    "exch": (("b32", "b64"), lambda old, b: b),
+}
 
 
 def _atomics():
     """Every thread on a location of its own: the old value and the new one."""
     for operation, (kinds, model) in _ATOMICS.items():
         for kind in kinds:
-            for order in ("", ".relaxed.gpu", ".acquire.gpu", ".release.gpu", ".acq_rel.gpu", ".acq_rel.sys", ".relaxed.cta"):
+            for order in (
+                "",
+                ".relaxed.gpu",
+                ".acquire.gpu",
+                ".release.gpu",
+                ".acq_rel.gpu",
+                ".acq_rel.sys",
+                ".relaxed.cta",
+            ):
                 dtype = torch.int64 if kind[1:] == "64" else torch.int32
                 x, b = _iota(128, dtype), _iota(128, dtype).flip(0)
-                yield _atomic_case(f"atom{order}.{operation}.{kind}", f"atom{order}.global.{operation}.{kind} {{d}}, [%rd5], {{a}};", x, b, model(x, b), x)
+                yield _atomic_case(
+                    f"atom{order}.{operation}.{kind}",
+                    f"atom{order}.global.{operation}.{kind} {{d}}, [%rd5], {{a}};",
+                    x,
+                    b,
+                    model(x, b),
+                    x,
+                )
     x, b = _iota(128), _iota(128).flip(0)
     b[::2] = x[::2]
     swapped = torch.where(x == b, torch.full_like(x, 99), x)
     yield _atomic_case("atom.cas.b32", "atom.acq_rel.gpu.global.cas.b32 {d}, [%rd5], {a}, 99;", x, b, swapped, x)
     f = torch.randn(128, generator=torch.Generator().manual_seed(0))
     yield _atomic_case("atom.add.f32", "atom.global.add.f32 {d}, [%rd5], {a};", f, f.flip(0), f + f.flip(0), f)
-    yield _atomic_case("red.add.f32", "red.global.add.f32 [%rd5], {a};\n    mov.f32 {d}, {a};", f, f.flip(0), f + f.flip(0), f.flip(0))
-    yield _atomic_case("red.release.add.u32", "red.release.gpu.global.add.u32 [%rd5], {a};\n    mov.b32 {d}, {a};", x, b, x + b, b)
+    yield _atomic_case(
+        "red.add.f32",
+        ("red.global.add.f32 [%rd5], {a};\n    mov.f32 {d}, {a};"),
+        f,
+        f.flip(0),
+        f + f.flip(0),
+        f.flip(0),
+    )
+    yield _atomic_case(
+        "red.release.add.u32", ("red.release.gpu.global.add.u32 [%rd5], {a};\n    mov.b32 {d}, {a};"), x, b, x + b, b
+    )
     counted = torch.where(x >= b, torch.zeros_like(x), x + 1)
     yield _atomic_case("atom.inc.u32", "atom.global.inc.u32 {d}, [%rd5], {a};", x, b, counted, x)
     down = torch.where((x == 0) | (x > b), b, x - 1)
@@ -137,7 +206,13 @@ def _atomic_case(name, text, x, b, new, old):
     size = x.element_size()
     address = f"ld.param.u64 %rd5, [target];\n    mul.wide.u32 %rd6, %r0, {size};\n    add.s64 %rd5, %rd5, %rd6;\n    "
     case = elementwise(name, address + text, [b], [old])
-    return Case(name, case.ptx.replace(".param .u64 p0", ".param .u64 target,\n    .param .u64 p0"), {"target": x, **case.args}, {"target": new, **case.expected}, block=128)
+    return Case(
+        name,
+        case.ptx.replace(".param .u64 p0", (".param .u64 target,\n    .param .u64 p0")),
+        {"target": x, **case.args},
+        {"target": new, **case.expected},
+        block=128,
+    )
 
 
 def _contended():
@@ -172,7 +247,13 @@ def _contended():
         {"y": "u64"},
         ".shared .align 4 .b8 total[4];",
     )
-    yield Case("atom.shared.add", shared, {"y": torch.zeros(64, dtype=torch.int32)}, {"y": torch.full((64,), 5 + 63 * 32, dtype=torch.int32)}, block=64)
+    yield Case(
+        "atom.shared.add",
+        shared,
+        {"y": torch.zeros(64, dtype=torch.int32)},
+        {"y": torch.full((64,), 5 + 63 * 32, dtype=torch.int32)},
+        block=64,
+    )
 
 
 def cases():

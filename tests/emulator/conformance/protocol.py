@@ -139,7 +139,9 @@ def handover():
     params = {"map": MAP, "s": "u64", "y": "u64", "flag": "u64"}
     args = {"map": TensorMap(s, (32,), 0), "s": s, "y": y, "flag": torch.zeros(1, dtype=torch.int32)}
     ptx = module(_HANDOVER, params, _SHARED, arch="sm_90")
-    return Case("hand-over through TMA", ptx, args, {"y": expected}, grid=(4, 1, 1), shared_bytes=4096 + 64, arch="sm_90")
+    return Case(
+        "hand-over through TMA", ptx, args, {"y": expected}, grid=(4, 1, 1), shared_bytes=4096 + 64, arch="sm_90"
+    )
 
 
 def cases():

@@ -18,7 +18,15 @@ class EmulatorRunner:
         """-> {argument name: tensor after the launch}; the case's own tensors stay as they are."""
         tensors = _copies(case, torch.Tensor.clone)
         args = {name: _with_tensor(value, tensors.get(name)) for name, value in case.args.items()}
-        load_ptx(case.ptx).launch(case.entry, case.grid, case.block, args, shared_bytes=case.shared_bytes, cluster=case.cluster, options=self.options)
+        load_ptx(case.ptx).launch(
+            case.entry,
+            case.grid,
+            case.block,
+            args,
+            shared_bytes=case.shared_bytes,
+            cluster=case.cluster,
+            options=self.options,
+        )
         return tensors
 
 
@@ -62,9 +70,16 @@ class CudaRunner:
         loaded, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self.driver.cuModuleLoadData(ctypes.byref(loaded), case.ptx.encode()), "cuModuleLoadData")
         try:
-            self._check(self.driver.cuModuleGetFunction(ctypes.byref(function), loaded, case.entry.encode()), "cuModuleGetFunction")
-            self._check(self.driver.cuFuncSetAttribute(function, 8, ctypes.c_int(case.shared_bytes)), "dynamic shared memory")
-            self._launch(function, case, [self._argument(value, tensors.get(name)) for name, value in case.args.items()])
+            self._check(
+                self.driver.cuModuleGetFunction(ctypes.byref(function), loaded, case.entry.encode()),
+                "cuModuleGetFunction",
+            )
+            self._check(
+                self.driver.cuFuncSetAttribute(function, 8, ctypes.c_int(case.shared_bytes)), "dynamic shared memory"
+            )
+            self._launch(
+                function, case, [self._argument(value, tensors.get(name)) for name, value in case.args.items()]
+            )
             torch.cuda.synchronize()
         finally:
             self.driver.cuModuleUnload(loaded)
@@ -87,7 +102,9 @@ class CudaRunner:
         pitches = (ctypes.c_uint64 * max(rank - 1, 1))(*(stride * tensor.element_size() for stride in strides[1:]))
         box, steps = (ctypes.c_uint32 * rank)(*value.box[::-1]), (ctypes.c_uint32 * rank)(*[1] * rank)
         swizzle = (0, 32, 64, 128).index(value.swizzle)
-        status = self.driver.cuTensorMapEncodeTiled(encoded, data_type, rank, ctypes.c_void_p(tensor.data_ptr()), sizes, pitches, box, steps, 0, swizzle, 0, 0)
+        status = self.driver.cuTensorMapEncodeTiled(
+            encoded, data_type, rank, ctypes.c_void_p(tensor.data_ptr()), sizes, pitches, box, steps, 0, swizzle, 0, 0
+        )
         self._check(status, "cuTensorMapEncodeTiled")
         return encoded
 
@@ -97,7 +114,11 @@ class CudaRunner:
 
         class Config(ctypes.Structure):
             _fields_ = [(name, ctypes.c_uint) for name in ("gx", "gy", "gz", "bx", "by", "bz", "shared")]
-            _fields_ += [("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(Attribute)), ("n_attributes", ctypes.c_uint)]
+            _fields_ += [
+                ("stream", ctypes.c_void_p),
+                ("attributes", ctypes.POINTER(Attribute)),
+                ("n_attributes", ctypes.c_uint),
+            ]
 
         cluster = Attribute(4, 0, (ctypes.c_uint32 * 16)(*case.cluster))
         clustered = case.cluster != (1, 1, 1)

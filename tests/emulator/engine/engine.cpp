@@ -122,6 +122,7 @@ void Engine::polled(Warp& warp) {
     idle_polls_ = 0;
   }
   if (++idle_polls_ > 20000 + 1000 * clusters_.size() && bulk.empty()) fault(ErrorKind::kLivelock, "everybody polls and nothing changes");
+  warp.group().yields = true;
   warp.yield();
 }
 
@@ -139,12 +140,15 @@ void Engine::complete_some_bulk(bool idle) {
 }
 
 bool Engine::pick_group(Warp& warp) {
-  // The lowest address first: lanes that left a loop early wait for the others where the paths join.
-  size_t best = warp.groups.size();
-  for (size_t i = 0; i < warp.groups.size(); i++)
-    if (warp.groups[i].state == GroupState::kReady && (best == warp.groups.size() || warp.groups[i].pc < warp.groups[best].pc)) best = i;
-  if (best == warp.groups.size()) return false;
-  warp.current = best;
+  // The lowest address first: lanes that left a loop early wait for the others where the paths join. But those who poll let
+  // everybody else go first: they may be waiting for a lane of their own warp.
+  Group* best = nullptr;
+  auto before = [](const Group& a, const Group& b) { return a.yields != b.yields ? b.yields : a.pc < b.pc; };
+  for (Group& group : warp.groups)
+    if (group.state == GroupState::kReady && (!best || before(group, *best))) best = &group;
+  if (!best) return false;
+  best->yields = false;
+  warp.current = size_t(best - warp.groups.data());
   return true;
 }
 

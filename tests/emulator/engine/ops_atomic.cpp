@@ -195,6 +195,7 @@ void atomic(Warp& warp, const Instruction& in, u32 mask) {
     if (changes) warp.actions++;
     else if (first && spins(warp, mask, in, in.reg[first], order, bytes)) return;
   }
+  bool changed = false;
   for_lanes(mask, [&](u32 l) {
     Place at = engine.place(warp, l, warp.address(in.reg[first], l, order.offset), order.space, bytes, bytes, true);
     u64 old = fetch(at, bytes), value = next_value(l, old);
@@ -206,11 +207,13 @@ void atomic(Warp& warp, const Instruction& in, u32 mask) {
     if (first) warp.set(in.reg[0], l, type == Type::kS32 ? u64(i64(i32(old))) : old);
     engine.stats.atomics++;
     if (value != old) {
+      changed = true;
       engine.progress++;
       engine.wake_pollers(at.key());
     }
   });
   engine.lane = -1;
+  if (!changed && first && !std::has_single_bit(mask)) engine.polled(warp);
   engine.maybe_preempt(warp);
 }
 
