@@ -237,3 +237,13 @@ def test_the_command_labels_its_answer(tmp_path):
 def test_a_problem_without_size_is_refused():
     with pytest.raises(ValueError, match="sizes must be positive"):
         Problem(0, 16, 16, 1)
+
+
+def test_a_chain_of_parts_is_as_slow_as_its_flags_and_planes_are_not():
+    problem = Problem(16 * 16, 16, 16, 16, backward=True)
+    slow_flags = Machine(sm_count=64, flag_latency=50e-6)
+    schedule = replace(SMALL, group_m=16, grad_blocks=1)
+    chained = simulate(problem, replace(schedule, chain=True), slow_flags)
+    planes = simulate(problem, replace(schedule, chain=False), slow_flags)
+    assert chained.makespan > 15 * 50 > planes.makespan
+    assert chained.stall > planes.stall
