@@ -1,5 +1,6 @@
 """`fastlora bench`: what a LoRA layer costs on this machine, against what one would otherwise use."""
 
+import importlib.util
 import shlex
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from fastlora.bench.names import PRESETS, SECTIONS
 from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.files import check_writable, reported_write_errors
 
+REQUIRED = ("tqdm", "matplotlib")
 CASE = "M,N,K,R[,P[,DTYPE]]"
 
 
@@ -33,6 +35,9 @@ def bench(preset, cases, sections, wanted, skip, device, seconds, output, source
     if list_peers:
         _list_peers()
         return
+    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CommandError(f"bench needs {', '.join(missing)}: pip install 'fastlora[finetune]'")
     check_writable(output)
     if claims:
         _run_claims(output, device, steps)
