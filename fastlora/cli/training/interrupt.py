@@ -14,7 +14,8 @@ class Interrupted(KeyboardInterrupt):
 class Interruption:
     """While entered, a signal raises Interrupted: at once, or at the end of a `deferred` block it fell into.
 
-    A second signal within the same block gives up waiting: it raises KeyboardInterrupt there and then.
+    A second signal within the same block gives up waiting: it raises KeyboardInterrupt there and then. A signal is
+    remembered until Interrupted was caught, since Python drops what is raised in a garbage collector's callback.
     """
 
     def __init__(self) -> None:
@@ -31,20 +32,27 @@ class Interruption:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: object) -> None:
+        again, self._requested = self._requested, True
         if not self._deferring:
             raise Interrupted
-        if self._requested:
+        if again:
             raise KeyboardInterrupt
-        self._requested = True
+
+    def caught(self) -> None:
+        """Forgets the signal that was answered, so that later `deferred` blocks are not cut by it."""
+        self._requested = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
         """A block that must not be cut: a signal takes effect when it has ended."""
+        self._raise_if_requested()
         self._deferring = True
         try:
             yield
         finally:
             self._deferring = False
+        self._raise_if_requested()
+
+    def _raise_if_requested(self) -> None:
         if self._requested:
-            self._requested = False
             raise Interrupted

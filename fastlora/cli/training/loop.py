@@ -136,17 +136,18 @@ def train(
     if record.step >= settings.steps:
         return
     arm.model.train()
-    reset_peak(device)
+    with interruption.deferred():
+        reset_peak(device)  # collects garbage, in whose callbacks Python would drop an Interrupted
     fastlora.reset_dispatch_counts()
     try:
         while record.step < settings.steps:
-            batch = batch_at(blocks.train, record.step, settings.batch_size, settings.seed).to(device)
             with interruption.deferred():
+                batch = batch_at(blocks.train, record.step, settings.batch_size, settings.seed).to(device)
                 start = time.perf_counter()
                 loss = _step(arm, batch, settings)
                 record.seconds += time.perf_counter() - start
                 record.losses.append(loss)
-            on_step(loss)
+                on_step(loss)
     finally:
         record.peak_bytes = max(record.peak_bytes, peak_bytes(device))
         record.add_calls(fastlora.dispatch_counts())

@@ -63,6 +63,7 @@ class Runner:
             try:
                 return self._run()
             except Interrupted:
+                self.interruption.caught()
                 return self._stop()
 
     def _run(self) -> int:
