@@ -9,7 +9,16 @@ from fastlora.bench import decompositions, layer
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import WrongResult, check_variant
 from fastlora.bench.layer import build_variants, measure_layer, random_tensors
-from fastlora.bench.peers import FASTLORA, FROZEN, ORDINARY, STORED_S, Peer, _from_function, find_peer
+from fastlora.bench.peers import (
+    FASTLORA,
+    FROZEN,
+    ORDINARY,
+    STORED_S,
+    Peer,
+    _fastlora_backend,
+    _from_function,
+    find_peer,
+)
 
 UNCOMPILED = [peer for peer in (FROZEN, FASTLORA, STORED_S, *ORDINARY) if peer.name != "compiled peft"]
 PEAKS = {"copy_gbs": 10.0, "matmul_tflops": {"float32": 0.1}}
@@ -116,8 +125,18 @@ def test_a_wrong_peer_is_listed_but_wrong_code_of_ours_stops_the_run():
     wrong = broken(DEFECTS["dA negated"])
     built, missing = build_variants(case, [FROZEN, wrong], tensors_of(case))
     assert "broken" not in built and "WrongResult" in missing["broken"]
-    with pytest.raises(WrongResult):
-        build_variants(case, [FROZEN, replace(wrong, kind="ours")], tensors_of(case))
+    for kind in ("ours", "backend"):
+        with pytest.raises(WrongResult):
+            build_variants(case, [FROZEN, replace(wrong, kind=kind)], tensors_of(case))
+
+
+def test_a_backend_that_cannot_serve_a_case_is_listed():
+    case = LayerCase(8, 8, 8, 2, 0.0, "float32")
+    cuda = Peer("fastlora[cuda]", _fastlora_backend("cuda"), "backend", mask="fastlora")
+    reference = Peer("fastlora[reference]", _fastlora_backend("reference"), "backend", mask="fastlora")
+    built, missing = build_variants(case, [FROZEN, cuda, reference], tensors_of(case))
+    assert list(built) == ["frozen", "fastlora[reference]"]
+    assert "cannot serve this call" in missing["fastlora[cuda]"]
 
 
 def test_rows_of_a_case_agree_with_each_other(monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import torch
 
 from fastlora.bench.cases import LayerCase
-from fastlora.bench.correctness import SEED, check_variant
+from fastlora.bench.correctness import SEED, WrongResult, check_variant
 from fastlora.bench.cost import PASSES, pass_cost
 from fastlora.bench.environment import l2_bytes
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
@@ -81,7 +81,7 @@ def build_variants(
         except ImportError as error:
             missing[peer.name] = f"not installed: {error}"
         except Exception as error:
-            if peer.kind in ("ours", "frozen"):
+            if peer.kind in ("ours", "frozen") or (peer.kind == "backend" and isinstance(error, WrongResult)):
                 raise
             # A peer's own failure must not cost the user the rest of the run; the report names it.
             missing[peer.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

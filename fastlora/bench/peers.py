@@ -57,7 +57,8 @@ class Peer:
     """One way to compute the layer.
 
     build: makes it for a case; raises ImportError where its package is missing.
-    kind: "frozen" (no adapter), "ours", "package" (the real thing) or "stand-in" (our rewrite of its order).
+    kind: "frozen" (no adapter), "ours", "backend" (one of ours by name, which may not serve every case), "package" (the
+        real thing) or "stand-in" (our rewrite of its order).
     dropout: whether it can drop at all.
     mask: who draws the mask: "torch" (one F.dropout of x), "fastlora", or None (unknown: checked with dropout off).
     """
@@ -217,7 +218,7 @@ def backend_peers(device: str) -> list[Peer]:
     from fastlora.dispatch import available_backends
 
     usable = [name for name, state in available_backends().items() if state == "usable"]
-    return [Peer(f"fastlora[{name}]", _fastlora_backend(name), "ours", mask="fastlora") for name in usable]
+    return [Peer(f"fastlora[{name}]", _fastlora_backend(name), "backend", mask="fastlora") for name in usable]
 
 
 def find_peer(name: str) -> Peer:
