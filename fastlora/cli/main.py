@@ -53,3 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         click.echo("fastlora: interrupted", err=True)
         code = INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

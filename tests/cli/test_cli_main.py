@@ -3,6 +3,8 @@
 import importlib
 import json
 import platform
+import subprocess
+import sys
 
 import click
 import pytest
@@ -39,6 +41,13 @@ def test_usage_error_is_one_line(fastlora_cli, args, words):
     assert result.code == 2
     assert result.error_line.startswith("fastlora: error: ")
     assert words in result.error_line
+
+
+def test_module_runs_as_a_script():
+    command = [sys.executable, "-m", "fastlora.cli.main", "no-such-command"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    assert "no-such-command" in result.stderr
 
 
 def test_interrupt_outside_of_training_exits_with_130(monkeypatch, capsys):
