@@ -1,6 +1,7 @@
 """Builds the C++ engine on first use and loads it. Cached by content, safe when many processes start at once."""
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -41,7 +42,8 @@ def _host():
         return platform.processor()
 
 
-def _cache_directory():
+def cache_directory():
+    """Where built engines are kept, for whoever else caches by content."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     directory = Path(base) / "fastlora-emulator"
     try:
@@ -64,7 +66,7 @@ def _build(target):
                 [compiler, *_FLAGS, "-c", str(source), "-o", str(result)], capture_output=True, text=True
             )
             if done.returncode:
-                raise RuntimeError(f"building the emulator's engine failed:\n{done.stderr[:4000]}")
+                raise RuntimeError(f"{source.name}:\n{done.stderr[:4000]}")
             return str(result)
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
@@ -75,21 +77,19 @@ def _build(target):
 
 
 @functools.cache
-def library():
-    """The engine as a ctypes library."""
+def _load():
+    """The engine, or the error that building it met: a broken compiler is not asked again for every test."""
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     version = subprocess.run([_compiler(), "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
     digest.update(repr((_FLAGS, version, _host())).encode())
-    target = _cache_directory() / f"engine-{digest.hexdigest()[:24]}.so"
-    if not target.exists():
-        lock = target.with_suffix(".lock")
-        with open(lock, "w") as handle:
-            _lock(handle)
-            if not target.exists():
-                _build(target)
-        lock.unlink(missing_ok=True)
+    target = cache_directory() / f"engine-{digest.hexdigest()[:24]}.so"
+    try:
+        if not target.exists():
+            _build_once(target)
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        return error
     loaded = ctypes.CDLL(str(target))
     loaded.emu_op_count.restype = ctypes.c_uint64
     loaded.emu_op_name.restype = ctypes.c_char_p
@@ -100,10 +100,20 @@ def library():
     return loaded
 
 
-def _lock(handle):
-    import fcntl
+def library():
+    """The engine as a ctypes library. Raises RuntimeError if it cannot be built."""
+    loaded = _load()
+    if isinstance(loaded, Exception):
+        raise RuntimeError(f"the emulator's engine could not be built: {loaded}") from loaded
+    return loaded
 
-    fcntl.flock(handle, fcntl.LOCK_EX)
+
+def _build_once(target):
+    """Builds unless another process is doing so: then waits for it."""
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            _build(target)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Translated modules and their launches."""
 
 import ctypes
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ _FENCES = {"path": (0, 0), "writer": (1, 0), "both": (1, 1)}
 _SHARED_REGION = 0xFFFF  # kSharedRegion of engine/memory.h
 _SHARED_BASE = 1024
 _MESSAGE_BYTES = 8192
+_MAX_THREADS = 1024
+_MAX_SHARED_BYTES = 232448
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,8 @@ class Module:
             known.add(name, tensor)
         params = pack_arguments(header, args, known)
         known.check_names()
-        return _run(program, known.list, params, _shape(grid, block, cluster, static_bytes, shared_bytes), options)
+        shape = _shape(grid, block, cluster, static_bytes, shared_bytes, header.directives)
+        return _run(program, known.list, params, shape, options)
 
 
 def _extent(value, what):
@@ -166,10 +170,17 @@ def _extent(value, what):
     return extent
 
 
-def _shape(grid, block, cluster, static_bytes, shared_bytes):
+def _shape(grid, block, cluster, static_bytes, shared_bytes, directives):
     grid, block, cluster = _extent(grid, "grid"), _extent(block, "block"), _extent(cluster, "cluster")
-    if block[0] * block[1] * block[2] > 1024:
-        raise LaunchError(f"a block of {block} has more than 1024 threads")
+    for what, given, name in (("block", block, "reqntid"), ("cluster", cluster, "reqnctapercluster")):
+        if name in directives and _extent(directives[name], what) != given:
+            raise LaunchError(f"the entry is compiled for a {what} of {directives[name]}, not {given}")
+    if math.prod(block) > math.prod(directives.get("maxntid", (_MAX_THREADS,))):
+        raise LaunchError(f"a block of {block} has more threads than {directives.get('maxntid', _MAX_THREADS)}")
+    if static_bytes + shared_bytes > _MAX_SHARED_BYTES:
+        raise LaunchError(
+            f"{static_bytes} static and {shared_bytes} dynamic bytes exceed the {_MAX_SHARED_BYTES} of shared memory"
+        )
     if any(n % c for n, c in zip(grid, cluster, strict=True)):
         raise LaunchError(f"a grid of {grid} is not a multiple of clusters of {cluster}")
     triple = ctypes.c_uint32 * 3

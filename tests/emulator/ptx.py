@@ -76,6 +76,7 @@ class Entry:
     name: str
     params: list
     body: Block
+    directives: dict  # "reqntid" -> (128, 1, 1), "reqnctapercluster", "maxntid", ...
 
     @property
     def param_bytes(self):
@@ -229,7 +230,9 @@ def _entry(header, body):
         offset = -(-offset // int(param.group(1) or size)) * int(param.group(1) or size)
         params.append(Param(param.group(3), offset, size * int(param.group(4) or 1), param.group(2)))
         offset += params[-1].size
-    return Entry(match.group(1), params, body)
+    numbers = re.findall(r"\.(\w+)\s+(\d+(?:\s*,\s*\d+)*)", match.group(3))
+    directives = {name: tuple(int(number) for number in values.split(",")) for name, values in numbers}
+    return Entry(match.group(1), params, body, directives)
 
 
 def parse_variable(statement):

@@ -185,8 +185,9 @@ def test_elements_are_named_by_their_indices():
     [
         ({"entry": "other"}, "no entry 'other'"),
         ({"grid": 0}, "grid"),
-        ({"block": 2048}, "more than 1024 threads"),
+        ({"block": 2048}, "more threads than 1024"),
         ({"cluster": (2, 1, 1)}, "not a multiple of clusters"),
+        ({"shared_bytes": 300000}, "exceed the 232448 of shared memory"),
         ({"args": [ints(4)]}, "takes 2 parameters"),
         ({"args": [ints(4), "text"]}, "cannot pass str"),
         ({"args": [ints(4), 1 << 70]}, "does not fit"),
@@ -218,6 +219,16 @@ def test_unknown_ptx_is_refused_before_anything_runs(line, problem):
     with pytest.raises(PtxError) as caught:
         load_ptx(module(f"    {line}", {"x": "u64"}))
     assert problem in str(caught.value)
+
+
+def test_an_entry_compiled_for_one_block_size_is_launched_with_it():
+    text = COPY.replace(")\n\n{", ")\n.reqntid 64\n{")
+    assert text != COPY
+    load_ptx(text).launch(None, 1, 64, [ints(64), ints(64)])
+    with pytest.raises(LaunchError, match="compiled for a block of"):
+        load_ptx(text).launch(None, 1, 32, [ints(64), ints(64)])
+    with pytest.raises(LaunchError, match="more threads than"):
+        load_ptx(text.replace(".reqntid", ".maxntid")).launch(None, 1, 128, [ints(128), ints(128)])
 
 
 def test_malformed_text():

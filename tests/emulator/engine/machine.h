@@ -42,7 +42,8 @@ struct HeldRegister {
   u32 group = 0;             // the last wgmma group that uses it; 0: none
   bool accumulator = false;  // in that group: then even reading it is an error before the wait
   u32 n = 0;                 // N of the wgmma that last accumulated into it
-  u32 touched = 0;           // the warp's fence count when the thread last read or wrote it
+  u32 touched = 0;           // 1 + the warp's fence count when the thread last read or wrote it
+  u32 pc = 0;                // of that wgmma
 };
 
 // What fences add to relaxed accesses.

@@ -48,31 +48,45 @@ template <bool kLoad> void move_matrix(Warp& warp, const Instruction& in, u32 ma
   engine.maybe_preempt(warp);
 }
 
-// mma.sync m16n8kK with fp32 accumulation; imm: K, type (MmaType). Registers: d[4], a[], b[], c[4].
-void mma(Warp& warp, const Instruction& in, u32 mask) {
-  if (!warp.converged(mask, kAllLanes, "mma.sync")) return;
-  const u32 k_size = u32(in.imm[0]);
-  const MmaType type = MmaType(in.imm[1]);
-  const bool wide = type == MmaType::kTf32;          // one element a register instead of two
-  const u32 per = wide ? 1 : 2, k_step = wide ? 4 : 8;  // k covered by one register of every lane
-  const u32 n_b = k_size / k_step, n_a = 2 * n_b;
-  static_assert(kWarpSize == 32);
-  float a[16][16], b[16][8], d[16][8];
-  for (u32 l = 0; l < kWarpSize; l++) {
-    u32 group = l / 4, within = l % 4;
-    for (u32 i = 0; i < n_a; i++)
-      for (u32 e = 0; e < per; e++) a[group + i % 2 * 8][within * per + i / 2 * k_step + e] = mma_element(type, warp.lanes32(in.reg[4 + i])[l], e);
-    for (u32 i = 0; i < n_b; i++)
-      for (u32 e = 0; e < per; e++) b[within * per + i * k_step + e][group] = mma_element(type, warp.lanes32(in.reg[4 + n_a + i])[l], e);
-    for (u32 i = 0; i < 4; i++) d[group + i / 2 * 8][within * 2 + i % 2] = std::bit_cast<float>(warp.lanes32(in.reg[4 + n_a + n_b + i])[l]);
+// mma.sync m16n8kK with fp32 accumulation. Registers: d[4], a[], b[], c[4].
+template <MmaType kType, u32 kK> void multiply(Warp& warp, const Instruction& in) {
+  constexpr u32 kPer = kType == MmaType::kTf32 ? 1 : 2, kStep = 4 * kPer;  // elements in a register; k covered by one of every lane
+  constexpr u32 kRegistersB = kK / kStep, kRegistersA = 2 * kRegistersB;
+  float a[16][kK], b[kK][8], d[16][8];
+  for (u32 i = 0; i < kRegistersA; i++) {
+    const u32* lanes = warp.lanes32(in.reg[4 + i]);
+    for (u32 l = 0; l < kWarpSize; l++)
+      for (u32 e = 0; e < kPer; e++) a[l / 4 + i % 2 * 8][l % 4 * kPer + i / 2 * kStep + e] = mma_element(kType, lanes[l], e);
+  }
+  for (u32 i = 0; i < kRegistersB; i++) {
+    const u32* lanes = warp.lanes32(in.reg[4 + kRegistersA + i]);
+    for (u32 l = 0; l < kWarpSize; l++)
+      for (u32 e = 0; e < kPer; e++) b[l % 4 * kPer + i * kStep + e][l / 4] = mma_element(kType, lanes[l], e);
+  }
+  for (u32 i = 0; i < 4; i++) {
+    const u32* lanes = warp.lanes32(in.reg[4 + kRegistersA + kRegistersB + i]);
+    for (u32 l = 0; l < kWarpSize; l++) d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2] = std::bit_cast<float>(lanes[l]);
   }
   for (u32 m = 0; m < 16; m++)
-    for (u32 k = 0; k < k_size; k++)
+    for (u32 k = 0; k < kK; k++)
       for (u32 n = 0; n < 8; n++) d[m][n] += a[m][k] * b[k][n];
-  for (u32 l = 0; l < kWarpSize; l++)
-    for (u32 i = 0; i < 4; i++) warp.lanes32(in.reg[i])[l] = std::bit_cast<u32>(d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+  for (u32 i = 0; i < 4; i++) {
+    u32* lanes = warp.lanes32(in.reg[i]);
+    for (u32 l = 0; l < kWarpSize; l++) lanes[l] = std::bit_cast<u32>(d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+  }
+  warp.engine->stats.macs += 16 * 8 * kK;
+}
+
+// imm: K, type.
+void mma(Warp& warp, const Instruction& in, u32 mask) {
+  if (!warp.converged(mask, kAllLanes, "mma.sync")) return;
+  const bool full = in.imm[0] == (MmaType(in.imm[1]) == MmaType::kTf32 ? 8 : 16);
+  switch (MmaType(in.imm[1])) {
+    case MmaType::kBf16: full ? multiply<MmaType::kBf16, 16>(warp, in) : multiply<MmaType::kBf16, 8>(warp, in); break;
+    case MmaType::kF16: full ? multiply<MmaType::kF16, 16>(warp, in) : multiply<MmaType::kF16, 8>(warp, in); break;
+    case MmaType::kTf32: full ? multiply<MmaType::kTf32, 8>(warp, in) : multiply<MmaType::kTf32, 4>(warp, in); break;
+  }
   warp.engine->stats.mma++;
-  warp.engine->stats.macs += 16 * 8 * k_size;
   warp.engine->progress++;
 }
 

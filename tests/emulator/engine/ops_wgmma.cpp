@@ -71,7 +71,7 @@ template <class F> void gather(Cta& cta, const Matrix& matrix, MmaType type, u32
 
 void execute(Cta& cta, u32 warpgroup, const WgmmaOp& op) {
   const Shape shape(*op.in);
-  static thread_local float a[kRows][kMaxK], b[kMaxK][kMaxN], d[kMaxN];
+  float a[kRows][kMaxK], b[kMaxK][kMaxN], d[kMaxN];
   Warp* warps = &cta.warps[warpgroup * 4];
   if (shape.a_in_registers) {
     const u32 per = shape.element_bytes() == 4 ? 1 : 2, k_step = per * 4;
@@ -82,9 +82,9 @@ void execute(Cta& cta, u32 warpgroup, const WgmmaOp& op) {
           for (u32 e = 0; e < per; e++) a[w * 16 + l / 4 + i % 2 * 8][l % 4 * per + i / 2 * k_step + e] = mma_element(shape.type, lanes[l], e);
       }
   } else {
-    gather(cta, Matrix(op.desc_a, shape.a_mn_major, shape.element_bytes()), shape.type, kRows, shape.k, [](u32 m, u32 k, float x) { a[m][k] = x; });
+    gather(cta, Matrix(op.desc_a, shape.a_mn_major, shape.element_bytes()), shape.type, kRows, shape.k, [&](u32 m, u32 k, float x) { a[m][k] = x; });
   }
-  gather(cta, Matrix(op.desc_b, shape.b_mn_major, shape.element_bytes()), shape.type, shape.n, shape.k, [](u32 n, u32 k, float x) { b[k][n] = x; });
+  gather(cta, Matrix(op.desc_b, shape.b_mn_major, shape.element_bytes()), shape.type, shape.n, shape.k, [&](u32 n, u32 k, float x) { b[k][n] = x; });
   const float sign = shape.negate_a == shape.negate_b ? 1.f : -1.f;
   for (u32 m = 0; m < kRows; m++) {
     // Row m is in warp m / 16, in lanes 4 (m % 8) .. + 3; register j holds columns 8 (j / 4) + 2 (lane % 4) + j % 2.
@@ -143,7 +143,7 @@ void hold_registers(Warp& warp, const Instruction& in, const Shape& shape) {
     bool in_flight = held.group > warp.wgmma_waited;
     if (in_flight && (accumulator != held.accumulator || (accumulator && held.n != shape.n)))
       fault(ErrorKind::kWgmma, "wgmma uses a register that another wgmma in flight uses differently");
-    held = {warp.wgmma_groups + 1, accumulator, shape.n, 0};
+    held = {warp.wgmma_groups + 1, accumulator, shape.n, 0, in.pc};
   };
   for (u32 i = 0; i < in.n_dst; i++) hold(in.reg[i], true);
   if (shape.a_in_registers)
@@ -219,7 +219,8 @@ void check_held_registers(Warp& warp, const Instruction& in, u32 mask) {
     if ((in.reg[i] & 3) != k32) continue;
     HeldRegister& held = warp.held[in.reg[i] >> 2];
     if (held.group > warp.wgmma_waited && (held.accumulator || i < in.n_dst))
-      fault(ErrorKind::kWgmma, "a register that wgmma has in flight is %s before wgmma.wait_group", i < in.n_dst ? "written" : "read");
+      fault(ErrorKind::kWgmma, "a register that wgmma has in flight is %s before wgmma.wait_group: %s of <pc:%u>", i < in.n_dst ? "written" : "read",
+            held.accumulator ? "an accumulator" : "a fragment of A", held.pc);
     held.touched = warp.wgmma_fences + 1;
   }
   in.unchecked(warp, in, mask);
