@@ -42,7 +42,7 @@ LADDERS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(64, 128, 64, 8, 4, 4),
         TileConfig(64, 64, 64, 8, 4, 4, programs_per_sm=2),
         TileConfig(32, 64, 128, 8, 4, 4, programs_per_sm=2),
-        TileConfig(16, 64, 128, 8, 4, 4, programs_per_sm=2),
+        TileConfig(16, 64, 128, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
         TileConfig(16, 32, 128, 8, 4, 4, programs_per_sm=2),
     ),
     "hopper wide": (
@@ -53,31 +53,29 @@ LADDERS: dict[str, tuple[TileConfig, ...]] = {
     ),
     "ampere": (
         TileConfig(128, 128, 32, 8, 8, 4),
-        TileConfig(64, 64, 64, 8, 4, 3, programs_per_sm=2),
+        TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
         TileConfig(32, 64, 64, 8, 4, 4, programs_per_sm=2),
         TileConfig(16, 64, 64, 8, 4, 4, programs_per_sm=2),
         TileConfig(16, 32, 128, 8, 4, 3, programs_per_sm=2),
     ),
     "ampere wide": (
-        TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+        TileConfig(64, 128, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
         TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
     ),
     "odd": (
-        TileConfig(128, 64, 32, 8, 8, 3, gradient_m=32, slice_n=32),
+        TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, slice_n=32),
         TileConfig(16, 64, 32, 8, 4, 3, gradient_m=32, slice_n=32),
     ),
     "odd wide": (
         TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
         TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
     ),
+    # No height of 64: tcgen05 would take such a product in TF32, whatever precision is asked for (Triton 3.6).
     "float32": (
-        TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
-        TileConfig(16, 64, 32, 8, 4, 3, gradient_m=32, gradient_n=32, slice_n=32),
-    ),
-    "float32 wide": (
-        TileConfig(64, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),
+        TileConfig(32, 64, 16, 8, 8, 3, gradient_m=16, gradient_n=32, slice_n=32),
         TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),
     ),
+    "float32 wide": (TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),),
 }
 
 

@@ -54,8 +54,11 @@ def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, n
     dy, weight, lora_a, lora_b = map(_rows, (dy, weight, lora_a, lora_b))
     x = None if x is None else _rows(x)
     chosen = backend_for(_problem(dy, weight, lora_a, lora_b, x), backend)
-    gradients = chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, Needs(*needs))
-    return [gradient for gradient in gradients if gradient is not None]
+    return chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, Needs(*needs))
+
+
+def _lora_backward_list(*args):
+    return [gradient for gradient in _lora_backward(*args) if gradient is not None]
 
 
 def _fake_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
@@ -70,10 +73,16 @@ def _fake_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, n
 
 for _name, _kernel, _fake in (
     ("lora_forward", _lora_forward, _fake_forward),
-    ("lora_backward", _lora_backward, _fake_backward),
+    ("lora_backward", _lora_backward_list, _fake_backward),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
+
+
+def _skips_ops(tensor: Tensor) -> bool:
+    """Whether to call a backend directly. On the CPU it is made of ATen calls, which whoever traces sees as well; an op
+    around them would cost as much as a small layer's whole forward."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -86,14 +95,15 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
-        y, s = torch.ops.fastlora.lora_forward.default(
-            x.reshape(-1, x.shape[-1]), weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend
-        )
+        forward = _lora_forward if _skips_ops(x) else torch.ops.fastlora.lora_forward.default
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y, s = forward(rows, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_da else None, weight, lora_a, lora_b, s if need_db else None, seed)
-        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
-        ctx.x_shape = x.shape
+        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
         ctx.set_materialize_grads(False)
+        if x.dim() == 2:
+            return y
         # A tracked view made in here could not be modified in place by what follows the layer.
         return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
 
@@ -102,20 +112,18 @@ class LoRALinearFunction(torch.autograd.Function):
     def backward(ctx, dy):
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
         needs = [need_dx, need_da, need_db, need_dbias]
-        grads = [None] * 4
-        if dy is not None and any(needs):
-            x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
-            if x is not None:
-                x = x.reshape(-1, x.shape[-1])
-            computed = iter(
-                torch.ops.fastlora.lora_backward.default(
-                    dy.reshape(-1, dy.shape[-1]), x, weight, lora_a, lora_b, s,
-                    ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend,
-                )
-            )  # fmt: skip
-            grads = [next(computed) if need else None for need in needs]
-        dx, da, db, dbias = grads
-        return dx if dx is None else dx.view(ctx.x_shape), None, da, db, dbias, None, None, None, None
+        if dy is None or not any(needs):
+            return (None,) * 9
+        x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+        if x is not None:
+            x = x.reshape(-1, x.shape[-1])
+        args = (dy.reshape(-1, dy.shape[-1]), x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs)
+        if _skips_ops(dy):
+            dx, da, db, dbias = _lora_backward(*args, ctx.backend)
+        else:
+            computed = iter(torch.ops.fastlora.lora_backward.default(*args, ctx.backend))
+            dx, da, db, dbias = [next(computed) if need else None for need in needs]
+        return None if dx is None else dx.view(ctx.x_shape), None, da, db, dbias, None, None, None, None
 
 
 def lora_linear(

@@ -13,6 +13,8 @@ from torch.nn.functional import linear
 
 from fastlora.philox import inverse_keep, keep_mask
 
+_ROWS_AT_A_TIME = 1024  # that are widened to float32 at once
+
 
 class Needs(NamedTuple):
     """Which gradients to compute."""
@@ -42,7 +44,7 @@ def lora_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns Y [M, N] and S [M, R], both in x's dtype; ``scaling`` and 1/(1-p) are folded into S before it is rounded."""
+    """Returns Y [M, N] and S [M, R], both in x's dtype; ``scaling`` and 1/(1-p) go into S before it is rounded."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
     dropped = _dropped(x, dropout_p, seed)
     s = _scaled_product(dropped, a.t(), scaling * inverse_keep(dropout_p))
@@ -63,7 +65,7 @@ def lora_backward(
     seed: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """Returns dX [M, K], dA [R, K], dB [N, R] and dbias [N]: dX and dbias in x's dtype, dA and dB in their parameters'."""
+    """Returns dX [M, K] and dbias [N] in x's dtype, dA [R, K] and dB [N, R] in their parameters'."""
     dx = da = db = dbias = None
     if needs.dx or needs.da:
         ds = _scaled_product(dy, lora_b.to(dy.dtype), scaling)  # [M, R]
@@ -75,9 +77,9 @@ def lora_backward(
         else:
             dx.addmm_(ds, lora_a.to(dy.dtype))
     if needs.da:
-        da = _scaled_product(ds.t(), _dropped(x, dropout_p, seed), inverse_keep(dropout_p)).to(lora_a.dtype)
+        da = _gradient(ds, _dropped(x, dropout_p, seed), inverse_keep(dropout_p), lora_a.dtype)
     if needs.db:
-        db = torch.mm(dy.t(), s).to(lora_b.dtype)
+        db = _gradient(dy, s, 1.0, lora_b.dtype)
     if needs.dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
@@ -88,6 +90,16 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
     if scale == 1.0:
         return torch.mm(left, right)
     return torch.addmm(left.new_empty(left.shape[0], right.shape[1]), left, right, beta=0, alpha=scale)
+
+
+def _gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale · leftᵀ·right in ``dtype``: a float32 parameter's gradient is added up in float32, a few rows at a time."""
+    if dtype == left.dtype:
+        return _scaled_product(left.t(), right, scale)
+    total = left.new_zeros(left.shape[1], right.shape[1], dtype=dtype)
+    for some_left, some_right in zip(left.split(_ROWS_AT_A_TIME), right.split(_ROWS_AT_A_TIME), strict=True):
+        total.addmm_(some_left.t().to(dtype), some_right.to(dtype), alpha=scale)
+    return total
 
 
 def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:

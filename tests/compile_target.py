@@ -48,7 +48,7 @@ class _CompileOnlyDriver(DriverBase):
         }  # fmt: skip
         self.utils = types.SimpleNamespace(
             get_device_properties=lambda device: facts,
-            load_binary=lambda *args, **kwargs: (object(), 0, -1, -1, 1024),
+            load_binary=lambda *args, **kwargs: (None, object(), -1, -1, 1024),  # module, function, resources
         )
         driver = self
 
@@ -128,6 +128,17 @@ def compile_for(arch: int, on_launch: Callable[[Launch], None] | None = None):
 def compiled_kernels(kernel, arch: int) -> list:
     """Every variant of a @triton.jit kernel compiled for ``arch`` so far, oldest first."""
     return list(kernel.device_caches[arch][0].values())
+
+
+def remarks(compiled, arch: int) -> list[str]:
+    """What ptxas says of a kernel's wgmma pipeline (C75xx): each means that it waits where the code does not."""
+    target = f"--gpu-name=sm_{arch}" + ("a" if arch >= 90 else "")
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(compiled.asm["ptx"])
+        ptx.flush()
+        command = [TOOLS / "ptxas", "-v", target, ptx.name, "-o", "/dev/null"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return re.findall(r"\(C75\d\d\)[^\n]*", done.stdout + done.stderr)
 
 
 def resources(compiled) -> Resources:

@@ -156,7 +156,9 @@ def assert_exact(results: dict[str, Tensor], case: Case) -> None:
     exact = compose(case.to(torch.float64))
     for name, result in results.items():
         wrong = result.double() != exact[name]
-        assert not wrong.any(), f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, first at {_where(wrong.double())}"
+        assert not wrong.any(), (
+            f"{name}: {int(wrong.sum())} of {wrong.numel()} wrong, first at {_where(wrong.double())}"
+        )
 
 
 def _where(values: Tensor) -> list[int]:

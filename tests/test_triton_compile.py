@@ -11,6 +11,7 @@ from compile_target import (
     TENSOR_MEMORY_COLUMNS,
     compile_for,
     compiled_kernels,
+    remarks,
     resources,
 )
 
@@ -63,6 +64,8 @@ def assert_fits(kernel, arch: int, instruction: str) -> None:
     assert used.shared <= SHARED_MEMORY[arch], f"too much shared memory: {used}"
     assert used.tensor_memory <= TENSOR_MEMORY_COLUMNS, f"too much tensor memory: {used}"
     assert instruction in kernel.asm["ptx"], f"no {instruction}"
+    if "wgmma" in instruction:
+        assert not remarks(kernel, arch)
 
 
 def shipped():
@@ -78,7 +81,7 @@ def shipped():
             yield pytest.param(arch, direction, config, rank, dtype, aligned, id=f"sm_{arch}-{name}-{tile}-{direction}")
 
 
-@pytest.mark.parametrize("arch, direction, config, rank, dtype, aligned", shipped())
+@pytest.mark.parametrize("arch, direction, config, rank, dtype, aligned", list(shipped()))
 def test_shipped_configurations(monkeypatch, arch, direction, config, rank, dtype, aligned):
     """With everything that takes registers: dropout, bias, all gradients, the largest rank."""
     kernel, launches = compile_layer(
@@ -86,6 +89,8 @@ def test_shipped_configurations(monkeypatch, arch, direction, config, rank, dtyp
     )
     assert launches == 1
     assert_fits(kernel, arch, expected_instruction(arch, config, dtype))
+    if dtype == torch.float32:
+        assert "tf32" not in kernel.asm["ptx"]
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -113,17 +118,21 @@ def test_every_subset_of_gradients(monkeypatch, needs):
     assert resources(kernel).stack == 0
 
 
+@pytest.fixture
+def allow_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield lambda allowed: setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
 @pytest.mark.parametrize("direction", KERNELS)
-def test_tf32_only_where_torch_allows_it(monkeypatch, direction):
+def test_tf32_only_where_torch_allows_it(monkeypatch, allow_tf32, direction):
     config = LADDERS["float32"][0]
-    found = {}
     for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
-        kernel, _ = compile_layer(
-            monkeypatch, 80, direction, config, rank=16, dtype=torch.float32, dropout=False
-        )
-        found[allowed] = "tf32" in re.findall(r"mma\.sync\S*", kernel.asm["ptx"] + " ")[:1].__str__()
-    assert found == {False: False, True: True}
+        allow_tf32(allowed)
+        kernel, _ = compile_layer(monkeypatch, 80, direction, config, rank=16, dtype=torch.float32, dropout=False)
+        products = re.findall(r"mma\.sync\S*", kernel.asm["ptx"])
+        assert bool(products) == allowed and all("tf32" in name for name in products)
 
 
 def test_the_gate_sees_a_spill(monkeypatch):

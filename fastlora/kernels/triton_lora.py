@@ -168,6 +168,8 @@ def lora_forward(
     target = target_of(x.device)
     cfg = config or _choose("forward", m, n, k, r, target, x, weight)
     block_r = padded_rank(r)
+    if dropout_p > 0.0 and target.arch >= 90 and x.element_size() == 2:
+        block_r = max(block_r, 64)  # the rank is the height of a product (see _make_s), and wgmma's least is 64
     fused = block_r <= FUSED_RANK
     x_arg, tma_x = _descriptor_or_tensor(x, [cfg.block_m, cfg.block_k], target.arch)
     w_arg, tma_w = _descriptor_or_tensor(weight, [cfg.block_n, cfg.block_k], target.arch)

@@ -185,15 +185,24 @@ def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.con
     offs_m = row * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, BLOCK_R)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc_s = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    MASKED: tl.constexpr = variant.dropout and variant.forward
+    TRANSPOSED: tl.constexpr = MASKED and s.data.dtype.element_ty.primitive_bitwidth == 16
+    acc_s = tl.zeros((BLOCK_R, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_R), tl.float32)
     for k in range(0, shape.K, BLOCK_K):
         u_block = _load_u(u, row, k, shape, variant)
         if variant.fused:
             acc = tl.dot(u_block, _load_v(v, 0, k, shape, variant), acc, input_precision=variant.precision)
         d_block = _load_d(d, k, shape, variant).to(u_block.dtype)
-        if variant.dropout and variant.forward:
+        if MASKED:
             u_block = tl.where(keep_mask(dropout, offs_m, k, shape.K, BLOCK_K), u_block, 0.0)
-        acc_s = tl.dot(u_block, d_block, acc_s, input_precision=variant.precision)
+        if TRANSPOSED:
+            # The masked block is the right operand, which lies in shared memory. A left one Triton would keep in registers
+            # and overwrite while wgmma still reads them; ptxas mends that by waiting for every single wgmma of the kernel.
+            acc_s = tl.dot(d_block.T, u_block.T, acc_s, input_precision=variant.precision)
+        else:
+            acc_s = tl.dot(u_block, d_block, acc_s, input_precision=variant.precision)
+    if TRANSPOSED:
+        acc_s = acc_s.T
     s_ptrs = s.data + offs_m[:, None].to(tl.int64) * s.stride + offs_r[None, :]
     mask = (offs_m < shape.M)[:, None] & (offs_r < shape.R)[None, :]
     tl.store(s_ptrs, (acc_s * scale_s).to(s.data.dtype.element_ty), mask=mask)
@@ -203,15 +212,15 @@ def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.con
 
 @triton.jit
 def _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, dropout, variant: tl.constexpr):
-    """Adds S·Pᵀ and the bias to the columns of C from ``first_n`` on and stores them, slice_n at a time: fewer registers
-    hold addresses, and the branch of dX, which dropout masks before it may be added, needs few of its own."""
+    """Adds S·Pᵀ and the bias to the columns of C from ``first_n`` on and stores them. The branch of dX, which dropout masks
+    before it may be added, is made slice_n columns at a time: it needs registers of its own."""
     BLOCK_N: tl.constexpr = acc.shape[1]
-    if BLOCK_N > variant.tile.slice_n:
+    MASKED: tl.constexpr = variant.dropout and not variant.forward
+    if MASKED and variant.tile.slice_n < BLOCK_N:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, BLOCK_N // 2)), (0, 2, 1)))
         _finish_tile(left, p, bias_ptr, c, s, row, first_n, shape, dropout, variant)
         _finish_tile(right, p, bias_ptr, c, s, row, first_n + BLOCK_N // 2, shape, dropout, variant)
     else:
-        MASKED: tl.constexpr = variant.dropout and not variant.forward
         BLOCK_R: tl.constexpr = variant.block_r
         STEP_R: tl.constexpr = min(BLOCK_R, 64)
         offs_m = row * variant.tile.block_m + tl.arange(0, variant.tile.block_m)

@@ -67,7 +67,9 @@ def test_integers_are_exact(m, n, k, r, dtype, addressing, device):
     numerics.assert_exact(run(case), case)
 
 
-@pytest.mark.parametrize("needs", [Needs(*bits) for bits in itertools.product((False, True), repeat=4) if any(bits)], ids=str)
+@pytest.mark.parametrize(
+    "needs", [Needs(*bits) for bits in itertools.product((False, True), repeat=4) if any(bits)], ids=str
+)
 def test_only_the_gradients_asked_for(needs, device):
     case = numerics.draw_case(70, 40, 48, 6, torch.float16, dropout_p=0.2, device=device)
     results = run(case, needs)
@@ -120,10 +122,16 @@ def test_dropout_draws_the_reference_mask(device):
 @pytest.mark.parametrize("empty", ["m", "n", "k"])
 def test_empty_dimensions(empty, device):
     sizes = {"m": 5, "n": 6, "k": 7, empty: 0}
-    case = numerics.draw_case(sizes["m"], sizes["n"], sizes["k"], 2, torch.float32, device=device) if empty != "k" else None
+    case = (
+        numerics.draw_case(sizes["m"], sizes["n"], sizes["k"], 2, torch.float32, device=device)
+        if empty != "k"
+        else None
+    )
     if case is None:
         case = numerics.draw_case(5, 6, 1, 2, torch.float32, device=device)
-        case = type(case)(**{**vars(case), "x": case.x[:, :0], "weight": case.weight[:, :0], "lora_a": case.lora_a[:, :0]})
+        case = type(case)(
+            **{**vars(case), "x": case.x[:, :0], "weight": case.weight[:, :0], "lora_a": case.lora_a[:, :0]}
+        )
     results = run(case)
     exact = numerics.compose(case)
     assert all(torch.equal(results[name], exact[name]) for name in results)

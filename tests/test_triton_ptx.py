@@ -1,0 +1,149 @@
+"""The protocol of the Triton kernels, proven on their own PTX: the launchers' real launches run in the emulator, which
+detects races, missing waits and fences, accesses out of bounds, reads of what nobody wrote, and deadlocks."""
+
+import itertools
+
+import numerics
+import pytest
+import torch
+from emulator import LaunchOptions
+from triton_emulation import emulated
+
+from fastlora.configs import FUSED_RANK, LADDERS, TileConfig, ladder_for
+from fastlora.kernels import triton_lora, workspace
+from fastlora.kernels.target import Target
+from fastlora.reference import Needs
+
+pytestmark = pytest.mark.skipif(
+    triton_lora.triton.knobs.runtime.interpret,
+    reason="the interpreter compiles no PTX; these tests have their own process",
+)
+
+ARCHITECTURES = (80, 90)
+ALL = Needs(True, True, True, True)
+# Small tiles, so that a small problem has several row groups, columns, parts and slices. block_m of 64 is wgmma's least.
+SMALL = {80: TileConfig(32, 32, 32, 2, 4, 3, 32, 32, 16), 90: TileConfig(64, 32, 32, 1, 4, 3, 32, 32, 16)}
+SCHEDULES = (
+    LaunchOptions(),
+    LaunchOptions(seed=1, resident=1, async_policy="early"),
+    LaunchOptions(seed=2, resident=2, async_policy="random"),
+    LaunchOptions(seed=3, async_policy="random", shuffle_ctas=True),
+    LaunchOptions(seed=4, resident=3, async_policy="late", shuffle_ctas=True),
+)
+
+
+@pytest.fixture(autouse=True)
+def target(monkeypatch, poisoned):
+    """Few multiprocessors, so that a wave of the queue is shorter than a row group; and a workspace of the test's own,
+    which one that fails may leave dirty."""
+    monkeypatch.setattr(workspace, "_by_stream", {})
+
+    def set_arch(arch: int) -> None:
+        monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(arch, n_sms=3))
+
+    return set_arch
+
+
+def run(case: numerics.Case, config: TileConfig, arch: int, options: LaunchOptions, needs: Needs = ALL):
+    """Forward and backward of one layer; its results, and the counters of both launches."""
+    c = case
+    needs = needs._replace(dbias=needs.dbias and c.bias is not None)
+    with emulated(arch, options) as stats:
+        forward_args = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
+        y, s = triton_lora.lora_forward(*forward_args, config=config)
+        backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
+        gradients = triton_lora.lora_backward(*backward_args, config=config)
+    assert len(stats) == 2, "one launch each way"
+    assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
+    return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, stats
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("m, n, k, r", [(136, 72, 96, 8), (130, 40, 64, 16), (97, 33, 47, 3), (70, 64, 64, 96)])
+def test_integers_are_exact_under_every_schedule(target, arch, m, n, k, r):
+    """Several residencies, seeds and orders in which asynchronous copies land, all launches over one workspace."""
+    target(arch)
+    case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
+    for options in SCHEDULES:
+        results, _ = run(case, SMALL[arch], arch, options)
+        numerics.assert_exact(results, case)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("r", [1, 40, 200, 256])
+def test_dropout_and_ranks(target, arch, dtype, r):
+    target(arch)
+    case = numerics.draw_case(75, 48, 64, r, dtype, dropout_p=0.3)
+    for options in SCHEDULES[2:4]:
+        results, _ = run(case, SMALL[arch], arch, options)
+        numerics.assert_accurate(results, case)
+
+
+def test_results_are_the_same_bits_under_every_schedule(target):
+    target(90)
+    case = numerics.draw_case(150, 40, 64, 8, torch.bfloat16, dropout_p=0.1)
+    first, *others = [run(case, SMALL[90], 90, options)[0] for options in SCHEDULES]
+    assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
+@pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
+def test_only_the_gradients_asked_for(target, needs):
+    target(80)
+    case = numerics.draw_integer_case(72, 40, 48, 8, torch.bfloat16)
+    results, _ = run(case, SMALL[80], 80, SCHEDULES[3], needs)
+    assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
+    numerics.assert_exact(results, case)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_float32_adapters_over_a_16_bit_layer(target, arch):
+    target(arch)
+    case = numerics.draw_case(70, 40, 64, 8, torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.3)
+    results, _ = run(case, SMALL[arch], arch, SCHEDULES[2])
+    assert results["da"].dtype == results["db"].dtype == torch.float32
+    numerics.assert_accurate(results, case)
+
+
+def test_workspaces_of_two_streams_do_not_meet(target, monkeypatch):
+    target(90)
+    case = numerics.draw_integer_case(130, 40, 64, 8, torch.bfloat16)
+    streams = itertools.cycle([torch.zeros(64, dtype=torch.int32) for _ in range(2)])
+    used = []
+
+    def borrow(n_words, device):
+        used.append(next(streams))
+        return used[-1]
+
+    monkeypatch.setattr(triton_lora, "borrow_workspace", borrow)
+    for options in SCHEDULES[:2]:
+        results, _ = run(case, SMALL[90], 90, options)
+        numerics.assert_exact(results, case)
+    assert len({buffer.data_ptr() for buffer in used}) == 2 and not any(buffer.any() for buffer in used)
+
+
+def shipped():
+    for arch, (name, ladder) in itertools.product(ARCHITECTURES, LADDERS.items()):
+        rank = 256 if name.endswith(" wide") else FUSED_RANK
+        dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
+        aligned = not name.startswith("odd")
+        if ladder_for(arch, rank, dtype.itemsize, aligned) != name:
+            continue
+        for number, config in enumerate(ladder):
+            tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+            yield pytest.param(arch, config, rank, dtype, aligned, number, id=f"sm_{arch}-{name}-{tile}")
+
+
+@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number", list(shipped()))
+def test_shipped_configurations(target, arch, config, rank, dtype, aligned, number):
+    """The very tiles of the tables, on a problem a little larger than one of them."""
+    target(arch)
+    m, n, k = config.block_m + 9, config.block_n + 8, max(config.block_n, config.block_k) + 8
+    if not aligned:
+        n, k = n + 1, k + 3
+    case = numerics.draw_case(m, n, k, rank - 8 * (number % 2), dtype, dropout_p=0.2 * (number % 2))
+    results, stats = run(case, config, arch, SCHEDULES[number % len(SCHEDULES)])
+    numerics.assert_accurate(results, case)
+    if dtype != torch.float32:
+        used = stats[0].wgmma if arch == 90 and config.block_m >= 64 else stats[0].mma
+        assert used > 0, "not the matrix instruction that this tile is for"
