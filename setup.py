@@ -40,10 +40,8 @@ class NinjaBuild(build_ext):
         out.parent.mkdir(parents=True, exist_ok=True)
         includes = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
         lines = [
-            "rule compile",
+            "rule compile\n  depfile = $out.d\n  deps = gcc",
             f"  command = {NVCC} {FLAGS} $flags {includes} -MD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
             "rule link",
             f"  command = {NVCC} -shared -cudart static $in -o $out",
         ]
@@ -54,10 +52,8 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(temp)], check=True)
 
 
-if NVCC:
-    setup(
-        ext_modules=[Extension("fastlora._C", [])],
-        cmdclass={"build_ext": NinjaBuild},
-    )
-else:
-    setup()
+if __name__ == "__main__":
+    if NVCC:
+        setup(ext_modules=[Extension("fastlora._C", [])], cmdclass={"build_ext": NinjaBuild})
+    else:
+        setup()

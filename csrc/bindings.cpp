@@ -55,6 +55,7 @@ py::dict as_dict(const fastlora::Variant& v) {
   d["half"] = v.half;
   d["dropout"] = v.dropout;
   d["split"] = v.split;
+  d["fuses"] = v.fuses;
   d["cluster"] = v.cluster;
   d["block_m"] = v.block_m;
   d["block_n"] = v.block_n;
@@ -87,25 +88,34 @@ py::tuple parameters(const Plan& plan, const py::kwargs& arguments) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Hopper kernels of fastlora; see fastlora/kernels/cuda.py";
   m.def("device_count", &fastlora::device_count, "CUDA devices; 0 without a driver");
-  m.def("variants", [] {
-    py::list list;
-    for (const auto& variant : fastlora::variants()) list.append(as_dict(variant));
-    return list;
-  }, "The compiled kernels");
+  m.def(
+      "variants",
+      [] {
+        py::list list;
+        for (const auto& variant : fastlora::variants()) list.append(as_dict(variant));
+        return list;
+      },
+      "The compiled kernels");
   py::class_<Plan>(m, "Plan")
-      .def(py::init<bool, bool, bool, int, int, int64_t, int64_t, int64_t, int64_t, int, int, int, bool, bool, bool, bool>(),
-           py::kw_only(), py::arg("backward"), py::arg("half"), py::arg("dropout"), py::arg("block_m"), py::arg("block_n"),
-           py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("group_m"), py::arg("splits"), py::arg("ctas"),
-           py::arg("makes_c") = true, py::arg("grad_a") = false, py::arg("grad_b") = false, py::arg("grad_bias") = false)
+      .def(py::init<bool, bool, bool, int, int, int64_t, int64_t, int64_t, int64_t, int, int, bool, int, bool, bool,
+                    bool, bool>(),
+           py::kw_only(), py::arg("backward"), py::arg("half"), py::arg("dropout"), py::arg("block_m"),
+           py::arg("block_n"), py::arg("m"), py::arg("n"), py::arg("k"), py::arg("r"), py::arg("group_m"),
+           py::arg("splits"), py::arg("fused"), py::arg("ctas"), py::arg("makes_c") = true, py::arg("grad_a") = false,
+           py::arg("grad_b") = false, py::arg("grad_bias") = false)
       .def_property_readonly("variant", [](const Plan& plan) { return as_dict(plan.variant()); })
       .def_property_readonly("ctas", &Plan::ctas)
       .def_property_readonly("words", &Plan::words)
       .def_property_readonly("gradient_floats", &Plan::gradient_floats)
       .def_property_readonly("part_floats", &Plan::part_floats)
+      .def("queue", &Plan::queue)
       .def("parameters", &parameters)
-      .def("launch", [](const Plan& plan, int device, uintptr_t stream, const py::kwargs& arguments) {
-        const Operands given = operands(arguments);
-        const py::gil_scoped_release unlocked;
-        plan.launch(given, device, stream);
-      }, py::arg("device"), py::arg("stream"));
+      .def(
+          "launch",
+          [](const Plan& plan, int device, uintptr_t stream, const py::kwargs& arguments) {
+            const Operands given = operands(arguments);
+            const py::gil_scoped_release unlocked;
+            plan.launch(given, device, stream);
+          },
+          py::arg("device"), py::arg("stream"));
 }

@@ -67,12 +67,13 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
 // Returns once the phase of this parity has completed. kCluster: arrivals come from other CTAs, too.
 template <bool kCluster = false>
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-#define FL_WAIT(SEMANTICS)                                                      \
-  asm volatile(                                                                 \
-      "{\n.reg .pred done;\nWAIT:\n"                                            \
-      "mbarrier.try_wait.parity" SEMANTICS ".shared::cta.b64 done, [%0], %1;\n" \
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),                    \
-      "r"(parity)                                                               \
+#define FL_WAIT(SEMANTICS)                                   \
+  asm volatile(                                              \
+      "{\n.reg .pred done;\nWAIT:\n"                         \
+      "mbarrier.try_wait.parity" SEMANTICS                   \
+      ".shared::cta.b64 done, [%0], %1;\n"                   \
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier), \
+      "r"(parity)                                            \
       : "memory")
   if constexpr (kCluster) {
     FL_WAIT(".acquire.cluster");
@@ -95,18 +96,22 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
 }
 
 // Copies the box at (column, row) into shared memory; its bytes count towards the barrier. Out of bounds reads as zero.
-__device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map, int column, int row, uint32_t barrier) {
+__device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map, int column, int row,
+                                         uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(shared),
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          shared),
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
 
-// The same into each CTA of the cluster that `ranks` has a bit for, to the same place, counting towards each one's barrier.
+// The same into each CTA of the cluster that `ranks` has a bit for, to the same place, counting towards each one's
+// barrier.
 __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map, int column, int row,
                                                    uint32_t barrier, uint16_t ranks) {
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], "
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, "
+      "%3}], "
       "[%4], %5;" ::"r"(shared),
       "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
       : "memory");
@@ -248,12 +253,11 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
 template <class Element>
 __device__ __forceinline__ float2 unpack(uint32_t packed);
 
-#define FL_UNPACK(TYPE)                                                                       \
-  float2 pair;                                                                                \
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32." TYPE " %0, low;\ncvt.f32." \
-      TYPE " %1, high;\n}"                                                                    \
-      : "=f"(pair.x), "=f"(pair.y)                                                            \
-      : "r"(packed));                                                                         \
+#define FL_UNPACK(TYPE)                                                                                             \
+  float2 pair;                                                                                                      \
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32." TYPE " %0, low;\ncvt.f32." TYPE " %1, high;\n}" \
+      : "=f"(pair.x), "=f"(pair.y)                                                                                  \
+      : "r"(packed));                                                                                               \
   return pair
 
 template <>

@@ -12,11 +12,11 @@ struct Consumer {
   Shared<T> shared;
   Ring<T::kStages> ring;
   Dropout dropout;
-  int group;         // 0 or 1
+  int group;  // 0 or 1
   int group_m, group_n;
-  uint32_t thread;   // in the warpgroup
-  uint32_t warp;     // in the warpgroup
-  int held = -1;     // stage that products in flight may still read
+  uint32_t thread;  // in the warpgroup
+  uint32_t warp;    // in the warpgroup
+  int held = -1;    // stage that products in flight may still read
 
   __device__ __forceinline__ Consumer(const Params& params, Shared<T> shared_memory)
       : p(params), shared(shared_memory), thread(threadIdx.x & 127), warp(warp_id() & 3) {
@@ -77,15 +77,21 @@ struct Consumer {
   }
 };
 
-// Adds to, or replaces, this thread's numbers in a partial sum: kCount planes of 128 floats.
+// Adds (kLoad) a thread's numbers of a partial sum in memory to its own, or stores its own there. A warpgroup's kCount
+// planes of 128 floats are kept four by four, thread by thread.
 template <bool kLoad, int kCount>
-__device__ __forceinline__ void exchange(float (&values)[kCount], float* plane) {
+__device__ __forceinline__ void exchange(float (&values)[kCount], float* planes, uint32_t thread) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
+  for (int i = 0; i < kCount; i += 4) {
+    float4* four = reinterpret_cast<float4*>(planes + i * 128) + thread;
     if constexpr (kLoad) {
-      values[i] += plane[i * 128];
+      const float4 other = *four;
+      values[i] += other.x;
+      values[i + 1] += other.y;
+      values[i + 2] += other.z;
+      values[i + 3] += other.w;
     } else {
-      plane[i * 128] = values[i];
+      *four = make_float4(values[i], values[i + 1], values[i + 2], values[i + 3]);
     }
   }
 }

@@ -1,9 +1,10 @@
 // A gradient tile: G[columns, R] = scale * sum over a group's rows of L[m, columns]^T * T[m, :].
 //   dB and dbias: L = dY, T = S.    dA, stored transposed: L = X with dropout's mask, T = dS.
 //
-// The groups' sums of a column block are added up as a chain: each waits for the one before it, adds its own to the fp32
-// partial sum and passes it on; the last stores the gradient. So the order of the additions is fixed, results are the same
-// bits in every run, and memory does not grow with M. The one before was queued a whole group earlier: nobody waits.
+// The groups' sums of a column block are added up as a chain: each waits for the one before it, adds its own to the
+// fp32 partial sum and passes it on; the last stores the gradient. So the order of the additions is fixed, results are
+// the same bits in every run, and memory does not grow with M. The one before was queued a whole group earlier: nobody
+// waits.
 #pragma once
 #include "consumer.cuh"
 
@@ -81,7 +82,8 @@ __device__ __forceinline__ void accumulate(Consumer<T>& c, TileInfo tile, float 
 }
 
 template <class Element>
-__device__ __forceinline__ void store_pair(void* out, int64_t offset, int64_t step, float first, float second, bool fp32) {
+__device__ __forceinline__ void store_pair(void* out, int64_t offset, int64_t step, float first, float second,
+                                           bool fp32) {
   if (fp32) {
     static_cast<float*>(out)[offset] = first;
     static_cast<float*>(out)[offset + step] = second;
@@ -94,8 +96,8 @@ __device__ __forceinline__ void store_pair(void* out, int64_t offset, int64_t st
 
 // Of dA = dS^T * drop(X), [R, in], or dB, [out, R], the 64 columns (of X or dY) from `first_column` on.
 template <bool kIsA, bool kSums, class T>
-__device__ __forceinline__ void store_gradient(const Consumer<T>& c, int first_column, const float (&product)[T::kRank / 2],
-                                               const float (&ones_sum)[4]) {
+__device__ __forceinline__ void store_gradient(const Consumer<T>& c, int first_column,
+                                               const float (&product)[T::kRank / 2], const float (&ones_sum)[4]) {
   using Element = typename T::Element;
   const Params& p = c.p;
   const int columns = kIsA ? p.n : p.k;  // n and k are C's: in_features and out_features
@@ -130,14 +132,14 @@ __device__ __forceinline__ void gradient_tile(Consumer<T>& c, TileInfo tile, flo
   accumulate<kIsA && T::kDropout, kSums>(c, tile, acc, side, ones_sum);
   const int block = (kIsA ? c.p.blocks_b * T::kCluster : 0) + tile.column;
   int* chain = c.chain(block);
-  float* partial = c.p.gradient_sums + int64_t(block * 2 + c.group) * T::kGradPlanes * 128 + c.thread;
+  float* partial = c.p.gradient_sums + int64_t(block * 2 + c.group) * T::kGradPlanes * 128;
   auto exchange_all = [&](auto load) {
     constexpr bool kLoad = decltype(load)::value;
-    exchange<kLoad>(slice<0, kProduct>(acc), partial);
-    if constexpr (kSums) exchange<kLoad>(ones_sum[0], partial + kProduct * 128);
+    exchange<kLoad>(slice<0, kProduct>(acc), partial, c.thread);
+    if constexpr (kSums) exchange<kLoad>(ones_sum[0], partial + kProduct * 128, c.thread);
     if constexpr (T::kGradBlocks == 2) {
-      exchange<kLoad>(slice<0, kProduct>(side), partial + (kProduct + 4) * 128);
-      if constexpr (kSums) exchange<kLoad>(ones_sum[1], partial + (2 * kProduct + 4) * 128);
+      exchange<kLoad>(slice<0, kProduct>(side), partial + (kProduct + 4) * 128, c.thread);
+      if constexpr (kSums) exchange<kLoad>(ones_sum[1], partial + (2 * kProduct + 4) * 128, c.thread);
     }
   };
   if (tile.row > 0) {

@@ -64,8 +64,7 @@ __device__ __forceinline__ void run(const Params& p) {
     fence_barrier_init();
   }
   if (T::kBackward && threadIdx.x < 64) {
-    const float one = 1.f;
-    store_shared(shared.ones() + threadIdx.x * 4, pack<typename T::Element>(one, one));
+    store_shared(shared.ones() + threadIdx.x * 4, pack<typename T::Element>(1.f, 1.f));
     fence_async_shared();
   }
   sync_all<T>();
@@ -81,23 +80,21 @@ __device__ __forceinline__ void run(const Params& p) {
   leave(p, shared.tile(0));
 }
 
-}  // namespace fastlora
-
-namespace fastlora {
-
 template <class T>
 Variant variant_of(const char* name, const void* kernel) {
-  return {name, kernel, T::kBackward, kIsHalf<typename T::Element>, T::kDropout, T::kSplit, T::kCluster, T::kBlockM, T::kBlockN,
-          T::kRank, T::kSharedBytes, T::kTilePlanes, T::kGradPlanes, T::kGradColumns};
+  return {name,           kernel,         T::kBackward,   kIsHalf<typename T::Element>,
+          T::kDropout,    T::kSplit,      T::kFused,      T::kCluster,
+          T::kBlockM,     T::kBlockN,     T::kRank,       T::kSharedBytes,
+          T::kTilePlanes, T::kGradPlanes, T::kGradColumns};
 }
 
 }  // namespace fastlora
 
 // A kernel by its own name, so that profiles, disassembly and tests can tell variants apart.
-#define FASTLORA_KERNEL(NAME, ...)                                                                                       \
-  extern "C" __global__ void __cluster_dims__(fastlora::Traits<__VA_ARGS__>::kCluster, 1, 1)                             \
-      __launch_bounds__(fastlora::kThreads, 1) NAME(const __grid_constant__ fastlora::Params p) {                        \
-    fastlora::run<fastlora::Traits<__VA_ARGS__>>(p);                                                                     \
-  }                                                                                                                      \
-  static const fastlora::Registration NAME##_registration(                                                               \
+#define FASTLORA_KERNEL(NAME, ...)                                                                \
+  extern "C" __global__ void __cluster_dims__(fastlora::Traits<__VA_ARGS__>::kCluster, 1, 1)      \
+      __launch_bounds__(fastlora::kThreads, 1) NAME(const __grid_constant__ fastlora::Params p) { \
+    fastlora::run<fastlora::Traits<__VA_ARGS__>>(p);                                              \
+  }                                                                                               \
+  static const fastlora::Registration NAME##_registration(                                        \
       fastlora::variant_of<fastlora::Traits<__VA_ARGS__>>(#NAME, reinterpret_cast<const void*>(&NAME)));

@@ -1,7 +1,7 @@
-// Tensor maps and the launch itself. Loads on a machine without a driver: the driver's one function that is needed is looked
-// up when first used.
-#include <cuda_runtime.h>
+// Tensor maps and the launch itself. Loads on a machine without a driver: the driver's one function that is needed is
+// looked up when first used.
 #include <cudaTypedefs.h>
+#include <cuda_runtime.h>
 
 #include <mutex>
 #include <set>
@@ -37,8 +37,13 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
   static const auto function = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result),
-          "looking up cuTensorMapEncodeTiled");
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    check(error, "looking up cuTensorMapEncodeTiled");
     if (result != cudaDriverEntryPointSuccess || !found) {
       throw std::runtime_error("fastlora: the driver has no cuTensorMapEncodeTiled; it must support CUDA 12.0");
     }
@@ -48,8 +53,9 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
 }
 
 std::string describe(const MapSpec& s) {
-  return std::to_string(s.rows) + " x " + std::to_string(s.columns) + " with rows of " + std::to_string(s.stride_bytes) +
-         " bytes, box " + std::to_string(s.box_rows) + " x " + std::to_string(s.box_columns);
+  return std::to_string(s.rows) + " x " + std::to_string(s.columns) + " with rows of " +
+         std::to_string(s.stride_bytes) + " bytes, box " + std::to_string(s.box_rows) + " x " +
+         std::to_string(s.box_columns);
 }
 
 CUtensorMap encode(const MapSpec& s) {
@@ -60,10 +66,10 @@ CUtensorMap encode(const MapSpec& s) {
                                      : s.swizzle == 64 ? CU_TENSOR_MAP_SWIZZLE_64B
                                      : s.swizzle == 32 ? CU_TENSOR_MAP_SWIZZLE_32B
                                                        : CU_TENSOR_MAP_SWIZZLE_NONE;
-  const CUresult result = encode_function()(
-      &map, s.half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-      reinterpret_cast<void*>(s.address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_function()(&map, s.half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+                        reinterpret_cast<void*>(s.address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("fastlora: cuTensorMapEncodeTiled failed with error " + std::to_string(result) +
                              " for a matrix " + describe(s));
@@ -102,7 +108,8 @@ void allow_shared_memory(const Variant& variant, int device) {
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed.count({variant.kernel, device})) return;
   check(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes),
-        std::string("asking for ") + std::to_string(variant.shared_bytes) + " bytes of shared memory for " + variant.name);
+        std::string("asking for ") + std::to_string(variant.shared_bytes) + " bytes of shared memory for " +
+            variant.name);
   allowed.insert({variant.kernel, device});
 }
 

@@ -74,7 +74,7 @@ struct Loader {
     const Tile tile = locate(p.schedule, ticket, gridDim.x / T::kCluster);
     if (tile.gradient >= p.blocks_b) return {kGradientA, tile.row, tile.gradient - p.blocks_b, 0};
     if (tile.gradient >= 0) return {kGradientB, tile.row, tile.gradient, 0};
-    const bool fused = T::kFused && p.makes_c;
+    const bool fused = T::kFused && p.fused;
     if (tile.column == 0) return {fused ? kFusedShrink : kShrinkOnly, tile.row, 0, tile.part};
     return {kPlain, tile.row, fused ? tile.column : tile.column - 1, tile.part};
   }
@@ -99,8 +99,8 @@ struct Loader {
     }
   }
 
-  // Claims the next tile while this one's last copies are under way: early enough to hide the atomic's latency, late enough
-  // that a tile is not held back by a CTA that is busy.
+  // Claims the next tile while this one's last copies are under way: early enough to hide the atomic's latency, late
+  // enough that a tile is not held back by a CTA that is busy.
   __device__ __forceinline__ void claim_at(int step, Steps steps) {
     if (rank == 0 && step == (steps.end - 2 > steps.first ? steps.end - 2 : steps.first)) ticket = claim();
   }
@@ -148,8 +148,8 @@ struct Loader {
     if (expands) expand(tile, m, n);
   }
 
-  // One more step of the contraction for every 64 ranks: S and P through the same stages. A fused tile has its rows of S in
-  // registers. dX's dropout masks 64 columns of a warpgroup at a time, and beyond rank 64 loads so, too.
+  // One more step of the contraction for every 64 ranks: S and P through the same stages. A fused tile has its rows of
+  // S in registers. dX's dropout masks 64 columns of a warpgroup at a time, and beyond rank 64 loads so, too.
   __device__ __forceinline__ void expand(TileInfo tile, int m, int n) {
     const bool loads_s = tile.kind == kPlain;
     constexpr bool kSliced = T::kBackward && T::kDropout && !T::kFused;

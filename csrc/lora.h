@@ -7,6 +7,7 @@
 #pragma once
 #include <cuda.h>
 
+#include <array>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -16,10 +17,10 @@ namespace fastlora {
 // Where a launch's counters lie in its workspace of 32-bit words, all zero before and after.
 constexpr int kTicketWord = 0;   // next tile to claim
 constexpr int kLeaversWord = 1;  // CTAs that are done
-constexpr int kFlagsWord = 2;    // one for each row block: warpgroups that have written their rows of S; then the chains
+constexpr int kFlagsWord = 2;  // one for each row block: warpgroups that have written their rows of S; then the chains
 
-// The order of the tiles: see schedule.h. A cluster of CTAs takes a tile each at a time, from neighbouring row blocks; so
-// "row blocks" here are the cluster's.
+// The order of the tiles: see schedule.h. A cluster of CTAs takes a tile each at a time, from neighbouring row blocks;
+// so "row blocks" here are the cluster's.
 struct Schedule {
   int rows;       // row blocks of C
   int columns;    // columns of tiles, the one that makes S (column 0) included
@@ -29,23 +30,23 @@ struct Schedule {
 };
 
 struct Params {
-  CUtensorMap u, v;      // 64 x 64 boxes
-  CUtensorMap a, b;      // A [R, in]: rank rows x 64; B [out, R]: 64 x rank
-  CUtensorMap s;         // 64 x rank boxes of the S (forward) or dS (backward) that this launch makes
-  CUtensorMap c;         // 64 x 64
-  CUtensorMap bias;      // 1 x block_n, forward
-  CUtensorMap x, saved;  // backward: X in 64 x 64 boxes, the forward's S in 64 x rank ones
-  void* s_out;           // [M, R]
+  CUtensorMap u, v;                   // 64 x 64 boxes
+  CUtensorMap a, b;                   // A [R, in]: rank rows x 64; B [out, R]: 64 x rank
+  CUtensorMap s;                      // 64 x rank boxes of the S (forward) or dS (backward) that this launch makes
+  CUtensorMap c;                      // 64 x 64
+  CUtensorMap bias;                   // 1 x block_n, forward
+  CUtensorMap x, saved;               // backward: X in 64 x 64 boxes, the forward's S in 64 x rank ones
+  void* s_out;                        // [M, R]
   void *grad_a, *grad_b, *grad_bias;  // [R, in], [out, R], [out], or null
-  float* gradient_sums;  // fp32 partial sums of the gradient tiles
-  float* tile_parts;     // the parts of product tiles whose contraction is split
+  float* gradient_sums;               // fp32 partial sums of the gradient tiles
+  float* tile_parts;                  // the parts of product tiles whose contraction is split
   int* workspace;
   const uint64_t* seed_address;  // null: use `seed`
   uint64_t seed;
   Schedule schedule;
   int m, n, k, r;
   int has_bias;
-  int makes_c;     // 0: only S is wanted
+  int fused;       // column 0 makes S beside its own tile of C, not alone
   int blocks_b;    // a group's gradient tiles along out_features; those along in_features follow
   int n_words;     // of the workspace
   int fp32_grads;  // dA and dB are fp32, not the operands' type
@@ -57,7 +58,7 @@ struct Params {
 struct Variant {
   const char* name;
   const void* kernel;
-  bool backward, half, dropout, split;
+  bool backward, half, dropout, split, fuses;
   int cluster;
   int block_m, block_n, rank;
   int shared_bytes;
@@ -104,15 +105,19 @@ struct MapSpec {
 // What is launched, as far as sizes decide it.
 class Plan {
  public:
-  // m, n, k and r are C's; `gradients` names those of A, B and the bias. Throws std::invalid_argument if no variant fits.
-  Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int64_t m, int64_t n, int64_t k, int64_t r, int group_m,
-       int splits, int ctas, bool makes_c, bool grad_a, bool grad_b, bool grad_bias);
+  // m, n, k and r are C's; fused is a wish that not every variant can grant; the rest is what is to be computed besides
+  // S. Throws std::invalid_argument if no variant fits.
+  Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int64_t m, int64_t n, int64_t k, int64_t r,
+       int group_m, int splits, bool fused, int ctas, bool makes_c, bool grad_a, bool grad_b, bool grad_bias);
 
   const Variant& variant() const { return *variant_; }
   int ctas() const { return ctas_; }
   int64_t words() const { return words_; }
   int64_t gradient_floats() const { return gradient_floats_; }
   int64_t part_floats() const { return part_floats_; }
+
+  // The tiles in the order in which they are claimed: (row block, column, part, gradient tile or -1), the cluster's.
+  std::vector<std::array<int, 4>> queue() const;
 
   // The kernel's parameters but for its tensor maps, which `maps` describes.
   Params parameters(const Operands& operands, std::vector<MapSpec>& maps) const;

@@ -30,13 +30,13 @@ __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t counter) {
   return make_uint4(c0, c1, c2, c3);
 }
 
-// The words of a 16 x 16 block in fragment order: words[i] covers columns 2t and 2t + 1 (t the lane's place in its quad)
-// of rows `row` (i even) and row + 8 (i odd), in the block's left (i < 2) and right half.
-// Four calls serve a quad: each lane makes one, then they swap words.
-__device__ __forceinline__ void fragment_words(uint32_t (&words)[4], const Dropout& dropout, uint32_t row, uint32_t column) {
+// The words of a 16 x 16 block in fragment order: words[i] covers columns 2t and 2t + 1 (t the lane's place in its
+// quad) of rows `row` (i even) and row + 8 (i odd), in the block's left (i < 2) and right half. Four calls serve a
+// quad: each lane makes one, then they swap words.
+__device__ __forceinline__ void fragment_words(uint32_t (&words)[4], const Dropout& dropout, uint32_t row,
+                                               uint32_t column) {
   const uint32_t t = lane_id() & 3;
-  const uint64_t counter =
-      uint64_t(row + 8 * (t & 1)) * dropout.calls_per_row + column / kElementsPerCall + (t >> 1);
+  const uint64_t counter = uint64_t(row + 8 * (t & 1)) * dropout.calls_per_row + column / kElementsPerCall + (t >> 1);
   uint4 w = philox(dropout.seed, counter);
   const bool odd = t & 1, upper = t & 2;
   uint32_t first = __shfl_xor_sync(kFullMask, odd ? w.x : w.y, 1);

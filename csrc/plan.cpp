@@ -36,7 +36,7 @@ bool MapSpec::operator==(const MapSpec& o) const {
 }
 
 Plan::Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int64_t m, int64_t n, int64_t k, int64_t r,
-           int group_m, int splits, int ctas, bool makes_c, bool grad_a, bool grad_b, bool grad_bias)
+           int group_m, int splits, bool fused, int ctas, bool makes_c, bool grad_a, bool grad_b, bool grad_bias)
     : ctas_(ctas) {
   variant_ = find_variant(backward, half, dropout, block_m, block_n, r);
   const std::string what = std::string(backward ? "backward" : "forward") + ", tile " + std::to_string(block_m) + "x" +
@@ -50,7 +50,6 @@ Plan::Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int
   if (group_m <= 0 || ctas <= 0 || splits <= 0 || splits > ceil_div(int(k), 64) || (splits > 1 && !variant_->split)) {
     throw std::invalid_argument("fastlora: bad group_m, ctas or splits for " + what);
   }
-  const bool fused = variant_->rank <= 64 && makes_c;
   const bool makes_s = makes_c || grad_a;
   const int columns_of_c = makes_c ? ceil_div(int(n), block_n) : 0;
   Params& p = base_;
@@ -58,11 +57,11 @@ Plan::Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int
   p.n = int(n);
   p.k = int(k);
   p.r = int(r);
-  p.makes_c = makes_c;
+  p.fused = fused && makes_c && variant_->fuses;
   const int cluster = variant_->cluster, grad_columns = variant_->grad_columns * cluster;
   p.blocks_b = grad_b || grad_bias ? ceil_div(int(k), grad_columns) : 0;
   const int blocks_a = grad_a ? ceil_div(int(n), grad_columns) : 0;
-  p.schedule = {ceil_div(int(m), block_m * cluster), columns_of_c + (makes_s && !fused), ceil_div(group_m, cluster),
+  p.schedule = {ceil_div(int(m), block_m * cluster), columns_of_c + (makes_s && !p.fused), ceil_div(group_m, cluster),
                 p.blocks_b + blocks_a, splits};
   const int64_t tiles = int64_t(p.schedule.rows) * p.schedule.columns;
   const int64_t groups = ceil_div(p.schedule.rows, p.schedule.group_m);
@@ -79,11 +78,20 @@ Plan::Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int
   ctas_ = int(clusters) * cluster;
 }
 
+std::vector<std::array<int, 4>> Plan::queue() const {
+  std::vector<std::array<int, 4>> tiles;
+  for (int ticket = 0; ticket < count_tiles(base_.schedule); ++ticket) {
+    const Tile tile = locate(base_.schedule, ticket, ctas_ / variant_->cluster);
+    tiles.push_back({tile.row, tile.column, tile.part, tile.gradient});
+  }
+  return tiles;
+}
+
 Params Plan::parameters(const Operands& o, std::vector<MapSpec>& maps) const {
   Params p = base_;
   const uint32_t chunk = variant_->rank < 64 ? variant_->rank : 64;
-  auto add = [&](size_t offset, const Matrix& matrix, int64_t columns, int64_t rows, uint32_t box_columns, uint32_t box_rows,
-                 uint32_t swizzle) {
+  auto add = [&](size_t offset, const Matrix& matrix, int64_t columns, int64_t rows, uint32_t box_columns,
+                 uint32_t box_rows, uint32_t swizzle) {
     if (!matrix.address) return;
     maps.push_back({offset, matrix.address, uint64_t(columns), uint64_t(rows), uint64_t(matrix.stride) * 2, box_columns,
                     box_rows, swizzle, variant_->half});

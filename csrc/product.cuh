@@ -4,13 +4,14 @@
 
 namespace fastlora {
 
-// Which of two packed floats' accumulators dropout keeps in dX: one bit each, 64 columns a word.
+// Which of a thread's accumulators of dX's branch dropout keeps: one bit each, 64 columns a word.
 template <class T>
 struct KeepBits {
   static constexpr int kWords = T::kColumns / 64, kCalls = T::kColumns / 16;
   uint32_t words[kWords];
 
-  // Appends the bits of call `i`'s sixteen columns. Called kCalls times, in order; between products, whose latency hides it.
+  // Appends the bits of call `i`'s sixteen columns. Called kCalls times, in order; between products, whose latency
+  // hides it.
   __device__ __forceinline__ void append(const Consumer<T>& c, int row, int column, int i) {
     uint32_t bits[4];
     fragment_words(bits, c.dropout, row, column + i * 16);
@@ -28,7 +29,8 @@ struct KeepBits {
 
 // The fragments of a 64 x 64 block of U, dropped elements zeroed.
 template <class T>
-__device__ __forceinline__ void load_dropped(const Consumer<T>& c, uint32_t (&fragments)[4][4], uint32_t u, int row, int k) {
+__device__ __forceinline__ void load_dropped(const Consumer<T>& c, uint32_t (&fragments)[4][4], uint32_t u, int row,
+                                             int k) {
   const uint32_t lane = lane_id(), block_row = c.warp * 16 + lane % 16;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -39,16 +41,6 @@ __device__ __forceinline__ void load_dropped(const Consumer<T>& c, uint32_t (&fr
     for (int j = 0; j < 4; ++j) fragments[i][j] = drop(fragments[i][j], words[j], c.dropout.threshold);
   }
   __syncwarp();  // the lane that gives the stage back does so for all
-}
-
-// The accumulators of S: beside C's where a tile makes both, else in their place.
-template <class T>
-__device__ __forceinline__ float (&s_accumulators(float (&acc)[T::kAccumulators], float (&side)[T::kSide]))[T::kRank / 2] {
-  if constexpr (T::kFused) {
-    return slice<0, T::kRank / 2>(side);
-  } else {
-    return slice<0, T::kRank / 2>(acc);
-  }
 }
 
 // The tile's contraction, without the expand steps: acc = U*V^T if kMain, side = U*D^T if kSide.
@@ -125,8 +117,8 @@ __device__ __forceinline__ void multiply(Consumer<T>& c, TileInfo tile, float (&
   }
 }
 
-// Scales and rounds this warpgroup's rows of S, stores them and raises the row block's flag. `s` are the fragments of S as
-// the left operand of the expand product.
+// Scales and rounds this warpgroup's rows of S, stores them and raises the row block's flag. `s` are the fragments of S
+// as the left operand of the expand product.
 template <class T>
 __device__ __forceinline__ void store_s(Consumer<T>& c, TileInfo tile, const float (&side)[T::kRank / 2],
                                         uint32_t (&s)[T::kRank / 16][4]) {
@@ -216,7 +208,8 @@ __device__ __forceinline__ void store_slab(Consumer<T>& c, TileInfo tile, int j,
 }
 
 template <class T>
-__device__ __forceinline__ void store_tile(Consumer<T>& c, TileInfo tile, int slot, const float (&acc)[T::kAccumulators]) {
+__device__ __forceinline__ void store_tile(Consumer<T>& c, TileInfo tile, int slot,
+                                           const float (&acc)[T::kAccumulators]) {
 #pragma unroll
   for (int j = 0; j < T::kColumns / 64; ++j) {
     float2 bias[8];
@@ -232,8 +225,8 @@ __device__ __forceinline__ void store_tile(Consumer<T>& c, TileInfo tile, int sl
   }
 }
 
-// dX with dropout: stores acc + mask * (dS*A) / (1-p). The branch alone is masked, so it cannot go straight into acc: 64
-// columns of it at a time pass through registers of their own.
+// dX with dropout: stores acc + mask * (dS*A) / (1-p). The branch alone is masked, so it cannot go straight into acc:
+// 64 columns of it at a time pass through registers of their own.
 template <class T>
 __device__ __forceinline__ void expand_masked_and_store(Consumer<T>& c, TileInfo tile,
                                                         const float (&acc)[T::kAccumulators], float (&branch)[32],
@@ -287,31 +280,35 @@ __device__ __forceinline__ void finish(Consumer<T>& c, TileInfo tile, int slot, 
   }
 }
 
-// Where the contraction is split, all parts but the last leave their sums in memory and return false; the last adds them to
-// its own, in order.
+// Where the contraction is split, all parts but the last leave their sums in memory and return false; the last adds
+// them to its own, in order.
 template <bool kMain, bool kSide, class T>
 __device__ __forceinline__ bool combine(Consumer<T>& c, TileInfo tile, float (&acc)[T::kAccumulators],
                                         float (&side)[T::kRank / 2]) {
   if constexpr (T::kSplit) {
     const Schedule& schedule = c.p.schedule;
-    const int column = kMain ? tile.column : schedule.columns - 1;  // the last number is free where column 0 makes S alone
+    const int column =
+        kMain ? tile.column : schedule.columns - 1;  // the last number is free where column 0 makes S alone
     const int index = tile.row * schedule.columns + column, last = schedule.splits - 1;
     int* parts_done = c.chain(schedule.gradients + index);
     auto planes = [&](int part) {
       const int64_t number = (int64_t(index) * last + part) * 2 + c.group;
-      return c.p.tile_parts + number * T::kTilePlanes * 128 + c.thread;
+      return c.p.tile_parts + number * T::kTilePlanes * 128;
     };
+    const bool has_rows = tile.row * T::kBlockM + c.group_m * 64 + int(c.warp) * 16 < c.p.m;
     if (tile.part < last) {
-      if constexpr (kMain) exchange<false>(acc, planes(tile.part));
-      if constexpr (kSide) exchange<false>(side, planes(tile.part) + T::kAccumulators * 128);
+      if (has_rows) {
+        if constexpr (kMain) exchange<false>(acc, planes(tile.part), c.thread);
+        if constexpr (kSide) exchange<false>(side, planes(tile.part) + T::kAccumulators * 128, c.thread);
+      }
       c.publish(parts_done);
       return false;
     }
     if (last > 0) c.wait_flag(parts_done, last);
 #pragma unroll 1
-    for (int part = 0; part < last; ++part) {
-      if constexpr (kMain) exchange<true>(acc, planes(part));
-      if constexpr (kSide) exchange<true>(side, planes(part) + T::kAccumulators * 128);
+    for (int part = 0; part < (has_rows ? last : 0); ++part) {
+      if constexpr (kMain) exchange<true>(acc, planes(part), c.thread);
+      if constexpr (kSide) exchange<true>(side, planes(part) + T::kAccumulators * 128, c.thread);
     }
   }
   return true;
@@ -322,16 +319,16 @@ __device__ __forceinline__ void product_tile(Consumer<T>& c, TileInfo tile, int 
                                              float (&side)[T::kSide]) {
   KeepBits<T> keep;
   uint32_t s[T::kRank / 16][4];
-  float(&s_sum)[T::kRank / 2] = s_accumulators<T>(acc, side);
   if (tile.kind == kShrinkOnly) {
-    if constexpr (!T::kFused || T::kBackward) {
-      multiply<false, true>(c, tile, acc, s_sum, keep);
-      if (combine<false, true>(c, tile, acc, s_sum)) store_s(c, tile, s_sum, s);
-    }
+    float (&s_sum)[T::kRank / 2] = slice<0, T::kRank / 2>(acc);
+    multiply<false, true>(c, tile, acc, s_sum, keep);
+    if (combine<false, true>(c, tile, acc, s_sum)) store_s(c, tile, s_sum, s);
   } else if (tile.kind == kPlain) {
-    multiply<true, false>(c, tile, acc, s_sum, keep);
-    if (combine<true, false>(c, tile, acc, s_sum)) finish(c, tile, slot, acc, side, nullptr, keep);
+    float none[T::kRank / 2];
+    multiply<true, false>(c, tile, acc, none, keep);
+    if (combine<true, false>(c, tile, acc, none)) finish(c, tile, slot, acc, side, nullptr, keep);
   } else if constexpr (T::kFused) {
+    float (&s_sum)[T::kRank / 2] = slice<0, T::kRank / 2>(side);
     multiply<true, true>(c, tile, acc, s_sum, keep);
     if (combine<true, true>(c, tile, acc, s_sum)) {
       store_s(c, tile, s_sum, s);

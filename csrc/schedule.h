@@ -1,6 +1,7 @@
-// The queue of tiles. Rows of tiles are walked in groups, so that a group's rows of U stay in L2. Column 0 makes S for its
-// row block, which the others wait for; so a group's column 0 is queued one wave (as many tiles as there are CTAs) before
-// the end of the group in front of it, and each group is followed by the gradient tiles that read the rows it has just used:
+// The queue of tiles. Rows of tiles are walked in groups, so that a group's rows of U stay in L2. Column 0 makes S for
+// its row block, which the others wait for (alone, or beside the first tile of C); so a group's column 0 is queued one
+// wave, as many tiles as there are clusters, before the end of the group in front of it. Each group is followed by the
+// gradient tiles that read the rows it has just used:
 //
 //   column 0 of group 0 | group 0 ..., column 0 of group 1, ... one wave | gradients of group 0 | group 1 ... and so on
 //
@@ -33,7 +34,8 @@ FL_BOTH Tile locate(const Schedule& s, int ticket, int wave) {
   const int first_rows = s.rows < s.group_m ? s.rows : s.group_m;
   if (ticket < first_rows * column_tiles) return {ticket / s.splits, 0, ticket % s.splits, -1};
 
-  // A group's stretch: its other columns, column 0 of the next group, its gradient tiles. Only the last group is smaller.
+  // A group's stretch: its other columns, column 0 of the next group, its gradient tiles. Only the last group is
+  // smaller.
   const int last = ceil_div(s.rows, s.group_m) - 1;
   const int rows_in_last = s.rows - last * s.group_m;
   const int stretch = s.group_m * s.columns * s.splits + s.gradients;

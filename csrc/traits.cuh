@@ -21,8 +21,8 @@ struct Traits {
   static_assert(kBlockM == 64 || kBlockM == 128, "a warpgroup computes 64 rows");
   static_assert(kRank <= 64 || kRank <= kBlockN, "D takes V's place in shared memory");
 
-  // Two CTAs share wide tiles' V: each loads half of it into both, or L2 could not keep up with the products. A cluster's
-  // CTAs take neighbouring row blocks of one column (or neighbouring gradient tiles), step by step together.
+  // Two CTAs share wide tiles' V: each loads half of it into both, or L2 could not keep up with the products. A
+  // cluster's CTAs take neighbouring row blocks of one column (or neighbouring gradient tiles), step by step together.
   static constexpr int kCluster = kBlockN == 256 ? 2 : 1;
   // Smaller tiles' contraction may be split, for want of tiles.
   static constexpr bool kSplit = kCluster == 1;
@@ -31,12 +31,13 @@ struct Traits {
   static constexpr int kGroupsM = kBlockM / 64, kGroupsN = 2 / kGroupsM;
   static constexpr int kColumns = kBlockN / kGroupsN;  // of a warpgroup
 
-  // Up to rank 64 column 0 makes S beside its own tile of C; beyond, two accumulators do not fit and it makes S alone.
-  static constexpr bool kFused = kRank <= 64;
+  // Column 0 may make S beside its own tile of C where two accumulators fit (and X's fragments, where dropout masks
+  // them).
+  static constexpr bool kFused = kRank <= (kBlockN == 256 && kDropout && !kBackward ? 32 : 64);
   static constexpr int kChunk = kRank < 64 ? kRank : 64;  // ranks a step of the expand product
 
-  // Registers of a thread: its part of a tile of C, or of whatever else is summed; and beside it its part of S, a slice of
-  // dX's masked branch, or a second block of a gradient.
+  // Registers of a thread: its part of a tile of C, or of whatever else is summed; and beside it its part of S, a slice
+  // of dX's masked branch, or a second block of a gradient.
   static constexpr int kAccumulators = kColumns / 2;
   static constexpr int kSide = kFused ? kRank / 2 : 1;
 
@@ -44,7 +45,7 @@ struct Traits {
 
   // Gradient tiles: 64 rows a step of kGradColumns columns of dY or X, and of S or dS.
   static constexpr int kGradColumns = kBlockN == 256 && kFused ? 256 : 128;
-  static constexpr int kGradBlocks = kGradColumns / 128;  // of 64 columns, for each warpgroup
+  static constexpr int kGradBlocks = kGradColumns / 128;             // of 64 columns, for each warpgroup
   static constexpr int kGradPlanes = kGradBlocks * (kRank / 2 + 4);  // of 128 floats: a warpgroup's partial sums
   static constexpr int kGradBytes = (kGradColumns + kRank) * 128;
 
@@ -54,7 +55,8 @@ struct Traits {
   static_assert(!kBackward || kGradBytes <= kStageBytes, "a gradient step fits a stage");
 
   // Finished tiles leave through slabs of 64 x 64 for each warpgroup.
-  static constexpr int kSlabs = kBlockN == 256 && kRank == 64 ? 3 : kColumns / 64;
+  static constexpr int kSlabs = kBlockN == 256 && kRank == 64 ? 2 : kColumns / 64;
+  static_assert(kColumns / 64 % kSlabs == 0, "a tile starts with the slab that was filled longest ago");
   static constexpr int kSlabOffset = 0;
   static constexpr int kBiasOffset = kSlabOffset + 2 * kSlabs * kBoxBytes;
   static constexpr int kBiasBytes = kBlockN * 2;
@@ -62,7 +64,8 @@ struct Traits {
   static constexpr int kOnesOffset = (kBarrierOffset + 256 + 255) / 256 * 256;  // an 8 x 16 matrix of ones, for dbias
   static constexpr int kFixedBytes = (kOnesOffset + 256 + 1023) / 1024 * 1024;
   static constexpr int kStageOffset = kFixedBytes;
-  static constexpr int kStages = (kSharedLimit - kFixedBytes) / kStageBytes < 8 ? (kSharedLimit - kFixedBytes) / kStageBytes : 8;
+  static constexpr int kStages =
+      (kSharedLimit - kFixedBytes) / kStageBytes < 8 ? (kSharedLimit - kFixedBytes) / kStageBytes : 8;
   static constexpr int kSharedBytes = kStageOffset + kStages * kStageBytes;
   static_assert(kStages >= 3, "the ring is too short to hide a load");
 };

@@ -27,12 +27,16 @@ class CudaTile:
     block_m, block_n: the tile of Y or dX.
     group_m: row blocks that share a stretch of the queue, so that their rows stay in L2.
     splits: parts that the contraction of each tile is cut into.
+    fused: whether S is made beside the first column's tiles, from what they read anyway, or by short tiles of its own
+        (which ranks above 64 always take). These read X, or dY, once more, out of L2; but S is there four times as
+        soon, nobody waits for it in the first wave, and benchmarks/schedule.py finds them faster at every size.
     """
 
     block_m: int
     block_n: int
     group_m: int
     splits: int = 1
+    fused: bool = False
 
 
 # A wave of 132 tiles reads the fewest rows of both operands when it is about as high as wide.
@@ -42,7 +46,7 @@ SPLITS = (1, 2, 4, 8)
 
 # What choose_tile reckons with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
 _FMA_PER_CLOCK = 2048
-_L2_BYTES_PER_CLOCK = 60
+_SM_BYTES_PER_CLOCK = 40
 _DRAM_BYTES_PER_CLOCK = 2800  # of the whole chip
 _TILE_CLOCKS = 3000  # filling the ring, storing the last tile
 _COMBINE_BYTES_PER_CLOCK = 40
@@ -56,17 +60,20 @@ def choose_tile(m: int, n: int, k: int, r: int, n_sms: int) -> CudaTile:
     candidates = [WIDE_TILE]
     for tile in SMALL_TILES:
         candidates += [CudaTile(tile.block_m, tile.block_n, tile.group_m, s) for s in SPLITS if s * STEP <= k]
-    return min(candidates, key=lambda tile: _estimated_clocks(tile, m, n, k, n_sms))
+    # Of equals (memory decides), the smallest: its rows past the end cost least.
+    return min(candidates, key=lambda tile: (_estimated_clocks(tile, m, n, k, n_sms), tile.block_m * tile.block_n))
 
 
 def _estimated_clocks(tile: CudaTile, m: int, n: int, k: int, n_sms: int) -> float:
     rows, columns = -(-m // tile.block_m), -(-n // tile.block_n)
+    if tile.block_n == WIDE_TILE.block_n:
+        rows += rows % 2  # two row blocks go to a cluster, whether there are two or not
     waves = -(-rows * columns * tile.splits // n_sms)
     steps = -(-k // (STEP * tile.splits))
     # Rows past the end are multiplied but not read.
     step_bytes = (min(m, tile.block_m) + tile.block_n) * STEP * 2
-    step = max(tile.block_m * tile.block_n * STEP / _FMA_PER_CLOCK, step_bytes / _L2_BYTES_PER_CLOCK)
-    combine = (tile.splits - 1) * tile.block_m * tile.block_n * 4 / _COMBINE_BYTES_PER_CLOCK
+    step = max(tile.block_m * tile.block_n * STEP / _FMA_PER_CLOCK, step_bytes / _SM_BYTES_PER_CLOCK)
+    combine = (tile.splits - 1) * min(m, tile.block_m) * tile.block_n * 4 / _COMBINE_BYTES_PER_CLOCK
     traffic = 2 * (m * k + k * n + m * n) / _DRAM_BYTES_PER_CLOCK
     return max(waves * steps * step, traffic) + _TILE_CLOCKS + combine
 
@@ -86,8 +93,10 @@ def unusable() -> str | None:
     module, reason = _extension()
     if module is None:
         return reason
-    if not torch.cuda.is_available() or module.device_count() == 0:
+    if not torch.cuda.is_available():
         return "no CUDA device"
+    if module.device_count() == 0:
+        return "the driver is older than the CUDA runtime that the extension was built with"
     capability = torch.cuda.get_device_capability()
     if capability != (9, 0):
         return f"compiled for compute capability 9.0 (Hopper), this device has {capability[0]}.{capability[1]}"
@@ -126,7 +135,7 @@ def _plan(
     m, n, k, r = sizes
     return module.Plan(
         backward=backward, half=half, dropout=dropout, block_m=tile.block_m, block_n=tile.block_n, m=m, n=n, k=k, r=r,
-        group_m=tile.group_m, splits=tile.splits, ctas=ctas, **wanted,
+        group_m=tile.group_m, splits=tile.splits, fused=tile.fused, ctas=ctas, **wanted,
     )  # fmt: skip
 
 
