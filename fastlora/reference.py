@@ -1,8 +1,8 @@
 """A LoRA layer in plain PyTorch: the ground truth of the tests and the path that CPU users get.
 
 ``Y = X·W0ᵀ + s·(drop(X)·Aᵀ)·Bᵀ + bias``, contracted from the left so that nothing larger than M×R is made besides Y:
-2·M·R·(K + N) FLOPs on top of the frozen layer, where forming B·A would cost 2·N·K·R and an N×K temporary. The backward is
-written out by hand and needs X and S = s·drop(X)·Aᵀ alone.
+2·M·R·(K + N) FLOPs on top of the frozen layer, where forming B·A would cost 2·N·K·R and an N×K temporary. The
+backward is written out by hand and needs X and S = s·drop(X)·Aᵀ alone.
 """
 
 from typing import NamedTuple

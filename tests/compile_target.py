@@ -1,8 +1,7 @@
 """Compiles Triton kernels for any architecture on a machine without a GPU, through the ordinary launch path.
 
-A stand-in driver answers Triton's questions about the device and drops the launch, so that ``kernel[grid](...)`` on meta
-tensors specialises and compiles exactly as it would for a launch.
-"""
+A stand-in driver answers Triton's questions about the device and drops the launch, so that ``kernel[grid](...)`` on
+meta tensors specialises and compiles exactly as it would for a launch."""
 
 import re
 import subprocess
@@ -43,8 +42,8 @@ class _CompileOnlyDriver(DriverBase):
         self.launched: list[Launch] = []
         self.on_launch: Callable[[Launch], None] | None = None
         facts = {
-            "max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 132, "warpSize": 32, "max_num_regs": REGISTER_FILE,
-            "mem_clock_rate": 0, "mem_bus_width": 0, "sm_clock_rate": 0,
+            "max_shared_mem": SHARED_MEMORY[arch], "multiprocessor_count": 132, "warpSize": 32,
+            "max_num_regs": REGISTER_FILE, "mem_clock_rate": 0, "mem_bus_width": 0, "sm_clock_rate": 0,
         }  # fmt: skip
         self.utils = types.SimpleNamespace(
             get_device_properties=lambda device: facts,

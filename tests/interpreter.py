@@ -1,9 +1,8 @@
 """Repairs of Triton's interpreter, which runs kernels on the CPU under TRITON_INTERPRET=1.
 
-Triton 3.6 to 3.9 keep bfloat16 as raw 16-bit integers: dots and arithmetic on them are silently wrong, and rounding from
-float32 truncates. Triton 3.6 with NumPy 2.4 or newer fails on ``range`` over a computed bound. ``install`` mends both.
-Importing Triton's private interpreter is confined to this file.
-"""
+Triton 3.6 to 3.9 keep bfloat16 as raw 16-bit integers: dots and arithmetic on them are silently wrong, and rounding
+from float32 truncates. Triton 3.6 with NumPy 2.4 or newer fails on ``range`` over a computed bound. ``install`` mends
+both. Importing Triton's private interpreter is confined to this file."""
 
 import numpy as np
 import triton.language as tl

@@ -2,8 +2,8 @@
 
 The oracle is fp64 on the same rounded inputs; "eager" is the plain ``linear`` composition in the inputs' own dtype. A
 result passes where its largest and its RMS error are at most 1.25 times eager's, plus one unit in the last place of the
-largest value, and where every single entry is within the bound for a sum of its length, so that small entries count too.
-"""
+largest value, and where every single entry is within the bound for a sum of its length, so that small entries count
+too."""
 
 from dataclasses import dataclass, replace
 
@@ -48,8 +48,8 @@ def draw_case(
     device: torch.device | str = "cpu",
     seed: int = 0,
 ) -> Case:
-    """Random inputs whose low-rank branch is about as large as the base product, with a scaling that is neither 0 nor 1:
-    a branch under the base product's rounding noise could be wrong unseen."""
+    """Random inputs whose low-rank branch is about as large as the base product, with a scaling that is neither 0 nor
+    1: a branch under the base product's rounding noise could be wrong unseen."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -70,7 +70,8 @@ def draw_case(
 
 
 def draw_integer_case(m: int, n: int, k: int, r: int, dtype: torch.dtype, *, seed: int = 0) -> Case:
-    """Small sparse integers for which every product, S and result is exact in ``dtype``: the answer has one bit pattern."""
+    """Small sparse integers for which every product, S and result is exact in ``dtype``: the answer has one bit
+    pattern."""
     generator = torch.Generator().manual_seed(seed)
 
     def sparse(*shape: int, density: float) -> Tensor:

@@ -21,7 +21,8 @@ pytestmark = pytest.mark.skipif(
 
 ARCHITECTURES = (80, 90)
 ALL = Needs(True, True, True, True)
-# Small tiles, so that a small problem has several row groups, columns, parts and slices. block_m of 64 is wgmma's least.
+# Small tiles, so that a small problem has several row groups, columns, parts and slices. block_m of 64 is wgmma's
+# least.
 SMALL = {80: TileConfig(32, 32, 32, 2, 4, 3, 32, 32, 16), 90: TileConfig(64, 32, 32, 1, 4, 3, 32, 32, 16)}
 SCHEDULES = (
     LaunchOptions(),

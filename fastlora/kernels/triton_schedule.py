@@ -1,12 +1,11 @@
 """The one-launch schedule: a queue of tiles, flags between them, and a workspace that cleans itself.
 
-Each program works on one tile, whose number (its "ticket") it claims from a counter when it starts. A tile waits only for
-tiles with a lower ticket, whose owners are already running: no residency, stream mix or order in which the hardware starts
-programs can deadlock, and no cooperative launch is needed.
+Each program works on one tile, whose number (its "ticket") it claims from a counter when it starts. A tile waits only
+for tiles with a lower ticket, whose owners are already running: no residency, stream mix or order in which the
+hardware starts programs can deadlock, and no cooperative launch is needed.
 
-Programs do not loop over tiles: Triton overlaps nothing across such a loop, while LLVM moves the address arithmetic of all
-kinds of tiles in front of it, where it takes the registers of every one of them (over 255 with dropout).
-"""
+Programs do not loop over tiles: Triton overlaps nothing across such a loop, while LLVM moves the address arithmetic of
+all kinds of tiles in front of it, where it takes the registers of every one of them (over 255 with dropout)."""
 
 import triton
 import triton.language as tl
@@ -50,8 +49,8 @@ def locate(ticket, n_rows, n_columns, n_gradients, wave, GROUP_M: tl.constexpr):
 
     The output's n_rows x n_columns tiles are walked in groups of GROUP_M row blocks, all columns of a group before the
     next group, so that a group's rows of the left operand stay in L2. Column 0 makes S for its row block, which the
-    others wait for; so a group's column 0 is queued one wave (as many tiles as run at once) before the end of the group in
-    front of it. Each group is followed by n_gradients gradient tiles that read the rows it has just used.
+    others wait for; so a group's column 0 is queued one wave (as many tiles as run at once) before the end of the
+    group in front of it. Each group is followed by n_gradients gradient tiles that read the rows it has just used.
 
         column 0 of group 0 | group 0 …, column 0 of group 1, … one wave | gradients of group 0 | group 1 … and so on
 

@@ -176,8 +176,8 @@ def _multiply(u, v, row, n, shape, variant: tl.constexpr):
 
 @triton.jit
 def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.constexpr):
-    """Stores a row block of S = scale_s·U·Dᵀ and raises its flag. Returns, where fused, tile 0 of U·Vᵀ, made in the same
-    pass over U."""
+    """Stores a row block of S = scale_s·U·Dᵀ and raises its flag. Returns, where fused, tile 0 of U·Vᵀ, made in the
+    same pass over U."""
     BLOCK_M: tl.constexpr = variant.tile.block_m
     BLOCK_N: tl.constexpr = variant.tile.block_n
     BLOCK_K: tl.constexpr = variant.tile.block_k
@@ -196,8 +196,9 @@ def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.con
         if MASKED:
             u_block = tl.where(keep_mask(dropout, offs_m, k, shape.K, BLOCK_K), u_block, 0.0)
         if TRANSPOSED:
-            # The masked block is the right operand, which lies in shared memory. A left one Triton would keep in registers
-            # and overwrite while wgmma still reads them; ptxas mends that by waiting for every single wgmma of the kernel.
+            # The masked block is the right operand, which lies in shared memory. A left one Triton would keep in
+            # registers and overwrite while wgmma still reads them; ptxas mends that by waiting for every single wgmma
+            # of the kernel.
             acc_s = tl.dot(d_block.T, u_block.T, acc_s, input_precision=variant.precision)
         else:
             acc_s = tl.dot(u_block, d_block, acc_s, input_precision=variant.precision)
@@ -212,8 +213,8 @@ def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.con
 
 @triton.jit
 def _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, dropout, variant: tl.constexpr):
-    """Adds S·Pᵀ and the bias to the columns of C from ``first_n`` on and stores them. The branch of dX, which dropout masks
-    before it may be added, is made slice_n columns at a time: it needs registers of its own."""
+    """Adds S·Pᵀ and the bias to the columns of C from ``first_n`` on and stores them. The branch of dX, which dropout
+    masks before it may be added, is made slice_n columns at a time: it needs registers of its own."""
     BLOCK_N: tl.constexpr = acc.shape[1]
     MASKED: tl.constexpr = variant.dropout and not variant.forward
     if MASKED and variant.tile.slice_n < BLOCK_N:

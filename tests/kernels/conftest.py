@@ -1,8 +1,7 @@
 """Kernels run for real: on a GPU where there is one, else in Triton's interpreter.
 
-Triton decides when it is imported, so these tests want a process of their own with TRITON_INTERPRET=1 (``make test`` sees
-to it); elsewhere they say that they did not run.
-"""
+Triton decides when it is imported, so these tests want a process of their own with TRITON_INTERPRET=1 (``make test``
+sees to it); elsewhere they say that they did not run."""
 
 import pytest
 import torch
