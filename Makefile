@@ -65,7 +65,7 @@ wheel: install  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 gpu: install  ## everything that wants a GPU, in ten minutes, into one folder
-	$(RUN) -m benchmarks.gpu_visit
+	$(RUN) -m benchmarks.gpu_visit --output build/gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
