@@ -73,6 +73,26 @@ def _widths():
         yield elementwise(f"ld.global.{kind} extends", text, [narrow], [extended])
 
 
+def _bytes_side_by_side():
+    """Every thread stores one byte and reads its word: neighbouring bytes are nobody's conflict."""
+    body = pointers("y") + "\n" + _THREAD
+    body += """    mov.u32 %r1, buffer;
+    add.s32 %r2, %r1, %r0;
+    cvt.u16.u32 %h1, %r0;
+    st.shared.b8 [%r2], %h1;
+    bar.sync 0;
+    and.b32 %r3, %r0, 60;
+    add.s32 %r3, %r3, %r1;
+    ld.shared.b32 %r4, [%r3];
+    mul.wide.u32 %rd4, %r0, 4;
+    add.s64 %rd0, %rd0, %rd4;
+    st.global.b32 [%rd0], %r4;"""
+    words = torch.arange(64, dtype=torch.uint8).view(torch.int32)
+    ptx = module(body, {"y": "u64"}, ".shared .align 16 .b8 buffer[64];")
+    args = {"y": torch.zeros(64, dtype=torch.int32)}
+    yield Case("bytes side by side", ptx, args, {"y": words.repeat_interleave(4)}, block=64)
+
+
 def _shared_and_local():
     shared = ".shared .align 16 .b8 buffer[1024];"
     body = pointers("x", "y") + "\n" + _THREAD
@@ -258,6 +278,7 @@ def _contended():
 
 def cases():
     yield from _widths()
+    yield from _bytes_side_by_side()
     yield from _shared_and_local()
     yield from _variables_and_parameters()
     yield from _atomics()

@@ -88,4 +88,11 @@ inline float mma_element(MmaType type, u32 bits, u32 half) {
   }
 }
 
+// What a tensor core makes of an exact sum: it cuts the result off instead of rounding it.
+inline float truncate_to_float(double sum) {
+  float nearest = float(sum);
+  bool beyond = std::fabs(double(nearest)) > std::fabs(sum);
+  return std::bit_cast<float>(std::bit_cast<u32>(nearest) - u32(beyond));
+}
+
 }  // namespace emu

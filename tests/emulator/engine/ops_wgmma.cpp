@@ -71,7 +71,7 @@ template <class F> void gather(Cta& cta, const Matrix& matrix, MmaType type, u32
 
 void execute(Cta& cta, u32 warpgroup, const WgmmaOp& op) {
   const Shape shape(*op.in);
-  float a[kRows][kMaxK], b[kMaxK][kMaxN], d[kMaxN];
+  double a[kRows][kMaxK], b[kMaxK][kMaxN], d[kMaxN];
   Warp* warps = &cta.warps[warpgroup * 4];
   if (shape.a_in_registers) {
     const u32 per = shape.element_bytes() == 4 ? 1 : 2, k_step = per * 4;
@@ -85,16 +85,16 @@ void execute(Cta& cta, u32 warpgroup, const WgmmaOp& op) {
     gather(cta, Matrix(op.desc_a, shape.a_mn_major, shape.element_bytes()), shape.type, kRows, shape.k, [&](u32 m, u32 k, float x) { a[m][k] = x; });
   }
   gather(cta, Matrix(op.desc_b, shape.b_mn_major, shape.element_bytes()), shape.type, shape.n, shape.k, [&](u32 n, u32 k, float x) { b[k][n] = x; });
-  const float sign = shape.negate_a == shape.negate_b ? 1.f : -1.f;
+  const double sign = shape.negate_a == shape.negate_b ? 1. : -1.;
   for (u32 m = 0; m < kRows; m++) {
     // Row m is in warp m / 16, in lanes 4 (m % 8) .. + 3; register j holds columns 8 (j / 4) + 2 (lane % 4) + j % 2.
     auto held = [&](u32 n) -> u32& { return warps[m / 16].lanes32(op.in->reg[n / 8 * 4 + m % 16 / 8 * 2 + n % 2])[m % 8 * 4 + n % 8 / 2]; };
-    for (u32 n = 0; n < shape.n; n++) d[n] = op.accumulate ? std::bit_cast<float>(held(n)) : 0.f;
+    for (u32 n = 0; n < shape.n; n++) d[n] = op.accumulate ? std::bit_cast<float>(held(n)) : 0.;
     for (u32 k = 0; k < shape.k; k++) {
-      const float x = sign * a[m][k];
+      const double x = sign * a[m][k];
       for (u32 n = 0; n < shape.n; n++) d[n] += x * b[k][n];
     }
-    for (u32 n = 0; n < shape.n; n++) held(n) = std::bit_cast<u32>(d[n]);
+    for (u32 n = 0; n < shape.n; n++) held(n) = std::bit_cast<u32>(truncate_to_float(d[n]));
   }
 }
 

@@ -48,26 +48,32 @@ void Shadow::enable(u32 buffer, u64 bytes, bool initialised, FenceSpace space, c
   for (Line& line : lines_) line.whole.initialised = initialised;
 }
 
+void Shadow::split(Line& line, u32 cell_bytes) {
+  std::unique_ptr<Cell[]> finer(new Cell[kLine / cell_bytes]);
+  for (u32 i = 0; i < kLine / cell_bytes; i++) finer[i] = line.cells ? line.cells[i * cell_bytes / line.cell_bytes] : line.whole;
+  line.cells = std::move(finer);
+  line.cell_bytes = cell_bytes;
+}
+
 template <class F>
 void Shadow::for_cells(u64 offset, u64 bytes, bool unify, F f) {
   u64 end = offset + bytes;
   for (u64 i = offset / kLine; i * kLine < end; i++) {
     Line& line = lines_[i];
-    u64 start = i * kLine;
-    bool covers = offset <= start && end >= start + kLine;
+    const u64 start = i * kLine, first = std::max(offset, start), last = std::min(end, start + kLine);
+    const bool covers = last - first == kLine;
     if (covers && !line.cells) {
       f(line.whole, start);
       continue;
     }
-    if (!line.cells) {
-      line.cells.reset(new Cell[kCells]);
-      std::fill(line.cells.get(), line.cells.get() + kCells, line.whole);
-    }
-    u64 first = std::max(offset, start), last = std::min(end, start + kLine);
-    for (u64 c = (first - start) / kCell; start + c * kCell < last; c++) f(line.cells[c], start + c * kCell);
+    // The largest cells that the access covers completely.
+    const u32 fit = u32((first | last) & -(first | last)) & (kLine - 1);
+    if (fit && fit < line.cell_bytes) split(line, fit);
+    for (u64 at = first; at < last; at += line.cell_bytes) f(line.cells[(at - start) / line.cell_bytes], at);
     if (covers && unify) {
       line.whole = line.cells[0];
       line.cells.reset();
+      line.cell_bytes = kLine;
     }
   }
 }

@@ -1,6 +1,6 @@
-// Shadow memory: who last wrote and who has since read every two bytes, and whether a new access is ordered after them.
+// Shadow memory: who last wrote and who has since read every byte, and whether a new access is ordered after them.
 //
-// State is kept per 16-byte line while accesses cover whole lines, and split to eight two-byte cells when they do not.
+// State is kept per 16-byte line while accesses cover whole lines, and in cells of 8, 4, 2 or 1 bytes where they do not.
 #pragma once
 #include <functional>
 #include <memory>
@@ -74,11 +74,13 @@ class Shadow {
   void forget(u64 offset, u64 bytes);
 
  private:
-  static constexpr u32 kLine = 16, kCell = 2, kCells = kLine / kCell;
+  static constexpr u32 kLine = 16;
   struct Line {
     Cell whole;
-    std::unique_ptr<Cell[]> cells;  // present while the line is split
+    std::unique_ptr<Cell[]> cells;  // while the line is split
+    u32 cell_bytes = kLine;
   };
+  static void split(Line& line, u32 cell_bytes);
   template <class F> void for_cells(u64 offset, u64 bytes, bool unify, F f);
   void check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const;
   void read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const;
