@@ -165,7 +165,8 @@ CLUSTERS = [
 ]  # fmt: skip
 
 OTHERS = [
-    ("bytes side by side", "add.s32 %r2, %r1, %r0;", "and.b32 %r2, %r0, 62;\n    add.s32 %r2, %r1, %r2;", RaceError, "write"),
+    ("bytes side by side", "add.s32 %r2, %r1, %r0;", "and.b32 %r2, %r0, 62;\n    add.s32 %r2, %r1, %r2;",
+     RaceError, "write"),
     ("shared by 32-bit address", "st.shared.b32 [%r2+128], %r1;", "", EmulatorError, ""),
     ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];",
      "ld.shared.b32 %r6, [%rd5+512];", UninitialisedError, "uninitialised shared memory"),
