@@ -74,51 +74,67 @@ class Buffer:
 
 
 class Buffers:
-    """Hands out device addresses, one range for each tensor."""
+    """Hands out device addresses, one range for each tensor; a view into a tensor shares its range."""
 
     def __init__(self, read_only=(), uninitialised=()):
         self.list, self._read_only, self._uninitialised = [], set(read_only), set(uninitialised)
-        self._by_extent = {}
+        self._aliases = set()
 
     def add(self, name, tensor):
-        """Registers a CPU tensor (again under the same address if it was before) -> Buffer."""
+        """The device address of a CPU tensor, which is registered unless it lies in one that has been."""
         if tensor.device.type != "cpu":
             raise LaunchError(f"{name} is on {tensor.device}: the emulator works on CPU tensors")
-        element = tensor.element_size()
-        size = (
-            (sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1)
-            * element
-            if tensor.numel()
-            else 0
+        start, size = tensor.data_ptr(), _extent(tensor)
+        for other in self.list:
+            if other.host <= start and start + size <= other.host + other.size and size:
+                if other.size != size and other.row_stride:
+                    continue  # other columns of one matrix, perhaps: the rows of the two interleave
+                self._check_alias(name, other)
+                return other.address + start - other.host
+            if max(start, other.host) < min(start + size, other.host + other.size) and not other.row_stride:
+                raise LaunchError(f"{name} overlaps {other.name} in part: pass the larger one first")
+        offset = tensor.storage_offset() * tensor.element_size() % _ALLOCATION_ALIGNMENT
+        row_bytes, row_stride = _rows(tensor)
+        self.list.append(
+            Buffer(
+                name,
+                tensor,
+                host=start,
+                size=size,
+                address=((len(self.list) + 1) << BUFFER_SHIFT) + offset,
+                row_bytes=row_bytes,
+                row_stride=row_stride,
+                writable=name not in self._read_only,
+                initialised=name not in self._uninitialised,
+            )
         )
-        key = tensor.data_ptr(), size
-        if key in self._by_extent and size:
-            return self._by_extent[key]
-        offset = (tensor.storage_offset() * element) % _ALLOCATION_ALIGNMENT
-        row_bytes, row_stride = 0, 0
-        if tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape[0] > 1 and tensor.stride(0) > tensor.shape[1]:
-            row_bytes, row_stride = tensor.shape[1] * element, tensor.stride(0) * element
-        buffer = Buffer(
-            name,
-            tensor,
-            host=tensor.data_ptr(),
-            size=size,
-            address=((len(self.list) + 1) << BUFFER_SHIFT) + offset,
-            row_bytes=row_bytes,
-            row_stride=row_stride,
-            writable=name not in self._read_only,
-            initialised=name not in self._uninitialised,
-        )
-        self.list.append(buffer)
-        self._by_extent[key] = buffer
-        return buffer
+        return self.list[-1].address
+
+    def _check_alias(self, name, other):
+        self._aliases.add(name)
+        for names in (self._read_only, self._uninitialised):
+            if name in names and other.name not in names:
+                raise LaunchError(f"{name} lies in {other.name}, which is not read_only or uninitialised as {name} is")
 
     def check_names(self):
         known = {buffer.name for buffer in self.list}
         for name in sorted((self._read_only | self._uninitialised) - known):
-            raise LaunchError(
-                f"{name!r} is read_only or uninitialised, but no buffer has that name; there are {sorted(known)}"
-            )
+            if name not in self._aliases:
+                raise LaunchError(f"{name!r} is read_only or uninitialised, but the buffers are {sorted(known)}")
+
+
+def _extent(tensor):
+    """Bytes from the first to the last element."""
+    if not tensor.numel():
+        return 0
+    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+def _rows(tensor):
+    """Bytes of a row and from row to row, where rows have gaps between them; else zeros."""
+    gaps = tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape[0] > 1 and tensor.stride(0) > tensor.shape[1]
+    return (tensor.shape[1] * tensor.element_size(), tensor.stride(0) * tensor.element_size()) if gaps else (0, 0)
 
 
 def pack_arguments(entry, args, buffers):
@@ -144,11 +160,11 @@ def pack_arguments(entry, args, buffers):
 def _pack_param(name, value, param, buffers):
     if isinstance(value, TensorMap) and param.size == 8:  # by pointer
         holder = torch.frombuffer(bytearray(_pack_map(name, value, buffers)), dtype=torch.uint8)
-        return struct.pack("<Q", buffers.add(f"{name} (descriptor)", holder).address)
+        return struct.pack("<Q", buffers.add(f"{name} (descriptor)", holder))
     if isinstance(value, (Struct, TensorMap, bytes)):
         return _pack_value(name, value, buffers)
     if isinstance(value, torch.Tensor):
-        return struct.pack("<Q", buffers.add(name, value).address)
+        return struct.pack("<Q", buffers.add(name, value))
     if value is None:
         return bytes(param.size)
     if isinstance(value, ctypes._SimpleCData):
@@ -176,7 +192,7 @@ def _pack_number(name, value, type_name):
 
 
 def _pack_map(name, value, buffers):
-    return value.pack(buffers.add(name, value.tensor).address)
+    return value.pack(buffers.add(name, value.tensor))
 
 
 def _pack_value(name, value, buffers):
@@ -192,7 +208,7 @@ def _pack_value(name, value, buffers):
             data += bytes(-len(data) % align) + each
         return bytes(data) + bytes(-len(data) % value.alignment)
     if isinstance(value, torch.Tensor):
-        return struct.pack("<Q", buffers.add(name, value).address)
+        return struct.pack("<Q", buffers.add(name, value))
     if value is None:
         return bytes(8)
     if isinstance(value, bytes):

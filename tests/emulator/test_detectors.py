@@ -28,6 +28,9 @@ WGMMA, STORE, MULTICAST = "wgmma n64", "TMA store (70, 88) torch.bfloat16 at (3,
 LOAD = "TMA load (16, 64) of (70, 88) at (3, 8), swizzle 128"
 CLUSTER_BARRIER = "    barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n"
 
+FIRST_FLAG = "st.release.gpu.global.u32 [%rd2],", "st.relaxed.gpu.global.u32 [%rd2],"
+LAST_FLAG = "st.release.gpu.global.u32 [%rd2+4],", "st.relaxed.gpu.global.u32 [%rd2+4],"
+
 RACES = [
     ("bar.sync 0", "bar.sync 0;", "", UninitialisedError, "read of uninitialised shared memory"),
     ("bar.sync with a count", "bar.sync 3, 128;", "", UninitialisedError, "read of uninitialised shared memory"),
@@ -49,6 +52,11 @@ RACES = [
     ("atom.release and atom.acquire", "atom.acquire.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
     ("red.release and atom.cas", "red.release.gpu", "red.relaxed.gpu", RaceError, "data[0]"),
     ("atom.shared.add", "bar.sync 0;\n    atom", "atom", RaceError, "shared memory"),
+    # The second access must not hide the first from the third.
+    ("read, atomic, atomic", *LAST_FLAG, RaceError, "x[0]"),
+    ("atomic, read, read", *LAST_FLAG, RaceError, "x[0]"),
+    ("write, atomic, read", *LAST_FLAG, RaceError, "x[0]"),
+    ("write, atomic, read", *FIRST_FLAG, RaceError, "x[0]"),
     ("tickets", "mul.wide.u32 %rd2, %r2, 4;", "mov.u64 %rd2, 0;", RaceError, "tickets[0]"),
 ]
 

@@ -144,6 +144,51 @@ def handover():
     )
 
 
+_RELAY = """
+    ld.param.u64 %rd0, [x];
+    ld.param.u64 %rd1, [y];
+    ld.param.u64 %rd2, [flags];
+    mov.u32 %r1, %ctaid.x;
+    mov.u32 %r5, 0;
+    setp.eq.u32 %p1, %r1, 1;
+    setp.eq.u32 %p2, %r1, 2;
+    @%p1 bra $second;
+    @%p2 bra $third;
+    {first}
+    st.release.gpu.global.u32 [%rd2], 1;
+    bra.uni $out;
+$second:
+    ld.acquire.gpu.global.u32 %r2, [%rd2];
+    setp.eq.u32 %p3, %r2, 0;
+    @%p3 bra $second;
+    {second}
+    st.release.gpu.global.u32 [%rd2+4], 1;
+    bra.uni $out;
+$third:
+    ld.acquire.gpu.global.u32 %r2, [%rd2+4];
+    setp.eq.u32 %p3, %r2, 0;
+    @%p3 bra $third;
+    {third}
+$out:
+    mul.wide.u32 %rd4, %r1, 4;
+    add.s64 %rd1, %rd1, %rd4;
+    st.global.b32 [%rd1], %r5;"""
+
+
+def relay(name, first, second, third, expected):
+    """Three CTAs of one thread take turns with x, each waiting for the one before."""
+    body = _RELAY.format(first=first, second=second, third=third)
+    args = {name: torch.zeros(3, dtype=torch.int32) for name in ("x", "y", "flags")}
+    ptx = module(body, dict.fromkeys(args, "u64"))
+    return Case(name, ptx, args, {"y": torch.tensor(expected, dtype=torch.int32)}, grid=(3, 1, 1), block=1)
+
+
+_READ, _ADD = "ld.global.u32 %r5, [%rd0];", "atom.relaxed.gpu.global.add.u32 %r5, [%rd0], 5;"
+
+
 def cases():
     yield ring()
     yield handover()
+    yield relay("read, atomic, atomic", _READ, _ADD, _ADD, [0, 0, 5])
+    yield relay("atomic, read, read", _ADD, _READ, _READ, [0, 5, 5])
+    yield relay("write, atomic, read", "st.global.u32 [%rd0], 3;", _ADD, _READ, [0, 3, 8])
