@@ -52,13 +52,18 @@ RACES = [
     ("atom.release and atom.acquire", "atom.acquire.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
     ("red.release and atom.cas", "red.release.gpu", "red.relaxed.gpu", RaceError, "data[0]"),
     ("atom.shared.add", "bar.sync 0;\n    atom", "atom", RaceError, "shared memory"),
+    # A plain write to the flag, strong or not, hands nothing on.
+    ("release sequence", "atom.relaxed.gpu.global.add.u32 %r2, [%rd2], 1;", "st.relaxed.gpu.global.u32 [%rd2], 2;",
+     RaceError, "data[0]"),
+    ("release sequence", "atom.relaxed.gpu.global.add.u32 %r2, [%rd2], 1;", "st.global.u32 [%rd2], 2;",
+     RaceError, "flag[0]"),
     # The second access must not hide the first from the third.
     ("read, atomic, atomic", *LAST_FLAG, RaceError, "x[0]"),
     ("atomic, read, read", *LAST_FLAG, RaceError, "x[0]"),
     ("write, atomic, read", *LAST_FLAG, RaceError, "x[0]"),
     ("write, atomic, read", *FIRST_FLAG, RaceError, "x[0]"),
     ("tickets", "mul.wide.u32 %rd2, %r2, 4;", "mov.u64 %rd2, 0;", RaceError, "tickets[0]"),
-]
+]  # fmt: skip
 
 COPIES = [
     ("cp.async 16 bytes", "cp.async.wait_group 0;", "", RaceError, "still in flight"),
@@ -129,6 +134,9 @@ COPIES = [
     (HANDOVER, "red.release.gpu", "red.relaxed.gpu", RaceError, "s[0]"),
     (HANDOVER, "bar.sync 0;\n    @%p0 red", "@%p0 red", RaceError, "s[1]"),
     (HANDOVER, "bar.sync 1;", "", EmulatorError, ""),
+    ("hand-over by TMA store", "wait_group 0;", "wait_group.read 0;", RaceError, "s[0] is not ordered after"),
+    ("hand-over by TMA store", "st.release.gpu", "st.relaxed.gpu", RaceError, "s[0] is not ordered after"),
+    ("hand-over by TMA store", "fence.proxy.async.shared::cta;", "", ProxyError, "shared memory"),
 ]
 
 TENSOR_CORES = [

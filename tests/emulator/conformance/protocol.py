@@ -144,6 +144,54 @@ def handover():
     )
 
 
+_STORED = """
+    ld.param.u64 %rd1, [y];
+    ld.param.u64 %rd2, [s];
+    ld.param.u64 %rd3, [flag];
+    mov.b64 %rd0, map;
+    mov.u32 %r0, %tid.x;
+    mov.u32 %r1, %ctaid.x;
+    mov.u32 %r4, memory;
+    mad.lo.s32 %r5, %r0, 4, %r4;
+    setp.eq.u32 %p0, %r0, 0;
+    mul.wide.u32 %rd6, %r0, 4;
+    setp.ne.u32 %p1, %r1, 0;
+    @%p1 bra $receive;
+    add.s32 %r8, %r0, 900;
+    st.shared.b32 [%r5], %r8;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    @!%p0 bra $out;
+    cp.async.bulk.tensor.1d.global.shared::cta.bulk_group [%rd0, {0}], [%r4];
+    cp.async.bulk.commit_group;
+    cp.async.bulk.wait_group 0;
+    st.release.gpu.global.u32 [%rd3], 1;
+    bra.uni $out;
+$receive:
+    @!%p0 bra $ready;
+$spin:
+    ld.acquire.gpu.global.u32 %r9, [%rd3];
+    setp.eq.u32 %p2, %r9, 0;
+    @%p2 bra $spin;
+$ready:
+    bar.sync 0;
+    add.s64 %rd2, %rd2, %rd6;
+    ld.global.b32 %r8, [%rd2];
+    add.s64 %rd1, %rd1, %rd6;
+    st.global.b32 [%rd1], %r8;
+$out:"""
+
+
+def handover_by_store():
+    """CTA 0 writes s with TMA and raises a flag; CTA 1 reads s with ordinary loads."""
+    s, y = (torch.zeros(32, dtype=torch.int32) for _ in range(2))
+    params = {"map": MAP, "s": "u64", "y": "u64", "flag": "u64"}
+    args = {"map": TensorMap(s, (32,), 0), "s": s, "y": y, "flag": torch.zeros(1, dtype=torch.int32)}
+    ptx = module(_STORED, params, _SHARED, arch="sm_90")
+    expected = {"y": torch.arange(32, dtype=torch.int32) + 900}
+    return Case("hand-over by TMA store", ptx, args, expected, grid=(2, 1, 1), shared_bytes=1024, arch="sm_90")
+
+
 _RELAY = """
     ld.param.u64 %rd0, [x];
     ld.param.u64 %rd1, [y];
@@ -183,12 +231,52 @@ def relay(name, first, second, third, expected):
     return Case(name, ptx, args, {"y": torch.tensor(expected, dtype=torch.int32)}, grid=(3, 1, 1), block=1)
 
 
+_SEQUENCE = """
+    ld.param.u64 %rd0, [data];
+    ld.param.u64 %rd1, [y];
+    ld.param.u64 %rd2, [flag];
+    mov.u32 %r1, %ctaid.x;
+    mov.u32 %r5, 0;
+    setp.eq.u32 %p1, %r1, 1;
+    setp.eq.u32 %p2, %r1, 2;
+    @%p1 bra $second;
+    @%p2 bra $third;
+    st.global.u32 [%rd0], 7;
+    st.release.gpu.global.u32 [%rd2], 1;
+    bra.uni $out;
+$second:
+    ld.relaxed.gpu.global.u32 %r2, [%rd2];
+    setp.ne.u32 %p3, %r2, 1;
+    @%p3 bra $second;
+    atom.relaxed.gpu.global.add.u32 %r2, [%rd2], 1;
+    bra.uni $out;
+$third:
+    ld.acquire.gpu.global.u32 %r2, [%rd2];
+    setp.ne.u32 %p3, %r2, 2;
+    @%p3 bra $third;
+    ld.global.u32 %r5, [%rd0];
+$out:
+    mul.wide.u32 %rd4, %r1, 4;
+    add.s64 %rd1, %rd1, %rd4;
+    st.global.b32 [%rd1], %r5;"""
+
+
+def release_sequence():
+    """CTA 2 acquires what CTA 0 released, through a relaxed atomic of CTA 1 on the flag."""
+    args = {name: torch.zeros(3, dtype=torch.int32) for name in ("data", "y", "flag")}
+    ptx = module(_SEQUENCE, dict.fromkeys(args, "u64"))
+    expected = {"y": torch.tensor([0, 0, 7], dtype=torch.int32)}
+    return Case("release sequence", ptx, args, expected, grid=(3, 1, 1), block=1)
+
+
 _READ, _ADD = "ld.global.u32 %r5, [%rd0];", "atom.relaxed.gpu.global.add.u32 %r5, [%rd0], 5;"
 
 
 def cases():
     yield ring()
     yield handover()
+    yield handover_by_store()
+    yield release_sequence()
     yield relay("read, atomic, atomic", _READ, _ADD, _ADD, [0, 0, 5])
     yield relay("atomic, read, read", _ADD, _READ, _READ, [0, 5, 5])
     yield relay("write, atomic, read", "st.global.u32 [%rd0], 3;", _ADD, _READ, [0, 3, 8])

@@ -11,8 +11,9 @@ void OpTable::add(const std::string& name, Handler handler) {
 const OpTable& OpTable::get() {
   static const OpTable table = [] {
     OpTable t;
-    for (auto add : {add_integer_ops, add_float_ops, add_convert_ops, add_control_ops, add_warp_ops, add_memory_ops, add_atomic_ops, add_barrier_ops, add_mbarrier_ops, add_matrix_ops,
-                     add_wgmma_ops, add_cp_async_ops, add_tma_ops})
+    for (auto add :
+         {add_integer_ops, add_float_ops, add_convert_ops, add_control_ops, add_warp_ops, add_memory_ops, add_atomic_ops,
+          add_barrier_ops, add_mbarrier_ops, add_matrix_ops, add_wgmma_ops, add_cp_async_ops, add_tma_ops})
       add(t);
     return t;
   }();
@@ -27,13 +28,14 @@ extern "C" {
 
 // program.py mirrors this structure.
 struct ProgramSpec {
-  // Per instruction: op, guard or -1, guard negated, destinations, registers, immediates, holds wgmma registers; then both lists.
+  // Per instruction: op, guard or -1, guard negated, destinations, registers, immediates, holds wgmma registers; then both
+  // lists.
   const i64* code;
   u64 n_instructions;
   u32 n_32, n_64, n_pred, local_bytes, uses_wgmma;
   const u64* constants;  // pairs of register and value
   u64 n_constants;
-  const u32* specials;   // pairs of kind and register
+  const u32* specials;  // pairs of kind and register
   u64 n_specials;
 };
 
@@ -60,7 +62,15 @@ Program* emu_program(const ProgramSpec* spec) {
   for (u64 i = 0; i < spec->n_instructions; i++) {
     const i64 *head = next, *registers = head + 7, *immediates = registers + head[4];
     Handler handler = OpTable::get().handler(size_t(head[0]));
-    Instruction in{head[6] ? check_held_registers : handler, handler, u32(i), head[1] < 0 ? kNoGuard : u32(head[1]), head[2] != 0, u32(head[3]), u32(head[4]), nullptr, nullptr};
+    Instruction in{head[6] ? check_held_registers : handler,
+                   handler,
+                   u32(i),
+                   head[1] < 0 ? kNoGuard : u32(head[1]),
+                   head[2] != 0,
+                   u32(head[3]),
+                   u32(head[4]),
+                   nullptr,
+                   nullptr};
     first_operand.push_back(program->operands.size());
     first_immediate.push_back(program->immediates.size());
     program->operands.insert(program->operands.end(), registers, immediates);
@@ -72,16 +82,18 @@ Program* emu_program(const ProgramSpec* spec) {
     program->code[i].reg = program->operands.data() + first_operand[i];
     program->code[i].imm = program->immediates.data() + first_immediate[i];
   }
-  for (u64 i = 0; i < spec->n_constants; i++) program->constants.push_back({Operand(spec->constants[2 * i]), spec->constants[2 * i + 1]});
-  for (u64 i = 0; i < spec->n_specials; i++) program->specials.push_back({Special(spec->specials[2 * i]), spec->specials[2 * i + 1]});
+  for (u64 i = 0; i < spec->n_constants; i++)
+    program->constants.push_back({Operand(spec->constants[2 * i]), spec->constants[2 * i + 1]});
+  for (u64 i = 0; i < spec->n_specials; i++)
+    program->specials.push_back({Special(spec->specials[2 * i]), spec->specials[2 * i + 1]});
   return program;
 }
 
 void emu_free(Program* program) { delete program; }
 
 // Runs a launch. Returns an ErrorKind; the message goes to `text`.
-int emu_launch(const Program* program, const LaunchShape* shape, const Options* options, BufferSpec* buffers, u64 n_buffers, const char* params, u64 param_bytes, Stats* stats, u32* agent_shift,
-               char* text, u64 text_bytes) {
+int emu_launch(const Program* program, const LaunchShape* shape, const Options* options, BufferSpec* buffers, u64 n_buffers,
+               const char* params, u64 param_bytes, Stats* stats, u32* agent_shift, char* text, u64 text_bytes) {
   std::vector<Region> regions(n_buffers);
   for (u64 i = 0; i < n_buffers; i++) {
     const BufferSpec& spec = buffers[i];

@@ -60,8 +60,10 @@ ClockRef ClockSpace::join(const ClockRef& a, const ClockRef& b) {
     from_b &= chunk == b.get()->chunk[i];
   }
   ClockRef result(joined);
-  if (from_a) result = a;
-  else if (from_b) result = b;
+  if (from_a)
+    result = a;
+  else if (from_b)
+    result = b;
   memo = {a, b, result};
   return result;
 }
@@ -76,8 +78,10 @@ ClockRef ClockSpace::with(const ClockRef& clock, const std::vector<Stamp>& stamp
     Chunk* shared = clock.get() ? clock.get()->chunk[stamp.owner >> shift_] : nullptr;
     if (chunk == shared) {  // first change of this chunk: copy it
       chunk = new_chunk(shift_);
-      if (shared) memcpy(chunk->time, shared->time, sizeof(Time) << shift_), shared->refs--;
-      else memset(chunk->time, 0, sizeof(Time) << shift_);
+      if (shared)
+        memcpy(chunk->time, shared->time, sizeof(Time) << shift_), shared->refs--;
+      else
+        memset(chunk->time, 0, sizeof(Time) << shift_);
     }
     Time& time = chunk->time[stamp.owner & ((1u << shift_) - 1)];
     time = std::max(time, stamp.time);
@@ -109,7 +113,8 @@ void Gathering::add(ClockSpace& space, const Actor& actor) {
 }
 
 Knowledge Gathering::finish(ClockSpace& space) {
-  Knowledge result{space.with(sum_.happened, own_), {space.with(sum_.fenced[0], own_fenced_[0]), space.with(sum_.fenced[1], own_fenced_[1])}};
+  Knowledge result{space.with(sum_.happened, own_),
+                   {space.with(sum_.fenced[0], own_fenced_[0]), space.with(sum_.fenced[1], own_fenced_[1])}};
   *this = {};
   return result;
 }

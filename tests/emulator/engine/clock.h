@@ -15,7 +15,7 @@ namespace emu {
 using Owner = u32;  // agent: CTA number << shift | index in the CTA
 using Time = u32;
 
-constexpr Time kInFlight = ~0u;      // the time of an access that is not yet ordered before anything
+constexpr Time kInFlight = ~0u;  // the time of an access that is not yet ordered before anything
 constexpr Owner kNobody = ~0u;
 
 struct Stamp {
@@ -37,10 +37,17 @@ class ClockRef {
  public:
   ClockRef() = default;
   explicit ClockRef(Clock* adopted) : clock_(adopted) {}
-  ClockRef(const ClockRef& other) : clock_(other.clock_) { if (clock_) clock_->refs++; }
+  ClockRef(const ClockRef& other) : clock_(other.clock_) {
+    if (clock_) clock_->refs++;
+  }
   ClockRef(ClockRef&& other) noexcept : clock_(std::exchange(other.clock_, nullptr)) {}
-  ClockRef& operator=(ClockRef other) noexcept { std::swap(clock_, other.clock_); return *this; }
-  ~ClockRef() { if (clock_ && --clock_->refs == 0) destroy(); }
+  ClockRef& operator=(ClockRef other) noexcept {
+    std::swap(clock_, other.clock_);
+    return *this;
+  }
+  ~ClockRef() {
+    if (clock_ && --clock_->refs == 0) destroy();
+  }
 
   Time at(Owner owner) const {
     if (!clock_) return 0;
@@ -63,7 +70,9 @@ class ClockSpace {
   ClockRef with(const ClockRef& clock, const std::vector<Stamp>& stamps);  // clock, with these components raised
 
  private:
-  struct Memo { ClockRef a, b, result; };
+  struct Memo {
+    ClockRef a, b, result;
+  };
   static constexpr size_t kMemo = 256;
   Clock* empty() const;
   Chunk* join_chunks(Chunk* a, Chunk* b) const;
@@ -84,9 +93,9 @@ struct Knowledge {
 struct Actor {
   Owner owner;
   Time now;
-  Time fenced_now[kFenceSpaces];     // own actions up to this time are fenced
+  Time fenced_now[kFenceSpaces];  // own actions up to this time are fenced
   const Knowledge* knows;
-  const ClockRef* reader_fenced;     // what this thread itself fenced, per FenceSpace; null where it does not matter
+  const ClockRef* reader_fenced;  // what this thread itself fenced, per FenceSpace; null where it does not matter
   u32 cta;
 
   bool ordered(Owner by, Time time) const {

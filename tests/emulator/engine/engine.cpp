@@ -8,9 +8,19 @@ namespace emu {
 
 static u32 volume(const u32 (&extent)[3]) { return extent[0] * extent[1] * extent[2]; }
 
-Engine::Engine(const Program& program, const LaunchShape& shape, const Options& options, std::vector<Region>& buffers, const char* params, u64 param_bytes)
-    : program(program), shape(shape), options(options), buffers(buffers), params(params), param_bytes(param_bytes), n_threads(volume(shape.block)),
-      n_cta(volume(shape.grid)), cluster_size(volume(shape.cluster)), agent_shift(u32(std::bit_width(n_threads + 255))), clocks(n_cta, agent_shift),
+Engine::Engine(const Program& program, const LaunchShape& shape, const Options& options, std::vector<Region>& buffers,
+               const char* params, u64 param_bytes)
+    : program(program),
+      shape(shape),
+      options(options),
+      buffers(buffers),
+      params(params),
+      param_bytes(param_bytes),
+      n_threads(volume(shape.block)),
+      n_cta(volume(shape.grid)),
+      cluster_size(volume(shape.cluster)),
+      agent_shift(u32(std::bit_width(n_threads + 255))),
+      clocks(n_cta, agent_shift),
       rng_(options.seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull) {
   shadow_options = {bool(options.fence_by_writer), bool(options.fence_by_reader), agent_shift, cluster_size};
   if (!options.race) return;
@@ -20,7 +30,8 @@ Engine::Engine(const Program& program, const LaunchShape& shape, const Options& 
 
 void Engine::run() {
   start_ = std::chrono::steady_clock::now();
-  u32 n_clusters = n_cta / cluster_size, resident = options.resident ? (u32(options.resident) + cluster_size - 1) / cluster_size : n_clusters;
+  u32 n_clusters = n_cta / cluster_size,
+      resident = options.resident ? (u32(options.resident) + cluster_size - 1) / cluster_size : n_clusters;
   std::vector<u32> order(n_clusters);
   for (u32 i = 0; i < n_clusters; i++) order[i] = i;
   if (options.shuffle_ctas)
@@ -79,9 +90,12 @@ std::string Engine::where() const {
   if (!running_) return "";
   char text[160];
   const Cta& cta = *running_->cta;
-  int n = snprintf(text, sizeof text, "\n  at <pc:%u> in CTA (%u, %u, %u), ", current_pc_, cta.index[0], cta.index[1], cta.index[2]);
-  if (lane >= 0) snprintf(text + n, sizeof text - n, "thread %u", running_->thread(u32(lane)));
-  else snprintf(text + n, sizeof text - n, "warp %u", running_->index);
+  int n = snprintf(text, sizeof text, "\n  at <pc:%u> in CTA (%u, %u, %u), ", current_pc_, cta.index[0], cta.index[1],
+                   cta.index[2]);
+  if (lane >= 0)
+    snprintf(text + n, sizeof text - n, "thread %u", running_->thread(u32(lane)));
+  else
+    snprintf(text + n, sizeof text - n, "warp %u", running_->index);
   return text;
 }
 
@@ -121,7 +135,8 @@ void Engine::polled(Warp& warp) {
     seen_progress_ = progress;
     idle_polls_ = 0;
   }
-  if (++idle_polls_ > 20000 + 1000 * clusters_.size() && bulk.empty()) fault(ErrorKind::kLivelock, "everybody polls and nothing changes");
+  if (++idle_polls_ > 20000 + 1000 * clusters_.size() && bulk.empty())
+    fault(ErrorKind::kLivelock, "everybody polls and nothing changes");
   warp.group().yields = true;
   warp.yield();
 }
@@ -156,7 +171,8 @@ bool Engine::merge(Warp& warp) {
   Group& here = warp.group();
   for (size_t i = 0; i < warp.groups.size();) {
     Group& other = warp.groups[i];
-    bool joins = i != warp.current && other.pc == here.pc && (other.state == GroupState::kReady || other.state == GroupState::kConverging);
+    bool joins = i != warp.current && other.pc == here.pc &&
+                 (other.state == GroupState::kReady || other.state == GroupState::kConverging);
     if (!joins) {
       i++;
       continue;
@@ -191,7 +207,8 @@ void Engine::run_warp(Warp& warp) {
       pick_group(warp);
     }
   } while (!warp.stop);
-  if (std::any_of(warp.groups.begin(), warp.groups.end(), [](const Group& g) { return g.state == GroupState::kReady; })) enqueue(&warp);
+  if (std::any_of(warp.groups.begin(), warp.groups.end(), [](const Group& g) { return g.state == GroupState::kReady; }))
+    enqueue(&warp);
   running_ = nullptr;
 }
 
@@ -203,12 +220,14 @@ void Engine::deadlock() {
       for (Warp& warp : cta->warps)
         for (Group& group : warp.groups) {
           char text[160];
-          snprintf(text, sizeof text, "CTA (%u, %u, %u): %s at <pc:%u>", cta->index[0], cta->index[1], cta->index[2], group.waits_for, group.waits_at);
+          snprintf(text, sizeof text, "CTA (%u, %u, %u): %s at <pc:%u>", cta->index[0], cta->index[1], cta->index[2],
+                   group.waits_for, group.waits_at);
           waits[text] += u32(std::popcount(group.mask));
           diverged |= group.state == GroupState::kConverging;
         }
   std::string text = diverged ? "lanes of a warp wait for each other at different instructions" : "nothing can run any more";
-  if (u32 waiting = n_cta - u32(clusters_.size()) * cluster_size; options.resident && waiting) text += "; not all CTAs were resident";
+  if (u32 waiting = n_cta - u32(clusters_.size()) * cluster_size; options.resident && waiting)
+    text += "; not all CTAs were resident";
   size_t shown = 0;
   for (auto& [wait, lanes] : waits) {
     if (shown++ == 12) {

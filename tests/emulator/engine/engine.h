@@ -20,7 +20,8 @@ struct Options {
 
 // The layout is part of the C interface: launch.py mirrors it.
 struct Stats {
-  u64 instructions, switches, barriers, mbarrier_phases, atomics, mma, wgmma, macs, ldmatrix, stmatrix, cp_async, tma_loads, tma_stores, tma_bytes, threads;
+  u64 instructions, switches, barriers, mbarrier_phases, atomics, mma, wgmma, macs, ldmatrix, stmatrix, cp_async, tma_loads,
+      tma_stores, tma_bytes, threads;
   double seconds;
 };
 
@@ -43,22 +44,30 @@ struct Flag {
 // A bulk copy (TMA). A store reads and writes apart: wait_group.read waits for its reading half only.
 struct BulkCopy {
   u32 pc;
-  Cta* cta;                    // that issued it
+  Cta* cta;  // that issued it
   u32 thread;
-  u32 group = 0;               // bulk group of a store; a load completes on an mbarrier instead
+  u32 group = 0;  // bulk group of a store; a load completes on an mbarrier instead
   bool load;
-  i64 reduction = 0;           // of a store: 0 copies, else adds elements of a type
+  i64 reduction = 0;  // of a store: 0 copies, else adds elements of a type
   bool was_read = false, was_written = false, read_waited = false;
   // bytes of shared memory, of which `valid` after the first `lead` lie inside the tensor
-  struct Part { u32 shared; u32 bytes, lead, valid; Place global; };
+  struct Part {
+    u32 shared;
+    u32 bytes, lead, valid;
+    Place global;
+  };
   std::vector<Part> parts;
-  struct Target { Cta* cta; u32 mbarrier; };
-  std::vector<Target> targets; // of a load: one per destination CTA
-  std::vector<char> staged;    // of a store, between its halves
+  struct Target {
+    Cta* cta;
+    u32 mbarrier;
+  };
+  std::vector<Target> targets;  // of a load: one per destination CTA
+  std::vector<char> staged;     // of a store, between its halves
 };
 
 struct Engine {
-  Engine(const Program& program, const LaunchShape& shape, const Options& options, std::vector<Region>& buffers, const char* params, u64 param_bytes);
+  Engine(const Program& program, const LaunchShape& shape, const Options& options, std::vector<Region>& buffers,
+         const char* params, u64 param_bytes);
   void run();
 
   const Program& program;
@@ -72,28 +81,34 @@ struct Engine {
   u32 n_threads, n_cta, cluster_size, agent_shift;
   ClockSpace clocks;
   ShadowOptions shadow_options;
-  std::unordered_map<u64, Flag> flags;           // by Place::key
-  std::deque<std::shared_ptr<BulkCopy>> bulk;    // in flight
-  int lane = -1;                                 // the lane being served, for messages
-  u64 progress = 0;                              // counts everything that polling loops do not do
+  std::unordered_map<u64, Flag> flags;         // by Place::key
+  std::deque<std::shared_ptr<BulkCopy>> bulk;  // in flight
+  int lane = -1;                               // the lane being served, for messages
+  u64 progress = 0;                            // counts everything that polling loops do not do
 
   bool racing() const { return options.race; }
-  u64 random() { rng_ ^= rng_ << 13; rng_ ^= rng_ >> 7; return rng_ ^= rng_ << 17; }
+  u64 random() {
+    rng_ ^= rng_ << 13;
+    rng_ ^= rng_ >> 7;
+    return rng_ ^= rng_ << 17;
+  }
   bool chance(u32 one_in) { return options.seed && random() % one_in == 0; }
   bool early() { return policy() == AsyncPolicy::kEarly || (policy() == AsyncPolicy::kRandom && random() & 1); }
   AsyncPolicy policy() const { return AsyncPolicy(options.async_policy); }
 
-  void wake(Warp* warp);                         // its blocked groups run their instruction again
-  void wake_all(std::vector<Warp*>& warps);      // and forget them
-  void release(Warp* warp, u32 mask);            // its held groups with lanes in the mask go on
-  void polled(Warp& warp);                       // a poll found nothing new
-  void maybe_preempt(Warp& warp) { if (options.seed && (random() & 7) == 0) warp.stop = true; }
+  void wake(Warp* warp);                     // its blocked groups run their instruction again
+  void wake_all(std::vector<Warp*>& warps);  // and forget them
+  void release(Warp* warp, u32 mask);        // its held groups with lanes in the mask go on
+  void polled(Warp& warp);                   // a poll found nothing new
+  void maybe_preempt(Warp& warp) {
+    if (options.seed && (random() & 7) == 0) warp.stop = true;
+  }
   Place place(Warp& warp, u32 lane, u64 address, Space space, u64 bytes, u64 align, bool write);
   Place shared_place(Cta& cta, u64 address, u64 bytes, u64 align, bool write);
   Place global_place(u64 address, u64 bytes, bool write);
   void add_poller(u64 key, Warp* warp);
   void wake_pollers(u64 key);
-  void stored(const Place& at, u64 bytes);       // an ordinary store: wakes who polls it
+  void stored(const Place& at, u64 bytes);  // an ordinary store: wakes who polls it
 
  private:
   void start_cluster(u32 id);
@@ -106,7 +121,7 @@ struct Engine {
   void complete_some_bulk(bool idle);
   [[noreturn]] void deadlock();
   void check_timeout() const;
-  void bury();                                   // frees what finished clusters held
+  void bury();  // frees what finished clusters held
   std::string where() const;
 
   std::vector<std::unique_ptr<Cluster>> clusters_, finished_;
@@ -119,8 +134,8 @@ struct Engine {
   friend struct Warp;
 };
 
-void read_bulk(Engine& engine, BulkCopy& copy);           // the reading half of a store
-void run_bulk(Engine& engine, BulkCopy& copy);            // completes a copy
+void read_bulk(Engine& engine, BulkCopy& copy);  // the reading half of a store
+void run_bulk(Engine& engine, BulkCopy& copy);   // completes a copy
 MBarrier& use_mbarrier(Warp& warp, u32 pc, u32 lane, Cta& cta, u32 offset);
 void arrive_tx(Engine& engine, Cta& cta, u32 mbarrier, i64 bytes);
 void check_barriers_after_exit(Engine& engine, Cta& cta);  // fewer threads to wait for

@@ -33,7 +33,8 @@ inline u64 encode_float(double x, int exponent_bits, int mantissa_bits, Rounding
   // A carry out of the mantissa moves into the exponent by itself.
   u64 bits = scaled + (u64(exponent + bias - 1) << mantissa_bits);
   if (bits >= infinity) {
-    bool to_infinity = rounding == Rounding::kNearestEven || rounding == Rounding::kNearestAway || (rounding == Rounding::kUp) == !sign;
+    bool to_infinity =
+        rounding == Rounding::kNearestEven || rounding == Rounding::kNearestAway || (rounding == Rounding::kUp) == !sign;
     if (rounding == Rounding::kZero) to_infinity = false;
     bits = to_infinity ? infinity : infinity - 1;
   }
@@ -44,7 +45,8 @@ inline double decode_float(u64 bits, int exponent_bits, int mantissa_bits) {
   const int bias = (1 << (exponent_bits - 1)) - 1, top = (1 << exponent_bits) - 1;
   u64 mantissa = bits & ((1ull << mantissa_bits) - 1);
   int exponent = int(bits >> mantissa_bits) & top;
-  double magnitude = exponent == top ? (mantissa ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity())
+  double magnitude = exponent == top
+                         ? (mantissa ? std::numeric_limits<double>::quiet_NaN() : std::numeric_limits<double>::infinity())
                      : exponent == 0 ? std::ldexp(double(mantissa), 1 - bias - mantissa_bits)
                                      : std::ldexp(double(mantissa | 1ull << mantissa_bits), exponent - bias - mantissa_bits);
   return bits >> (exponent_bits + mantissa_bits) & 1 ? -magnitude : magnitude;

@@ -81,11 +81,44 @@ void Engine::fill_specials(Warp& warp) {
   for (const SpecialRegister& special : program.specials)
     for_lanes(kAllLanes, [&](u32 l) {
       unravel(warp.thread(l), shape.block, tid);
-      const u32 by_kind[] = {
-          tid[0], tid[1], tid[2], shape.block[0], shape.block[1], shape.block[2], cta.index[0], cta.index[1], cta.index[2], shape.grid[0], shape.grid[1],
-          shape.grid[2], l, warp.index, u32(cta.warps.size()), within[0], within[1], within[2], shape.cluster[0], shape.cluster[1], shape.cluster[2],
-          cta.rank, cluster_size, cluster[0], cluster[1], cluster[2], clusters[0], clusters[1], clusters[2], 1u << l, (1u << l) - 1, (2u << l) - 1,
-          ~((2u << l) - 1), ~((1u << l) - 1), cta.id, n_cta, shape.dynamic_shared_bytes, shape.shared_bytes};
+      const u32 by_kind[] = {tid[0],
+                             tid[1],
+                             tid[2],
+                             shape.block[0],
+                             shape.block[1],
+                             shape.block[2],
+                             cta.index[0],
+                             cta.index[1],
+                             cta.index[2],
+                             shape.grid[0],
+                             shape.grid[1],
+                             shape.grid[2],
+                             l,
+                             warp.index,
+                             u32(cta.warps.size()),
+                             within[0],
+                             within[1],
+                             within[2],
+                             shape.cluster[0],
+                             shape.cluster[1],
+                             shape.cluster[2],
+                             cta.rank,
+                             cluster_size,
+                             cluster[0],
+                             cluster[1],
+                             cluster[2],
+                             clusters[0],
+                             clusters[1],
+                             clusters[2],
+                             1u << l,
+                             (1u << l) - 1,
+                             (2u << l) - 1,
+                             ~((2u << l) - 1),
+                             ~((1u << l) - 1),
+                             cta.id,
+                             n_cta,
+                             shape.dynamic_shared_bytes,
+                             shape.shared_bytes};
       static_assert(std::size(by_kind) == size_t(Special::kTotalSmemSize) + 1);
       warp.set(special.reg, l, by_kind[size_t(special.kind)]);
     });
@@ -94,14 +127,16 @@ void Engine::fill_specials(Warp& warp) {
 Owner Cta::first_owner() const { return id << engine->agent_shift; }
 
 Owner Cta::new_agent() {
-  if (agents >> engine->agent_shift) fault(ErrorKind::kLaunch, "more asynchronous agents in a CTA than the emulator provides for");
+  if (agents >> engine->agent_shift)
+    fault(ErrorKind::kLaunch, "more asynchronous agents in a CTA than the emulator provides for");
   return first_owner() + agents++;
 }
 
 Owner Warp::owner(u32 lane) const { return cta->first_owner() + thread(lane); }
 
 Actor Warp::actor(u32 lane) const {
-  return {owner(lane), now[lane], {fenced_now[lane][0], fenced_now[lane][1]}, &knows[lane], reader_fenced[lane].data(), cta->id};
+  return {owner(lane), now[lane], {fenced_now[lane][0], fenced_now[lane][1]}, &knows[lane], reader_fenced[lane].data(),
+          cta->id};
 }
 
 void Warp::learn(u32 mask, const Knowledge& knowledge) {
@@ -110,7 +145,9 @@ void Warp::learn(u32 mask, const Knowledge& knowledge) {
 
 u64 Warp::uniform(Operand o, u32 mask, const char* what) {
   u64 first = get(o, lowest_lane(mask));
-  for_lanes(mask, [&](u32 l) { if (get(o, l) != first) fault(ErrorKind::kDivergence, "%s differs between the lanes of a warp", what); });
+  for_lanes(mask, [&](u32 l) {
+    if (get(o, l) != first) fault(ErrorKind::kDivergence, "%s differs between the lanes of a warp", what);
+  });
   return first;
 }
 
@@ -118,7 +155,8 @@ bool Warp::converged(u32 mask, u32 need, const char* what) {
   u32 here = group().mask;
   if (need & ~live) fault(ErrorKind::kDivergence, "%s: lanes %08x have exited", what, need & ~live);
   if ((mask & need) == need) return true;
-  if ((here & need) == need) fault(ErrorKind::kDivergence, "%s is predicated off in lanes %08x of the warp", what, need & ~mask);
+  if ((here & need) == need)
+    fault(ErrorKind::kDivergence, "%s is predicated off in lanes %08x of the warp", what, need & ~mask);
   group().state = GroupState::kConverging;
   group().waits_for = what;
   group().waits_at = --group().pc;
@@ -142,7 +180,8 @@ void Warp::hold(const char* what) {
 
 void Warp::exit(u32 mask) {
   for (const CpAsync& copy : cp_async)
-    if (mask >> copy.lane & 1) fault(ErrorKind::kAsyncCopy, "a thread exits while its cp.async of <pc:%u> is in flight", copy.pc);
+    if (mask >> copy.lane & 1)
+      fault(ErrorKind::kAsyncCopy, "a thread exits while its cp.async of <pc:%u> is in flight", copy.pc);
   if (wgmma_waited < wgmma_groups) fault(ErrorKind::kWgmma, "a warp exits while its wgmma are in flight");
   for (const auto& [thread, groups] : cta->bulk_groups)
     for (const auto& copy : groups.copies)
@@ -161,7 +200,9 @@ void Warp::exit(u32 mask) {
   if (cta->live_threads) return;
   for (const auto& copy : engine->bulk)
     for (const BulkCopy::Target& target : copy->targets)
-      if (target.cta == cta) fault(ErrorKind::kAsyncCopy, "a CTA exits while the bulk copy of <pc:%u> into its shared memory is in flight", copy->pc);
+      if (target.cta == cta)
+        fault(ErrorKind::kAsyncCopy, "a CTA exits while the bulk copy of <pc:%u> into its shared memory is in flight",
+              copy->pc);
   cta->cluster->live_ctas--;
 }
 

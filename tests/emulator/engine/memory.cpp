@@ -6,19 +6,23 @@
 namespace emu {
 
 static void check_alignment(u64 address, u64 align, const char* space) {
-  if (address % align) fault(ErrorKind::kAlignment, "%s address 0x%llx is not aligned to %llu bytes", space, (unsigned long long)address, (unsigned long long)align);
+  if (address % align) fault(ErrorKind::kAlignment, "%s address 0x%llx is not aligned to %llu bytes", space, address, align);
 }
 
 Place Engine::shared_place(Cta& cta, u64 address, u64 bytes, u64 align, bool write) {
   check_alignment(address, align, "shared");
   Cta* owner = &cta;
   if (u64 rank = address >> kClusterRankShift) {
-    if (rank > cta.cluster->ctas.size()) fault(ErrorKind::kBounds, "shared address 0x%llx is in no CTA of the cluster", (unsigned long long)address);
+    if (rank > cta.cluster->ctas.size())
+      fault(ErrorKind::kBounds, "shared address 0x%llx is in no CTA of the cluster", address);
     owner = cta.cluster->ctas[rank - 1].get();
-    if (!owner->live_threads) fault(ErrorKind::kBounds, "access to the shared memory of CTA %llu of the cluster, which has exited", (unsigned long long)(rank - 1));
+    if (!owner->live_threads)
+      fault(ErrorKind::kBounds, "access to the shared memory of CTA %llu of the cluster, which has exited", (rank - 1));
   }
   u64 offset = address & ((1u << kClusterRankShift) - 1);
-  if (offset < kSharedBase) fault(ErrorKind::kBounds, "%s of %llu bytes at shared address %llu, below the CTA's shared memory", write ? "write" : "read", (unsigned long long)bytes, (unsigned long long)offset);
+  if (offset < kSharedBase)
+    fault(ErrorKind::kBounds, "%s of %llu bytes at shared address %llu, below the CTA's shared memory",
+          write ? "write" : "read", bytes, offset);
   owner->shared.check(offset, bytes, write);
   return {&owner->shared, offset, kFenceShared};
 }
@@ -29,7 +33,7 @@ Place Engine::global_place(u64 address, u64 bytes, bool write) {
     // Just below a buffer is still meant for it.
     u64 next = ((address + (1ull << (kBufferShift - 1))) >> kBufferShift) - 1;
     if (next < buffers.size()) buffers[next].check(address - buffers[next].address, bytes, write);
-    fault(ErrorKind::kBounds, "%s of %llu bytes at 0x%llx, which is in no buffer", write ? "write" : "read", (unsigned long long)bytes, (unsigned long long)address);
+    fault(ErrorKind::kBounds, "%s of %llu bytes at 0x%llx, which is in no buffer", write ? "write" : "read", bytes, address);
   }
   Region& region = buffers[index];
   u64 offset = address - region.address;

@@ -13,8 +13,12 @@ enum class Type : i64 { kB32, kU32, kS32, kB64, kU64, kS64, kF32, kF64, kF16x2, 
 
 u32 bytes_of(Type type) {
   switch (type) {
-    case Type::kB64: case Type::kU64: case Type::kS64: case Type::kF64: return 8;
-    case Type::kF16: case Type::kBf16: return 2;
+    case Type::kB64:
+    case Type::kU64:
+    case Type::kS64:
+    case Type::kF64: return 8;
+    case Type::kF16:
+    case Type::kBf16: return 2;
     default: return 4;
   }
 }
@@ -25,21 +29,27 @@ struct Order {
   i64 offset;
   Scope scope;
   bool acquire, release;
-  explicit Order(const Instruction& in) : space(Space(in.imm[0])), offset(in.imm[1]), scope(Scope(in.imm[2])), acquire(in.imm[3]), release(in.imm[4]) {}
+  explicit Order(const Instruction& in)
+      : space(Space(in.imm[0])), offset(in.imm[1]), scope(Scope(in.imm[2])), acquire(in.imm[3]), release(in.imm[4]) {}
 };
 
 bool includes(const Engine& engine, Scope scope, u32 cta, u32 other) {
-  return scope == kScopeGpu || (scope == kScopeCluster ? cta / engine.cluster_size == other / engine.cluster_size : cta == other);
+  return scope == kScopeGpu ||
+         (scope == kScopeCluster ? cta / engine.cluster_size == other / engine.cluster_size : cta == other);
 }
 
 void acquire_from(Warp& warp, u32 l, const Flag& flag, const Order& order) {
   Engine& engine = *warp.engine;
   if (!engine.racing()) return;
   for (const Release& release : flag.releases) {
-    if (!includes(engine, release.scope, release.cta, warp.cta->id) || !includes(engine, order.scope, warp.cta->id, release.cta)) continue;
+    if (!includes(engine, release.scope, release.cta, warp.cta->id) ||
+        !includes(engine, order.scope, warp.cta->id, release.cta))
+      continue;
     // A relaxed read becomes an acquire with the next fence.
-    if (order.acquire) warp.learn(1u << l, release.knowledge);
-    else join_into(engine.clocks, warp.fences[l].acquire[release.cta != warp.cta->id], release.knowledge);
+    if (order.acquire)
+      warp.learn(1u << l, release.knowledge);
+    else
+      join_into(engine.clocks, warp.fences[l].acquire[release.cta != warp.cta->id], release.knowledge);
   }
 }
 
@@ -59,7 +69,8 @@ void release_to(Warp& warp, u32 l, Flag& flag, const Order& order, bool continue
   }
   Knowledge knowledge = gathering.finish(engine.clocks);
   for (Release& release : flag.releases)
-    if (release.scope == scope && (scope == kScopeGpu || release.cta == warp.cta->id)) return join_into(engine.clocks, release.knowledge, knowledge);
+    if (release.scope == scope && (scope == kScopeGpu || release.cta == warp.cta->id))
+      return join_into(engine.clocks, release.knowledge, knowledge);
   flag.releases.push_back({scope, warp.cta->id, knowledge});
 }
 
@@ -155,7 +166,9 @@ template <class T> u64 integer_result(Atomic op, T old, T b, T c) {
   }
 }
 
-double float_result(Atomic op, double old, double b) { return op == Atomic::kMin ? std::fmin(old, b) : op == Atomic::kMax ? std::fmax(old, b) : old + b; }
+double float_result(Atomic op, double old, double b) {
+  return op == Atomic::kMin ? std::fmin(old, b) : op == Atomic::kMax ? std::fmax(old, b) : old + b;
+}
 
 template <auto Decode, auto Encode> u32 half_result(Atomic op, u64 old, u64 b) {
   return u32(Encode(float(float_result(op, Decode(u16(old)), Decode(u16(b))))));
@@ -164,15 +177,23 @@ template <auto Decode, auto Encode> u32 half_result(Atomic op, u64 old, u64 b) {
 u64 result_of(Atomic op, Type type, u64 old, u64 b, u64 c) {
   if (op == Atomic::kExch) return b;
   switch (type) {
-    case Type::kF32: return std::bit_cast<u32>(op == Atomic::kAdd ? std::bit_cast<float>(u32(old)) + std::bit_cast<float>(u32(b)) : float(float_result(op, std::bit_cast<float>(u32(old)), std::bit_cast<float>(u32(b)))));
+    case Type::kF32:
+      return std::bit_cast<u32>(op == Atomic::kAdd
+                                    ? std::bit_cast<float>(u32(old)) + std::bit_cast<float>(u32(b))
+                                    : float(float_result(op, std::bit_cast<float>(u32(old)), std::bit_cast<float>(u32(b)))));
     case Type::kF64: return std::bit_cast<u64>(float_result(op, std::bit_cast<double>(old), std::bit_cast<double>(b)));
     case Type::kBf16: return half_result<bf16_to_float, float_to_bf16>(op, old, b);
     case Type::kF16: return half_result<f16_to_float, float_to_f16>(op, old, b);
-    case Type::kBf16x2: return half_result<bf16_to_float, float_to_bf16>(op, old, b) | u64(half_result<bf16_to_float, float_to_bf16>(op, old >> 16, b >> 16)) << 16;
-    case Type::kF16x2: return half_result<f16_to_float, float_to_f16>(op, old, b) | u64(half_result<f16_to_float, float_to_f16>(op, old >> 16, b >> 16)) << 16;
+    case Type::kBf16x2:
+      return half_result<bf16_to_float, float_to_bf16>(op, old, b) |
+             u64(half_result<bf16_to_float, float_to_bf16>(op, old >> 16, b >> 16)) << 16;
+    case Type::kF16x2:
+      return half_result<f16_to_float, float_to_f16>(op, old, b) |
+             u64(half_result<f16_to_float, float_to_f16>(op, old >> 16, b >> 16)) << 16;
     case Type::kS32: return integer_result<i32>(op, i32(old), i32(b), i32(c));
     case Type::kS64: return integer_result<i64>(op, i64(old), i64(b), i64(c));
-    case Type::kB64: case Type::kU64: return integer_result<u64>(op, old, b, c);
+    case Type::kB64:
+    case Type::kU64: return integer_result<u64>(op, old, b, c);
     default: return integer_result<u32>(op, u32(old), u32(b), u32(c));
   }
 }
@@ -185,15 +206,18 @@ void atomic(Warp& warp, const Instruction& in, u32 mask) {
   const Type type = Type(in.imm[6]);
   const u32 bytes = bytes_of(type), first = in.n_dst;
   auto next_value = [&](u32 l, u64 old) {
-    return result_of(op, type, old, warp.get(in.reg[first + 1], l), in.n_reg > first + 2 ? warp.get(in.reg[first + 2], l) : 0) & (~0ull >> (64 - 8 * bytes));
+    return result_of(op, type, old, warp.get(in.reg[first + 1], l), in.n_reg > first + 2 ? warp.get(in.reg[first + 2], l) : 0) &
+           (~0ull >> (64 - 8 * bytes));
   };
   if (std::has_single_bit(mask)) {  // a lone thread whose atomic changes nothing may be spinning on it
     u32 l = lowest_lane(mask);
     Place at = engine.place(warp, l, warp.address(in.reg[first], l, order.offset), order.space, bytes, bytes, true);
     u64 old = fetch(at, bytes);
     bool changes = next_value(l, old) != old;
-    if (changes) warp.actions++;
-    else if (first && spins(warp, mask, in, in.reg[first], order, bytes)) return;
+    if (changes)
+      warp.actions++;
+    else if (first && spins(warp, mask, in, in.reg[first], order, bytes))
+      return;
   }
   bool changed = false;
   for_lanes(mask, [&](u32 l) {
@@ -243,7 +267,8 @@ void fence_proxy_async(Warp& warp, const Instruction& in, u32 mask) {
     for_lanes(mask, [&](u32 l) {
       warp.fenced_now[l][space] = warp.now[l];
       warp.reader_fenced[l][space] = warp.knows[l].happened;
-      if (!engine.options.fence_by_writer) warp.knows[l].fenced[space] = engine.clocks.join(warp.knows[l].fenced[space], warp.knows[l].happened);
+      if (!engine.options.fence_by_writer)
+        warp.knows[l].fenced[space] = engine.clocks.join(warp.knows[l].fenced[space], warp.knows[l].happened);
     });
   }
   warp.tick(mask);

@@ -20,7 +20,9 @@ void complete(Engine& engine, NamedBarrier& barrier) {
     waiter.warp->tick(waiter.mask);
     const Mode mode = Mode(waiter.in->imm[0]);
     if (waiter.in->n_dst) {
-      u64 result = mode == Mode::kRedPopc ? barrier.yes : mode == Mode::kRedAnd ? barrier.yes == barrier.voters : barrier.yes != 0;
+      u64 result = mode == Mode::kRedPopc  ? barrier.yes
+                   : mode == Mode::kRedAnd ? barrier.yes == barrier.voters
+                                           : barrier.yes != 0;
       for_lanes(waiter.mask, [&](u32 l) { waiter.warp->set(waiter.in->reg[0], l, result); });
     }
     engine.release(waiter.warp, waiter.mask);
@@ -36,16 +38,19 @@ void barrier(Warp& warp, const Instruction& in, u32 mask) {
   const bool aligned = in.imm[1], counted = in.imm[2];
   if (aligned && !warp.converged(mask, warp.live, "bar.sync (all lanes of the warp)")) return;
   const Operand* operand = in.reg + in.n_dst;
-  u64 id = warp.uniform(operand[0], mask, "barrier number"), count = counted ? warp.uniform(operand[1], mask, "barrier thread count") : 0;
-  if (id > 15) fault(ErrorKind::kBarrier, "barrier number %llu", (unsigned long long)id);
+  u64 id = warp.uniform(operand[0], mask, "barrier number"),
+      count = counted ? warp.uniform(operand[1], mask, "barrier thread count") : 0;
+  if (id > 15) fault(ErrorKind::kBarrier, "barrier number %llu", id);
   if (counted && (count == 0 || count % kWarpSize || count > cta.warps.size() * kWarpSize))
-    fault(ErrorKind::kBarrier, "barrier %llu for %llu threads in a CTA of %u", (unsigned long long)id, (unsigned long long)count, engine.n_threads);
+    fault(ErrorKind::kBarrier, "barrier %llu for %llu threads in a CTA of %u", id, count, engine.n_threads);
   NamedBarrier& bar = cta.barriers[id];
-  if (bar.arrived == 0) bar.expected = u32(count);
-  else if (bar.expected != count) fault(ErrorKind::kBarrier, "barrier %llu is used with %u and with %llu threads", (unsigned long long)id, bar.expected, (unsigned long long)count);
+  if (bar.arrived == 0)
+    bar.expected = u32(count);
+  else if (bar.expected != count)
+    fault(ErrorKind::kBarrier, "barrier %llu is used with %u and with %llu threads", id, bar.expected, count);
   u32 expected = counted ? u32(count) : live_threads(cta);
   bar.arrived += aligned ? kWarpSize : u32(std::popcount(mask));
-  if (bar.arrived > expected) fault(ErrorKind::kBarrier, "more than %u threads arrive at barrier %llu", expected, (unsigned long long)id);
+  if (bar.arrived > expected) fault(ErrorKind::kBarrier, "more than %u threads arrive at barrier %llu", expected, id);
   if (mode >= Mode::kRedPopc) {
     bar.voters += u32(std::popcount(mask));
     bar.yes += u32(std::popcount(warp.predicate(in.reg[in.n_reg - 1]) & mask));

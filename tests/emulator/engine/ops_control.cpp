@@ -19,9 +19,7 @@ void leave(Warp& warp, const Instruction&, u32 mask) { warp.exit(mask); }
 
 void trap(Warp&, const Instruction&, u32) { fault(ErrorKind::kTrap, "the kernel executed trap"); }
 
-void sleep(Warp& warp, const Instruction&, u32) {
-  warp.engine->polled(warp);
-}
+void sleep(Warp& warp, const Instruction&, u32) { warp.engine->polled(warp); }
 
 // %clock and the like: something that grows.
 void clock(Warp& warp, const Instruction& in, u32 mask) {
@@ -38,7 +36,8 @@ void setmaxnreg(Warp& warp, const Instruction& in, u32 mask) {
   const u32 wanted = u32(in.imm[0]);
   Cta& cta = *warp.cta;
   const i64 change = (i64(wanted) - i64(warp.registers)) * kWarpSize;
-  if ((change < 0) == bool(in.imm[1]) && change) fault(ErrorKind::kLaunch, "setmaxnreg.%s to %u from %u registers", in.imm[1] ? "inc" : "dec", wanted, warp.registers);
+  if ((change < 0) == bool(in.imm[1]) && change)
+    fault(ErrorKind::kLaunch, "setmaxnreg.%s to %u from %u registers", in.imm[1] ? "inc" : "dec", wanted, warp.registers);
   if (change > cta.free_registers) {
     cta.register_waiters.push_back(&warp);
     return warp.block("setmaxnreg.inc: no free registers");
@@ -52,7 +51,8 @@ void setmaxnreg(Warp& warp, const Instruction& in, u32 mask) {
 void mapa(Warp& warp, const Instruction& in, u32 mask) {
   for_lanes(mask, [&](u32 l) {
     u64 address = warp.get(in.reg[1], l), rank = warp.get(in.reg[2], l);
-    if (rank >= warp.cta->cluster->ctas.size()) fault(ErrorKind::kBounds, "mapa to CTA %llu of a cluster of %zu", (unsigned long long)rank, warp.cta->cluster->ctas.size());
+    if (rank >= warp.cta->cluster->ctas.size())
+      fault(ErrorKind::kBounds, "mapa to CTA %llu of a cluster of %zu", rank, warp.cta->cluster->ctas.size());
     warp.set(in.reg[0], l, (address & ~(0xffull << kClusterRankShift)) | (rank + 1) << kClusterRankShift);
   });
 }
@@ -71,8 +71,12 @@ u32 logic_xor(u32 a, u32 b) { return a ^ b; }
 template <auto F> void predicate_logic(Warp& warp, const Instruction& in, u32 mask) {
   write_predicate(warp, in.reg[0], mask, F(warp.predicate(in.reg[1]), warp.predicate(in.reg[2])));
 }
-void predicate_not(Warp& warp, const Instruction& in, u32 mask) { write_predicate(warp, in.reg[0], mask, ~warp.predicate(in.reg[1])); }
-void predicate_move(Warp& warp, const Instruction& in, u32 mask) { write_predicate(warp, in.reg[0], mask, warp.predicate(in.reg[1])); }
+void predicate_not(Warp& warp, const Instruction& in, u32 mask) {
+  write_predicate(warp, in.reg[0], mask, ~warp.predicate(in.reg[1]));
+}
+void predicate_move(Warp& warp, const Instruction& in, u32 mask) {
+  write_predicate(warp, in.reg[0], mask, warp.predicate(in.reg[1]));
+}
 
 }  // namespace
 

@@ -55,7 +55,8 @@ u64 store_float(Type type, double value, Rounding rounding) {
     case Type::kBf16: return encode_float(value, 8, 7, rounding);
     case Type::kTf32: return encode_float(value, 8, 10, rounding) << 13;
     case Type::kF64: return std::bit_cast<u64>(value);
-    default: return rounding == Rounding::kNearestEven ? std::bit_cast<u32>(float(value)) : encode_float(value, 8, 23, rounding);
+    default:
+      return rounding == Rounding::kNearestEven ? std::bit_cast<u32>(float(value)) : encode_float(value, 8, 23, rounding);
   }
 }
 
@@ -79,12 +80,14 @@ void general(Warp& warp, const Instruction& in, u32 mask) {
   for_lanes(mask, [&](u32 l) {
     u64 raw = warp.get(in.reg[1], l);
     if (!is_float(from) && !is_float(to)) {
-      i64 value = is_signed(from) ? sign_extend(raw, bits_of(from)) : i64(bits_of(from) == 64 ? raw : raw & ((1ull << bits_of(from)) - 1));
+      i64 value = is_signed(from) ? sign_extend(raw, bits_of(from))
+                                  : i64(bits_of(from) == 64 ? raw : raw & ((1ull << bits_of(from)) - 1));
       if (saturate && bits_of(to) < 64) {
         i64 low = is_signed(to) ? -(1ll << (bits_of(to) - 1)) : 0, high = (1ll << (bits_of(to) - (is_signed(to) ? 1 : 0))) - 1;
         value = is_signed(from) || value >= 0 ? std::clamp(value, low, high) : high;
       }
-      warp.set(in.reg[0], l, is_signed(to) ? u64(sign_extend(u64(value), bits_of(to))) : u64(value) & (~0ull >> (64 - bits_of(to))));
+      warp.set(in.reg[0], l,
+               is_signed(to) ? u64(sign_extend(u64(value), bits_of(to))) : u64(value) & (~0ull >> (64 - bits_of(to))));
     } else if (!is_float(from)) {
       u32 bits = bits_of(from);
       if (to == Type::kF32 && rounding == Rounding::kNearestEven) {  // straight from 64 bits: through double would round twice
@@ -101,7 +104,8 @@ void general(Warp& warp, const Instruction& in, u32 mask) {
         warp.set(in.reg[0], l, float_to_integer(to, value, rounding));
         return;
       }
-      if (to_integer && !std::isnan(value)) value = std::copysign(round_magnitude(std::fabs(value), std::signbit(value), rounding), value);
+      if (to_integer && !std::isnan(value))
+        value = std::copysign(round_magnitude(std::fabs(value), std::signbit(value), rounding), value);
       if (saturate) value = value > 0 ? std::min(value, 1.0) : 0.0;
       if (relu && value < 0) value = 0;
       warp.set(in.reg[0], l, store_float(to, value, to_integer ? Rounding::kNearestEven : rounding));

@@ -27,7 +27,8 @@ void issue(Warp& warp, const Instruction& in, u32 mask) {
     CpAsync op{l, warp.cp_groups[l] + 1, in.pc, bytes, valid, shared, nullptr, false};
     if (valid) {
       Place global = engine.place(warp, l, warp.address(in.reg[1], l, in.imm[1]), Space::kGlobal, valid, 1, false);
-      if ((global.region->address + global.offset) % bytes) fault(ErrorKind::kAlignment, "the source of cp.async is not aligned to %u bytes", bytes);
+      if ((global.region->address + global.offset) % bytes)
+        fault(ErrorKind::kAlignment, "the source of cp.async is not aligned to %u bytes", bytes);
       global.region->shadow.read(global.offset, valid, actor, {actor.owner, actor.now, in.pc});
       global.region->bytes_read += valid;
       global.region->read_map.touch(global.offset, valid);

@@ -20,24 +20,44 @@ template <class T> T negate(T a) { return -a; }
 template <class T> T absolute(T a) { return std::fabs(a); }
 template <class T> T copysign(T sign, T magnitude) { return std::copysign(magnitude, sign); }
 // A NaN loses against a number; -0 is less than +0.
-template <class T> T minimum(T a, T b) { return std::isnan(a) ? b : std::isnan(b) ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b; }
-template <class T> T maximum(T a, T b) { return std::isnan(a) ? b : std::isnan(b) ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b; }
+template <class T> T minimum(T a, T b) {
+  return std::isnan(a) ? b : std::isnan(b) ? a : a == b ? (std::signbit(a) ? a : b) : a < b ? a : b;
+}
+template <class T> T maximum(T a, T b) {
+  return std::isnan(a) ? b : std::isnan(b) ? a : a == b ? (std::signbit(a) ? b : a) : a > b ? a : b;
+}
 
 // How a type of registers is computed with: C is the arithmetic type, and 16-bit formats come alone or in pairs.
-struct F32 { using C = float; using R = u32; static constexpr int kParts = 1; static C load(u32 r, int) { return std::bit_cast<float>(r); } static u32 store(C v, int) { return std::bit_cast<u32>(v); } };
-struct F64 { using C = double; using R = u64; static constexpr int kParts = 1; static C load(u64 r, int) { return std::bit_cast<double>(r); } static u64 store(C v, int) { return std::bit_cast<u64>(v); } };
+struct F32 {
+  using C = float;
+  using R = u32;
+  static constexpr int kParts = 1;
+  static C load(u32 r, int) { return std::bit_cast<float>(r); }
+  static u32 store(C v, int) { return std::bit_cast<u32>(v); }
+};
+struct F64 {
+  using C = double;
+  using R = u64;
+  static constexpr int kParts = 1;
+  static C load(u64 r, int) { return std::bit_cast<double>(r); }
+  static u64 store(C v, int) { return std::bit_cast<u64>(v); }
+};
 // 16-bit results are computed in double precision, which holds every product and almost every sum exactly, and rounded once.
 template <bool kBf16, int kCount> struct Half {
   using C = double;
   using R = u32;
   static constexpr int kParts = kCount;
-  static C load(u32 r, int part) { u16 h = u16(r >> (16 * part)); return kBf16 ? bf16_to_float(h) : f16_to_float(h); }
-  static u32 store(C v, int part) { return u32(encode_float(v, kBf16 ? 8 : 5, kBf16 ? 7 : 10, Rounding::kNearestEven)) << (16 * part); }
+  static C load(u32 r, int part) {
+    u16 h = u16(r >> (16 * part));
+    return kBf16 ? bf16_to_float(h) : f16_to_float(h);
+  }
+  static u32 store(C v, int part) {
+    return u32(encode_float(v, kBf16 ? 8 : 5, kBf16 ? 7 : 10, Rounding::kNearestEven)) << (16 * part);
+  }
 };
 
 // d = f(operands) by part, with the modifiers of imm[0].
-template <class Type, int kOperands, class F>
-void compute(Warp& warp, const Instruction& in, u32 mask, F f) {
+template <class Type, int kOperands, class F> void compute(Warp& warp, const Instruction& in, u32 mask, F f) {
   using R = typename Type::R;
   using C = typename Type::C;
   const R* source[3] = {};
@@ -45,7 +65,8 @@ void compute(Warp& warp, const Instruction& in, u32 mask, F f) {
   const i64 flags = in.imm[0];
   if (flags == 0 && Type::kParts == 1) {
     map_lanes<R>(warp, in.reg[0], mask, [=](u32 l) {
-      C a = Type::load(source[0][l], 0), b = kOperands > 1 ? Type::load(source[1][l], 0) : C(), c = kOperands > 2 ? Type::load(source[2][l], 0) : C();
+      C a = Type::load(source[0][l], 0), b = kOperands > 1 ? Type::load(source[1][l], 0) : C(),
+        c = kOperands > 2 ? Type::load(source[2][l], 0) : C();
       return Type::store(f(a, b, c), 0);
     });
     return;
@@ -70,9 +91,15 @@ void compute(Warp& warp, const Instruction& in, u32 mask, F f) {
   });
 }
 
-template <class Type, auto F> void one(Warp& w, const Instruction& in, u32 m) { compute<Type, 1>(w, in, m, [](auto a, auto, auto) { return F(a); }); }
-template <class Type, auto F> void two(Warp& w, const Instruction& in, u32 m) { compute<Type, 2>(w, in, m, [](auto a, auto b, auto) { return F(a, b); }); }
-template <class Type, auto F> void three(Warp& w, const Instruction& in, u32 m) { compute<Type, 3>(w, in, m, [](auto a, auto b, auto c) { return F(a, b, c); }); }
+template <class Type, auto F> void one(Warp& w, const Instruction& in, u32 m) {
+  compute<Type, 1>(w, in, m, [](auto a, auto, auto) { return F(a); });
+}
+template <class Type, auto F> void two(Warp& w, const Instruction& in, u32 m) {
+  compute<Type, 2>(w, in, m, [](auto a, auto b, auto) { return F(a, b); });
+}
+template <class Type, auto F> void three(Warp& w, const Instruction& in, u32 m) {
+  compute<Type, 3>(w, in, m, [](auto a, auto b, auto c) { return F(a, b, c); });
+}
 
 float ex2(float x) { return std::exp2(x); }
 float lg2(float x) { return std::log2(x); }
@@ -105,7 +132,8 @@ template <class Type> void add_full(OpTable& t, const std::string& type) {
   t.add("rsqrt." + type, one<Type, reciprocal_root<C>>);
 }
 
-// setp, imm: comparison, boolean combination (0 none, 1 and, 2 or, 3 xor), number of predicates written. Registers: p, [q], a, b, [c].
+// setp, imm: comparison, boolean combination (0 none, 1 and, 2 or, 3 xor), number of predicates written. Registers: p, [q], a,
+// b, [c].
 enum class Compare : i64 { kEq, kNe, kLt, kLe, kGt, kGe, kNumber, kNan };
 constexpr i64 kUnordered = 8;  // the comparison is true of a NaN
 
@@ -122,8 +150,7 @@ template <class T> bool compare(Compare how, T a, T b) {
   }
 }
 
-template <class Load, class R>
-void set_predicate(Warp& warp, const Instruction& in, u32 mask) {
+template <class Load, class R> void set_predicate(Warp& warp, const Instruction& in, u32 mask) {
   const i64 how = in.imm[0], combine = in.imm[1], n_dst = in.imm[2];
   const R *a = raw_lanes<R>(warp, in.reg[n_dst]), *b = raw_lanes<R>(warp, in.reg[n_dst + 1]);
   u32 bits = 0;
@@ -143,10 +170,18 @@ void set_predicate(Warp& warp, const Instruction& in, u32 mask) {
   if (n_dst == 2) write_predicate(warp, in.reg[1], mask, inverse);
 }
 
-template <class T> struct Plain { static T load(Raw<T> r) { return from_raw<T>(r); } };
-struct Bf16 { static float load(u32 r) { return bf16_to_float(u16(r)); } };
-struct F16 { static float load(u32 r) { return f16_to_float(u16(r)); } };
-template <class T> void add_compare(OpTable& t, const std::string& type) { t.add("setp." + type, set_predicate<Plain<T>, Raw<T>>); }
+template <class T> struct Plain {
+  static T load(Raw<T> r) { return from_raw<T>(r); }
+};
+struct Bf16 {
+  static float load(u32 r) { return bf16_to_float(u16(r)); }
+};
+struct F16 {
+  static float load(u32 r) { return f16_to_float(u16(r)); }
+};
+template <class T> void add_compare(OpTable& t, const std::string& type) {
+  t.add("setp." + type, set_predicate<Plain<T>, Raw<T>>);
+}
 
 }  // namespace
 

@@ -9,12 +9,24 @@ namespace {
 template <class T> using Unsigned = std::make_unsigned_t<T>;
 template <class T> constexpr u32 kBits = sizeof(T) * 8;
 template <class T> struct WiderOf;
-template <> struct WiderOf<u16> { using type = u32; };
-template <> struct WiderOf<i16> { using type = i32; };
-template <> struct WiderOf<u32> { using type = u64; };
-template <> struct WiderOf<i32> { using type = i64; };
-template <> struct WiderOf<u64> { using type = unsigned __int128; };
-template <> struct WiderOf<i64> { using type = __int128; };
+template <> struct WiderOf<u16> {
+  using type = u32;
+};
+template <> struct WiderOf<i16> {
+  using type = i32;
+};
+template <> struct WiderOf<u32> {
+  using type = u64;
+};
+template <> struct WiderOf<i32> {
+  using type = i64;
+};
+template <> struct WiderOf<u64> {
+  using type = unsigned __int128;
+};
+template <> struct WiderOf<i64> {
+  using type = __int128;
+};
 template <class T> using Wider = typename WiderOf<T>::type;
 
 // Wrap-around arithmetic without signed overflow: in u64, then cut.
@@ -29,12 +41,14 @@ template <class T> Wider<T> mad_wide(T a, T b, Wider<T> c) { return Wider<T>(u64
 // PTX leaves division by zero unspecified; the hardware gives all ones.
 template <class T> T divide(T a, T b) {
   if (b == 0) return T(~T(0));
-  if constexpr (std::is_signed_v<T>) if (b == T(-1)) return T(0 - u64(a));
+  if constexpr (std::is_signed_v<T>)
+    if (b == T(-1)) return T(0 - u64(a));
   return T(a / b);
 }
 template <class T> T remainder(T a, T b) {
   if (b == 0) return a;
-  if constexpr (std::is_signed_v<T>) if (b == T(-1)) return 0;
+  if constexpr (std::is_signed_v<T>)
+    if (b == T(-1)) return 0;
   return T(a % b);
 }
 template <class T> T minimum(T a, T b) { return std::min(a, b); }
@@ -48,8 +62,10 @@ template <class T> T bit_not(T a) { return T(~a); }
 template <class T> T cnot(T a) { return a == 0; }
 template <class T> T shl(T a, u32 n) { return n >= kBits<T> ? T(0) : T(Unsigned<T>(a) << n); }
 template <class T> T shr(T a, u32 n) {
-  if constexpr (std::is_signed_v<T>) return T(a >> std::min(n, kBits<T> - 1));
-  else return n >= kBits<T> ? T(0) : T(a >> n);
+  if constexpr (std::is_signed_v<T>)
+    return T(a >> std::min(n, kBits<T> - 1));
+  else
+    return n >= kBits<T> ? T(0) : T(a >> n);
 }
 template <class T> u32 popc(T a) { return u32(std::popcount(a)); }
 template <class T> u32 clz(T a) { return u32(std::countl_zero(a)); }

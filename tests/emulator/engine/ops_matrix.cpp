@@ -48,9 +48,11 @@ template <bool kLoad> void move_matrix(Warp& warp, const Instruction& in, u32 ma
   engine.maybe_preempt(warp);
 }
 
-// mma.sync m16n8kK with fp32 accumulation: the sum of the products and the accumulator is taken in double precision, then cut off. Registers: d[4], a[], b[], c[4].
+// mma.sync m16n8kK with fp32 accumulation: the sum of the products and the accumulator is taken in double precision, then cut
+// off. Registers: d[4], a[], b[], c[4].
 template <MmaType kType, u32 kK> void multiply(Warp& warp, const Instruction& in) {
-  constexpr u32 kPer = kType == MmaType::kTf32 ? 1 : 2, kStep = 4 * kPer;  // elements in a register; k covered by one of every lane
+  constexpr u32 kPer = kType == MmaType::kTf32 ? 1 : 2,
+                kStep = 4 * kPer;  // elements in a register; k covered by one of every lane
   constexpr u32 kRegistersB = kK / kStep, kRegistersA = 2 * kRegistersB;
   double a[16][kK], b[kK][8], d[16][8];
   for (u32 i = 0; i < kRegistersA; i++) {
@@ -72,7 +74,8 @@ template <MmaType kType, u32 kK> void multiply(Warp& warp, const Instruction& in
       for (u32 n = 0; n < 8; n++) d[m][n] += a[m][k] * b[k][n];
   for (u32 i = 0; i < 4; i++) {
     u32* lanes = warp.lanes32(in.reg[i]);
-    for (u32 l = 0; l < kWarpSize; l++) lanes[l] = std::bit_cast<u32>(truncate_to_float(d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]));
+    for (u32 l = 0; l < kWarpSize; l++)
+      lanes[l] = std::bit_cast<u32>(truncate_to_float(d[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]));
   }
   warp.engine->stats.macs += 16 * 8 * kK;
 }

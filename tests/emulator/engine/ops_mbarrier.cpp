@@ -22,7 +22,8 @@ Target target_of(Warp& warp, u32 l, u64 address) {
 
 MBarrier& find(Cta& cta, u32 offset) {
   auto found = cta.mbarriers.find(offset);
-  if (found == cta.mbarriers.end() || !found->second.valid) fault(ErrorKind::kBarrier, "no mbarrier has been initialised at <at:%u:%u>", kSharedRegion, offset);
+  if (found == cta.mbarriers.end() || !found->second.valid)
+    fault(ErrorKind::kBarrier, "no mbarrier has been initialised at <at:%u:%u>", kSharedRegion, offset);
   return found->second;
 }
 
@@ -42,7 +43,8 @@ void finish_phase(Engine& engine, MBarrier& barrier) {
 
 void add_tx(MBarrier& barrier, i64 bytes) {
   barrier.tx += bytes;
-  if (barrier.tx > kMaxTx || barrier.tx < -kMaxTx) fault(ErrorKind::kBarrier, "the transaction count of an mbarrier leaves its range");
+  if (barrier.tx > kMaxTx || barrier.tx < -kMaxTx)
+    fault(ErrorKind::kBarrier, "the transaction count of an mbarrier leaves its range");
 }
 
 // The storage changes owner: nobody may still use it, as data or as the old barrier.
@@ -53,7 +55,9 @@ void claim(Warp& warp, const Instruction& in, u32 l, Cta& cta, u32 offset) {
   Access access{actor.owner, actor.now, in.pc, kWeak, Proxy::kNeutral};
   for (const auto& [owner, user] : cta.mbarriers[offset].users)
     if (!actor.ordered(user.owner, user.time))
-      fault(ErrorKind::kRace, "the mbarrier at <at:%u:%u> is initialised or invalidated without being ordered after its use at <pc:%u>", kSharedRegion, offset, user.pc);
+      fault(ErrorKind::kRace,
+            "the mbarrier at <at:%u:%u> is initialised or invalidated without being ordered after its use at <pc:%u>",
+            kSharedRegion, offset, user.pc);
   cta.shared.shadow.write(offset, 8, actor, access);
   cta.shared.shadow.forget(offset, 8);
 }
@@ -63,10 +67,12 @@ void init(Warp& warp, const Instruction& in, u32 mask) {
   for_lanes(mask, [&](u32 l) {
     Target target = target_of(warp, l, warp.address(in.reg[0], l, in.imm[0]));
     u64 count = warp.get(in.reg[1], l);
-    if (count == 0 || count > u64(kMaxTx)) fault(ErrorKind::kBarrier, "mbarrier.init with count %llu", (unsigned long long)count);
+    if (count == 0 || count > u64(kMaxTx)) fault(ErrorKind::kBarrier, "mbarrier.init with count %llu", count);
     claim(warp, in, l, *target.cta, target.offset);
     MBarrier& barrier = target.cta->mbarriers[target.offset];
-    if (barrier.valid) fault(ErrorKind::kBarrier, "the mbarrier at <at:%u:%u> is initialised again without mbarrier.inval", kSharedRegion, target.offset);
+    if (barrier.valid)
+      fault(ErrorKind::kBarrier, "the mbarrier at <at:%u:%u> is initialised again without mbarrier.inval", kSharedRegion,
+            target.offset);
     Owner slot = barrier.slot == kNobody ? target.cta->new_agent() : barrier.slot;
     u32 ever = barrier.ever;
     barrier = MBarrier{};
@@ -85,7 +91,7 @@ void invalidate(Warp& warp, const Instruction& in, u32 mask) {
     Target target = target_of(warp, l, warp.address(in.reg[0], l, in.imm[0]));
     MBarrier& barrier = use_mbarrier(warp, in.pc, l, *target.cta, target.offset);
     if (!barrier.waiters.empty()) fault(ErrorKind::kBarrier, "mbarrier.inval while threads wait for it");
-    if (barrier.tx) fault(ErrorKind::kBarrier, "mbarrier.inval while %lld bytes are outstanding", (long long)barrier.tx);
+    if (barrier.tx) fault(ErrorKind::kBarrier, "mbarrier.inval while %lld bytes are outstanding", barrier.tx);
     claim(warp, in, l, *target.cta, target.offset);
     barrier.valid = false;
     barrier.users.clear();
@@ -104,7 +110,9 @@ void arrive(Warp& warp, const Instruction& in, u32 mask) {
     u32 tx = in.imm[1] ? u32(warp.get(operand[1], l)) : 0;
     u32 count = in.imm[2] ? u32(warp.get(operand[1 + in.imm[1]], l)) : in.imm[3] ? 1 : 0;
     if (in.n_dst) warp.set(in.reg[0], l, u64(barrier.phase));
-    if (count > barrier.pending) fault(ErrorKind::kBarrier, "more arrivals than the %u that the mbarrier at <at:%u:%u> expects", barrier.count, kSharedRegion, target.offset);
+    if (count > barrier.pending)
+      fault(ErrorKind::kBarrier, "more arrivals than the %u that the mbarrier at <at:%u:%u> expects", barrier.count,
+            kSharedRegion, target.offset);
     if (count && engine.racing()) barrier.gathering.add(engine.clocks, warp.actor(l));
     if (count) warp.now[l]++;
     add_tx(barrier, tx);
@@ -161,7 +169,8 @@ MBarrier& use_mbarrier(Warp& warp, u32 pc, u32 lane, Cta& cta, u32 offset) {
   if (!warp.engine->racing()) return barrier;
   Actor actor = warp.actor(lane);
   if (!actor.ordered(barrier.init.owner, barrier.init.time))
-    fault(ErrorKind::kRace, "the mbarrier at <at:%u:%u> is used without being ordered after its initialisation at <pc:%u>", kSharedRegion, offset, barrier.init.pc);
+    fault(ErrorKind::kRace, "the mbarrier at <at:%u:%u> is used without being ordered after its initialisation at <pc:%u>",
+          kSharedRegion, offset, barrier.init.pc);
   barrier.users[actor.owner] = {actor.owner, actor.now, pc};
   return barrier;
 }

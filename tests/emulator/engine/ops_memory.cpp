@@ -23,12 +23,14 @@ u64 extend(u64 value, u32 bytes, bool sign) {
 
 char* local_address(Warp& warp, u32 lane, u64 offset, u64 bytes) {
   u64 size = warp.engine->program.local_bytes;
-  if (offset + bytes > size || offset + bytes < bytes) fault(ErrorKind::kBounds, "local access of %llu bytes at %llu of %llu", (unsigned long long)bytes, (unsigned long long)offset, (unsigned long long)size);
+  if (offset + bytes > size || offset + bytes < bytes)
+    fault(ErrorKind::kBounds, "local access of %llu bytes at %llu of %llu", bytes, offset, size);
   return warp.local.data() + u64(lane) * size + offset;
 }
 
 const char* param_address(const Engine& engine, u64 offset, u64 bytes) {
-  if (offset + bytes > engine.param_bytes || offset + bytes < bytes) fault(ErrorKind::kBounds, "kernel parameter access of %llu bytes at %llu of %llu", (unsigned long long)bytes, (unsigned long long)offset, (unsigned long long)engine.param_bytes);
+  if (offset + bytes > engine.param_bytes || offset + bytes < bytes)
+    fault(ErrorKind::kBounds, "kernel parameter access of %llu bytes at %llu of %llu", bytes, offset, engine.param_bytes);
   return engine.params + offset;
 }
 

@@ -12,7 +12,8 @@ enum class ReductionType : i64 { kNone, kF32, kF16, kBf16, kU32, kS32, kF64, kU6
 
 Cta& cta_at(Warp& warp, u64 address) {
   u64 rank = (address & ~kSharedWindow) >> kClusterRankShift;
-  if (rank > warp.cta->cluster->ctas.size()) fault(ErrorKind::kBounds, "shared address 0x%llx is of no CTA in the cluster", (unsigned long long)address);
+  if (rank > warp.cta->cluster->ctas.size())
+    fault(ErrorKind::kBounds, "shared address 0x%llx is of no CTA in the cluster", address);
   return rank ? *warp.cta->cluster->ctas[rank - 1] : *warp.cta;
 }
 
@@ -20,7 +21,7 @@ u32 offset_of(u64 address) { return u32(address) & ((1u << kClusterRankShift) - 
 
 TensorMap fetch_map(Engine& engine, u64 address) {
   TensorMap map;
-  if (address % 64) fault(ErrorKind::kAlignment, "tensor map at 0x%llx is not aligned to 64 bytes", (unsigned long long)address);
+  if (address % 64) fault(ErrorKind::kAlignment, "tensor map at 0x%llx is not aligned to 64 bytes", address);
   if (address & kParamWindow) {
     u64 offset = address & ~kParamWindow;
     if (offset + sizeof map > engine.param_bytes) fault(ErrorKind::kBounds, "tensor map beyond the kernel parameters");
@@ -28,19 +29,24 @@ TensorMap fetch_map(Engine& engine, u64 address) {
   } else {
     memcpy(&map, engine.global_place(address, sizeof map, false).host(), sizeof map);
   }
-  if (map.magic != kTensorMapMagic) fault(ErrorKind::kAsyncCopy, "no tensor map at 0x%llx", (unsigned long long)address);
+  if (map.magic != kTensorMapMagic) fault(ErrorKind::kAsyncCopy, "no tensor map at 0x%llx", address);
   return map;
 }
 
 // Cuts the box at these coordinates into runs that are contiguous on both sides. Elements outside the tensor are not valid.
-void tile_parts(Engine& engine, const TensorMap& map, const i64* at, u32 shared, bool write, std::vector<BulkCopy::Part>& parts) {
+void tile_parts(Engine& engine, const TensorMap& map, const i64* at, u32 shared, bool write,
+                std::vector<BulkCopy::Part>& parts) {
   const u32 row_bytes = map.box[0] * map.element_bytes, step = map.swizzle ? 16 : row_bytes;
   u32 rows = 1;
   for (u32 d = 1; d < map.rank; d++) rows *= map.box[d];
-  if (row_bytes % 16) fault(ErrorKind::kAsyncCopy, "the inner box of a tensor map has %u bytes, not a multiple of 16", row_bytes);
-  if (map.swizzle && row_bytes > map.swizzle) fault(ErrorKind::kAsyncCopy, "the inner box of %u bytes exceeds the %u-byte swizzle", row_bytes, map.swizzle);
+  if (row_bytes % 16)
+    fault(ErrorKind::kAsyncCopy, "the inner box of a tensor map has %u bytes, not a multiple of 16", row_bytes);
+  if (map.swizzle && row_bytes > map.swizzle)
+    fault(ErrorKind::kAsyncCopy, "the inner box of %u bytes exceeds the %u-byte swizzle", row_bytes, map.swizzle);
   u32 align = map.swizzle == 128 ? 1024 : map.swizzle ? map.swizzle * 8 : 128;
-  if (shared % align) fault(ErrorKind::kAlignment, "a tile with %u-byte swizzle at shared address %u is not aligned to %u bytes", map.swizzle, shared, align);
+  if (shared % align)
+    fault(ErrorKind::kAlignment, "a tile with %u-byte swizzle at shared address %u is not aligned to %u bytes", map.swizzle,
+          shared, align);
   for (u32 row = 0; row < rows; row++) {
     bool inside = true;
     u64 address = map.address;
@@ -84,8 +90,10 @@ void begin(Warp& warp, std::shared_ptr<BulkCopy> copy) {
   engine.stats.tma_bytes += total_bytes(*copy);
   engine.progress++;
   warp.actions++;
-  if (engine.policy() == AsyncPolicy::kEarly) run_bulk(engine, *copy);
-  else engine.bulk.push_back(copy);
+  if (engine.policy() == AsyncPolicy::kEarly)
+    run_bulk(engine, *copy);
+  else
+    engine.bulk.push_back(copy);
   engine.maybe_preempt(warp);
 }
 
@@ -100,7 +108,8 @@ void start_load(Warp& warp, u32 pc, u32 l, std::shared_ptr<BulkCopy> copy) {
       target.cta->shared.check(part.shared, part.bytes, true);
       target.cta->shared.shadow.write(part.shared, part.bytes, actor, {barrier.slot, kInFlight, pc, kWeak, Proxy::kAsync});
       if (t == 0 && part.valid)
-        part.global.region->shadow.read(part.global.offset, part.valid, actor, {barrier.slot, barrier.ever + 1, pc, kWeak, Proxy::kAsync});
+        part.global.region->shadow.read(part.global.offset, part.valid, actor,
+                                        {barrier.slot, barrier.ever + 1, pc, kWeak, Proxy::kAsync});
     }
   }
   count_traffic(*copy, true, false);
@@ -136,7 +145,8 @@ std::shared_ptr<BulkCopy> new_copy(Warp& warp, const Instruction& in, u32 l, boo
 
 void set_targets(Warp& warp, BulkCopy& copy, u64 shared, u64 mbarrier, u32 multicast) {
   if (!multicast) {
-    if (&cta_at(warp, shared) != &cta_at(warp, mbarrier)) fault(ErrorKind::kAsyncCopy, "a bulk copy and its mbarrier are in different CTAs");
+    if (&cta_at(warp, shared) != &cta_at(warp, mbarrier))
+      fault(ErrorKind::kAsyncCopy, "a bulk copy and its mbarrier are in different CTAs");
     copy.targets.push_back({&cta_at(warp, shared), offset_of(mbarrier)});
     return;
   }
@@ -171,7 +181,8 @@ void load_tensor(Warp& warp, const Instruction& in, u32 mask) {
   engine.lane = -1;
 }
 
-// cp.async.bulk.tensor and cp.reduce.async.bulk.tensor out of shared memory; imm: rank, reduce. Registers: shared, map, coordinates.
+// cp.async.bulk.tensor and cp.reduce.async.bulk.tensor out of shared memory; imm: rank, reduce. Registers: shared, map,
+// coordinates.
 void store_tensor(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   const u32 rank = u32(in.imm[0]);
@@ -193,9 +204,11 @@ void load_linear(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   for_lanes(mask, [&](u32 l) {
     auto copy = new_copy(warp, in, l, true);
-    u64 shared = warp.get(in.reg[0], l), global = warp.get(in.reg[1], l), bytes = warp.get(in.reg[2], l), mbarrier = warp.get(in.reg[3], l);
+    u64 shared = warp.get(in.reg[0], l), global = warp.get(in.reg[1], l), bytes = warp.get(in.reg[2], l),
+        mbarrier = warp.get(in.reg[3], l);
     shared_alignment(shared, mbarrier);
-    if (bytes % 16 || global % 16) fault(ErrorKind::kAlignment, "bulk copy of %llu bytes from 0x%llx: both must be multiples of 16", (unsigned long long)bytes, (unsigned long long)global);
+    if (bytes % 16 || global % 16)
+      fault(ErrorKind::kAlignment, "bulk copy of %llu bytes from 0x%llx: both must be multiples of 16", bytes, global);
     set_targets(warp, *copy, shared, mbarrier, in.imm[0] ? u32(warp.get(in.reg[4], l)) & 0xffff : 0);
     copy->parts.push_back({offset_of(shared), u32(bytes), 0, u32(bytes), engine.global_place(global, bytes, false)});
     start_load(warp, in.pc, l, copy);
@@ -210,7 +223,8 @@ void store_linear(Warp& warp, const Instruction& in, u32 mask) {
     auto copy = new_copy(warp, in, l, false);
     u64 global = warp.get(in.reg[0], l), shared = warp.get(in.reg[1], l), bytes = warp.get(in.reg[2], l);
     shared_alignment(shared, 0);
-    if (bytes % 16 || global % 16) fault(ErrorKind::kAlignment, "bulk copy of %llu bytes to 0x%llx: both must be multiples of 16", (unsigned long long)bytes, (unsigned long long)global);
+    if (bytes % 16 || global % 16)
+      fault(ErrorKind::kAlignment, "bulk copy of %llu bytes to 0x%llx: both must be multiples of 16", bytes, global);
     copy->reduction = in.imm[0];
     copy->parts.push_back({offset_of(shared), u32(bytes), 0, u32(bytes), engine.global_place(global, bytes, true)});
     start_store(warp, in.pc, l, copy);

@@ -9,7 +9,8 @@ namespace {
 // The lanes that a .sync instruction names must all be here. Its operand says which; they must include every executing lane.
 bool gather(Warp& warp, u32 mask, Operand members, const char* what) {
   u32 named = u32(warp.uniform(members, mask, what));
-  if (mask & ~named) fault(ErrorKind::kDivergence, "%s: lanes %08x execute it but are not in its member mask %08x", what, mask & ~named, named);
+  if (mask & ~named)
+    fault(ErrorKind::kDivergence, "%s: lanes %08x execute it but are not in its member mask %08x", what, mask & ~named, named);
   return warp.converged(mask, named & warp.live, what);
 }
 
@@ -25,13 +26,26 @@ void shuffle(Warp& warp, const Instruction& in, u32 mask) {
     bool ok;
     u32 delta = b[l] & 31;
     switch (mode) {
-      case 0: source = i32(l) - i32(delta); ok = source >= i32(high); break;
-      case 1: source = i32(l + delta); ok = source <= i32(high); break;
-      case 2: source = i32(l ^ delta); ok = source <= i32(high); break;
-      default: source = i32(low | (delta & ~segment)); ok = source <= i32(high); break;
+      case 0:
+        source = i32(l) - i32(delta);
+        ok = source >= i32(high);
+        break;
+      case 1:
+        source = i32(l + delta);
+        ok = source <= i32(high);
+        break;
+      case 2:
+        source = i32(l ^ delta);
+        ok = source <= i32(high);
+        break;
+      default:
+        source = i32(low | (delta & ~segment));
+        ok = source <= i32(high);
+        break;
     }
     if (!ok) source = i32(l);
-    if (!(mask >> source & 1)) fault(ErrorKind::kDivergence, "shfl.sync: lane %u reads lane %d, which does not take part", l, source);
+    if (!(mask >> source & 1))
+      fault(ErrorKind::kDivergence, "shfl.sync: lane %u reads lane %d, which does not take part", l, source);
     result[l] = a[source];
     inside |= u32(ok) << l;
   });

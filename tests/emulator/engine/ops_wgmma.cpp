@@ -16,7 +16,14 @@ struct Shape {
   MmaType type;
   bool a_in_registers, a_mn_major, b_mn_major, negate_a, negate_b;
   explicit Shape(const Instruction& in)
-      : n(u32(in.imm[0])), k(u32(in.imm[1])), type(MmaType(in.imm[2])), a_in_registers(in.imm[3]), a_mn_major(in.imm[4]), b_mn_major(in.imm[5]), negate_a(in.imm[6]), negate_b(in.imm[7]) {}
+      : n(u32(in.imm[0])),
+        k(u32(in.imm[1])),
+        type(MmaType(in.imm[2])),
+        a_in_registers(in.imm[3]),
+        a_mn_major(in.imm[4]),
+        b_mn_major(in.imm[5]),
+        negate_a(in.imm[6]),
+        negate_b(in.imm[7]) {}
   u32 element_bytes() const { return type == MmaType::kTf32 ? 4 : 2; }
   const Operand* a(const Instruction& in) const { return in.reg + in.n_dst; }
   u32 n_a() const { return a_in_registers ? 4 : 1; }
@@ -28,8 +35,15 @@ struct Matrix {
   bool mn_major;
 
   Matrix(u64 descriptor, bool mn_major, u32 element_bytes)
-      : start(u32(descriptor & 0x3fff) << 4), leading(u32(descriptor >> 16 & 0x3fff) << 4), stride(u32(descriptor >> 32 & 0x3fff) << 4),
-        swizzle(descriptor >> 62 == 1 ? 128 : descriptor >> 62 == 2 ? 64 : descriptor >> 62 == 3 ? 32 : 0), element_bytes(element_bytes), mn_major(mn_major) {
+      : start(u32(descriptor & 0x3fff) << 4),
+        leading(u32(descriptor >> 16 & 0x3fff) << 4),
+        stride(u32(descriptor >> 32 & 0x3fff) << 4),
+        swizzle(descriptor >> 62 == 1   ? 128
+                : descriptor >> 62 == 2 ? 64
+                : descriptor >> 62 == 3 ? 32
+                                        : 0),
+        element_bytes(element_bytes),
+        mn_major(mn_major) {
     if (descriptor >> 49 & 7) fault(ErrorKind::kWgmma, "a matrix descriptor with a base offset is not modelled");
   }
 
@@ -79,16 +93,21 @@ void execute(Cta& cta, u32 warpgroup, const WgmmaOp& op) {
       for (u32 i = 0; i < 4; i++) {
         const u32* lanes = warps[w].lanes32(shape.a(*op.in)[i]);
         for (u32 l = 0; l < kWarpSize; l++)
-          for (u32 e = 0; e < per; e++) a[w * 16 + l / 4 + i % 2 * 8][l % 4 * per + i / 2 * k_step + e] = mma_element(shape.type, lanes[l], e);
+          for (u32 e = 0; e < per; e++)
+            a[w * 16 + l / 4 + i % 2 * 8][l % 4 * per + i / 2 * k_step + e] = mma_element(shape.type, lanes[l], e);
       }
   } else {
-    gather(cta, Matrix(op.desc_a, shape.a_mn_major, shape.element_bytes()), shape.type, kRows, shape.k, [&](u32 m, u32 k, float x) { a[m][k] = x; });
+    gather(cta, Matrix(op.desc_a, shape.a_mn_major, shape.element_bytes()), shape.type, kRows, shape.k,
+           [&](u32 m, u32 k, float x) { a[m][k] = x; });
   }
-  gather(cta, Matrix(op.desc_b, shape.b_mn_major, shape.element_bytes()), shape.type, shape.n, shape.k, [&](u32 n, u32 k, float x) { b[k][n] = x; });
+  gather(cta, Matrix(op.desc_b, shape.b_mn_major, shape.element_bytes()), shape.type, shape.n, shape.k,
+         [&](u32 n, u32 k, float x) { b[k][n] = x; });
   const double sign = shape.negate_a == shape.negate_b ? 1. : -1.;
   for (u32 m = 0; m < kRows; m++) {
     // Row m is in warp m / 16, in lanes 4 (m % 8) .. + 3; register j holds columns 8 (j / 4) + 2 (lane % 4) + j % 2.
-    auto held = [&](u32 n) -> u32& { return warps[m / 16].lanes32(op.in->reg[n / 8 * 4 + m % 16 / 8 * 2 + n % 2])[m % 8 * 4 + n % 8 / 2]; };
+    auto held = [&](u32 n) -> u32& {
+      return warps[m / 16].lanes32(op.in->reg[n / 8 * 4 + m % 16 / 8 * 2 + n % 2])[m % 8 * 4 + n % 8 / 2];
+    };
     for (u32 n = 0; n < shape.n; n++) d[n] = op.accumulate ? std::bit_cast<float>(held(n)) : 0.;
     for (u32 k = 0; k < shape.k; k++) {
       const double x = sign * a[m][k];
@@ -108,7 +127,8 @@ void check_shared_reads(Warp& warp, const WgmmaOp& op) {
   for (u32 w = 0; w < 4; w++)
     for (const Knowledge& knows : cta.warps[warp.index / 4 * 4 + w].knows) {
       bool seen = false;
-      for (const Knowledge* other : distinct) seen |= other->happened == knows.happened && other->fenced[kFenceShared] == knows.fenced[kFenceShared];
+      for (const Knowledge* other : distinct)
+        seen |= other->happened == knows.happened && other->fenced[kFenceShared] == knows.fenced[kFenceShared];
       if (!seen) distinct.push_back(&knows);
     }
   if (!engine.racing()) distinct.resize(1);
@@ -155,7 +175,8 @@ void issue(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   const Shape shape(in);
   Warpgroup& warpgroup = warp.cta->warpgroups[warp.index / 4];
-  if (warp.index / 4 * 4 + 4 > warp.cta->warps.size()) fault(ErrorKind::kWgmma, "wgmma in a warpgroup of fewer than four warps");
+  if (warp.index / 4 * 4 + 4 > warp.cta->warps.size())
+    fault(ErrorKind::kWgmma, "wgmma in a warpgroup of fewer than four warps");
   if (!warp.wgmma_fences) fault(ErrorKind::kWgmma, "wgmma without a wgmma.fence before it");
   hold_registers(warp, in, shape);
   const Operand* operand = shape.a(in);
@@ -166,7 +187,8 @@ void issue(Warp& warp, const Instruction& in, u32 mask) {
   u32 at = warp.wgmma_ops++ - warpgroup.first_op;
   if (at == warpgroup.ops.size()) warpgroup.ops.push_back(op);
   WgmmaOp& shared = warpgroup.ops[at];
-  if (shared.in != &in || shared.desc_a != op.desc_a || shared.desc_b != op.desc_b || shared.accumulate != op.accumulate || shared.group != op.group)
+  if (shared.in != &in || shared.desc_a != op.desc_a || shared.desc_b != op.desc_b || shared.accumulate != op.accumulate ||
+      shared.group != op.group)
     fault(ErrorKind::kDivergence, "the warps of a warpgroup issue different wgmma: the other one at <pc:%u>", shared.in->pc);
   shared.warps |= 1u << warp.index % 4;
   warp.actions++;
@@ -219,8 +241,8 @@ void check_held_registers(Warp& warp, const Instruction& in, u32 mask) {
     if ((in.reg[i] & 3) != k32) continue;
     HeldRegister& held = warp.held[in.reg[i] >> 2];
     if (held.group > warp.wgmma_waited && (held.accumulator || i < in.n_dst))
-      fault(ErrorKind::kWgmma, "a register that wgmma has in flight is %s before wgmma.wait_group: %s of <pc:%u>", i < in.n_dst ? "written" : "read",
-            held.accumulator ? "an accumulator" : "a fragment of A", held.pc);
+      fault(ErrorKind::kWgmma, "a register that wgmma has in flight is %s before wgmma.wait_group: %s of <pc:%u>",
+            i < in.n_dst ? "written" : "read", held.accumulator ? "an accumulator" : "a fragment of A", held.pc);
     held.touched = warp.wgmma_fences + 1;
   }
   in.unchecked(warp, in, mask);

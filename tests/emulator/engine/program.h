@@ -19,11 +19,11 @@ using Operand = u32;
 
 struct Instruction {
   Handler run;
-  Handler unchecked;         // the handler proper, where `run` first checks registers that wgmma may hold
+  Handler unchecked;  // the handler proper, where `run` first checks registers that wgmma may hold
   u32 pc;
-  u32 guard;                 // predicate register, or kNoGuard
+  u32 guard;  // predicate register, or kNoGuard
   bool guard_negated;
-  u32 n_dst, n_reg;          // destinations come first among the operands
+  u32 n_dst, n_reg;  // destinations come first among the operands
   const Operand* reg;
   const i64* imm;
 };
@@ -31,14 +31,54 @@ constexpr u32 kNoGuard = ~0u;
 
 // Registers whose value depends on the thread, filled in when a warp starts.
 enum class Special : u32 {
-  kTidX, kTidY, kTidZ, kNtidX, kNtidY, kNtidZ, kCtaidX, kCtaidY, kCtaidZ, kNctaidX, kNctaidY, kNctaidZ, kLaneid, kWarpid, kNwarpid,
-  kClusterCtaidX, kClusterCtaidY, kClusterCtaidZ, kClusterNctaidX, kClusterNctaidY, kClusterNctaidZ, kClusterCtarank, kClusterNctarank,
-  kClusteridX, kClusteridY, kClusteridZ, kNclusteridX, kNclusteridY, kNclusteridZ, kLanemaskEq, kLanemaskLt, kLanemaskLe, kLanemaskGt, kLanemaskGe,
-  kSmid, kNsmid, kDynamicSmemSize, kTotalSmemSize
+  kTidX,
+  kTidY,
+  kTidZ,
+  kNtidX,
+  kNtidY,
+  kNtidZ,
+  kCtaidX,
+  kCtaidY,
+  kCtaidZ,
+  kNctaidX,
+  kNctaidY,
+  kNctaidZ,
+  kLaneid,
+  kWarpid,
+  kNwarpid,
+  kClusterCtaidX,
+  kClusterCtaidY,
+  kClusterCtaidZ,
+  kClusterNctaidX,
+  kClusterNctaidY,
+  kClusterNctaidZ,
+  kClusterCtarank,
+  kClusterNctarank,
+  kClusteridX,
+  kClusteridY,
+  kClusteridZ,
+  kNclusteridX,
+  kNclusteridY,
+  kNclusteridZ,
+  kLanemaskEq,
+  kLanemaskLt,
+  kLanemaskLe,
+  kLanemaskGt,
+  kLanemaskGe,
+  kSmid,
+  kNsmid,
+  kDynamicSmemSize,
+  kTotalSmemSize
 };
 
-struct SpecialRegister { Special kind; Operand reg; };
-struct Constant { Operand reg; u64 value; };
+struct SpecialRegister {
+  Special kind;
+  Operand reg;
+};
+struct Constant {
+  Operand reg;
+  u64 value;
+};
 
 struct Program {
   std::vector<Instruction> code;

@@ -19,7 +19,8 @@ void AccessSet::add(const Access& access, const Actor& actor) {
     // Whoever is ordered after the new access is ordered after these too. A strong access stands in only for strong ones
     // (another strong one need not be ordered after it), and only a write for a write (a read need not be after a read).
     bool stands_in = (access.scope == kWeak || old.scope != kWeak) && (access.writes || !old.writes);
-    bool earlier = old.owner == access.owner ? old.time != kInFlight && old.scope <= access.scope : actor.ordered(old.owner, old.time);
+    bool earlier =
+        old.owner == access.owner ? old.time != kInFlight && old.scope <= access.scope : actor.ordered(old.owner, old.time);
     if (!stands_in || !earlier) accesses[kept++] = old;
   }
   count_ = kept;
@@ -50,13 +51,13 @@ void Shadow::enable(u32 buffer, u64 bytes, bool initialised, FenceSpace space, c
 
 void Shadow::split(Line& line, u32 cell_bytes) {
   std::unique_ptr<Cell[]> finer(new Cell[kLine / cell_bytes]);
-  for (u32 i = 0; i < kLine / cell_bytes; i++) finer[i] = line.cells ? line.cells[i * cell_bytes / line.cell_bytes] : line.whole;
+  for (u32 i = 0; i < kLine / cell_bytes; i++)
+    finer[i] = line.cells ? line.cells[i * cell_bytes / line.cell_bytes] : line.whole;
   line.cells = std::move(finer);
   line.cell_bytes = cell_bytes;
 }
 
-template <class F>
-void Shadow::for_cells(u64 offset, u64 bytes, bool unify, F f) {
+template <class F> void Shadow::for_cells(u64 offset, u64 bytes, bool unify, F f) {
   u64 end = offset + bytes;
   for (u64 i = offset / kLine; i * kLine < end; i++) {
     Line& line = lines_[i];
@@ -84,8 +85,9 @@ void Shadow::race(const char* action, u64 at, const char* other_action, const Ac
   char who[96];
   u32 index = other.owner & ((1u << options_.shift) - 1);
   snprintf(who, sizeof who, "<agent:%u:%u>", other.owner >> options_.shift, index);
-  fault(ErrorKind::kRace, "%s%s of <at:%u:%llu> is not ordered after the %s%s by %s at <pc:%u>%s", name(by.proxy), action, buffer_,
-        (unsigned long long)at, name(other.proxy), other_action, who, other.pc, other.time == kInFlight ? ", which is still in flight" : "");
+  fault(ErrorKind::kRace, "%s%s of <at:%u:%llu> is not ordered after the %s%s by %s at <pc:%u>%s", name(by.proxy), action,
+        buffer_, at, name(other.proxy), other_action, who, other.pc,
+        other.time == kInFlight ? ", which is still in flight" : "");
 }
 
 bool Shadow::morally_strong(const Access& a, const Access& b, const Actor& actor) const {
@@ -93,7 +95,8 @@ bool Shadow::morally_strong(const Access& a, const Access& b, const Actor& actor
   if (narrower == kWeak) return false;
   if (narrower == kScopeGpu) return true;
   u32 other = b.owner >> options_.shift;
-  return narrower == kScopeCta ? other == actor.cta : other / options_.ctas_per_cluster == actor.cta / options_.ctas_per_cluster;
+  return narrower == kScopeCta ? other == actor.cta
+                               : other / options_.ctas_per_cluster == actor.cta / options_.ctas_per_cluster;
 }
 
 // The access `by` meets an earlier one: unless both are reads, or both strong, the earlier must have happened before.
@@ -105,16 +108,21 @@ void Shadow::check_order(const Access& earlier, u64 at, const Actor& actor, cons
 void Shadow::check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const {
   const Access& write = cell.write;
   if (write.owner == kNobody || write.proxy != Proxy::kGeneric) return;
-  bool fenced = write.owner == actor.owner ? actor.fenced_now[space_] >= write.time : actor.knows->fenced[space_].at(write.owner) >= write.time;
+  bool fenced = write.owner == actor.owner ? actor.fenced_now[space_] >= write.time
+                                           : actor.knows->fenced[space_].at(write.owner) >= write.time;
   bool foreign = write.owner >> options_.shift != actor.cta;
-  if (fenced && options_.fence_by_reader && foreign && actor.reader_fenced) fenced = actor.reader_fenced[space_].at(write.owner) >= write.time;
+  if (fenced && options_.fence_by_reader && foreign && actor.reader_fenced)
+    fenced = actor.reader_fenced[space_].at(write.owner) >= write.time;
   if (fenced) return;
-  fault(ErrorKind::kProxy, "asynchronous %s of <at:%u:%llu>: the generic write by <agent:%u:%u> at <pc:%u> has no fence.proxy.async for %s memory in between", action,
-        buffer_, (unsigned long long)at, write.owner >> options_.shift, write.owner & ((1u << options_.shift) - 1), write.pc, space_ == kFenceShared ? "shared" : "global");
+  fault(ErrorKind::kProxy,
+        "asynchronous %s of <at:%u:%llu>: the generic write by <agent:%u:%u> at <pc:%u> has no fence.proxy.async for %s memory "
+        "in between",
+        action, buffer_, at, write.owner >> options_.shift, write.owner & ((1u << options_.shift) - 1), write.pc,
+        space_ == kFenceShared ? "shared" : "global");
 }
 
 void Shadow::read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const {
-  if (!cell.initialised) fault(ErrorKind::kUninitialised, "read of uninitialised <at:%u:%llu>", buffer_, (unsigned long long)at);
+  if (!cell.initialised) fault(ErrorKind::kUninitialised, "read of uninitialised <at:%u:%llu>", buffer_, at);
   if (cell.write.owner != kNobody) check_order(cell.write, at, actor, by, false);
   for (const Access& access : cell.since) check_order(access, at, actor, by, false);
   if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "read");

@@ -46,7 +46,7 @@ class AccessSet {
 };
 
 struct Cell {
-  Access write;              // the last ordinary one
+  Access write;  // the last ordinary one
   AccessSet since;
   bool initialised = false;
 };

@@ -13,8 +13,8 @@ struct TensorMap {
   u64 size[kMaxRank];        // in elements, innermost first
   u64 stride[kMaxRank - 1];  // in bytes, of all dimensions but the innermost
   u32 box[kMaxRank];
-  u32 swizzle;               // bytes; 0: none
-  u32 element_type;          // ReductionType
+  u32 swizzle;       // bytes; 0: none
+  u32 element_type;  // ReductionType
   u32 reserved;
 };
 static_assert(sizeof(TensorMap) == 128);
