@@ -132,10 +132,10 @@ def compiled_kernels(kernel, arch: int) -> list:
 def remarks(compiled, arch: int) -> list[str]:
     """What ptxas says of a kernel's wgmma pipeline (C75xx): each means that it waits where the code does not."""
     target = f"--gpu-name=sm_{arch}" + ("a" if arch >= 90 else "")
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
-        ptx.write(compiled.asm["ptx"])
-        ptx.flush()
-        command = [TOOLS / "ptxas", "-v", target, ptx.name, "-o", "/dev/null"]
+    with tempfile.TemporaryDirectory() as directory:
+        ptx = Path(directory, "kernel.ptx")
+        ptx.write_text(compiled.asm["ptx"])
+        command = [TOOLS / "ptxas", "-v", target, ptx, "-o", ptx.with_suffix(".cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return re.findall(r"\(C75\d\d\)[^\n]*", done.stdout + done.stderr)
 

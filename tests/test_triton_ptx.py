@@ -45,15 +45,15 @@ def target(monkeypatch, poisoned):
     return set_arch
 
 
-def run(case: numerics.Case, config: TileConfig, arch: int, options: LaunchOptions, needs: Needs = ALL):
-    """Forward and backward of one layer; its results, and the counters of both launches."""
+def run(case: numerics.Case, config: TileConfig, arch: int, options: LaunchOptions, needs=ALL, kernels=triton_lora):
+    """Forward and backward of one layer by ``kernels``; its results, and the counters of both launches."""
     c = case
     needs = needs._replace(dbias=needs.dbias and c.bias is not None)
     with emulated(arch, options) as stats:
         forward_args = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
-        y, s = triton_lora.lora_forward(*forward_args, config=config)
+        y, s = kernels.lora_forward(*forward_args, config=config)
         backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
-        gradients = triton_lora.lora_backward(*backward_args, config=config)
+        gradients = kernels.lora_backward(*backward_args, config=config)
     assert len(stats) == 2, "one launch each way"
     assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
     return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, stats

@@ -1,0 +1,151 @@
+"""Copies of the Triton kernels with one defect each, to see the proof find it."""
+
+import importlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import fastlora.kernels
+
+_SOURCES = Path(fastlora.kernels.__file__).parent
+_MODULES = ("triton_schedule", "triton_tiles", "triton_lora")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One replacement in one module. ``dropout``: the defect shows only where dropout is on."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    dropout: bool = False
+
+
+MUTANTS = (
+    Mutant(
+        "no wait for S", "triton_tiles", "            wait_for(flags_ptr + row, 1)\n        _finish", "        _finish"
+    ),
+    Mutant("wait for the row before", "triton_tiles", "wait_for(flags_ptr + row, 1)", "wait_for(flags_ptr + row, 0)"),
+    Mutant("relaxed release", "triton_schedule", 'flag_ptr, 1, sem="release"', 'flag_ptr, 1, sem="relaxed"'),
+    Mutant("relaxed acquire", "triton_schedule", 'flag_ptr, 0, sem="acquire"', 'flag_ptr, 0, sem="relaxed"'),
+    Mutant(
+        "no barrier before the release",
+        "triton_schedule",
+        "    tl.debug_barrier()\n    tl.atomic_add(flag_ptr",
+        "    tl.atomic_add(flag_ptr",
+    ),
+    Mutant("flag of the wrong row", "triton_tiles", "publish(flags_ptr + row)", "publish(flags_ptr + row + 1)"),
+    Mutant("flags not reset", "triton_schedule", "mask=offs < n_words", "mask=offs < 2"),
+    Mutant("ticket not reset", "triton_schedule", "mask=offs < n_words", "mask=(offs < n_words) & (offs > 0)"),
+    Mutant("reset one program early", "triton_schedule", "tl.num_programs(0) - 1:", "tl.num_programs(0) - 2:"),
+    Mutant(
+        "tickets out of order",
+        "triton_schedule",
+        'return tl.atomic_add(workspace_ptr, 1, sem="relaxed")',
+        'return tl.num_programs(0) - 1 - tl.atomic_add(workspace_ptr, 1, sem="relaxed")',
+    ),
+    Mutant("no wait for dS", "triton_lora", "wait_for(flags_ptr + m, 1)", "wait_for(flags_ptr + m, 0)"),
+    Mutant(
+        "no wait for the part before",
+        "triton_tiles",
+        "wait_for(count_ptr + tile, part.index)",
+        "wait_for(count_ptr + tile, 0)",
+    ),
+    Mutant("part not passed on", "triton_tiles", "        publish(count_ptr + tile)\n", ""),
+    Mutant("partial sum dropped", "triton_tiles", "acc += tl.load(partial_ptrs", "acc = tl.load(partial_ptrs"),
+    Mutant(
+        "bias partial dropped",
+        "triton_tiles",
+        "acc_sum += tl.load(column_sum.partial_ptr",
+        "acc_sum = 0 * tl.load(column_sum.partial_ptr",
+    ),
+    Mutant(
+        "tail rows stored",
+        "triton_tiles",
+        "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]",
+        "mask = (offs_m <= shape.M)[:, None] & (offs_n < shape.N)[None, :]",
+    ),
+    Mutant(
+        "tail columns dropped",
+        "triton_tiles",
+        "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]",
+        "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N - 1)[None, :]",
+    ),
+    Mutant("rows not clamped", "triton_tiles", "variant.tile.block_m), M - 1)", "variant.tile.block_m), M)"),
+    Mutant(
+        "last step of K dropped",
+        "triton_tiles",
+        "for k in range(0, shape.K, variant.tile.block_k):",
+        "for k in range(0, shape.K - variant.tile.block_k, variant.tile.block_k):",
+    ),
+    Mutant("S unscaled", "triton_tiles", "(acc_s * scale_s)", "(acc_s * 1.0)"),
+    Mutant(
+        "branch left out",
+        "triton_tiles",
+        "for r in tl.range(0, shape.R, STEP_R",
+        "for r in tl.range(0, 0 * shape.R, STEP_R",
+    ),
+    Mutant("bias left out", "triton_tiles", "branch += tl.load(bias_ptr", "branch += 0.0 * tl.load(bias_ptr"),
+    Mutant("dA and dB negated", "triton_tiles", "(acc * scale).to", "(acc * -scale).to"),
+    Mutant(
+        "rows of the next part counted",
+        "triton_lora",
+        "first_row + variant.tile.group_m * variant.tile.block_m, M)",
+        "first_row + variant.tile.group_m * variant.tile.block_m + 1, M)",
+    ),
+    Mutant(
+        "dropout counter shifted",
+        "triton_tiles",
+        "offs_call = column // PER_CALL +",
+        "offs_call = 1 + column // PER_CALL +",
+        dropout=True,
+    ),
+    Mutant(
+        "dropout ignored in dA", "triton_tiles", "            if DROPOUT:\n", "            if False:\n", dropout=True
+    ),
+    Mutant(
+        "dropout ignored in dX",
+        "triton_tiles",
+        "tl.where(keep, branch * dropout.inverse_keep, 0.0)",
+        "branch * dropout.inverse_keep",
+        dropout=True,
+    ),
+    Mutant(
+        "dropout ignored in S", "triton_tiles", "variant), u_block, 0.0)", "variant), u_block, u_block)", dropout=True
+    ),
+    Mutant(
+        "kept elements unscaled in dA",
+        "triton_lora",
+        "part, K, R, inverse_keep, dropout",
+        "part, K, R, 1.0, dropout",
+        dropout=True,
+    ),
+)
+
+
+def load(mutant: Mutant) -> ModuleType:
+    """The mutant's own copy of fastlora.kernels.triton_lora, made afresh.
+
+    Raises:
+        ValueError: the text to replace is not in the module; the kernels have changed and the mutant must follow.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="mutant_"))
+    package = directory.name
+    for name in _MODULES:
+        text = (_SOURCES / f"{name}.py").read_text()
+        if name == mutant.module:
+            if mutant.old not in text:
+                raise ValueError(f"mutant {mutant.name!r}: {name}.py has no {mutant.old!r}")
+            text = text.replace(mutant.old, mutant.new)
+        for other in _MODULES:
+            text = text.replace(f"fastlora.kernels.{other}", f"{package}.{other}")
+        (directory / f"{name}.py").write_text(text)
+    (directory / "__init__.py").touch()
+    sys.path.insert(0, str(directory.parent))
+    try:
+        return importlib.import_module(f"{package}.triton_lora")
+    finally:
+        sys.path.remove(str(directory.parent))
