@@ -145,6 +145,16 @@ def test_a_spinning_lock_of_one_warp_ends():
         assert launch(body, ["lock", "total"], grid=2, seed=seed)["total"][0] == 64
 
 
+def test_reading_a_flag_many_times_is_no_deadlock():
+    body = (
+        pointers("flags")
+        + "\n    mov.u32 %r1, 0;\n    mov.u32 %r2, 0;\n$loop:\n    ld.volatile.global.u32 %r3, [%rd0];\n"
+    )
+    body += "    add.s32 %r2, %r2, %r3;\n    add.s32 %r2, %r2, 3;\n    add.s32 %r1, %r1, 1;\n"
+    body += "    setp.lt.u32 %p1, %r1, 100;\n    @%p1 bra $loop;\n    st.global.u32 [%rd0+64], %r2;"
+    assert launch(body, ["flags"], grid=1, block=1)["flags"][16] == 300
+
+
 def test_lanes_at_different_barriers():
     body = (
         pointers("flags")

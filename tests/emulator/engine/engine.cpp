@@ -6,6 +6,8 @@
 
 namespace emu {
 
+constexpr u64 kRetries = 1000;
+
 static u32 volume(const u32 (&extent)[3]) { return extent[0] * extent[1] * extent[2]; }
 
 Engine::Engine(const Program& program, const LaunchShape& shape, const Options& options, std::vector<Region>& buffers,
@@ -63,7 +65,7 @@ void Engine::run() {
       } else if (clusters_.empty() && next == order.size()) {
         break;
       } else {
-        deadlock();
+        if (!retry_pollers()) deadlock();
       }
     }
   } catch (Fault& found) {
@@ -152,6 +154,21 @@ void Engine::complete_some_bulk(bool idle) {
   run_bulk(*this, *copy);
   running_ = was;
   progress++;
+}
+
+// Nothing else can run: those who seem to spin on a flag get another try, since a loop may read a flag twice and go on.
+bool Engine::retry_pollers() {
+  if (progress != seen_progress_) retries_ = 0;
+  seen_progress_ = progress;
+  if (retries_++ > kRetries) return false;
+  bool any = false;
+  for (auto& [key, flag] : flags)
+    for (Warp* warp : std::exchange(flag.pollers, {})) {
+      for (Group& group : warp->groups) group.poll_seen = 0;
+      wake(warp);
+      any = true;
+    }
+  return any;
 }
 
 bool Engine::pick_group(Warp& warp) {

@@ -119,6 +119,7 @@ struct Engine {
   bool merge(Warp& warp);
   void enqueue(Warp* warp);
   void complete_some_bulk(bool idle);
+  bool retry_pollers();
   [[noreturn]] void deadlock();
   void check_timeout() const;
   void bury();  // frees what finished clusters held
@@ -130,7 +131,7 @@ struct Engine {
   u64 rng_;
   std::chrono::steady_clock::time_point start_;
   u32 current_pc_ = 0;
-  u64 n_pollers_ = 0, idle_polls_ = 0, seen_progress_ = 0;
+  u64 idle_polls_ = 0, seen_progress_ = 0, retries_ = 0;
   friend struct Warp;
 };
 

@@ -276,15 +276,11 @@ void fence_proxy_async(Warp& warp, const Instruction& in, u32 mask) {
 
 }  // namespace
 
-void Engine::add_poller(u64 key, Warp* warp) {
-  flags[key].pollers.push_back(warp);
-  n_pollers_++;
-}
+void Engine::add_poller(u64 key, Warp* warp) { flags[key].pollers.push_back(warp); }
 
 void Engine::wake_pollers(u64 key) {
   auto flag = flags.find(key);
   if (flag == flags.end() || flag->second.pollers.empty()) return;
-  n_pollers_ -= flag->second.pollers.size();
   wake_all(flag->second.pollers);
 }
 
