@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
+from triton.backends.nvidia.compiler import get_ptxas
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
 TENSOR_MEMORY_COLUMNS = 512
@@ -135,7 +136,7 @@ def remarks(compiled, arch: int) -> list[str]:
     with tempfile.TemporaryDirectory() as directory:
         ptx = Path(directory, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
-        command = [TOOLS / "ptxas", "-v", target, ptx, "-o", ptx.with_suffix(".cubin")]
+        command = [get_ptxas(arch).path, "-v", target, ptx, "-o", ptx.with_suffix(".cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     return re.findall(r"\(C75\d\d\)[^\n]*", done.stdout + done.stderr)
 
