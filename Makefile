@@ -20,7 +20,7 @@ TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
 WORKERS ?= 2
 DEMO_ARGS ?=
 
-.PHONY: help install demo test test-values test-sweep lint format wheel gpu clean
+.PHONY: help install demo test test-values lint format wheel gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,9 +49,6 @@ test: install test-values  ## every test; on a machine without a GPU the kernels
 # Values of the Triton kernels: real launches where there is a GPU, else Triton's interpreter in a process of its own.
 test-values: install
 	$(if $(HAS_GPU),,TRITON_INTERPRET=1) $(RUN) -m pytest tests/kernels -n $(WORKERS)
-
-test-sweep: install  ## the emulator's larger sweep over shapes, schedules and seeds
-	$(RUN) -m pytest tests -n $(WORKERS) -m sweep
 
 lint: install  ## ruff: lint and format checks
 	$(RUN) -m ruff check .
