@@ -163,7 +163,7 @@ __device__ __forceinline__ void any_gradient_tile(Consumer<T>& c, TileInfo tile,
                                                   float (&side)[T::kSide]) {
   if (tile.kind == kGradientA) {
     gradient_tile<true, false>(c, tile, acc, side);
-  } else if (T::kRank == 256 || c.p.grad_bias) {  // a third loop over 128 accumulators would spill
+  } else if (T::kRank >= 128 || c.p.grad_bias) {  // a third loop over so many accumulators would spill
     gradient_tile<false, true>(c, tile, acc, side);
   } else {
     gradient_tile<false, false>(c, tile, acc, side);

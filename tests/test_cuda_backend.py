@@ -92,13 +92,17 @@ def test_the_queue_is_the_modelled_one(m, ctas, group_m, tile, fused):
 
 
 @needs_extension
-def test_parts_of_a_split_tile_follow_each_other():
+@pytest.mark.parametrize("m, ctas", ((64, 4), (300, 4), (1500, 20)))
+def test_each_part_of_a_split_tile_is_claimed_once_and_in_order(m, ctas):
+    """The last part waits for the others, and every tile for its row's column 0: both must be claimed before."""
     plan = cuda._extension()[0].Plan(
-        **{**SIZES, "m": 300, "n": 264, "k": 520, "splits": 3, "group_m": 2}, block_m=128, block_n=128
+        **{**SIZES, "m": m, "n": 264, "k": 520, "splits": 3, "group_m": 2, "ctas": ctas}, block_m=128, block_n=128
     )
-    tiles = [tuple(tile) for tile in plan.queue()]
-    assert len(set(tiles)) == len(tiles) == 3 * (3 + 1) * 3
-    assert all(tiles[i][:2] == tiles[i - 1][:2] and tiles[i][2] == i % 3 for i in range(len(tiles)) if i % 3)
+    place = {tuple(tile): i for i, tile in enumerate(plan.queue())}
+    assert len(place) == len(plan.queue()) == -(-m // 128) * (3 + 1) * 3
+    for (row, column, part, _), i in place.items():
+        assert part == 0 or place[row, column, part - 1, -1] < i
+        assert column == 0 or place[row, 0, 2, -1] < i
 
 
 @needs_extension
