@@ -109,12 +109,20 @@ def faults(table: dict) -> list[str]:
     return found
 
 
+def nvcc_version() -> str | None:
+    """The compiler's version, or None where there is no compiler."""
+    nvcc = _setup_module().NVCC
+    return nvcc and re.search(r"release [\d.]+, V([\d.]+)", _run(nvcc, "--version")).group(1)
+
+
 def differences(table: dict) -> list[str]:
-    """Where the sources or the library differ from the table."""
+    """Where the sources or the library differ from the table. Another compiler's numbers are not compared."""
     from fastlora import _C
 
     if table["source"] != source_digest():
         return ["csrc/ has changed since the table was made: run python -m benchmarks.cuda_resources"]
+    if table["nvcc"] != nvcc_version():
+        return []
     shared = {variant["name"]: variant["shared_bytes"] for variant in _C.variants()}
     built = read_library(Path(_C.__file__))
     found = [f"{name}: in the table only" for name in table["kernels"].keys() - built.keys()]
@@ -138,8 +146,12 @@ def make_table() -> dict:
     kernels = read_library(Path(_C.__file__))
     for variant in _C.variants():
         kernels[variant["name"]] |= {"shared": variant["shared_bytes"], "spilled": spills[variant["name"]]}
-    nvcc = re.search(r"release ([\d.]+), V([\d.]+)", _run(_setup_module().NVCC, "--version")).group(2)
-    return {"nvcc": nvcc, "source": source_digest(), "remarks": remarks, "kernels": dict(sorted(kernels.items()))}
+    return {
+        "nvcc": nvcc_version(),
+        "source": source_digest(),
+        "remarks": remarks,
+        "kernels": dict(sorted(kernels.items())),
+    }
 
 
 def as_markdown(table: dict) -> str:

@@ -138,9 +138,11 @@ def test_few_rows(poisoned, m):
     numerics.assert_exact(results, case)
 
 
-def test_no_rows():
+def test_no_rows_or_columns():
     case = numerics.draw_integer_case(1, 16, 24, 8, torch.bfloat16)
     with emulated() as launch:
+        y, _ = cuda.lora_forward(case.x, case.weight[:0], case.lora_a, case.lora_b[:0], None, 1.0, 0.0, None)
+        assert y.shape == (1, 0)
         y, s = cuda.lora_forward(case.x[:0], case.weight, case.lora_a, case.lora_b, None, 1.0, 0.0, None)
         gradients = cuda.lora_backward(
             case.dy[:0], case.x[:0], case.weight, case.lora_a, case.lora_b, s, 1.0, 0.0, None, ALL

@@ -196,9 +196,9 @@ def lora_forward(
 
     ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for each multiprocessor."""
     (m, k), (n, r) = x.shape, lora_b.shape
+    if 0 in (m, n, k):
+        return reference.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     y, s = x.new_empty(m, n), x.new_empty(m, r)
-    if m == 0:
-        return y, s
     ctas = ctas or _multiprocessors(x.device)
     plan = _plan(
         tile or choose_tile(m, n, k, r, ctas), ctas, (m, n, k, r), False, x.dtype == torch.float16, dropout_p > 0.0
@@ -233,7 +233,7 @@ def lora_backward(
 ) -> Gradients:
     """The gradients that ``needs`` names in one launch; see fastlora.reference.lora_backward."""
     (m, n), (r, k) = dy.shape, lora_a.shape
-    if m == 0 or not any(needs):
+    if 0 in (m, n, k) or not any(needs):
         return reference.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
     ctas = ctas or _multiprocessors(dy.device)
     plan = _plan(
