@@ -55,7 +55,7 @@ LADDERS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(128, 128, 32, 8, 8, 4),
         TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
         TileConfig(32, 64, 64, 8, 4, 4, programs_per_sm=2),
-        TileConfig(16, 64, 64, 8, 4, 4, programs_per_sm=2),
+        TileConfig(16, 64, 32, 8, 4, 4, programs_per_sm=2),
         TileConfig(16, 32, 128, 8, 4, 3, programs_per_sm=2),
     ),
     "ampere wide": (
