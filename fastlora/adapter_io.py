@@ -1,58 +1,33 @@
 """Adapters on disk, in PEFT's format: ``adapter_model.safetensors`` and ``adapter_config.json``. Never a pickle."""
 
 import json
-import math
 import os
 import re
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fastlora.adapter_files import (
+    CONFIG_NAME,
+    PREFIX,
+    WEIGHTS_NAME,
+    StoredShapes,
+    alpha_of,
+    check_ranks,
+    listed,
+    open_weights,
+    read_config,
+    read_header,
+    scaling_of,
+)
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-CONFIG_NAME = "adapter_config.json"
-PICKLE_NAME = "adapter_model.bin"
-_PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SHOWN = 10
-# Fields that change what an adapter computes, and the values under which it is plain LoRA on linear layers.
-_PLAIN = {
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "lora_bias": (False,),
-    "use_qalora": (False,),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
-    "layer_replication": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "use_bdlora": (None, False),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-}
-# Starts that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them at every load.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", None)
-
-
-class _Stored(NamedTuple):
-    """One layer of an adapter file: header entries only."""
-
-    a_shape: tuple[int, ...]
-    b_shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -76,8 +51,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     _warn_of_unsaved(model)
     tensors = {}
     for path, layer in layers.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = whole_value(layer.lora_A)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = whole_value(layer.lora_B)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = whole_value(layer.lora_A)
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = whole_value(layer.lora_B)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -119,21 +94,21 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
             lists what is missing, unexpected or mismatched.
     """
     directory, model = Path(directory), _unwrapped(model)
-    config = _read_config(directory)
-    with _open_weights(directory) as file:
-        stored = _read_header(file, directory / WEIGHTS_NAME)
-        _check_ranks(stored, config)
+    config = read_config(directory)
+    with open_weights(directory) as file:
+        stored = read_header(file, directory / WEIGHTS_NAME)
+        check_ranks(stored, config)
         layers = dict(lora_layers(model))
         _check_fit(model, layers, stored)
-        alphas = {path: _pattern_value(config["alpha_pattern"], path, config["lora_alpha"]) for path in stored}
+        alphas = {path: alpha_of(path, config) for path in stored}
         if not layers:
             layers = _create_layers(model, stored, alphas, config)
         for path, layer in layers.items():
-            _copy(layer, "lora_A", file.get_tensor(f"{_PREFIX}{path}.lora_A.weight"))
-            _copy(layer, "lora_B", file.get_tensor(f"{_PREFIX}{path}.lora_B.weight"))
+            _copy(layer, "lora_A", file.get_tensor(f"{PREFIX}{path}.lora_A.weight"))
+            _copy(layer, "lora_B", file.get_tensor(f"{PREFIX}{path}.lora_B.weight"))
             layer.alpha = alphas[path]
             layer.rslora = bool(config.get("use_rslora", False))
-            layer.scaling = layer.alpha / (math.sqrt(layer.r) if layer.rslora else layer.r)
+            layer.scaling = scaling_of(layer.alpha, layer.r, config)
     return list(layers)
 
 
@@ -160,7 +135,7 @@ def _warn_of_unsaved(model: nn.Module) -> None:
     adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
     if others:
-        warnings.warn(f"an adapter file holds A and B alone; these train too: {_some(others)}", stacklevel=3)
+        warnings.warn(f"an adapter file holds A and B alone; these train too: {listed(others)}", stacklevel=3)
 
 
 def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
@@ -211,108 +186,17 @@ def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
     return sorted(leaves if meant == set(layers) else layers)
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    path = directory / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}: not an adapter directory")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} describes no LoRA adapter: peft_type is {kind!r}")
-    odd = [f"{k}={config[k]!r}" for k, plain in _PLAIN.items() if k in config and config[k] not in plain]
-    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        odd.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights)")
-    if odd:
-        raise ValueError(f"{path} is not plain LoRA on linear layers: {', '.join(odd)}; load it with PEFT")
-    for field, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
-        value = config.setdefault(field, default)
-        if not _is_number(value):
-            raise ValueError(f"{path}: {field} must be a number, got {value!r}")
-    if not 0.0 <= config["lora_dropout"] <= 1.0:
-        raise ValueError(f"{path}: lora_dropout must be between 0 and 1, got {config['lora_dropout']}")
-    for field in ("rank_pattern", "alpha_pattern"):
-        config[field] = config.get(field) or {}
-        if not isinstance(config[field], dict) or not all(map(_is_number, config[field].values())):
-            raise ValueError(f"{path}: {field} must map module paths to numbers, got {config[field]!r}")
-    return config
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _open_weights(directory: Path):
-    path = directory / WEIGHTS_NAME
-    if not path.is_file():
-        if (directory / PICKLE_NAME).is_file():
-            raise FileNotFoundError(
-                f"{directory} holds only {PICKLE_NAME}, a pickle, which can run code when opened and is refused; "
-                f"convert it where you trust it: load it with PEFT and save_pretrained(safe_serialization=True)"
-            )
-        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}")
-    try:
-        return safe_open(path, framework="pt", device="cpu")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or is not a safetensors file: {error}") from error
-
-
-def _read_header(file, path: Path) -> dict[str, _Stored]:
-    """Shapes by layer path, from the header alone."""
-    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    unexpected, wrong_dtype = [], []
-    for key in file.keys():  # noqa: SIM118  (the handle is not iterable)
-        match = _KEY.fullmatch(key)
-        if match is None:
-            unexpected.append(key)
-            continue
-        view = file.get_slice(key)
-        dtype = _DTYPES.get(view.get_dtype())
-        if dtype is None:
-            wrong_dtype.append(f"{key} ({view.get_dtype()})")
-        else:
-            dtypes[match["path"]] = torch.promote_types(dtypes.get(match["path"], dtype), dtype)
-        shapes.setdefault(match["path"], {})[match["factor"]] = tuple(view.get_shape())
-    halves = [f"{_PREFIX}{p}.lora_{f}.weight" for p, found in shapes.items() for f in "AB" if f not in found]
-    problems = []
-    if unexpected:
-        problems.append(f"unexpected: {_some(unexpected)}")
-    if halves:
-        problems.append(f"missing: {_some(halves)}")
-    if wrong_dtype:
-        problems.append(f"dtype not one of {', '.join(_DTYPES)}: {_some(wrong_dtype)}")
-    if not shapes and not problems:
-        problems.append("it holds no tensors")
-    if problems:
-        raise ValueError(f"{path} does not hold plain LoRA weights; {'; '.join(problems)}")
-    return {name: _Stored(found["A"], found["B"], dtypes[name]) for name, found in shapes.items()}
-
-
-def _check_ranks(stored: dict[str, _Stored], config: dict[str, Any]) -> None:
-    """A and B of each layer agree with each other and with the configured rank."""
-    wrong = []
-    for path, (a, b, _) in stored.items():
-        rank = _pattern_value(config["rank_pattern"], path, config["r"])
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != rank or a[0] < 1:
-            wrong.append(f"{path}: lora_A {list(a)}, lora_B {list(b)}, configured rank {rank}")
-    if wrong:
-        raise ValueError(f"ranks do not agree: {_some(wrong, '; ')}")
-
-
-def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], stored: dict[str, _Stored]) -> None:
+def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], stored: dict[str, StoredShapes]) -> None:
     """The stored layers against the model's: its LoRA layers where it has any, else its linear layers."""
     problems = []
     if layers:
         expected = {p: ((m.r, m.in_features), (m.out_features, m.r)) for p, m in layers.items()}
         missing = [path for path in expected if path not in stored]
         if missing:
-            problems.append(f"missing from the file: {_some(missing)}")
+            problems.append(f"missing from the file: {listed(missing)}")
         merged = [path for path, layer in layers.items() if layer.merged]
         if merged:
-            problems.append(f"merged, call fastlora.unmerge first: {_some(merged)}")
+            problems.append(f"merged, call fastlora.unmerge first: {listed(merged)}")
     else:
         expected = {
             canonical_name(name): ((stored[path].a_shape[0], m.in_features), (m.out_features, stored[path].b_shape[1]))
@@ -322,7 +206,7 @@ def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], stored: dict[str
     unexpected = [path for path in stored if path not in expected]
     if unexpected:
         kind = "LoRA" if layers else "linear"
-        problems.append(f"not {kind} layers of the model: {_some(unexpected)}")
+        problems.append(f"not {kind} layers of the model: {listed(unexpected)}")
     mismatched = [
         f"{path}: file lora_A {list(stored[path].a_shape)}, lora_B {list(stored[path].b_shape)}, "
         f"model {list(a)}, {list(b)}"
@@ -330,13 +214,13 @@ def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], stored: dict[str
         if path in stored and (stored[path].a_shape, stored[path].b_shape) != (a, b)
     ]
     if mismatched:
-        problems.append(f"shapes differ: {_some(mismatched, '; ')}")
+        problems.append(f"shapes differ: {listed(mismatched, '; ')}")
     if problems:
         raise ValueError(f"the adapter does not fit {type(model).__name__}; {'; '.join(problems)}")
 
 
 def _create_layers(
-    model: nn.Module, stored: dict[str, _Stored], alphas: dict[str, float], config: dict[str, Any]
+    model: nn.Module, stored: dict[str, StoredShapes], alphas: dict[str, float], config: dict[str, Any]
 ) -> dict[str, LoRALinear]:
     modules = {canonical_name(name): (name, module) for name, module in model.named_modules()}
     options = {}
@@ -367,20 +251,3 @@ def _copy(layer: LoRALinear, name: str, value: Tensor) -> None:
         parameter.copy_(distribute_tensor(whole, parameter.device_mesh, parameter.placements))
     else:
         parameter.copy_(value)
-
-
-def _pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the end of the path from a dot on."""
-    for key, value in pattern.items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", path)
-        except re.error as error:
-            raise ValueError(f"{CONFIG_NAME}: pattern key {key!r} is not a regular expression: {error}") from error
-        if found:
-            return value
-    return default
-
-
-def _some(names: list[str], separator: str = ", ") -> str:
-    text = separator.join(names[:_SHOWN])
-    return text + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

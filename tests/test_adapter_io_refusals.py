@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_adapter_io import CONFIG, WEIGHTS, make_model
 
-import fastlora.adapter_io
+import fastlora.adapter_files
 from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.model import lora_layers
 
@@ -167,8 +167,8 @@ def test_nothing_is_read_before_the_checks(saved, monkeypatch):
         def get_tensor(self, key):
             raise AssertionError(f"{key} was read")
 
-    opened = fastlora.adapter_io.safe_open
-    monkeypatch.setattr(fastlora.adapter_io, "safe_open", HeaderOnly)
+    opened = fastlora.adapter_files.safe_open
+    monkeypatch.setattr(fastlora.adapter_files, "safe_open", HeaderOnly)
     assert_refused(make_model(r=2), saved, "shapes differ")
     edit_weights(saved, lambda t: t.update({A: torch.zeros(2, 6)}))
     with pytest.raises(AssertionError, match="was read"):

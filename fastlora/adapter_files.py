@@ -1,0 +1,193 @@
+"""What an adapter directory holds, in PEFT's format, read and checked without a model. Never a pickle."""
+
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+PICKLE_NAME = "adapter_model.bin"
+PREFIX = "base_model.model."
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SHOWN = 10
+# Fields that change what an adapter computes, and the values under which it is plain LoRA on linear layers.
+_PLAIN = {
+    "bias": ("none",),
+    "fan_in_fan_out": (False,),
+    "use_dora": (False,),
+    "lora_bias": (False,),
+    "use_qalora": (False,),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None,),
+    "target_parameters": (None, []),
+    "layer_replication": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "kasa_config": (None,),
+}
+# Starts that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them at every load.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", None)
+
+
+class StoredShapes(NamedTuple):
+    """One layer of an adapter file: header entries only."""
+
+    a_shape: tuple[int, ...]
+    b_shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class AdapterLayer(NamedTuple):
+    """One layer of an adapter file: A [r, in] and B [out, r] as stored, and the factor of B·A."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+
+
+def read_adapter(directory: str | os.PathLike) -> dict[str, AdapterLayer]:
+    """Reads an adapter that ``save_adapter`` or PEFT wrote, without a model: its layers by path, on the CPU.
+
+    Raises:
+        FileNotFoundError: no adapter there, or only a pickled one, which is never opened.
+        ValueError: the files are damaged or are no plain LoRA on linear layers.
+    """
+    directory = Path(directory)
+    config = read_config(directory)
+    layers = {}
+    with open_weights(directory) as file:
+        stored = read_header(file, directory / WEIGHTS_NAME)
+        check_ranks(stored, config)
+        for path, shapes in stored.items():
+            a, b = (file.get_tensor(f"{PREFIX}{path}.lora_{factor}.weight") for factor in "AB")
+            layers[path] = AdapterLayer(a, b, scaling_of(alpha_of(path, config), shapes.a_shape[0], config))
+    return layers
+
+
+def alpha_of(path: str, config: dict[str, Any]) -> float:
+    """The alpha that the configuration gives a layer."""
+    return pattern_value(config["alpha_pattern"], path, config["lora_alpha"])
+
+
+def scaling_of(alpha: float, rank: int, config: dict[str, Any]) -> float:
+    """The factor of B·A, by the configuration's rule."""
+    return alpha / (math.sqrt(rank) if config.get("use_rslora", False) else rank)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}: not an adapter directory")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{path} describes no LoRA adapter: peft_type is {kind!r}")
+    odd = [f"{k}={config[k]!r}" for k, plain in _PLAIN.items() if k in config and config[k] not in plain]
+    if config.get("init_lora_weights", True) not in _PLAIN_INITS:
+        odd.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights)")
+    if odd:
+        raise ValueError(f"{path} is not plain LoRA on linear layers: {', '.join(odd)}; load it with PEFT")
+    for field, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
+        value = config.setdefault(field, default)
+        if not _is_number(value):
+            raise ValueError(f"{path}: {field} must be a number, got {value!r}")
+    if not 0.0 <= config["lora_dropout"] <= 1.0:
+        raise ValueError(f"{path}: lora_dropout must be between 0 and 1, got {config['lora_dropout']}")
+    for field in ("rank_pattern", "alpha_pattern"):
+        config[field] = config.get(field) or {}
+        if not isinstance(config[field], dict) or not all(map(_is_number, config[field].values())):
+            raise ValueError(f"{path}: {field} must map module paths to numbers, got {config[field]!r}")
+    return config
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def open_weights(directory: Path):
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        if (directory / PICKLE_NAME).is_file():
+            raise FileNotFoundError(
+                f"{directory} holds only {PICKLE_NAME}, a pickle, which can run code when opened and is refused; "
+                f"convert it where you trust it: load it with PEFT and save_pretrained(safe_serialization=True)"
+            )
+        raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}")
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or is not a safetensors file: {error}") from error
+
+
+def read_header(file, path: Path) -> dict[str, StoredShapes]:
+    """Shapes by layer path, from the header alone."""
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    unexpected, wrong_dtype = [], []
+    for key in file.keys():  # noqa: SIM118  (the handle is not iterable)
+        match = _KEY.fullmatch(key)
+        if match is None:
+            unexpected.append(key)
+            continue
+        view = file.get_slice(key)
+        dtype = _DTYPES.get(view.get_dtype())
+        if dtype is None:
+            wrong_dtype.append(f"{key} ({view.get_dtype()})")
+        else:
+            dtypes[match["path"]] = torch.promote_types(dtypes.get(match["path"], dtype), dtype)
+        shapes.setdefault(match["path"], {})[match["factor"]] = tuple(view.get_shape())
+    halves = [f"{PREFIX}{p}.lora_{f}.weight" for p, found in shapes.items() for f in "AB" if f not in found]
+    problems = []
+    if unexpected:
+        problems.append(f"unexpected: {listed(unexpected)}")
+    if halves:
+        problems.append(f"missing: {listed(halves)}")
+    if wrong_dtype:
+        problems.append(f"dtype not one of {', '.join(_DTYPES)}: {listed(wrong_dtype)}")
+    if not shapes and not problems:
+        problems.append("it holds no tensors")
+    if problems:
+        raise ValueError(f"{path} does not hold plain LoRA weights; {'; '.join(problems)}")
+    return {name: StoredShapes(found["A"], found["B"], dtypes[name]) for name, found in shapes.items()}
+
+
+def check_ranks(stored: dict[str, StoredShapes], config: dict[str, Any]) -> None:
+    """A and B of each layer agree with each other and with the configured rank."""
+    wrong = []
+    for path, (a, b, _) in stored.items():
+        rank = pattern_value(config["rank_pattern"], path, config["r"])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != rank or a[0] < 1:
+            wrong.append(f"{path}: lora_A {list(a)}, lora_B {list(b)}, configured rank {rank}")
+    if wrong:
+        raise ValueError(f"ranks do not agree: {listed(wrong, '; ')}")
+
+
+def pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
+    """PEFT's rule: the first key that, as a regular expression, matches the end of the path from a dot on."""
+    for key, value in pattern.items():
+        try:
+            found = re.match(rf"(.*\.)?({key})$", path)
+        except re.error as error:
+            raise ValueError(f"{CONFIG_NAME}: pattern key {key!r} is not a regular expression: {error}") from error
+        if found:
+            return value
+    return default
+
+
+def listed(names: list[str], separator: str = ", ") -> str:
+    text = separator.join(names[:_SHOWN])
+    return text + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
