@@ -1,18 +1,9 @@
 """The one place that validates the arguments of a LoRA layer. Everything below it may take them for granted."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Sizes(NamedTuple):
-    """M tokens (all leading dimensions of x), N out_features, K in_features, R rank."""
-
-    m: int
-    n: int
-    k: int
-    r: int
+_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def _describe(name: str, tensor: Tensor) -> str:
@@ -25,32 +16,32 @@ def check_dropout(dropout_p: float) -> None:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
 
 
-def check_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> Sizes:
+def check_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
     """Validates shapes, dtypes and devices of ``x [..., K]``, ``weight [N, K]``, ``lora_a [R, K]``, ``lora_b [N, R]``
     and ``bias [N]``.
-
-    Returns:
-        Sizes(m, n, k, r), with every leading dimension of x flattened into m.
 
     Raises:
         ValueError: shapes that do not fit together, a rank of 0, tensors on different devices.
         TypeError: dtypes that the layer does not compute with.
     """
-    # One compare for the common case: a layer is called far more often than it is called wrongly.
-    if x.dim() >= 1 and weight.dim() == lora_a.dim() == lora_b.dim() == 2:
-        (n, k), (r, ka), (nb, rb) = weight.shape, lora_a.shape, lora_b.shape
-        if x.shape[-1] == k == ka and nb == n and rb == r >= 1 and (bias is None or bias.shape == (n,)):
-            _check_types(x, weight, lora_a, lora_b, bias)
-            m = 1
-            for size in x.shape[:-1]:
-                m *= size
-            return Sizes(m, n, k, r)
-    raise ValueError(_shape_error(x, weight, lora_a, lora_b, bias))
-
-
-def _check_types(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+    # Few look-ups where all is well: a layer is called far more often than it is called wrongly.
+    x_shape, w_shape, a_shape, b_shape = x.shape, weight.shape, lora_a.shape, lora_b.shape
+    if not (x_shape and len(w_shape) == len(a_shape) == len(b_shape) == 2):
+        raise ValueError(_shape_error(x, weight, lora_a, lora_b, bias))
+    (n, k), (r, a_columns) = w_shape, a_shape
+    if not (x_shape[-1] == k == a_columns and b_shape == (n, r) and r and (bias is None or bias.shape == (n,))):
+        raise ValueError(_shape_error(x, weight, lora_a, lora_b, bias))
     dtype, device = x.dtype, x.device
-    if not dtype.is_floating_point or dtype.itemsize < 2:
+    if not (dtype in _DTYPES and dtype == weight.dtype == lora_a.dtype == lora_b.dtype and bias is None):
+        _check_types(dtype, weight, lora_a, lora_b, bias)
+    if not (device == weight.device == lora_a.device == lora_b.device and (bias is None or bias.device == device)):
+        for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
+            if tensor is not None and tensor.device != device:
+                raise ValueError(f"x is on {device} but {name} is on {tensor.device}; move them to one device")
+
+
+def _check_types(dtype: torch.dtype, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+    if dtype not in _DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {dtype}")
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
         raise TypeError(
@@ -60,9 +51,6 @@ def _check_types(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
         if adapter.dtype != dtype and not (adapter.dtype == torch.float32 and dtype.itemsize == 2):
             raise TypeError(f"{name} is {adapter.dtype}; over a {dtype} layer it must be {dtype} or float32")
-    for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"x is on {device} but {name} is on {tensor.device}; move them to one device")
 
 
 def _shape_error(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:

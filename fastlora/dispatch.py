@@ -8,13 +8,22 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora.checks import Sizes
+from fastlora import reference
 
 BACKENDS = ("cuda", "triton", "reference")  # in order of preference on a GPU
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
 _calls: Counter[str] = Counter()
 _fallbacks: Counter[str] = Counter()
+
+
+class Sizes(NamedTuple):
+    """M tokens (all leading dimensions of x), N out_features, K in_features, R rank."""
+
+    m: int
+    n: int
+    k: int
+    r: int
 
 
 class Problem(NamedTuple):
@@ -107,9 +116,16 @@ def select_backend(problem: Problem, requested: str | None) -> tuple[str, tuple[
 _select_cached = lru_cache(maxsize=4096)(select_backend)
 
 
+def _insisted(requested: str | None) -> str | None:
+    """The backend that the caller or the environment asks for. ``get`` would catch a KeyError in every call."""
+    if requested is None and ENVIRONMENT_VARIABLE in os.environ:
+        return os.environ[ENVIRONMENT_VARIABLE] or None
+    return requested
+
+
 def backend_for(problem: Problem, requested: str | None):
     """The module whose ``lora_forward`` / ``lora_backward`` serve this call. Counts the call, and every fallback."""
-    name, passed_over = _select_cached(problem, requested or os.environ.get(ENVIRONMENT_VARIABLE))
+    name, passed_over = _select_cached(problem, _insisted(requested))
     _calls[name] += 1
     for reason in passed_over:
         _fallbacks[reason] += 1
@@ -117,8 +133,15 @@ def backend_for(problem: Problem, requested: str | None):
         return _cuda_module()
     if name == "triton":
         return _triton_module()
-    from fastlora import reference
+    return reference
 
+
+def sole_backend(device_type: str, requested: str | None):
+    """The reference, counted, where nothing else could serve the call and nothing else is asked for; None where there
+    is a choice to make. It spares a small layer on the CPU the description of its problem."""
+    if device_type == "cuda" or _insisted(requested) is not None:
+        return None
+    _calls["reference"] += 1
     return reference
 
 

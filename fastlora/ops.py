@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastlora.checks import Sizes, check_arguments, check_dropout
-from fastlora.dispatch import Problem, backend_for
+from fastlora.checks import check_arguments, check_dropout
+from fastlora.dispatch import Problem, Sizes, backend_for, sole_backend
 from fastlora.philox import draw_seed
 from fastlora.reference import Needs
 
@@ -45,20 +45,25 @@ def _problem(rows: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *othe
 
 
 def _lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
-    x, weight, lora_a, lora_b = map(_rows, (x, weight, lora_a, lora_b))
-    chosen = backend_for(_problem(x, weight, lora_a, lora_b), backend)
+    chosen = sole_backend(x.device.type, backend)
+    if chosen is None:
+        x, weight, lora_a, lora_b = map(_rows, (x, weight, lora_a, lora_b))
+        chosen = backend_for(_problem(x, weight, lora_a, lora_b), backend)
     return chosen.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
 
 
 def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
-    dy, weight, lora_a, lora_b = map(_rows, (dy, weight, lora_a, lora_b))
-    x = None if x is None else _rows(x)
-    chosen = backend_for(_problem(dy, weight, lora_a, lora_b, x), backend)
-    return chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, Needs(*needs))
+    chosen = sole_backend(dy.device.type, backend)
+    if chosen is None:
+        dy, weight, lora_a, lora_b = map(_rows, (dy, weight, lora_a, lora_b))
+        x = None if x is None else _rows(x)
+        chosen = backend_for(_problem(dy, weight, lora_a, lora_b, x), backend)
+    return chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
 
 
-def _lora_backward_list(*args):
-    return [gradient for gradient in _lora_backward(*args) if gradient is not None]
+def _lora_backward_list(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
+    gradients = _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, Needs(*needs), backend)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
 def _fake_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
@@ -96,13 +101,15 @@ class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
         forward = _lora_forward if _skips_ops(x) else torch.ops.fastlora.lora_forward.default
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        is_flat = x.dim() == 2
+        rows = x if is_flat else x.reshape(-1, x.shape[-1])
         y, s = forward(rows, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_da else None, weight, lora_a, lora_b, s if need_db else None, seed)
-        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
+        ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
+        ctx.x_shape = None if is_flat else x.shape
         ctx.set_materialize_grads(False)
-        if x.dim() == 2:
+        if is_flat:
             return y
         # A tracked view made in here could not be modified in place by what follows the layer.
         return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
@@ -111,19 +118,23 @@ class LoRALinearFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
-        needs = [need_dx, need_da, need_db, need_dbias]
-        if dy is None or not any(needs):
+        if dy is None or not (need_dx or need_da or need_db or need_dbias):
             return (None,) * 9
         x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
-        if x is not None:
-            x = x.reshape(-1, x.shape[-1])
-        args = (dy.reshape(-1, dy.shape[-1]), x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs)
+        x_shape = ctx.x_shape
+        if x_shape is not None:
+            x = None if x is None else x.reshape(-1, x_shape[-1])
+            dy = dy.reshape(-1, dy.shape[-1])
+        needs = Needs(need_dx, need_da, need_db, need_dbias)
+        args = (dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend)
         if _skips_ops(dy):
-            dx, da, db, dbias = _lora_backward(*args, ctx.backend)
+            dx, da, db, dbias = _lora_backward(*args)
         else:
-            computed = iter(torch.ops.fastlora.lora_backward.default(*args, ctx.backend))
+            computed = iter(torch.ops.fastlora.lora_backward.default(*args))
             dx, da, db, dbias = [next(computed) if need else None for need in needs]
-        return None if dx is None else dx.view(ctx.x_shape), None, da, db, dbias, None, None, None, None
+        if x_shape is not None and dx is not None:
+            dx = dx.view(x_shape)
+        return dx, None, da, db, dbias, None, None, None, None
 
 
 def lora_linear(

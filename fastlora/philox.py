@@ -38,21 +38,18 @@ def inverse_keep(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
-def _multiply(a: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product, in 64-bit lanes (of which int64 keeps the right bits)."""
-    product = a * multiplier
-    return (product >> 32) & _LOW, product & _LOW
-
-
 def random_words(seed: int, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
     """Philox-4x32 of 64-bit counters [n] (int64) under a 64-bit key: [n, 4] words of 32 bits, in int64."""
     c0, c1 = counter & _LOW, counter >> 32
-    c2 = c3 = torch.zeros_like(counter)
+    c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(rounds):
-        high0, low0 = _multiply(c0, _MULTIPLIER_0)
-        high1, low1 = _multiply(c2, _MULTIPLIER_1)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        # Products of 32-bit words in 64-bit lanes, in place: what this costs is memory traffic.
+        product0, product1 = c0.mul_(_MULTIPLIER_0), c2.mul_(_MULTIPLIER_1)
+        high0, high1 = product0 >> 32, product1 >> 32
+        c0 = high1.bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_LOW)
+        c2 = high0.bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_LOW)
+        c1, c3 = product1.bitwise_and_(_LOW), product0.bitwise_and_(_LOW)
         k0, k1 = (k0 + _WEYL_0) & _LOW, (k1 + _WEYL_1) & _LOW
     return torch.stack((c0, c1, c2, c3), dim=1)
 
@@ -67,8 +64,12 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
     Returns:
         bool tensor [m, k] on ``device``.
     """
+    first_kept = threshold(dropout_p)
+    if first_kept == 1 << 16:
+        return torch.zeros(m, k, dtype=torch.bool, device=device)
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
-    words = random_words(int(seed), counter)
-    bits = torch.stack((words & 0xFFFF, words >> 16), dim=2).view(m, calls_per_row * ELEMENTS_PER_CALL)
-    return bits[:, :k] >= threshold(dropout_p)
+    # Both halves of each word, low half first, as signed numbers: flipping the top bit keeps the order of unsigned ones.
+    halves = random_words(int(seed), counter).to(torch.int32).view(torch.int16)
+    keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
+    return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]

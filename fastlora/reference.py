@@ -46,8 +46,11 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns Y [M, N] and S [M, R], both in x's dtype; ``scaling`` and 1/(1-p) go into S before it is rounded."""
     a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-    dropped = _dropped(x, dropout_p, seed)
-    s = _scaled_product(dropped, a.t(), scaling * inverse_keep(dropout_p))
+    if dropout_p > 0.0:
+        drop = _drop_mask(seed, dropout_p, x.shape[0], weight)
+        s = _scaled_product(x.masked_fill(drop, 0.0), a.t(), scaling * inverse_keep(dropout_p))
+    else:
+        s = _scaled_product(x, a.t(), scaling)
     y = linear(x, weight, bias)
     y.addmm_(s, b.t())
     return y, s
@@ -69,15 +72,17 @@ def lora_backward(
     dx = da = db = dbias = None
     if needs.dx or needs.da:
         ds = _scaled_product(dy, lora_b.to(dy.dtype), scaling)  # [M, R]
+        drop = _drop_mask(seed, dropout_p, dy.shape[0], weight) if dropout_p > 0.0 else None
     if needs.dx:
         dx = torch.mm(dy, weight)
-        if dropout_p > 0.0:
+        if drop is not None:
             side = torch.mm(ds, lora_a.to(dy.dtype)).mul_(inverse_keep(dropout_p))
-            dx += _drop_(side, dropout_p, seed)
+            dx += side.masked_fill_(drop, 0.0)
         else:
             dx.addmm_(ds, lora_a.to(dy.dtype))
     if needs.da:
-        da = _gradient(ds, _dropped(x, dropout_p, seed), inverse_keep(dropout_p), lora_a.dtype)
+        dropped = x if drop is None else x.masked_fill(drop, 0.0)
+        da = _gradient(ds, dropped, inverse_keep(dropout_p), lora_a.dtype)
     if needs.db:
         db = _gradient(dy, s, 1.0, lora_b.dtype)
     if needs.dbias:
@@ -102,10 +107,6 @@ def _gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> 
     return total
 
 
-def _dropped(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """mask∘x; the factor 1/(1-p) is left to the product that follows."""
-    return x if dropout_p == 0.0 else _drop_(x.clone(), dropout_p, seed)
-
-
-def _drop_(tensor: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    return tensor.masked_fill_(~keep_mask(seed, dropout_p, *tensor.shape, tensor.device), 0.0)
+def _drop_mask(seed: Tensor, dropout_p: float, m: int, weight: Tensor) -> Tensor:
+    """[M, K]: True where the side branch does not see an element of x."""
+    return keep_mask(seed, dropout_p, m, weight.shape[1], weight.device).logical_not_()

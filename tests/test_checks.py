@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.checks import Sizes, check_arguments
+from fastlora.checks import check_arguments
 
 
 def arguments(**changes):
@@ -18,10 +18,10 @@ def arguments(**changes):
     return defaults | changes
 
 
-def test_sizes():
-    assert check_arguments(**arguments()) == Sizes(m=6, n=6, k=8, r=4)
-    assert check_arguments(**arguments(x=torch.zeros(8), bias=None)) == Sizes(1, 6, 8, 4)
-    assert check_arguments(**arguments(x=torch.zeros(2, 0, 8))) == Sizes(0, 6, 8, 4)
+def test_what_fits_is_accepted():
+    check_arguments(**arguments())
+    check_arguments(**arguments(x=torch.zeros(8), bias=None))
+    check_arguments(**arguments(x=torch.zeros(2, 0, 8)))
 
 
 @pytest.mark.parametrize(

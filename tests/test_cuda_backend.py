@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from benchmarks import cuda_resources, queue_order
-from fastlora.checks import Sizes
-from fastlora.dispatch import Problem
+from fastlora.dispatch import Problem, Sizes
 from fastlora.kernels import cuda
 
 SIZES = dict(backward=False, half=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)

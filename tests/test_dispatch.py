@@ -5,8 +5,7 @@ import torch
 
 import fastlora
 from fastlora import dispatch
-from fastlora.checks import Sizes
-from fastlora.dispatch import Problem, select_backend
+from fastlora.dispatch import Problem, Sizes, select_backend
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
