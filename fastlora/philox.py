@@ -69,7 +69,7 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
         return torch.zeros(m, k, dtype=torch.bool, device=device)
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
-    # Both halves of each word, low half first, as signed numbers: flipping the top bit keeps the order of unsigned ones.
+    # Both halves of each word, low half first, as signed numbers, which a flipped top bit puts in the unsigned order.
     halves = random_words(int(seed), counter).to(torch.int32).view(torch.int16)
     keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
     return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]
