@@ -10,18 +10,33 @@ from types import ModuleType
 import fastlora.kernels
 
 _SOURCES = Path(fastlora.kernels.__file__).parent
-_MODULES = ("triton_schedule", "triton_tiles", "triton_lora")
+MODULES = ("triton_schedule", "triton_tiles", "triton_lora")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One replacement in one module. ``dropout``: the defect shows only where dropout is on."""
+    """One replacement in one module, or in one line of it. ``dropout``: the defect shows only where dropout is on."""
 
     name: str
     module: str
     old: str
     new: str
     dropout: bool = False
+    line: int | None = None
+
+    def apply(self, text: str) -> str:
+        """
+        Raises:
+            ValueError: the text to replace is not in the module; the kernels have changed and the mutant must follow.
+        """
+        if self.line is None:
+            head, part, tail = "", text, ""
+        else:
+            lines = text.splitlines(keepends=True)
+            head, part, tail = "".join(lines[: self.line - 1]), lines[self.line - 1], "".join(lines[self.line :])
+        if self.old not in part:
+            raise ValueError(f"mutant {self.name!r}: {self.module}.py has no {self.old!r}")
+        return head + part.replace(self.old, self.new) + tail
 
 
 MUTANTS = (
@@ -126,21 +141,20 @@ MUTANTS = (
 )
 
 
-def load(mutant: Mutant) -> ModuleType:
-    """The mutant's own copy of fastlora.kernels.triton_lora, made afresh.
+def source(module: str) -> str:
+    """The text of a module of the Triton kernels."""
+    return (_SOURCES / f"{module}.py").read_text()
 
-    Raises:
-        ValueError: the text to replace is not in the module; the kernels have changed and the mutant must follow.
-    """
+
+def load(mutant: Mutant) -> ModuleType:
+    """The mutant's own copy of fastlora.kernels.triton_lora, made afresh. Raises ValueError as Mutant.apply."""
     directory = Path(tempfile.mkdtemp(prefix="mutant_"))
     package = directory.name
-    for name in _MODULES:
-        text = (_SOURCES / f"{name}.py").read_text()
+    for name in MODULES:
+        text = source(name)
         if name == mutant.module:
-            if mutant.old not in text:
-                raise ValueError(f"mutant {mutant.name!r}: {name}.py has no {mutant.old!r}")
-            text = text.replace(mutant.old, mutant.new)
-        for other in _MODULES:
+            text = mutant.apply(text)
+        for other in MODULES:
             text = text.replace(f"fastlora.kernels.{other}", f"{package}.{other}")
         (directory / f"{name}.py").write_text(text)
     (directory / "__init__.py").touch()

@@ -12,7 +12,7 @@ SIZES |= {"f16": 2, "bf16": 2, "f16x2": 4, "bf16x2": 4, "f32": 4, "f64": 8}
 _TOKEN = re.compile(r"//[^\n]*|/\*.*?\*/|\"[^\"\n]*\"|\n|::|[;{}:]", re.S)
 _LINE_DIRECTIVE = re.compile(r"\.(loc|file|version|target|address_size)\b[^\n]*")
 _LOC = re.compile(
-    r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:,\s*function_name[^,]*,\s*inlined_at\s+(\d+)\s+(\d+))?[^/]*(?://(.*))?"
+    r"\.loc\s+(\d+)\s+(\d+)\s+(\d+)(?:,\s*function_name[^,]*,\s*inlined_at\s+(\d+)\s+(\d+)\s+(\d+))?[^/]*(?://(.*))?"
 )
 _FILE = re.compile(r"\.file\s+(\d+)\s+\"([^\"]*)\"")
 _INLINED = re.compile(r"@\[\s*([^\s\]]+:\d+):\d+")
@@ -118,7 +118,7 @@ def parse(text):
 def _scan(text):
     """Splits the text into a tree of blocks, labels and statements, each with its line and source location."""
     root = Block(1)
-    stack, files = [root], {}
+    stack, files, callers = [root], {}, {}
     locations = []  # statements with the .loc in force, resolved once all .file are known
     pending, start_line, line, position, nested, location = [], 0, 1, 0, 0, None
 
@@ -139,7 +139,7 @@ def _scan(text):
             else _LINE_DIRECTIVE.match(text, position + len(chunk) - len(chunk.lstrip()))
         )
         if directive:
-            location = _directive(directive.group(), files, location)
+            location = _directive(directive.group(), files, callers, location)
             position = directive.end()
             continue
         add(chunk)
@@ -192,14 +192,19 @@ def _opens_block(pending):
     return not header or ".entry" in header or ".func" in header
 
 
-def _directive(text, files, location):
+def _directive(text, files, callers, location):
+    """The location in force after a directive; `callers` remembers from where each place is inlined."""
     if match := _FILE.match(text):
         files[int(match.group(1))] = match.group(2).rsplit("/", 1)[-1]
     if match := _LOC.match(text):
-        inlined = _INLINED.findall(match.group(6) or "")
+        number, line, column = (int(match.group(i)) for i in (1, 2, 3))
+        inlined = tuple(_INLINED.findall(match.group(7) or ""))
         if match.group(4):
-            inlined = [(int(match.group(4)), int(match.group(5)))]
-        return int(match.group(1)), int(match.group(2)), tuple(inlined)
+            # nvcc gives one level, and gave that place's own caller in front.
+            caller = tuple(int(match.group(i)) for i in (4, 5, 6))
+            inlined = (caller[:2], *callers.get(caller, ()))
+        callers[number, line, column] = inlined
+        return number, line, inlined
     return location
 
 

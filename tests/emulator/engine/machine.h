@@ -141,9 +141,11 @@ struct MBarrier {
   u32 phase = 0, ever = 0;  // phases completed since init, and ever at this address
   Owner slot = kNobody;     // the agent that performs the copies it counts
   Access init;
+  Time fenced = kInFlight;  // when the thread that initialised it made that visible to asynchronous copies
   std::unordered_map<Owner, Access> users;  // the last arrival or wait of each thread
-  Gathering gathering;
-  Knowledge released;  // what waiters of the last completed phase learn
+  // From threads of the own CTA, and from others: who acquires at CTA scope learns only the first.
+  Gathering gathering[2];
+  Knowledge released[2];  // what waiters of the last completed phase learn
   std::vector<Warp*> waiters;
 };
 

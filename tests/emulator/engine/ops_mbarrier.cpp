@@ -35,8 +35,8 @@ void finish_phase(Engine& engine, MBarrier& barrier) {
   engine.stats.mbarrier_phases++;
   engine.progress++;
   if (engine.racing()) {
-    barrier.gathering.add_component(barrier.slot, barrier.ever);
-    barrier.released = barrier.gathering.finish(engine.clocks);
+    barrier.gathering[0].add_component(barrier.slot, barrier.ever);
+    for (int foreign : {0, 1}) barrier.released[foreign] = barrier.gathering[foreign].finish(engine.clocks);
   }
   engine.wake_all(barrier.waiters);
 }
@@ -100,7 +100,7 @@ void invalidate(Warp& warp, const Instruction& in, u32 mask) {
   warp.actions++;
 }
 
-// imm: offset, state is wanted, has tx, has count, counts as an arrival. Registers: [state], address, [tx], [count].
+// imm: offset, has tx, has count, counts as an arrival, releases, scope. Registers: [state], address, [tx], [count].
 void arrive(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   for_lanes(mask, [&](u32 l) {
@@ -113,7 +113,8 @@ void arrive(Warp& warp, const Instruction& in, u32 mask) {
     if (count > barrier.pending)
       fault(ErrorKind::kBarrier, "more arrivals than the %u that the mbarrier at <at:%u:%u> expects", barrier.count,
             kSharedRegion, target.offset);
-    if (count && engine.racing()) barrier.gathering.add(engine.clocks, warp.actor(l));
+    const bool foreign = target.cta != warp.cta, releases = in.imm[4] && (!foreign || in.imm[5] > kScopeCta);
+    if (count && releases && engine.racing()) barrier.gathering[foreign].add(engine.clocks, warp.actor(l));
     if (count) warp.now[l]++;
     add_tx(barrier, tx);
     barrier.pending -= count;
@@ -124,7 +125,7 @@ void arrive(Warp& warp, const Instruction& in, u32 mask) {
   engine.maybe_preempt(warp);
 }
 
-// try_wait and test_wait; imm: offset, may wait, by parity. Registers: p, address, parity or state.
+// try_wait and test_wait; imm: offset, may wait, by parity, acquires, scope. Registers: p, address, parity or state.
 void wait(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   const bool may_wait = in.imm[1];
@@ -156,9 +157,19 @@ void wait(Warp& warp, const Instruction& in, u32 mask) {
   warp.actions++;
   for_lanes(mask, [&](u32 l) {
     const MBarrier& barrier = find(*warp.cta, target_of(warp, l, warp.address(in.reg[1], l, in.imm[0])).offset);
-    warp.learn(1u << l, barrier.released);
+    if (in.imm[3]) warp.learn(1u << l, barrier.released[0]);
+    if (in.imm[3] && in.imm[4] > kScopeCta) warp.learn(1u << l, barrier.released[1]);
   });
   engine.lane = -1;
+}
+
+// fence.mbarrier_init: what this thread has initialised, asynchronous copies may signal from now on.
+void fence_init(Warp& warp, const Instruction&, u32 mask) {
+  for_lanes(mask, [&](u32 l) {
+    for (auto& [offset, barrier] : warp.cta->mbarriers)
+      if (barrier.init.owner == warp.owner(l) && barrier.fenced == kInFlight) barrier.fenced = warp.now[l];
+  });
+  warp.tick(mask);
 }
 
 }  // namespace
@@ -175,6 +186,20 @@ MBarrier& use_mbarrier(Warp& warp, u32 pc, u32 lane, Cta& cta, u32 offset) {
   return barrier;
 }
 
+// A copy is to signal the barrier: like an ordinary store that it reads, the initialisation wants a fence on the way.
+void check_signalled(Warp& warp, u32 lane, const MBarrier& barrier, u32 offset) {
+  if (!warp.engine->racing()) return;
+  Actor actor = warp.actor(lane);
+  const Access& init = barrier.init;
+  const Time proxy_fenced =
+      init.owner == actor.owner ? actor.fenced_now[kFenceShared] : actor.knows->fenced[kFenceShared].at(init.owner);
+  if (proxy_fenced >= init.time || actor.ordered(init.owner, barrier.fenced)) return;
+  fault(ErrorKind::kProxy,
+        "an asynchronous copy signals the mbarrier at <at:%u:%u>, whose initialisation at <pc:%u> has neither "
+        "fence.mbarrier_init nor fence.proxy.async in between",
+        kSharedRegion, offset, init.pc);
+}
+
 void arrive_tx(Engine& engine, Cta& cta, u32 mbarrier, i64 bytes) {
   MBarrier& barrier = find(cta, mbarrier);
   add_tx(barrier, -bytes);
@@ -186,6 +211,7 @@ void add_mbarrier_ops(OpTable& t) {
   t.add("mbarrier.inval", invalidate);
   t.add("mbarrier.arrive", arrive);
   t.add("mbarrier.wait", wait);
+  t.add("fence.mbarrier_init", fence_init);
 }
 
 }  // namespace emu

@@ -42,7 +42,14 @@ def _wait_all(instruction, builder):
     builder.emit("cp.async.wait_all")
 
 
-_MBARRIER = ("b64", *_SHARED, "release", "acquire", "relaxed", "cta", "cluster")
+_SCOPES = {"cta": 1, "cluster": 2}  # Scope of engine/common.h
+_MBARRIER = ("b64", *_SHARED, "release", "acquire", "relaxed", *_SCOPES)
+
+
+def _order(instruction):
+    """Whether the instruction releases or acquires, and at which scope."""
+    scope = next((_SCOPES[name] for name in instruction.modifiers if name in _SCOPES), _SCOPES["cta"])
+    return [not instruction.has("relaxed"), scope]
 
 
 @translates("mbarrier.init", "mbarrier.inval")
@@ -66,7 +73,7 @@ def _mbarrier_arrive(instruction, builder):
     address, offset = builder.address(operands[0])
     numbers = [builder.source(text, "u32") for text in operands[1:]]
     has_count = len(numbers) > has_tx
-    builder.emit("mbarrier.arrive", destinations, [address, *numbers], [offset, has_tx, has_count, arrives])
+    builder.emit("mbarrier.arrive", destinations, [address, *numbers], [offset, has_tx, has_count, arrives, *_order(instruction)])
 
 
 @translates("mbarrier.test_wait", "mbarrier.try_wait")
@@ -79,8 +86,14 @@ def _mbarrier_wait(instruction, builder):
         "mbarrier.wait",
         [builder.destination(instruction.operands[0], "pred")],
         [address, phase],
-        [offset, instruction.has("try_wait"), by_parity],
+        [offset, instruction.has("try_wait"), by_parity, *_order(instruction)],
     )
+
+
+@translates("fence.mbarrier_init")
+def _fence_initialisation(instruction, builder):
+    instruction.only("mbarrier_init", "release", "cluster")
+    builder.emit("fence.mbarrier_init")
 
 
 _BULK = (

@@ -78,21 +78,27 @@ _ATOMIC_TYPES = ("b32", "u32", "s32", "b64", "u64", "s64", "f32", "f64", "f16x2"
 @translates("atom", "red")
 def _atomic(instruction, builder):
     kind, operands = instruction.type, list(instruction.operands)
-    instruction.only(*_SPACES, *_SCOPES, *_SEMANTICS, *_ATOMICS, "noftz", "L2::cache_hint", kind)
+    instruction.only(*_SPACES, *_SCOPES, *_SEMANTICS, *_ATOMICS, *_VECTORS, "noftz", "L2::cache_hint", kind)
     operation = next(name for name in instruction.modifiers[1:] if name in _ATOMICS)
     if instruction.has("L2::cache_hint"):
         operands.pop()
-    destinations = [builder.destination(operands.pop(0), kind)] if instruction.modifiers[0] == "atom" else []
-    address, offset = builder.address(operands[0])
-    values = [builder.source(text, kind) for text in operands[1:]]
-    if kind not in _ATOMIC_TYPES or len(values) != 1 + (operation == "cas"):
+    old = vector(operands.pop(0)) if instruction.modifiers[0] == "atom" else []
+    address, offset = builder.address(operands.pop(0))
+    values = [vector(text) for text in operands]
+    elements = list(zip(*values, strict=True))
+    if kind not in _ATOMIC_TYPES or len(values) != 1 + (operation == "cas") or (old and len(old) != len(elements)):
         raise PtxError(f"{instruction.opcode} is not modelled")
-    builder.emit(
-        "atom",
-        destinations,
-        [address, *values],
-        [*_order(instruction, offset, 3), _ATOMICS.index(operation), _ATOMIC_TYPES.index(kind)],
-    )
+    for i, sources in enumerate(elements):  # a vector is atomic element by element
+        builder.emit(
+            "atom",
+            [builder.destination(old[i], kind)] if old else [],
+            [address, *(builder.source(text, kind) for text in sources)],
+            [
+                *_order(instruction, offset + i * SIZES[kind], 3),
+                _ATOMICS.index(operation),
+                _ATOMIC_TYPES.index(kind),
+            ],
+        )
 
 
 @translates("fence")
@@ -171,9 +177,8 @@ def _cache_policy(instruction, builder):
     "applypriority",
     "cp.async.bulk.prefetch",
     "griddepcontrol",
-    "fence.mbarrier_init",
     "pmevent",
 )
 def _no_effect(instruction, builder):
-    """Hints; and what orders only an mbarrier's initialisation, which is checked by happens-before alone."""
+    """Hints."""
     builder.emit("nop")
