@@ -205,6 +205,17 @@ def _atomics():
     yield _atomic_case("atom.cas.b32", "atom.acq_rel.gpu.global.cas.b32 {d}, [%rd5], {a}, 99;", x, b, swapped, x)
     f = torch.randn(128, generator=torch.Generator().manual_seed(0))
     yield _atomic_case("atom.add.f32", "atom.global.add.f32 {d}, [%rd5], {a};", f, f.flip(0), f + f.flip(0), f)
+    pairs = torch.arange(128) // 2 * 2  # even threads add to their own element and to the next
+    yield _atomic_case(
+        "atom.add.v2.f32",
+        "mov.f32 {d}, {a};\n    and.b32 %r9, %r0, 1;\n    setp.eq.s32 %p2, %r9, 0;\n    "
+        "@%p2 atom.relaxed.gpu.global.add.v2.f32 {{{d}, %f9}}, [%rd5], {{{a}, {a}}};",
+        f,
+        f.flip(0),
+        f + f.flip(0)[pairs],
+        torch.where(pairs == torch.arange(128), f, f.flip(0)),
+        arch="sm_90",
+    )
     yield _atomic_case(
         "red.add.f32",
         ("red.global.add.f32 [%rd5], {a};\n    mov.f32 {d}, {a};"),
@@ -222,16 +233,17 @@ def _atomics():
     yield _atomic_case("atom.dec.u32", "atom.global.dec.u32 {d}, [%rd5], {a};", x, b, down, x)
 
 
-def _atomic_case(name, text, x, b, new, old):
+def _atomic_case(name, text, x, b, new, old, arch="sm_80"):
     size = x.element_size()
     address = f"ld.param.u64 %rd5, [target];\n    mul.wide.u32 %rd6, %r0, {size};\n    add.s64 %rd5, %rd5, %rd6;\n    "
-    case = elementwise(name, address + text, [b], [old])
+    case = elementwise(name, address + text, [b], [old], arch=arch)
     return Case(
         name,
         case.ptx.replace(".param .u64 p0", (".param .u64 target,\n    .param .u64 p0")),
         {"target": x, **case.args},
         {"target": new, **case.expected},
         block=128,
+        arch=arch,
     )
 
 
