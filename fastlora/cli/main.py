@@ -11,6 +11,7 @@ COMMANDS = {
     "finetune": "fastlora.cli.finetune:finetune",
     "bench": "fastlora.cli.bench:bench",
     "tune": "fastlora.cli.tune:tune",
+    "analyze": "fastlora.cli.analyze:analyze",
 }
 
 INTERRUPTED = 130

@@ -1,0 +1,91 @@
+"""An adapter's layers, one after another: everything that can be said of each, as plain values."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+
+from torch import Tensor
+
+from fastlora.adapter_files import AdapterLayer
+from fastlora.analysis.projections import amplification
+from fastlora.analysis.spectra import effective_rank, spectrum
+from fastlora.analysis.subspaces import random_similarity, subspace_similarity
+
+_NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+
+
+def matrix_type(path: str) -> str:
+    """What the paper calls the type of a weight matrix: the last component of its path, q_proj say."""
+    return path.rpartition(".")[2]
+
+
+def layer_number(path: str) -> int | None:
+    """The first number in a module path, which counts the decoder layers; None without one."""
+    found = _NUMBER.search(path)
+    return int(found[1]) if found else None
+
+
+def analyze_layers(
+    layers: Mapping[str, AdapterLayer],
+    weights: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, AdapterLayer] | None = None,
+    on_layer: Callable[[], None] = lambda: None,
+) -> list[dict]:
+    """Spectrum, effective rank and norm of every layer's ΔW; amplification and similarity where there is what it takes.
+
+    Args:
+        layers: the adapter, by module path.
+        weights: the frozen weight [N, K] of each of these paths, or None.
+        others: a second adapter on the same paths, of any rank, or None.
+        on_layer: called after each layer.
+
+    Returns:
+        A dictionary a layer, in the adapter's order: path, type, layer, shape [N, K], rank, scaling, delta_norm,
+        spectrum, effective_rank; with weights "amplification" (the fields of `Amplification`); with others
+        "similarity": rank_against, the tables a and b [r1][r2] and `random`, what chance would give for A.
+
+    Raises:
+        ValueError: a layer holds NaN, or does not fit its weight or its other; the message names the path.
+        TypeError: a weight is not a floating-point one; likewise.
+    """
+    found = []
+    for path, layer in layers.items():
+        try:
+            found.append(_analyze(path, layer, weights and weights[path], others and others[path]))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from error
+        on_layer()
+    return found
+
+
+def _analyze(path: str, layer: AdapterLayer, weight: Tensor | None, other: AdapterLayer | None) -> dict:
+    a, b, scaling = layer
+    values = spectrum(a, b, scaling)
+    row = {
+        "path": path,
+        "type": matrix_type(path),
+        "layer": layer_number(path),
+        "shape": [b.shape[0], a.shape[1]],
+        "rank": a.shape[0],
+        "scaling": scaling,
+        "delta_norm": values.norm().item(),
+        "spectrum": values.tolist(),
+        "effective_rank": effective_rank(values),
+    }
+    if weight is not None:
+        row["amplification"] = asdict(amplification(weight, a, b, scaling))
+    if other is not None:
+        row["similarity"] = {
+            "rank_against": other.lora_a.shape[0],
+            "a": subspace_similarity(a, other.lora_a).tolist(),
+            "b": subspace_similarity(b, other.lora_b, side="left").tolist(),
+            "random": _random(a, other.lora_a),
+        }
+    return row
+
+
+def _random(first: Tensor, second: Tensor) -> list[list[float]] | None:
+    size = first.shape[1]
+    if max(first.shape[0], second.shape[0]) > size:
+        return None
+    return random_similarity(first.shape[0], second.shape[0], size).tolist()

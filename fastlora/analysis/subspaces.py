@@ -1,0 +1,81 @@
+"""Whether two adapters found the same directions: normalised similarity of their leading subspaces."""
+
+import torch
+from torch import Tensor
+
+from fastlora.analysis.factors import check_matrix, numerical_rank
+
+SIDES = ("right", "left")
+
+
+def subspace_similarity(first: Tensor, second: Tensor, side: str = "right") -> Tensor:
+    """φ(A₁, A₂, i, j) = ‖U₁ᵢᵀ·U₂ⱼ‖²_F / min(i, j) for every i and j at once.
+
+    U₁ᵢ [K, i] holds the top i right-singular directions of A₁. φ is the mean squared cosine of the principal angles
+    between the two subspaces: 1 where one contains the other, 0 where they are orthogonal; with p = min(i, j) and the
+    projection metric d of the Grassmann manifold, φ = 1 − d² / p.
+
+    Args:
+        first: A₁ [r1, K] (side "right"), or B₁ [N, r1] (side "left").
+        second: A₂ [r2, K], or B₂ [N, r2]. Any floating-point dtype; the computation is in float64.
+        side: "right" compares the directions that A reads, "left" those that B writes.
+
+    Returns:
+        [r1, r2] float64, entry [i − 1, j − 1] for i and j. NaN where i or j exceeds the matrix's rank: a B that is
+        still zero has no directions, and those past the rank would be arbitrary.
+
+    Raises:
+        ValueError: not matrices over one space K (or N), rank 0, NaN or infinity, different devices, an unknown side.
+        TypeError: not floating-point tensors.
+
+    Source: Hu et al. 2021 (arXiv:2106.09685), section 7.2, equation 4, and appendix G.
+    """
+    if side not in SIDES:
+        raise ValueError(f"side must be one of {', '.join(map(repr, SIDES))}, got {side!r}")
+    check_matrix("first", first)
+    check_matrix("second", second)
+    space, ranks = (1, 0) if side == "right" else (0, 1)
+    if first.shape[space] != second.shape[space]:
+        raise ValueError(
+            f"first {list(first.shape)} and second {list(second.shape)} do not lie in one space: "
+            f"dimension {space} must agree for side {side!r}"
+        )
+    if first.device != second.device:
+        raise ValueError(f"first is on {first.device}, second on {second.device}")
+    table = first.new_full((first.shape[ranks], second.shape[ranks]), torch.nan, dtype=torch.float64)
+    u_1, u_2 = _directions(first, side), _directions(second, side)
+    overlap = (u_1.T @ u_2).square().cumsum(0).cumsum(1)
+    table[: u_1.shape[1], : u_2.shape[1]] = (overlap / _smaller(*overlap.shape, overlap.device)).clamp(max=1.0)
+    return table
+
+
+def random_similarity(r1: int, r2: int, size: int) -> Tensor:
+    """What φ is on average for independent random subspaces of a space of `size` dimensions: max(i, j) / size.
+
+    E‖U₁ᵢᵀ·U₂ⱼ‖²_F = i·j / size, divided by min(i, j).
+
+    Returns:
+        [r1, r2] float64.
+
+    Raises:
+        ValueError: a rank below 1 or above `size`.
+    """
+    if not (1 <= r1 <= size and 1 <= r2 <= size):
+        raise ValueError(f"ranks must be between 1 and the space's {size} dimensions, got {r1} and {r2}")
+    i = torch.arange(1, r1 + 1, dtype=torch.float64)
+    j = torch.arange(1, r2 + 1, dtype=torch.float64)
+    return torch.maximum(i[:, None], j) / size
+
+
+def _directions(matrix: Tensor, side: str) -> Tensor:
+    """The leading singular directions as columns, as many as the matrix's rank."""
+    u, s, vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
+    basis = vh.T if side == "right" else u
+    return basis[:, : numerical_rank(s, max(matrix.shape))]
+
+
+def _smaller(rows: int, columns: int, device: torch.device) -> Tensor:
+    """min(i, j), counted from 1."""
+    i = torch.arange(1, rows + 1, dtype=torch.float64, device=device)
+    j = torch.arange(1, columns + 1, dtype=torch.float64, device=device)
+    return torch.minimum(i[:, None], j)
