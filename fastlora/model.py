@@ -78,9 +78,10 @@ def inject(
 def match_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
     """The paths that ``inject`` would replace, in the model's order; raises as it does for a target without a match."""
     if not isinstance(target_modules, str):
-        target_modules = list(target_modules)
-        if not all(isinstance(target, str) for target in target_modules):
+        targets = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
+        if not all(isinstance(target, str) for target in targets):
             raise TypeError(f"target_modules must be a string or a list of strings, got {target_modules!r}")
+        target_modules = targets
     modules = {name: module for name, module in model.named_modules() if name}
     if not modules:
         raise ValueError(f"{type(model).__name__} has no submodules to replace; LoRALinear.from_linear wraps one layer")
@@ -98,9 +99,10 @@ def match_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list
         matched = [name for name in modules if any(_is_suffix(target, name) for target in target_modules)]
         unknown = [t for t in target_modules if not any(_is_suffix(t, name) for name in matched)]
     if unknown or not matched:
+        as_names = "in a list, " if isinstance(target_modules, str) else ""  # a string has to match whole paths
         raise ValueError(
             f"target_modules {', '.join(map(repr, unknown)) or '(empty)'} match no module of {type(model).__name__}; "
-            f"names that would match: {_linear_names(modules)}"
+            f"{as_names}names that would match: {_linear_names(modules)}"
         )
     return [name for name in matched if not isinstance(modules[name], LoRALinear)]
 

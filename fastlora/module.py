@@ -61,9 +61,9 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_hyperparameters(r, alpha, dropout, init)
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"a LoRA layer needs a floating-point dtype, got {dtype}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        if not self.weight.is_floating_point():
-            raise TypeError(f"a LoRA layer needs a floating-point dtype, got {self.weight.dtype}")
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -100,16 +100,20 @@ class LoRALinear(nn.Linear):
                 without casting the input up.
 
         Raises:
-            TypeError: ``linear`` is not an ``nn.Linear`` or its weight is not dense floating-point.
+            TypeError: ``linear`` is not an ``nn.Linear``, carries a branch already, or its weight is not dense
+                floating-point; ``adapter_dtype`` is neither the weight's nor float32 over a 16-bit weight.
             ValueError: as for the class.
         """
-        if not isinstance(linear, nn.Linear):
+        if not isinstance(linear, nn.Linear) or isinstance(linear, cls):
             raise TypeError(f"from_linear needs an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
         if weight.dim() != 2 or not weight.is_floating_point() or weight.layout != torch.strided:
             raise TypeError(
                 f"from_linear needs a dense floating-point weight [out, in], got {list(weight.shape)} {weight.dtype}"
             )
+        dtype = weight.dtype if adapter_dtype is None else adapter_dtype
+        if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype.itemsize == 2):
+            raise TypeError(f"adapter_dtype {dtype} does not go with a {weight.dtype} weight; {_allowed(weight.dtype)}")
         # On "meta", so that no second weight is allocated and no random number is drawn for it.
         layer = cls(
             weight.shape[1],
@@ -126,7 +130,6 @@ class LoRALinear(nn.Linear):
         layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        dtype = adapter_dtype or weight.dtype
         layer.lora_A = nn.Parameter(torch.empty(layer.lora_A.shape, device=weight.device, dtype=dtype))
         layer.lora_B = nn.Parameter(torch.empty(layer.lora_B.shape, device=weight.device, dtype=dtype))
         layer.reset_lora_parameters()
@@ -164,18 +167,13 @@ class LoRALinear(nn.Linear):
         """x [..., in_features] -> [..., out_features]."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        weight = self.weight
+        own = self._parameters
+        if len(own) == 4:  # all four: spared four searches by nn.Module.__getattr__, which a small layer would feel
+            weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+        else:  # torch's parametrizations make properties of them
+            weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
         call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-        return call(
-            x,
-            weight,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            self.bias,
-            dropout_p=self.dropout,
-            training=self.training,
-        )
+        return call(x, weight, lora_a, lora_b, self.scaling, bias, dropout_p=self.dropout, training=self.training)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module. What replaces the weight or a frozen bias (torch's parallel styles do) is frozen, too."""
@@ -252,6 +250,10 @@ class LoRALinear(nn.Linear):
         if self.rslora:
             text += ", rslora=True"
         return text + (", merged=True" if self.merged else "")
+
+
+def _allowed(dtype: torch.dtype) -> str:
+    return f"it must be {dtype}" + (" or torch.float32" if dtype.itemsize == 2 else "")
 
 
 def check_hyperparameters(r: int, alpha: float, dropout: float, init: str) -> None:

@@ -169,6 +169,7 @@ def test_float32_adapters_over_a_16_bit_weight():
         ({"dropout": math.nan}, ValueError, "dropout must be between 0 and 1"),
         ({"init": "zeros"}, ValueError, "init must be one of 'kaiming', 'gaussian', got 'zeros'"),
         ({"dtype": torch.complex64}, TypeError, "floating-point"),
+        ({"dtype": torch.int32}, TypeError, "floating-point"),
     ],
 )
 def test_what_no_layer_can_have(kwargs, error, message):
@@ -183,6 +184,23 @@ def test_from_linear_refuses_what_it_cannot_share():
     quantized.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match="dense floating-point"):
         LoRALinear.from_linear(quantized)
+    with pytest.raises(TypeError, match="nn.Linear, got LoRALinear"):  # its branch would be lost
+        LoRALinear.from_linear(make_layer())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapter_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.int8),
+    ],
+    ids=str,
+)
+def test_adapter_dtypes_that_no_forward_would_take(dtype, adapter_dtype):
+    with pytest.raises(TypeError, match=f"adapter_dtype {adapter_dtype} does not go with a {dtype} weight"):
+        LoRALinear.from_linear(nn.Linear(4, 4, dtype=dtype), adapter_dtype=adapter_dtype)
 
 
 def test_dropout_acts_in_training_only():
@@ -215,7 +233,8 @@ def test_dropout_keeps_the_expected_output():
 def test_merge_and_unmerge_are_exact(dtype, scale, wide_adapter):
     layer = make_layer(dtype=dtype, alpha=3)
     if wide_adapter and dtype.itemsize == 2:
-        layer = LoRALinear.from_linear(layer, r=5, alpha=3, adapter_dtype=torch.float32)
+        linear = nn.Linear(17, 33, dtype=dtype)
+        layer = LoRALinear.from_linear(linear, r=5, alpha=3, adapter_dtype=torch.float32)
         nn.init.normal_(layer.lora_B)
     layer.lora_B.data *= scale
     before = {name: value.clone() for name, value in layer.state_dict().items()}
