@@ -116,16 +116,14 @@ def select_backend(problem: Problem, requested: str | None) -> tuple[str, tuple[
 _select_cached = lru_cache(maxsize=4096)(select_backend)
 
 
-def _insisted(requested: str | None) -> str | None:
-    """The backend that the caller or the environment asks for. ``get`` would catch a KeyError in every call."""
-    if requested is None and ENVIRONMENT_VARIABLE in os.environ:
-        return os.environ[ENVIRONMENT_VARIABLE] or None
-    return requested
+def environment_backend() -> str | None:
+    """The backend that the environment insists on, if any."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 
 def backend_for(problem: Problem, requested: str | None):
     """The module whose ``lora_forward`` / ``lora_backward`` serve this call. Counts the call, and every fallback."""
-    name, passed_over = _select_cached(problem, _insisted(requested))
+    name, passed_over = _select_cached(problem, requested)
     _calls[name] += 1
     for reason in passed_over:
         _fallbacks[reason] += 1
@@ -136,10 +134,10 @@ def backend_for(problem: Problem, requested: str | None):
     return reference
 
 
-def sole_backend(device_type: str, requested: str | None):
+def sole_backend(tensor: torch.Tensor, requested: str | None):
     """The reference, counted, where nothing else could serve the call and nothing else is asked for; None where there
     is a choice to make. It spares a small layer on the CPU the description of its problem."""
-    if device_type == "cuda" or _insisted(requested) is not None:
+    if requested is not None or not tensor.is_cpu:
         return None
     _calls["reference"] += 1
     return reference

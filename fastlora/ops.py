@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastlora.checks import check_arguments, check_dropout
-from fastlora.dispatch import Problem, Sizes, backend_for, sole_backend
+from fastlora.dispatch import Problem, Sizes, backend_for, environment_backend, sole_backend
 from fastlora.philox import draw_seed
 from fastlora.reference import Needs
 
@@ -45,7 +45,7 @@ def _problem(rows: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *othe
 
 
 def _lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
-    chosen = sole_backend(x.device.type, backend)
+    chosen = sole_backend(x, backend)
     if chosen is None:
         x, weight, lora_a, lora_b = map(_rows, (x, weight, lora_a, lora_b))
         chosen = backend_for(_problem(x, weight, lora_a, lora_b), backend)
@@ -53,7 +53,7 @@ def _lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, bac
 
 
 def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
-    chosen = sole_backend(dy.device.type, backend)
+    chosen = sole_backend(dy, backend)
     if chosen is None:
         dy, weight, lora_a, lora_b = map(_rows, (dy, weight, lora_a, lora_b))
         x = None if x is None else _rows(x)
@@ -61,8 +61,15 @@ def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, n
     return chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
 
 
-def _lora_backward_list(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
-    gradients = _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, Needs(*needs), backend)
+def _lora_forward_op(*args):
+    *operands, backend = args
+    y, s = _lora_forward(*operands, backend or environment_backend())
+    return y, s.contiguous()  # as its fake says: the reference's is a transposed view
+
+
+def _lora_backward_op(*args):
+    *operands, needs, backend = args
+    gradients = _lora_backward(*operands, Needs(*needs), backend or environment_backend())
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -77,8 +84,8 @@ def _fake_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, n
 
 
 for _name, _kernel, _fake in (
-    ("lora_forward", _lora_forward, _fake_forward),
-    ("lora_backward", _lora_backward_list, _fake_backward),
+    ("lora_forward", _lora_forward_op, _fake_forward),
+    ("lora_backward", _lora_backward_op, _fake_backward),
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
@@ -87,7 +94,7 @@ for _name, _kernel, _fake in (
 def _skips_ops(tensor: Tensor) -> bool:
     """Whether to call a backend directly. On the CPU it is made of ATen calls, which whoever traces sees as well; an op
     around them would cost as much as a small layer's whole forward."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -108,33 +115,37 @@ class LoRALinearFunction(torch.autograd.Function):
         ctx.save_for_backward(x if need_da else None, weight, lora_a, lora_b, s if need_db else None, seed)
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
         ctx.x_shape = None if is_flat else x.shape
-        ctx.set_materialize_grads(False)
         if is_flat:
             return y
         # A tracked view made in here could not be modified in place by what follows the layer.
         return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
-        if dy is None or not (need_dx or need_da or need_db or need_dbias):
-            return (None,) * 9
-        x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
-        x_shape = ctx.x_shape
-        if x_shape is not None:
-            x = None if x is None else x.reshape(-1, x_shape[-1])
-            dy = dy.reshape(-1, dy.shape[-1])
-        needs = Needs(need_dx, need_da, need_db, need_dbias)
-        args = (dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend)
-        if _skips_ops(dy):
-            dx, da, db, dbias = _lora_backward(*args)
-        else:
-            computed = iter(torch.ops.fastlora.lora_backward.default(*args))
-            dx, da, db, dbias = [next(computed) if need else None for need in needs]
-        if x_shape is not None and dx is not None:
-            dx = dx.view(x_shape)
-        return dx, None, da, db, dbias, None, None, None, None
+        # Only create_graph=True runs a backward with gradients on, and has to be told that it ends here.
+        return _backward_once(ctx, dy) if torch.is_grad_enabled() else _backward(ctx, dy)
+
+
+def _backward(ctx, dy):
+    need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
+    x, weight, lora_a, lora_b, s, seed = ctx.saved_tensors
+    x_shape = ctx.x_shape
+    if x_shape is not None:
+        x = None if x is None else x.reshape(-1, x_shape[-1])
+        dy = dy.reshape(-1, dy.shape[-1])
+    needs = Needs(need_dx, need_da, need_db, need_dbias)
+    args = (dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend)
+    if _skips_ops(dy):
+        dx, da, db, dbias = _lora_backward(*args)
+    else:
+        computed = iter(torch.ops.fastlora.lora_backward.default(*args))
+        dx, da, db, dbias = [next(computed) if need else None for need in needs]
+    if x_shape is not None and dx is not None:
+        dx = dx.view(x_shape)
+    return dx, None, da, db, dbias, None, None, None, None
+
+
+_backward_once = once_differentiable(_backward)
 
 
 def lora_linear(
@@ -173,8 +184,9 @@ def lora_linear(
     Source:
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
+    device_type = "cpu" if x.is_cpu else x.device.type
+    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         lora_a, lora_b = (t if t.dtype == torch.float32 else t.to(dtype) for t in (lora_a, lora_b))
@@ -187,4 +199,6 @@ def lora_linear(
         seed = draw_seed(x.device)
     else:
         dropout_p = 0.0
+    if backend is None and not torch.compiler.is_compiling():
+        backend = environment_backend()
     return LoRALinearFunction.apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
