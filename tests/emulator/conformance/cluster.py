@@ -161,6 +161,34 @@ def _remote_mbarrier():
     yield _case("remote mbarrier arrival", body, {"y": _y()}, {"y": torch.cat([100 + lanes, zero, 300 + lanes, zero])})
 
 
+def _remote_overwrite():
+    """The odd CTA reads its shared memory and says so at the even one's mbarrier, which then overwrites it: an arrival
+    that publishes nothing is enough for reads that are over."""
+    body = (
+        "    ld.param.u64 %rd1, [y];\n"
+        + _HEAD
+        + (
+            "    add.s32 %r22, %r4, 4096;\n    @%p0 mbarrier.init.shared::cta.b64 [%r22], 32;\n"
+            "    @%p0 fence.mbarrier_init.release.cluster;\n"
+            "    shl.b32 %r5, %r0, 2;\n    add.s32 %r5, %r4, %r5;\n    mad.lo.s32 %r9, %r21, 100, %r0;\n"
+            "    st.shared.b32 [%r5], %r9;\n    setp.eq.u32 %p1, %r20, 1;\n"
+        )
+        + _BARRIER
+    )
+    body += (
+        "    @!%p1 bra $overwrite;\n    ld.shared.b32 %r8, [%r5];\n    mapa.shared::cluster.u32 %r7, %r22, 0;\n"
+        "    mbarrier.arrive.shared::cluster.b64 _, [%r7];\n    bra.uni $over;\n$overwrite:\n"
+        + wait("%r22", 0, "read")
+        + "    mapa.shared::cluster.u32 %r6, %r5, 1;\n    st.shared::cluster.b32 [%r6], %r0;\n"
+        "    mov.u32 %r8, 0;\n$over:\n"
+    )
+    body += _BARRIER + "    @%p1 ld.shared.b32 %r7, [%r5];\n    @%p1 mad.lo.s32 %r8, %r7, 1000, %r8;\n" + _STORE
+    lanes = torch.arange(32, dtype=torch.int32)
+    zero = torch.zeros_like(lanes)
+    expected = torch.cat([zero, 100 + 1001 * lanes, zero, 300 + 1001 * lanes])
+    yield _case("remote overwrite", body, {"y": _y()}, {"y": expected})
+
+
 def _multicast():
     """Each CTA of a pair loads half a tile into both."""
     x = (torch.arange(64 * 64) % 251).view(64, 64).to(torch.bfloat16)
@@ -254,6 +282,7 @@ def cases():
     yield from _special_registers()
     yield from _distributed_shared_memory()
     yield from _remote_mbarrier()
+    yield from _remote_overwrite()
     yield from _multicast()
     yield from _message_passing()
     yield from _registers()

@@ -92,13 +92,18 @@ ClockRef ClockSpace::with(const ClockRef& clock, const std::vector<Stamp>& stamp
 void join_into(ClockSpace& space, Knowledge& into, const Knowledge& from) {
   into.happened = space.join(into.happened, from.happened);
   for (int s = 0; s < kFenceSpaces; s++) into.fenced[s] = space.join(into.fenced[s], from.fenced[s]);
+  into.over = space.join(into.over, from.over);
+}
+
+void join_over(ClockSpace& space, Knowledge& into, const Knowledge& from) {
+  into.over = space.join(into.over, space.join(from.over, from.happened));
 }
 
 void Gathering::add(ClockSpace& space, const Knowledge& knowledge) {
   any_ = true;
-  const ClockRef* from[] = {&knowledge.happened, &knowledge.fenced[0], &knowledge.fenced[1]};
-  ClockRef* into[] = {&sum_.happened, &sum_.fenced[0], &sum_.fenced[1]};
-  for (int i = 0; i < 3; i++) {
+  const ClockRef* from[] = {&knowledge.happened, &knowledge.fenced[0], &knowledge.fenced[1], &knowledge.over};
+  ClockRef* into[] = {&sum_.happened, &sum_.fenced[0], &sum_.fenced[1], &sum_.over};
+  for (int i = 0; i < 4; i++) {
     if (*from[i] == last_[i]) continue;  // the neighbouring lane brought the same clock
     *into[i] = space.join(*into[i], *from[i]);
     last_[i] = *from[i];
@@ -112,9 +117,16 @@ void Gathering::add(ClockSpace& space, const Actor& actor) {
     if (actor.fenced_now[s]) own_fenced_[s].push_back({actor.owner, actor.fenced_now[s]});
 }
 
+void Gathering::add_over(ClockSpace& space, const Actor& actor) {
+  any_ = true;
+  join_over(space, sum_, *actor.knows);
+  own_over_.push_back({actor.owner, actor.now});
+}
+
 Knowledge Gathering::finish(ClockSpace& space) {
   Knowledge result{space.with(sum_.happened, own_),
-                   {space.with(sum_.fenced[0], own_fenced_[0]), space.with(sum_.fenced[1], own_fenced_[1])}};
+                   {space.with(sum_.fenced[0], own_fenced_[0]), space.with(sum_.fenced[1], own_fenced_[1])},
+                   space.with(sum_.over, own_over_)};
   *this = {};
   return result;
 }

@@ -83,10 +83,12 @@ class ClockSpace {
 // The address space a proxy fence covers.
 enum FenceSpace : u8 { kFenceShared, kFenceGlobal, kFenceSpaces };
 
-// What a thread knows: what happened before it, and which of it is ordered for the asynchronous proxy too.
+// What a thread knows: what happened before it, which of it is ordered for the asynchronous proxy too, and what else is
+// over without having been published to it: a later write cannot meet reads of that time.
 struct Knowledge {
   ClockRef happened;
   ClockRef fenced[kFenceSpaces];
+  ClockRef over;
 };
 
 // The agent that performs or vouches for an access.
@@ -102,6 +104,7 @@ struct Actor {
     if (time == kInFlight) return false;
     return by == owner || knows->happened.at(by) >= time;
   }
+  bool over(Owner by, Time time) const { return time != kInFlight && knows->over.at(by) >= time; }
 };
 
 // Collects what arriving threads know, to hand it to whoever leaves (barriers, mbarriers, flags).
@@ -109,17 +112,19 @@ class Gathering {
  public:
   void add(ClockSpace& space, const Actor& actor);
   void add(ClockSpace& space, const Knowledge& knowledge);
+  void add_over(ClockSpace& space, const Actor& actor);  // that it is over, no more
   void add_component(Owner owner, Time time) { own_.push_back({owner, time}); }
   Knowledge finish(ClockSpace& space);  // and start over
   bool empty() const { return !any_ && own_.empty(); }
 
  private:
   Knowledge sum_;
-  ClockRef last_[1 + kFenceSpaces];
-  std::vector<Stamp> own_, own_fenced_[kFenceSpaces];
+  ClockRef last_[2 + kFenceSpaces];
+  std::vector<Stamp> own_, own_fenced_[kFenceSpaces], own_over_;
   bool any_ = false;
 };
 
 void join_into(ClockSpace& space, Knowledge& into, const Knowledge& from);
+void join_over(ClockSpace& space, Knowledge& into, const Knowledge& from);  // all that `from` knows is over
 
 }  // namespace emu

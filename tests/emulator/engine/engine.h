@@ -138,7 +138,7 @@ struct Engine {
 void read_bulk(Engine& engine, BulkCopy& copy);  // the reading half of a store
 void run_bulk(Engine& engine, BulkCopy& copy);   // completes a copy
 MBarrier& use_mbarrier(Warp& warp, u32 pc, u32 lane, Cta& cta, u32 offset);
-void check_signalled(Warp& warp, u32 lane, const MBarrier& barrier, u32 offset);
+void check_signalled(Warp& warp, u32 lane, const Cta& cta, const MBarrier& barrier, u32 offset);
 void arrive_tx(Engine& engine, Cta& cta, u32 mbarrier, i64 bytes);
 void check_barriers_after_exit(Engine& engine, Cta& cta);  // fewer threads to wait for
 

@@ -143,6 +143,10 @@ void Warp::learn(u32 mask, const Knowledge& knowledge) {
   if (engine->racing()) for_lanes(mask, [&](u32 l) { join_into(engine->clocks, knows[l], knowledge); });
 }
 
+void Warp::learn_over(u32 mask, const Knowledge& knowledge) {
+  if (engine->racing()) for_lanes(mask, [&](u32 l) { join_over(engine->clocks, knows[l], knowledge); });
+}
+
 u64 Warp::uniform(Operand o, u32 mask, const char* what) {
   u64 first = get(o, lowest_lane(mask));
   for_lanes(mask, [&](u32 l) {

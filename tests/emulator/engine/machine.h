@@ -110,6 +110,7 @@ struct Warp {
   Actor actor(u32 lane) const;
   u32 thread(u32 lane) const { return index * kWarpSize + lane; }
   void learn(u32 mask, const Knowledge& knowledge);
+  void learn_over(u32 mask, const Knowledge& knowledge);  // only that it is over
   void tick(u32 mask) {
     for_lanes(mask, [&](u32 l) { now[l]++; });
   }

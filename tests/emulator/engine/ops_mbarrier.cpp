@@ -114,7 +114,10 @@ void arrive(Warp& warp, const Instruction& in, u32 mask) {
       fault(ErrorKind::kBarrier, "more arrivals than the %u that the mbarrier at <at:%u:%u> expects", barrier.count,
             kSharedRegion, target.offset);
     const bool foreign = target.cta != warp.cta, releases = in.imm[4] && (!foreign || in.imm[5] > kScopeCta);
-    if (count && releases && engine.racing()) barrier.gathering[foreign].add(engine.clocks, warp.actor(l));
+    if (count && engine.racing()) {
+      Gathering& gathering = barrier.gathering[foreign];
+      releases ? gathering.add(engine.clocks, warp.actor(l)) : gathering.add_over(engine.clocks, warp.actor(l));
+    }
     if (count) warp.now[l]++;
     add_tx(barrier, tx);
     barrier.pending -= count;
@@ -157,8 +160,10 @@ void wait(Warp& warp, const Instruction& in, u32 mask) {
   warp.actions++;
   for_lanes(mask, [&](u32 l) {
     const MBarrier& barrier = find(*warp.cta, target_of(warp, l, warp.address(in.reg[1], l, in.imm[0])).offset);
-    if (in.imm[3]) warp.learn(1u << l, barrier.released[0]);
-    if (in.imm[3] && in.imm[4] > kScopeCta) warp.learn(1u << l, barrier.released[1]);
+    for (int foreign : {0, 1}) {
+      const bool acquires = in.imm[3] && (!foreign || in.imm[4] > kScopeCta);
+      acquires ? warp.learn(1u << l, barrier.released[foreign]) : warp.learn_over(1u << l, barrier.released[foreign]);
+    }
   });
   engine.lane = -1;
 }
@@ -186,9 +191,10 @@ MBarrier& use_mbarrier(Warp& warp, u32 pc, u32 lane, Cta& cta, u32 offset) {
   return barrier;
 }
 
-// A copy is to signal the barrier: like an ordinary store that it reads, the initialisation wants a fence on the way.
-void check_signalled(Warp& warp, u32 lane, const MBarrier& barrier, u32 offset) {
-  if (!warp.engine->racing()) return;
+// A copy is to signal another CTA's barrier: like an ordinary store that a copy reads, the initialisation wants a fence on
+// the way. (For the own CTA's, compilers rely on none.)
+void check_signalled(Warp& warp, u32 lane, const Cta& cta, const MBarrier& barrier, u32 offset) {
+  if (!warp.engine->racing() || &cta == warp.cta) return;
   Actor actor = warp.actor(lane);
   const Access& init = barrier.init;
   const Time proxy_fenced =

@@ -103,7 +103,7 @@ void start_load(Warp& warp, u32 pc, u32 l, std::shared_ptr<BulkCopy> copy) {
   for (size_t t = 0; t < copy->targets.size(); t++) {
     const BulkCopy::Target& target = copy->targets[t];
     MBarrier& barrier = use_mbarrier(warp, pc, l, *target.cta, target.mbarrier);
-    check_signalled(warp, l, barrier, target.mbarrier);
+    check_signalled(warp, l, *target.cta, barrier, target.mbarrier);
     if (!target.cta->live_threads) fault(ErrorKind::kBounds, "bulk copy into a CTA of the cluster that has exited");
     for (const BulkCopy::Part& part : copy->parts) {
       target.cta->shared.check(part.shared, part.bytes, true);
