@@ -4,8 +4,7 @@ import pytest
 import torch
 
 
-@pytest.fixture
-def poisoned(monkeypatch):
+def poison(monkeypatch):
     """Allocates outputs full of NaN, so that an element which a kernel forgets cannot pass for a number."""
     allocate = torch.Tensor.new_empty
 
@@ -14,3 +13,8 @@ def poisoned(monkeypatch):
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    poison(monkeypatch)

@@ -56,7 +56,7 @@ def ptx_of(name: str) -> str:
     return _entries()[name]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=128)
 def _module(text: str):
     return load_ptx(text)
 

@@ -9,6 +9,7 @@ import numerics
 import pytest
 import torch
 from cuda_emulation import emulated, ptx_of, run_layer, unavailable
+from emulator import LaunchOptions
 
 from fastlora.kernels import cuda, workspace
 from fastlora.philox import keep_mask
@@ -47,25 +48,42 @@ def draw_dropped_integers(m: int, n: int, k: int, r: int) -> numerics.Case:
     return case
 
 
-@pytest.mark.parametrize("rank", (8, 24, 40, 104, 232))
-@pytest.mark.parametrize("dropout", (False, True), ids=("plain", "dropout"))
-@pytest.mark.parametrize("fused", (False, True), ids=("alone", "fused"))
-@pytest.mark.parametrize("tile", (WIDE, MEDIUM, SMALL), ids=("128x256", "128x128", "64x128"))
-def test_integers_are_exact(poisoned, tile, fused, dropout, rank):
+# Every compiled kernel: each tile, with dropout and without, at a rank of each class. Beyond rank 64 S is always made
+# alone, and only wide tiles are compiled.
+EVERY_KERNEL = tuple(
+    (replace(tile, fused=fused), dropout, rank)
+    for tile in (WIDE, MEDIUM, SMALL)
+    for fused in (False, True)
+    for dropout in (False, True)
+    for rank in (8, 24, 40, 104, 232)
+    if rank <= 64 or (tile == WIDE and not fused)
+)
+
+
+def describe(value) -> str:
+    if isinstance(value, cuda.CudaTile):
+        return f"{value.block_m}x{value.block_n}-{'fused' if value.fused else 'alone'}"
+    return {True: "dropout", False: "plain"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def check_integers(tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of):
     """Row blocks, columns, steps and ranks all end in tails; several row groups make chains of the gradients' parts."""
-    if rank > 64 and (fused or tile is not WIDE):
-        pytest.skip("beyond rank 64 S is always made alone, and only wide tiles are compiled")
-    m = 600 if tile is WIDE else 280 if tile is MEDIUM else 136
+    m = {256: 600, 128: 280}[tile.block_n] if tile.block_m == 128 else 136
     draw = draw_dropped_integers if dropout else lambda *sizes: numerics.draw_integer_case(*sizes, torch.bfloat16)
     case = draw(m, 328, 392, rank)
-    with emulated() as launch:
-        results, s = run_layer(case, replace(tile, fused=fused), ctas=4)
+    with emulated(options, ptx) as launch:
+        results, s = run_layer(case, tile, ctas=4)
     numerics.assert_exact(results, case)
     dropped = case.x.double()
     if dropout:
         dropped = dropped * keep_mask(case.seed, case.dropout_p, *case.x.shape) * 2
     assert torch.equal(s.double(), case.scaling * dropped @ case.lora_a.double().t())
     assert len(launch.stats) == 2, "one launch each way"
+
+
+@pytest.mark.parametrize("tile, dropout, rank", EVERY_KERNEL, ids=describe)
+def test_integers_are_exact(poisoned, tile, dropout, rank):
+    check_integers(tile, dropout, rank)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))

@@ -2,6 +2,7 @@
 detects races, missing waits and fences, accesses out of bounds, reads of what nobody wrote, and deadlocks."""
 
 import itertools
+from unittest import mock
 
 import numerics
 import pytest
@@ -33,23 +34,33 @@ SCHEDULES = (
 )
 
 
+INTEGER_SIZES = ((136, 72, 96, 8), (130, 40, 64, 16), (97, 33, 47, 3), (70, 64, 64, 96))
+DROPPED_SIZES = tuple((75, 48, 64, r) for r in (1, 40, 200, 256))
+
+
 @pytest.fixture(autouse=True)
-def target(monkeypatch, poisoned):
-    """Few multiprocessors, so that a wave of the queue is shorter than a row group; and a workspace of the test's own,
-    which one that fails may leave dirty."""
+def own_workspace(monkeypatch, poisoned):
+    """What one test leaves dirty is no one else's."""
     monkeypatch.setattr(workspace, "_by_stream", {})
 
-    def set_arch(arch: int) -> None:
-        monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(arch, n_sms=3))
 
-    return set_arch
+def run(
+    case: numerics.Case,
+    config: TileConfig,
+    arch: int,
+    options: LaunchOptions,
+    needs=ALL,
+    kernels=triton_lora,
+    edit_ptx=lambda ptx: ptx,
+):
+    """Forward and backward of one layer by ``kernels``; its results, and the counters of both launches.
 
-
-def run(case: numerics.Case, config: TileConfig, arch: int, options: LaunchOptions, needs=ALL, kernels=triton_lora):
-    """Forward and backward of one layer by ``kernels``; its results, and the counters of both launches."""
+    The device has few multiprocessors, so that a wave of the queue is shorter than a row group.
+    """
     c = case
     needs = needs._replace(dbias=needs.dbias and c.bias is not None)
-    with emulated(arch, options) as stats:
+    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
+    with device, emulated(arch, options, edit_ptx) as stats:
         forward_args = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
         y, s = kernels.lora_forward(*forward_args, config=config)
         backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
@@ -59,38 +70,42 @@ def run(case: numerics.Case, config: TileConfig, arch: int, options: LaunchOptio
     return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, stats
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("m, n, k, r", [(136, 72, 96, 8), (130, 40, 64, 16), (97, 33, 47, 3), (70, 64, 64, 96)])
-def test_integers_are_exact_under_every_schedule(target, arch, m, n, k, r):
+def check_integers(sizes, arch: int, schedules=SCHEDULES, **altered):
     """Several residencies, seeds and orders in which asynchronous copies land, all launches over one workspace."""
-    target(arch)
-    case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
-    for options in SCHEDULES:
-        results, _ = run(case, SMALL[arch], arch, options)
+    case = numerics.draw_integer_case(*sizes, torch.bfloat16)
+    for options in schedules:
+        results, _ = run(case, SMALL[arch], arch, options, **altered)
         numerics.assert_exact(results, case)
+
+
+def check_dropout(sizes, dtype, arch: int, schedules=SCHEDULES[2:4], **altered):
+    case = numerics.draw_case(*sizes, dtype, dropout_p=0.3)
+    for options in schedules:
+        results, _ = run(case, SMALL[arch], arch, options, **altered)
+        numerics.assert_accurate(results, case)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("sizes", INTEGER_SIZES, ids=str)
+def test_integers_are_exact_under_every_schedule(arch, sizes):
+    check_integers(sizes, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("r", [1, 40, 200, 256])
-def test_dropout_and_ranks(target, arch, dtype, r):
-    target(arch)
-    case = numerics.draw_case(75, 48, 64, r, dtype, dropout_p=0.3)
-    for options in SCHEDULES[2:4]:
-        results, _ = run(case, SMALL[arch], arch, options)
-        numerics.assert_accurate(results, case)
+@pytest.mark.parametrize("sizes", DROPPED_SIZES, ids=str)
+def test_dropout_and_ranks(arch, dtype, sizes):
+    check_dropout(sizes, dtype, arch)
 
 
-def test_results_are_the_same_bits_under_every_schedule(target):
-    target(90)
+def test_results_are_the_same_bits_under_every_schedule():
     case = numerics.draw_case(150, 40, 64, 8, torch.bfloat16, dropout_p=0.1)
     first, *others = [run(case, SMALL[90], 90, options)[0] for options in SCHEDULES]
     assert all(torch.equal(other[name], first[name]) for other in others for name in first)
 
 
 @pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
-def test_only_the_gradients_asked_for(target, needs):
-    target(80)
+def test_only_the_gradients_asked_for(needs):
     case = numerics.draw_integer_case(72, 40, 48, 8, torch.bfloat16)
     results, _ = run(case, SMALL[80], 80, SCHEDULES[3], needs)
     assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
@@ -98,16 +113,14 @@ def test_only_the_gradients_asked_for(target, needs):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_float32_adapters_over_a_16_bit_layer(target, arch):
-    target(arch)
+def test_float32_adapters_over_a_16_bit_layer(arch):
     case = numerics.draw_case(70, 40, 64, 8, torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.3)
     results, _ = run(case, SMALL[arch], arch, SCHEDULES[2])
     assert results["da"].dtype == results["db"].dtype == torch.float32
     numerics.assert_accurate(results, case)
 
 
-def test_workspaces_of_two_streams_do_not_meet(target, monkeypatch):
-    target(90)
+def test_workspaces_of_two_streams_do_not_meet(monkeypatch):
     case = numerics.draw_integer_case(130, 40, 64, 8, torch.bfloat16)
     streams = itertools.cycle([torch.zeros(64, dtype=torch.int32) for _ in range(2)])
     used = []
@@ -136,9 +149,8 @@ def shipped():
 
 
 @pytest.mark.parametrize("arch, config, rank, dtype, aligned, number", list(shipped()))
-def test_shipped_configurations(target, arch, config, rank, dtype, aligned, number):
+def test_shipped_configurations(arch, config, rank, dtype, aligned, number):
     """The very tiles of the tables, on a problem a little larger than one of them."""
-    target(arch)
     m, n, k = config.block_m + 9, config.block_n + 8, max(config.block_n, config.block_k) + 8
     if not aligned:
         n, k = n + 1, k + 3

@@ -11,7 +11,7 @@ from emulator import LaunchOptions, load_ptx, triton_descriptor
 _OUTPUTS = ("y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_")
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _module(ptx: str):
     return load_ptx(ptx)
 

@@ -1,0 +1,217 @@
+"""Every defect that the tests of the protocol are known to find, and what finds each.
+
+A defect is a planted bug, or one wait, fence or barrier less. Each is looked for by the checks of ``make test`` alone,
+at their own shapes and schedules, until one of them fails.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import deletions
+import mutants
+import pytest
+import test_cuda_kernels as cuda_values
+import test_cuda_protocol as cuda_protocol
+import test_triton_ptx as triton
+import torch
+from conftest import poison
+from cuda_emulation import ptx_of
+from emulator import EmulatorError, LaunchOptions
+
+from fastlora.kernels import workspace
+
+
+@dataclass(frozen=True)
+class Finding:
+    """check: the emulator's error, or "values", or "workspace"."""
+
+    check: str
+    message: str
+    by: str
+
+
+@dataclass(frozen=True)
+class Defect:
+    """place: the statement or instruction concerned. checks: what looks for it, by name, cheapest first."""
+
+    name: str
+    place: str
+    checks: tuple[tuple[str, Callable[[], None]], ...]
+
+    def find(self) -> Finding | None:
+        for by, check in self.checks:
+            if failure := _failure(check):
+                return Finding(*failure, by)
+        return None
+
+
+def _failure(check: Callable[[], None]) -> tuple[str, str] | None:
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch)
+        patch.setattr(workspace, "_by_stream", {})
+        try:
+            check()
+        except EmulatorError as error:
+            return type(error).__name__, str(error)
+        except AssertionError as error:
+            return "workspace" if "workspace" in str(error) else "values", str(error)
+    return None
+
+
+def _integers(sizes, arch: int):
+    return functools.partial(triton.check_integers, sizes, arch, schedules=_limited(triton.SCHEDULES))
+
+
+def _dropped(sizes, arch: int, schedules=triton.SCHEDULES[2:4]):
+    return functools.partial(triton.check_dropout, sizes, torch.bfloat16, arch, schedules=_limited(schedules))
+
+
+def _limited(schedules):
+    """A kernel that hangs is given up soon."""
+    return tuple(dataclasses.replace(options, timeout_s=60.0) for options in schedules)
+
+
+def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[tuple[str, Callable]]) -> Defect:
+    kernels = functools.cache(lambda: mutants.load(mutant))
+    return Defect(mutant.name, place, tuple((name, lambda c=check: c(kernels=kernels())) for name, check in checks))
+
+
+def triton_planted() -> list[Defect]:
+    """Under every schedule."""
+    plain = ("sm_80 integers", _integers((136, 72, 80, 8), 80))
+    dropout = ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES))
+    return [
+        _with_mutant(mutant, f"{mutant.module}.py", [dropout if mutant.dropout else plain])
+        for mutant in mutants.MUTANTS
+    ]
+
+
+def triton_deletions() -> list[Defect]:
+    """In the sources, so in every kernel that is compiled from them."""
+    checks = [
+        each
+        for arch in triton.ARCHITECTURES
+        for each in (
+            *((f"sm_{arch} integers {sizes}", _integers(sizes, arch)) for sizes in triton.INTEGER_SIZES),
+            *((f"sm_{arch} dropout {sizes}", _dropped(sizes, arch)) for sizes in triton.DROPPED_SIZES),
+        )
+    ]
+    return [_with_mutant(mutant, f"{mutant.module}.py", checks) for mutant in deletions.in_triton()]
+
+
+def triton_compiled() -> list[Defect]:
+    """In the PTX, instruction by instruction: mostly the compiler's."""
+    defects = []
+    for arch in triton.ARCHITECTURES:
+        for what, check in (
+            ("S beside C", _integers(triton.INTEGER_SIZES[0], arch)),
+            ("S alone", _integers(triton.INTEGER_SIZES[3], arch)),
+            ("dropout", _dropped(triton.DROPPED_SIZES[0], arch)),
+        ):
+            for text in _texts(check):
+                kernel = f"sm_{arch} {'forward' if 'lora_forward_kernel' in text else 'backward'}, {what}"
+                for deletion in deletions.find(text):
+
+                    def shortened(other, text=text, deletion=deletion):
+                        return deletions.without(text, [deletion]) if other == text else other
+
+                    name = f"{kernel}: {deletion.what}, PTX line {deletion.line}"
+                    checks = ((kernel, functools.partial(check, edit_ptx=shortened)),)
+                    defects.append(Defect(name, deletion.source, checks))
+    return defects
+
+
+def _texts(check) -> list[str]:
+    """The PTX that a check runs."""
+    texts = {}
+
+    def record(ptx):
+        texts[ptx] = None
+        return ptx
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workspace, "_by_stream", {})
+        check(schedules=triton.SCHEDULES[:1], edit_ptx=record)
+    return list(texts)
+
+
+def cuda_planted() -> list[Defect]:
+    return [
+        Defect(name, "csrc", (("planted", functools.partial(cuda_protocol.check_seeded, name)),))
+        for name in cuda_protocol.SEEDED_BUGS
+    ]
+
+
+def _kernels_of(tile, dropout: bool, rank: int, half: bool = False) -> set[str]:
+    """Names of the forward and the backward kernel."""
+    fitting = [
+        v
+        for v in cuda_values.variants()
+        if (v["block_m"], v["block_n"]) == (tile.block_m, tile.block_n)
+        and v["dropout"] == dropout
+        and v["half"] == half
+        and v["rank"] >= rank
+    ]
+    least = min(v["rank"] for v in fitting)
+    return {v["name"] for v in fitting if v["rank"] == least}
+
+
+def _cuda_checks():
+    """(name, kernels that run, check)."""
+    for tile, dropout, rank in reversed(cuda_values.EVERY_KERNEL):
+        name = f"integers {cuda_values.describe(tile)} R={rank} {cuda_values.describe(dropout)}"
+        check = functools.partial(cuda_values.check_integers, tile, dropout, rank, LaunchOptions(timeout_s=60.0))
+        yield name, _kernels_of(tile, dropout, rank), check
+    for tile, sizes in reversed(cuda_protocol.LAYERS):
+        for dropout_p in (0.0, 0.3):
+            name = f"schedules {cuda_values.describe(tile)} {sizes} p={dropout_p}"
+            schedules = _limited(cuda_protocol.SCHEDULES)
+            check = functools.partial(cuda_protocol.check_schedules, tile, sizes, dropout_p, schedules=schedules)
+            yield name, _kernels_of(tile, dropout_p > 0, sizes[3]), check
+
+
+@functools.cache
+def _cuda_sites() -> dict[tuple[str, str], dict[str, list[deletions.Deletion]]]:
+    """For each statement that waits, fences or synchronises: its instructions, by kernel."""
+    sites: dict[tuple[str, str], dict[str, list[deletions.Deletion]]] = {}
+    for variant in cuda_values.variants():
+        if variant["half"]:  # test_fp16_kernels_are_the_bf16_kernels compares them, instruction by instruction
+            continue
+        for deletion in deletions.find(ptx_of(variant["name"])):
+            by_kernel = sites.setdefault((deletion.statement, deletion.what), {})
+            by_kernel.setdefault(variant["name"], []).append(deletion)
+    return dict(sorted(sites.items()))
+
+
+def cuda_deletions() -> list[Defect]:
+    """A statement, as it is reached from one caller, in every kernel that has it."""
+    every = list(_cuda_checks())
+
+    def defect(place, what, by_kernel):
+        def ptx(name: str) -> str:
+            return deletions.without(ptx_of(name), by_kernel[name]) if name in by_kernel else ptx_of(name)
+
+        checks = tuple(
+            (n, functools.partial(check, ptx=ptx)) for n, kernels, check in every if kernels & set(by_kernel)
+        )
+        return Defect(f"{what}: {statement_of(place)}", place, checks)
+
+    return [defect(place, what, by_kernel) for (place, what), by_kernel in _cuda_sites().items()]
+
+
+def statement_of(place: str) -> str:
+    """The source text at the innermost frame that is not a helper of one line."""
+    frames = place.split(" < ")
+    texts = [deletions.source_line(frame) for frame in frames]
+    return next((text for text in texts if "__forceinline__" not in text), texts[0])
+
+
+GROUPS = {
+    "Triton: planted": triton_planted,
+    "Triton: deletions": triton_deletions,
+    "CUDA: planted": cuda_planted,
+    "CUDA: deletions": cuda_deletions,
+    "Triton, compiled: deletions": triton_compiled,
+}
