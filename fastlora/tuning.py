@@ -20,6 +20,7 @@ from fastlora.configs import TileConfig, padded_rank
 FORMAT = 1
 DIRECTIONS = ("forward", "backward")
 _LARGEST = 1 << 16  # no field of a configuration is larger than this
+_POWERS_OF_TWO = ("block_m", "block_n", "block_k", "gradient_m", "gradient_n", "slice_n")
 
 
 def cache_directory() -> Path:
@@ -68,13 +69,12 @@ def parse_choices(text: str, device_name: str) -> dict[str, TileConfig]:
 
 def _parse_config(key: str, entry: object) -> TileConfig:
     values = entry.get("config") if isinstance(entry, dict) else None
-    kinds = {field.name: field.type for field in fields(TileConfig)}
-    if not isinstance(values, dict) or set(values) != set(kinds):
+    if not isinstance(values, dict) or set(values) != {field.name for field in fields(TileConfig)}:
         raise ValueError(f"{key}: not a configuration of this version")
     for name, value in values.items():
-        valid = (
-            isinstance(value, bool) if kinds[name] in (bool, "bool") else type(value) is int and 0 < value <= _LARGEST
-        )
+        valid = type(value) is int and 0 < value <= _LARGEST
+        if name in _POWERS_OF_TWO:
+            valid = valid and value >= 16 and value & (value - 1) == 0
         if not valid:
             raise ValueError(f"{key}: {name} cannot be {value!r}")
     return TileConfig(**values)

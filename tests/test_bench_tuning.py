@@ -13,6 +13,7 @@ from fastlora.bench import tuner
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.timing import HostClock
 from fastlora.configs import LADDERS, choose_config, ladder_for
+from fastlora.kernels import triton_lora
 from fastlora.kernels.target import Target
 from fastlora.tuning import load_choices, save_choices, shape_class
 
@@ -100,6 +101,10 @@ DAMAGE = {
         json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "block_m": -64}}})),
         "block_m cannot be -64",
     ),
+    "a size that no tile has": (
+        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "block_n": 96}}})),
+        "block_n cannot be 96",
+    ),
     "a huge size": (
         json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "num_stages": 10**9}}})),
         "num_stages cannot be",
@@ -161,6 +166,18 @@ def test_a_call_gets_its_class_choice_or_none(monkeypatch):
     assert tuning.tuned_config("forward", device, 16, 4096, 4096, 16, torch.bfloat16, False) is None
     cpu = torch.device("cpu")
     assert tuning.tuned_config("forward", cpu, 8192, 4096, 4096, 16, torch.bfloat16, False) is None
+
+
+@pytest.mark.parametrize("direction, columns, dropout", [("forward", 4096, False), ("backward", 4096, True)])
+def test_the_kernels_ask_for_the_users_choice(monkeypatch, direction, columns, dropout):
+    asked, chosen = [], replace(table_config(), group_m=3)
+    monkeypatch.setattr(triton_lora, "tuned_config", lambda *what: asked.append(what) or chosen)
+    rows, weight = torch.empty(8192, columns, dtype=torch.bfloat16), torch.empty(4096, 4096, dtype=torch.bfloat16)
+    problem = (direction, 8192, 4096, 4096, 16)
+    assert triton_lora._choose(*problem, dropout, HOPPER, rows, weight) == chosen
+    assert asked == [(direction, rows.device, *problem[1:], torch.bfloat16, dropout)]
+    odd = torch.empty(8192, 4097, dtype=torch.bfloat16)[:, 1:]
+    assert triton_lora._choose(*problem, dropout, HOPPER, odd, weight) != chosen and len(asked) == 1
 
 
 class FakeLaunchers:

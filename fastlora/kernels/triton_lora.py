@@ -23,6 +23,7 @@ from fastlora.kernels.triton_tiles import (
 )
 from fastlora.kernels.workspace import borrow_workspace
 from fastlora.reference import Gradients, Needs
+from fastlora.tuning import tuned_config
 
 
 @triton.jit
@@ -132,11 +133,15 @@ def _has_aligned_rows(tensor: Tensor) -> bool:
     return tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
 
 
-def _choose(direction: Direction, m: int, n: int, k: int, r: int, target: Target, *operands: Tensor) -> TileConfig:
-    return choose_config(
-        direction, m, n, k, r, arch=target.arch, n_sms=target.n_sms,
-        element_size=operands[0].element_size(), aligned=all(map(_has_aligned_rows, operands)),
-    )  # fmt: skip
+def _choose(
+    direction: Direction, m: int, n: int, k: int, r: int, dropout: bool, target: Target, rows: Tensor, weight: Tensor
+) -> TileConfig:
+    """What ``fastlora tune`` found on this GPU, else the tables' choice."""
+    aligned = _has_aligned_rows(rows) and _has_aligned_rows(weight)
+    tuned = tuned_config(direction, rows.device, m, n, k, r, rows.dtype, dropout) if aligned else None
+    return tuned or choose_config(
+        direction, m, n, k, r, arch=target.arch, n_sms=target.n_sms, element_size=rows.element_size(), aligned=aligned
+    )
 
 
 def _descriptor_or_tensor(tensor: Tensor, block: list[int], arch: int) -> tuple[Tensor | TensorDescriptor, bool]:
@@ -166,7 +171,7 @@ def lora_forward(
     if 0 in (m, n, k):
         return reference.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
     target = target_of(x.device)
-    cfg = config or _choose("forward", m, n, k, r, target, x, weight)
+    cfg = config or _choose("forward", m, n, k, r, dropout_p > 0.0, target, x, weight)
     block_r = padded_rank(r)
     if dropout_p > 0.0 and target.arch >= 90 and x.element_size() == 2:
         block_r = max(block_r, 64)  # the rank is the height of a product (see _make_s), and wgmma's least is 64
@@ -212,7 +217,7 @@ def lora_backward(
     if 0 in (m, n, k):
         return reference.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
     target = target_of(dy.device)
-    cfg = config or _choose("backward", m, n, k, r, target, dy, weight)
+    cfg = config or _choose("backward", m, n, k, r, dropout_p > 0.0, target, dy, weight)
     block_r = padded_rank(r)
     fused = needs.dx and block_r <= FUSED_RANK
     dy_arg, tma_dy = _descriptor_or_tensor(dy, [cfg.block_m, cfg.block_k], target.arch)
