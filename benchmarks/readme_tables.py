@@ -16,6 +16,7 @@ from pathlib import Path
 
 import click
 
+from benchmarks.traffic_report import readme_table
 from fastlora.bench.tables import MIB, Table, case_label, host_table, model_table, ratio_table
 from fastlora.cli.claims import claims_tables
 
@@ -41,6 +42,7 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "finetune": lambda report: model_table(report["finetune"]),
     "claims": lambda report: claims_tables(report)[0],
     "claims-memory": lambda report: claims_tables(report)[1],
+    "traffic": readme_table,
 }
 
 
@@ -56,12 +58,19 @@ def block_text(kind: str, path: str, root: Path) -> str:
         report = json.loads((root / path).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
-    table, env = TABLES[kind](report), report["environment"]
-    heading, body = table.to_markdown().split("\n", 1)
+    heading, body = TABLES[kind](report).to_markdown().split("\n", 1)
+    note = f"[{path}]({path}), {made_with(report)}: `{report['command']}`"
+    return f"**{heading.removeprefix('## ')}**\n{body}\n{note}\n"
+
+
+def made_with(report: dict) -> str:
+    """The machine that was measured, or, of a report that counts and does not measure, the versions."""
+    if "environment" not in report:
+        return ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    env = report["environment"]
     source = f"{env['device_name']}, {env['cpu_threads']} CPU threads" if env["device"] == "cpu" else env["device_name"]
     commit = env["commit"] or "not a checkout"
-    note = f"[{path}]({path}), {source}, torch {env['versions']['torch']}, commit {commit}, {env['date'][:10]}"
-    return f"**{heading.removeprefix('## ')}**\n{body}\n{note}: `{report['command']}`\n"
+    return f"{source}, torch {env['versions']['torch']}, commit {commit}, {env['date'][:10]}"
 
 
 def fill(text: str, root: Path) -> str:
