@@ -1,5 +1,6 @@
 """An adapter's layers, one after another: everything that can be said of each, as plain values."""
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -89,3 +90,14 @@ def _random(first: Tensor, second: Tensor) -> list[list[float]] | None:
     if max(first.shape[0], second.shape[0]) > size:
         return None
     return random_similarity(first.shape[0], second.shape[0], size).tolist()
+
+
+def json_values(value: object) -> object:
+    """The value for JSON, which has no NaN and no infinity: null stands for what is not defined."""
+    if isinstance(value, dict):
+        return {key: json_values(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_values(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

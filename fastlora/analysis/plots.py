@@ -63,11 +63,12 @@ def _heat_map(axes, values: np.ndarray, title: str, names: tuple[str, str]):
     return image
 
 
-def amplification_png(title: str, rows: list[dict]) -> bytes:
+def amplification_png(title: str, rows: list[dict], places: str = "layer") -> bytes:
     """A row a matrix type: bars of ‖UᵀWV‖ for every layer, and the amplification factor.
 
     Args:
-        rows: layers with "amplification", as `analyze_layers` returns them.
+        rows: layers with "amplification", as `analyze_layers` returns them; what has no layer number shows its path.
+        places: what stands side by side.
     """
     types = types_of(rows)
     figure = Figure(figsize=(11, 0.6 + 2.4 * len(types)), layout="constrained")
@@ -76,13 +77,13 @@ def amplification_png(title: str, rows: list[dict]) -> bytes:
     for (norms, factors), (kind, members) in zip(grid, types.items(), strict=True):
         places = np.arange(len(members))
         for index, (field, label) in enumerate(BARS):
-            heights = [max(row["amplification"][field], _FLOOR) for row in members]
+            heights = [np.maximum(_finite(row["amplification"][field]), _FLOOR) for row in members]
             norms.bar(places + 0.27 * (index - 1), heights, width=0.27, label=label)
         norms.set(title=kind, ylabel="‖UᵀWV‖", yscale="log")
         factors.bar(places, [_finite(row["amplification"]["factor"]) for row in members], color="tab:purple")
         factors.set(title=f"{kind}: ‖ΔW‖ / ‖UᵀWV‖", ylabel="factor")
         for axes in (norms, factors):
-            _name_layers(axes, members)
+            _name_layers(axes, members, places)
     grid[0][0].legend(fontsize="x-small", ncols=3)
     return png_bytes(figure)
 
@@ -107,8 +108,8 @@ def spectra_png(title: str, rows: list[dict]) -> bytes:
     return png_bytes(figure)
 
 
-def _finite(value: float) -> float:
-    return value if np.isfinite(value) else np.nan
+def _finite(value: float | None) -> float:
+    return value if value is not None and np.isfinite(value) else np.nan
 
 
 def _colour(index: int, count: int) -> tuple:
@@ -117,8 +118,8 @@ def _colour(index: int, count: int) -> tuple:
     return colormaps["viridis"](index / max(1, count - 1))
 
 
-def _name_layers(axes, members: list[dict]) -> None:
+def _name_layers(axes, members: list[dict], places: str) -> None:
     names = [row["path"] if row["layer"] is None else str(row["layer"]) for row in members]
     step = max(1, len(names) // 10)
     axes.set_xticks(range(0, len(names), step), names[::step])
-    axes.set_xlabel("layer")
+    axes.set_xlabel(places)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -150,12 +149,13 @@ def _weights(name: str, layers: dict) -> dict:
 
 
 def _write(report: dict, output: Path) -> None:
+    from fastlora.analysis.layers import json_values
     from fastlora.analysis.plots import amplification_png, spectra_png
     from fastlora.analysis.tables import layer_table, type_table
 
     rows = report["layers"]
     tables = [type_table(rows), layer_table(rows)]
-    files = {"analysis.json": json.dumps(plain(report), indent=1, allow_nan=False).encode() + b"\n"}
+    files = {"analysis.json": json.dumps(json_values(report), indent=1, allow_nan=False).encode() + b"\n"}
     files["spectra.png"] = spectra_png(f"Singular values of ΔW: {report['adapter']}", rows)
     if report["base"] is not None:
         title = f"What W has where ΔW acts: {report['adapter']} on {report['base']}"
@@ -192,14 +192,3 @@ def _similarity_files(report: dict) -> dict[str, bytes]:
         title = f"φ(i, j) of {kind}: {report['adapter']} (i) against {report['against']} (j)"
         files[f"similarity_{kind}.png"] = similarity_png(title, panels)
     return files
-
-
-def plain(value: object) -> object:
-    """The value for JSON, which has no NaN and no infinity: null stands for what is not defined."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -12,6 +12,7 @@ COMMANDS = {
     "bench": "fastlora.cli.bench:bench",
     "tune": "fastlora.cli.tune:tune",
     "analyze": "fastlora.cli.analyze:analyze",
+    "study": "fastlora.cli.study:study",
 }
 
 INTERRUPTED = 130

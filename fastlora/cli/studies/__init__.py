@@ -1,0 +1,1 @@
+"""The parts of `fastlora study`: the plan, runs shared by processes, results, pictures and the suggestion."""
