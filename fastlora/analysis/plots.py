@@ -63,12 +63,12 @@ def _heat_map(axes, values: np.ndarray, title: str, names: tuple[str, str]):
     return image
 
 
-def amplification_png(title: str, rows: list[dict], places: str = "layer") -> bytes:
+def amplification_png(title: str, rows: list[dict], along: str = "layer") -> bytes:
     """A row a matrix type: bars of ‖UᵀWV‖ for every layer, and the amplification factor.
 
     Args:
         rows: layers with "amplification", as `analyze_layers` returns them; what has no layer number shows its path.
-        places: what stands side by side.
+        along: what stands side by side.
     """
     types = types_of(rows)
     figure = Figure(figsize=(11, 0.6 + 2.4 * len(types)), layout="constrained")
@@ -83,8 +83,8 @@ def amplification_png(title: str, rows: list[dict], places: str = "layer") -> by
         factors.bar(places, [_finite(row["amplification"]["factor"]) for row in members], color="tab:purple")
         factors.set(title=f"{kind}: ‖ΔW‖ / ‖UᵀWV‖", ylabel="factor")
         for axes in (norms, factors):
-            _name_layers(axes, members, places)
-    grid[0][0].legend(fontsize="x-small", ncols=3)
+            _name_layers(axes, members, along)
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return png_bytes(figure)
 
 
@@ -118,8 +118,8 @@ def _colour(index: int, count: int) -> tuple:
     return colormaps["viridis"](index / max(1, count - 1))
 
 
-def _name_layers(axes, members: list[dict], places: str) -> None:
+def _name_layers(axes, members: list[dict], along: str) -> None:
     names = [row["path"] if row["layer"] is None else str(row["layer"]) for row in members]
     step = max(1, len(names) // 10)
     axes.set_xticks(range(0, len(names), step), names[::step])
-    axes.set_xlabel(places)
+    axes.set_xlabel(along)

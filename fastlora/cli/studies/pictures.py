@@ -66,7 +66,7 @@ def ranks_png(report: dict) -> bytes:
 
 def _size(report: dict) -> str:
     s = report["settings"]
-    return f"{report['model']}, {s['steps']} steps of {s['batch_size']}×{s['block_size']} tokens, {s['seeds']} seeds"
+    return f"{report['model']}, {s['steps']} steps of {s['batch_size']}×{s['block_size']} tokens, seeds: {s['seeds']}"
 
 
 def _amplification(entries: Sequence[dict]) -> bytes:
@@ -75,4 +75,4 @@ def _amplification(entries: Sequence[dict]) -> bytes:
         {"type": entry["type"], "path": f"r = {entry['rank']}", "layer": None, "amplification": entry["middle"]}
         for entry in entries
     ]
-    return amplification_png(f"What W has where ΔW acts, layer {entries[0]['layer']}", rows, places="adapter")
+    return amplification_png(f"What W has where ΔW acts, layer {entries[0]['layer']}", rows, along="adapter")

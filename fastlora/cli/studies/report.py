@@ -39,6 +39,7 @@ def make_report(trainer: Trainer, command: str) -> tuple[dict, dict[str, bytes]]
         "started": min(result["started"] for result in results),
         "ended": max(result["ended"] for result in results),
         "processes": len({result["process"] for result in results}),
+        "commits": sorted({result["commit"] or "not a checkout" for result in results}),
         "training_seconds": round(sum(result["seconds"] for result in results), 3),
         "experiments": experiments_of(plan, summary),
         "directions": directions,
@@ -71,7 +72,7 @@ def _markdown(report: dict, pictures: list[str]) -> str:
     facts = [
         f"{env['device_name']}, {report['processes']} processes, "
         f"{env['cpu_threads']} CPU threads each, torch {env['versions']['torch']}, "
-        f"commit {env['commit'] or 'not a checkout'}",
+        f"commit {', '.join(report['commits'])}",
         f"Runs from {report['started']} to {report['ended']}; {report['training_seconds']:.0f} s of training steps",
         f"`{report['command']}`",
     ]

@@ -70,7 +70,7 @@ def size_note(report: dict) -> str:
     held_out = report["held_out_tokens"]
     return (
         f"{report['model']}, each run {s['steps']} steps of {s['batch_size']} × {s['block_size']} tokens "
-        f"({tokens:,} in all), {s['seeds']} seeds, learning rate {s['learning_rate']:g}, alpha {s['alpha']:g}, "
+        f"({tokens:,} in all), seeds: {s['seeds']}, learning rate {s['learning_rate']:g}, alpha {s['alpha']:g}, "
         f"{s['dtype']}; held-out loss in nats per token over {held_out:,} tokens, mean ± standard deviation over the "
         f"seeds. Without an adapter: {report['base_loss']:.4f}."
     )

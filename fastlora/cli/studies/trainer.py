@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastlora.bench.environment import commit
 from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.files import check_writable, reported_write_errors
 from fastlora.cli.studies.plan import Plan, RunSpec, StudySettings, make_plan
@@ -35,6 +36,7 @@ class Trainer:
     Attributes:
         label: the model's name.
         base: the frozen model; runs train copies that share its tensors.
+        commit: the checkout's, or None.
     """
 
     settings: StudySettings
@@ -44,6 +46,7 @@ class Trainer:
     base: nn.Module
     blocks: TokenBlocks
     plan: Plan
+    commit: str | None
 
     def run_all(self, interruption: Interruption, say: Callable[[str], None]) -> None:
         """Trains until every run of the plan has a result, this process's or another's.
@@ -140,6 +143,7 @@ class Trainer:
             "device": str(self.device),
             "dispatch_counts": arm.record.calls,
             "versions": versions(),
+            "commit": self.commit,
         }
 
 
@@ -161,7 +165,7 @@ def prepare(
     facts = {"model": source.label, "text": blocks.fingerprint(), "costs": list(plan.costs)}
     with interruption.deferred():
         store.begin(settings, facts)
-    return Trainer(settings, device, store, source.label, base, blocks, plan)
+    return Trainer(settings, device, store, source.label, base, blocks, plan, commit())
 
 
 def _costs(base: nn.Module, projections: tuple[str, ...]) -> tuple[int, ...]:
