@@ -107,6 +107,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {field} must be a number, got {value!r}")
     if not 0.0 <= config["lora_dropout"] <= 1.0:
         raise ValueError(f"{path}: lora_dropout must be between 0 and 1, got {config['lora_dropout']}")
+    if not isinstance(config.setdefault("use_rslora", False), bool):
+        raise ValueError(f"{path}: use_rslora must be true or false, got {config['use_rslora']!r}")
     for field in ("rank_pattern", "alpha_pattern"):
         config[field] = config.get(field) or {}
         if not isinstance(config[field], dict) or not all(map(_is_number, config[field].values())):

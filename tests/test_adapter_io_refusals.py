@@ -108,6 +108,7 @@ def test_every_problem_is_listed(saved):
         ({"alpha_pattern": {"(": 7}}, "not a regular expression"),
         ({"alpha_pattern": {"1.0": "x"}}, "alpha_pattern must map"),
         ({"lora_dropout": 2.0}, "lora_dropout must be between 0 and 1"),
+        ({"use_rslora": "no"}, "use_rslora must be true or false"),
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastlora.cli.errors import CommandError, first_line
@@ -20,6 +20,23 @@ def check_writable(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory) as probe:
             probe.write(b"\0")
+
+
+@contextmanager
+def directory_for_results(directory: Path) -> Iterator[None]:
+    """As `check_writable`; directories made for it that are still empty at the end of the block are removed again.
+
+    Raises:
+        CommandError: the directory cannot be made or written to.
+    """
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
+    try:
+        check_writable(directory)
+        yield
+    finally:
+        with suppress(OSError):  # one that holds something
+            for path in made:
+                path.rmdir()
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def split_targets(ctx: click.Context, param: click.Parameter, value: str) -> tup
     default=",".join(PROJECTIONS),
     callback=split_targets,
     show_default=True,
-    help="Names of the linear layers to adapt, separated by commas.",
+    help="Names of the linear layers to adapt, separated by commas; or all-linear.",
 )
 @click.option("--rank", type=click.IntRange(min=1), default=DEFAULTS.rank, show_default=True)
 @click.option("--alpha", type=FiniteFloat(min=0, min_open=True), default=DEFAULTS.alpha, show_default=True)

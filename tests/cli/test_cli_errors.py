@@ -30,6 +30,7 @@ def assert_refused(result, *words):
         ("--block-size", "1", ["--block-size"]),
         ("--dtype", "float8", ["--dtype", "float8", "bfloat16"]),
         ("--device", "toaster", ["toaster"]),
+        ("--device", "meta", ["meta", "cannot be used"]),
         ("--targets", " , ", ["--targets"]),
         ("--compare", "torchtune", ["--compare", "peft"]),
     ],
@@ -41,10 +42,30 @@ def test_bad_option(finetune, tmp_path, option, value, words):
 
 
 def test_unknown_target_names_those_that_match(finetune, tmp_path):
-    result = finetune("--targets", "q_proj,query", "--output", tmp_path)
+    result = finetune("--targets", "q_proj,query", "--output", tmp_path / "new" / "out")
     assert_refused(result, "'query'", "q_proj, ", "down_proj", "lm_head")
     assert "'q_proj'" not in result.error_line
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # not even the directories
+
+
+def test_blocks_and_prompts_beyond_the_models_positions(finetune, tmp_path):
+    output = tmp_path / "out"  # the tiny model has 128 positions, its tokenizer one token a byte
+    assert_refused(finetune("--block-size", 129, "--output", output), "--block-size 129", "128 positions")
+    assert_refused(finetune("--prompt", "x" * 128, "--output", output), "--prompt is 128 tokens", "1 to 127")
+    assert not output.exists()
+    assert finetune("--prompt", "x" * 127, "--steps", 1, "--output", output).code == 0
+
+
+def test_tokenizer_of_a_larger_model(finetune, tiny_model, tmp_path):
+    import shutil
+
+    import transformers
+
+    shutil.copytree(tiny_model, tmp_path / "model")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.resize_token_embeddings(40)
+    model.save_pretrained(tmp_path / "model")
+    assert_refused(finetune("--model", tmp_path / "model", "--output", tmp_path / "out"), "40 embeddings")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +85,7 @@ def test_bad_text_file(finetune, tmp_path, make, words):
     make(path)
     output = tmp_path / "out"
     assert_refused(finetune("--text", path, "--output", output), *words)
-    assert not output.exists() or list(output.iterdir()) == []
+    assert not output.exists()
 
 
 @pytest.mark.parametrize("name", ["./nothing", "/nothing/there", "model.gguf", "a/b/c"])

@@ -208,3 +208,10 @@ def test_several_texts_are_all_used(finetune, text_file, tmp_path):
     tokens = read_report(tmp_path / "out")["text"]["tokens"]
     joined = len(text_file.read_bytes()) + len("\n\n") + len(second.read_bytes())
     assert tokens == joined // 24 * 24
+
+
+def test_all_linear_is_what_peft_takes_it_for(finetune, tmp_path):
+    result = finetune("--targets", "all-linear", "--compare", "peft", "--steps", 2, "--output", tmp_path)
+    assert result.code == 0, result.err
+    report = read_report(tmp_path)
+    assert report["parameters"]["layers"] == 14 and report["agreement"]["same_seed_start"]  # all but the output head

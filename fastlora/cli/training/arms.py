@@ -14,7 +14,7 @@ from fastlora.adapter_io import save_adapter
 from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.training.loop import Arm, make_optimizer
 from fastlora.cli.training.settings import Settings
-from fastlora.model import inject
+from fastlora.model import ALL_LINEAR, inject
 
 FASTLORA = "fastlora"
 PEFT = "peft"
@@ -51,7 +51,7 @@ def fastlora_arm(base: nn.Module, settings: Settings) -> Arm:
     try:
         inject(
             model,
-            settings.targets,
+            _targets(settings),
             r=settings.rank,
             alpha=settings.alpha,
             dropout=settings.dropout,
@@ -77,7 +77,7 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
-        target_modules=list(settings.targets),
+        target_modules=_targets(settings),
         task_type="CAUSAL_LM",
     )
     model = _shared_copy(base)
@@ -90,6 +90,10 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
         except (ValueError, TypeError) as error:
             raise CommandError(f"PEFT: {first_line(error)}") from error
     return Arm(PEFT, model, make_optimizer(model, settings.learning_rate))
+
+
+def _targets(settings: Settings) -> str | list[str]:
+    return ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets)
 
 
 def _shared_copy(model: nn.Module) -> nn.Module:

@@ -22,7 +22,7 @@ def read_text(paths: tuple[str, ...]) -> str:
 
 def _read_file(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise CommandError(f"cannot read text file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

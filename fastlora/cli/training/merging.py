@@ -32,27 +32,43 @@ class MergeCheck:
     max_logit: float
 
 
-@torch.no_grad()
-def check_merge(model: nn.Module, tokenizer, held_out: Tensor, settings: Settings) -> MergeCheck:
-    """Generates, merges, generates again, and takes the merge back.
+def prompt_tokens(tokenizer, held_out: Tensor, settings: Settings, limit: int | None) -> Tensor:
+    """What the merged model will continue, as token ids [1, length].
 
     Args:
         held_out: token ids [h, block_size]; the first ones are the prompt where the settings name a text but no prompt.
+        limit: positions of the model, or None.
+
+    Raises:
+        CommandError: the prompt is no token, or leaves no position for an answer.
+    """
+    prompt = settings.prompt or (None if settings.text else DEFAULT_TEXT_PROMPT)
+    if not prompt:
+        return held_out[:1, : min(PROMPT_TOKENS, (limit or PROMPT_TOKENS + 1) - 1)]
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if not prompt_ids or (limit is not None and len(prompt_ids) >= limit):
+        room = "at least one" if limit is None else f"1 to {limit - 1}"
+        raise CommandError(f"--prompt is {len(prompt_ids)} tokens; this model takes {room}")
+    return torch.tensor([prompt_ids])
+
+
+@torch.no_grad()
+def check_merge(model: nn.Module, tokenizer, prompt_ids: Tensor, settings: Settings, limit: int | None) -> MergeCheck:
+    """Generates, merges, generates again, and takes the merge back.
+
+    Args:
+        prompt_ids, limit: as of `prompt_tokens`.
 
     Raises:
         CommandError: a merged weight is not finite.
     """
     model.eval()
-    prompt = settings.prompt or (None if settings.text else DEFAULT_TEXT_PROMPT)
-    if prompt:
-        prompt_ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
-    else:
-        prompt_ids = held_out[:1, :PROMPT_TOKENS]
     prompt_ids = prompt_ids.to(settings.device)
-    sequence = _continue(model, prompt_ids, tokenizer)
+    answer_tokens = ANSWER_TOKENS if limit is None else min(ANSWER_TOKENS, limit - prompt_ids.shape[1])
+    sequence = _continue(model, prompt_ids, tokenizer, answer_tokens)
     logits = model(input_ids=sequence, use_cache=False).logits.float()
     _merge(model, settings)
-    merged_sequence = _continue(model, prompt_ids, tokenizer)
+    merged_sequence = _continue(model, prompt_ids, tokenizer, answer_tokens)
     merged_logits = model(input_ids=sequence, use_cache=False).logits.float()
     _unmerge(model, settings)
     start = prompt_ids.shape[1]
@@ -66,13 +82,13 @@ def check_merge(model: nn.Module, tokenizer, held_out: Tensor, settings: Setting
     )
 
 
-def _continue(model: nn.Module, prompt_ids: Tensor, tokenizer) -> Tensor:
+def _continue(model: nn.Module, prompt_ids: Tensor, tokenizer, answer_tokens: int) -> Tensor:
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return model.generate(
         input_ids=prompt_ids,
         attention_mask=torch.ones_like(prompt_ids),
         do_sample=False,
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=answer_tokens,
         pad_token_id=pad,
     )
 

@@ -97,6 +97,30 @@ def _quiet_transformers():
     return transformers
 
 
+def position_limit(model: nn.Module) -> int | None:
+    """The longest sequence that the model was built for, where its configuration says."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_tokens(model: nn.Module, token_ids: list[int], block_size: int) -> None:
+    """What would otherwise fail as an index in the middle of the model.
+
+    Raises:
+        CommandError: the blocks are longer than the model's sequences, or a token has no embedding.
+    """
+    limit = position_limit(model)
+    if limit is not None and block_size > limit:
+        raise CommandError(f"--block-size {block_size} is more than the {limit} positions of the model")
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if max(token_ids, default=0) >= embeddings:
+        raise CommandError(
+            f"the tokenizer gives the id {max(token_ids)}, but the model has {embeddings} embeddings: "
+            "they do not belong together"
+        )
+
+
 def check_device(name: str) -> torch.device:
     """The torch device of --device; "auto" is a CUDA device where there is one.
 
@@ -107,7 +131,7 @@ def check_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device

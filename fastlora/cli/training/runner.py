@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora.cli.errors import CommandError
-from fastlora.cli.files import check_writable, staged, write_bytes
+from fastlora.cli.files import directory_for_results, staged, write_bytes
 from fastlora.cli.training import report as reporting
 from fastlora.cli.training.arms import (
     PEFT,
@@ -24,8 +25,8 @@ from fastlora.cli.training.data import TokenBlocks, batch_at, make_blocks, read_
 from fastlora.cli.training.full import measure_full_finetuning
 from fastlora.cli.training.interrupt import Interrupted, Interruption
 from fastlora.cli.training.loop import Arm, held_out_loss, train
-from fastlora.cli.training.merging import check_merge
-from fastlora.cli.training.models import find_model, load_model
+from fastlora.cli.training.merging import check_merge, prompt_tokens
+from fastlora.cli.training.models import check_tokens, find_model, load_model, position_limit
 from fastlora.cli.training.settings import Settings
 from fastlora.cli.training.state import FILE_NAME, SavedState, save_state
 from fastlora.model import trainable_parameters
@@ -59,33 +60,35 @@ class Runner:
         Raises:
             CommandError: an input cannot be used or a result cannot be written.
         """
-        with self.interruption:
+        with self.interruption, ExitStack() as closing:
             try:
-                return self._run()
+                return self._run(closing)
             except Interrupted:
                 self.interruption.caught()
                 return self._stop()
 
-    def _run(self) -> int:
+    def _run(self, closing: ExitStack) -> int:
         settings = self.settings
         text = read_text(settings.text)
         source = find_model(settings.model)
         if PEFT in (settings.compare, settings.via):
             require_peft()
-        check_writable(self.output)
+        closing.enter_context(directory_for_results(self.output))
         self.say(f"Loading {source.label}{'' if source.local else ' from the hub'} in {settings.dtype}")
         base, tokenizer = load_model(source, getattr(torch, settings.dtype), self.device)
         token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        check_tokens(base, token_ids, settings.block_size)
         blocks = make_blocks(token_ids, settings.block_size, settings.held_out, settings.seed)
         self.fingerprint = blocks.fingerprint()
         if self.saved is not None and self.saved.fingerprint != self.fingerprint:
             raise CommandError(f"cannot resume from {self.saved.path}: the text or the tokenizer is no longer the same")
+        prompt_ids = prompt_tokens(tokenizer, blocks.held_out, settings, position_limit(base))
         self.say(
             f"{blocks.tokens:,} tokens: {len(blocks.train)} blocks of {settings.block_size} to train on, "
             f"{len(blocks.held_out)} held out"
         )
         agreement = self._train_arms(base, blocks)
-        results = self._measure(base, tokenizer, blocks, agreement)
+        results = self._measure(base, tokenizer, prompt_ids, blocks, agreement)
         return self._write(source.label, blocks, results)
 
     def _train_arms(self, base: nn.Module, blocks: TokenBlocks) -> Agreement | None:
@@ -129,12 +132,12 @@ class Runner:
         arm.model.zero_grad(set_to_none=True)
 
     def _measure(
-        self, base: nn.Module, tokenizer, blocks: TokenBlocks, agreement: Agreement | None
+        self, base: nn.Module, tokenizer, prompt_ids: Tensor, blocks: TokenBlocks, agreement: Agreement | None
     ) -> reporting.Results:
         arm = self.arms[0]
         counts = trainable_parameters(arm.model)
         layers = len(arm.adapter()) // 2
-        merge = check_merge(arm.model, tokenizer, blocks.held_out, self.settings)
+        merge = check_merge(arm.model, tokenizer, prompt_ids, self.settings, position_limit(base))
         # Last, and on weights that every arm shares: the adapter is kept, the base model is not.
         batch = batch_at(blocks.train, 0, self.settings.batch_size, self.settings.seed)
         full = measure_full_finetuning(base, batch, self.settings)

@@ -21,7 +21,7 @@ class Settings:
     Attributes:
         model: a directory, a .gguf file or a hub name; None for the packaged SmolLM2-135M-Instruct.
         text: files to train on; empty for the text of CPython's `pydoc_data.topics`.
-        targets: suffixes of the names of the layers to adapt.
+        targets: suffixes of the names of the layers to adapt, or "all-linear" alone for all but the output head.
         block_size: tokens a sequence; batch_size: sequences a step; held_out: sequences kept for evaluation.
         dtype: a torch dtype's name. device: a torch device string.
         via: "fastlora" (its own layers) or "peft" (a PEFT model whose layers are patched by fastlora).
