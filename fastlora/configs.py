@@ -18,6 +18,8 @@ class TileConfig:
     gradient_m, gradient_n: rows per step and columns of a gradient tile.
     slice_n: columns of a tile that are finished (low-rank branch, bias, store) at a time.
     programs_per_sm: programs that run on a multiprocessor at once.
+    fused: whether the tiles of column 0 make S beside their own product, up to FUSED_RANK. Tiles of their own read the
+        rows once more, out of L2, but have S ready sooner for the tiles that wait for it.
     """
 
     block_m: int
@@ -30,6 +32,7 @@ class TileConfig:
     gradient_n: int = 64
     slice_n: int = 64
     programs_per_sm: int = 1
+    fused: bool = True
 
 
 # Each ladder runs from the largest tile to the smallest. "wide" ladders serve ranks above FUSED_RANK, whose gradient

@@ -72,7 +72,7 @@ def _parse_config(key: str, entry: object) -> TileConfig:
     if not isinstance(values, dict) or set(values) != {field.name for field in fields(TileConfig)}:
         raise ValueError(f"{key}: not a configuration of this version")
     for name, value in values.items():
-        valid = type(value) is int and 0 < value <= _LARGEST
+        valid = type(value) is bool if name == "fused" else type(value) is int and 0 < value <= _LARGEST
         if name in _POWERS_OF_TWO:
             valid = valid and value >= 16 and value & (value - 1) == 0
         if not valid:

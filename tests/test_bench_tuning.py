@@ -113,6 +113,10 @@ DAMAGE = {
         json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "group_m": True}}})),
         "group_m cannot be True",
     ),
+    "a number for true": (
+        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "fused": 1}}})),
+        "fused cannot be 1",
+    ),
     "NaN": (
         json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "group_m": float("nan")}}})),
         "cannot be nan",

@@ -1,5 +1,6 @@
 """Every shipped Triton configuration compiles for every architecture, without a GPU and without a spill."""
 
+import dataclasses
 import itertools
 import re
 
@@ -106,6 +107,14 @@ def test_the_common_case(monkeypatch, arch, direction, rank):
     assert_fits(kernel, arch, expected_instruction(arch, config, torch.float16))
     loads = kernel.asm["ptx"].count("cp.async.bulk.tensor")
     assert (loads > 0) == (arch >= 90)
+
+
+@pytest.mark.parametrize("arch, name", [(80, "ampere"), (90, "hopper"), (100, "hopper")])
+@pytest.mark.parametrize("direction", KERNELS)
+def test_small_ranks_by_tiles_of_their_own(monkeypatch, arch, name, direction):
+    config = dataclasses.replace(LADDERS[name][0], fused=False)
+    kernel, _ = compile_layer(monkeypatch, arch, direction, config, rank=16, dtype=torch.bfloat16, dropout=True)
+    assert_fits(kernel, arch, expected_instruction(arch, config, torch.bfloat16))
 
 
 @pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)

@@ -1,6 +1,7 @@
 """The protocol of the Triton kernels, proven on their own PTX: the launchers' real launches run in the emulator, which
 detects races, missing waits and fences, accesses out of bounds, reads of what nobody wrote, and deadlocks."""
 
+import dataclasses
 import itertools
 from unittest import mock
 
@@ -98,6 +99,14 @@ def test_dropout_and_ranks(arch, dtype, sizes):
     check_dropout(sizes, dtype, arch)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_small_ranks_by_tiles_of_their_own(arch):
+    case = numerics.draw_integer_case(150, 72, 96, 8, torch.bfloat16)
+    for options in SCHEDULES[1:4]:
+        results, _ = run(case, dataclasses.replace(SMALL[arch], fused=False), arch, options)
+        numerics.assert_exact(results, case)
+
+
 def test_results_are_the_same_bits_under_every_schedule():
     case = numerics.draw_case(150, 40, 64, 8, torch.bfloat16, dropout_p=0.1)
     first, *others = [run(case, SMALL[90], 90, options)[0] for options in SCHEDULES]
@@ -148,16 +157,20 @@ def shipped():
             yield pytest.param(arch, config, rank, dtype, aligned, number, id=f"sm_{arch}-{name}-{tile}")
 
 
-@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number", list(shipped()))
-def test_shipped_configurations(arch, config, rank, dtype, aligned, number):
-    """The very tiles of the tables, on a problem a little larger than one of them."""
+def check_shipped(arch, config, rank, dtype, aligned, number, **altered):
+    """The very tile of the tables, on a problem a little larger than one of it."""
     m, n, k = config.block_m + 9, config.block_n + 8, max(config.block_n, config.block_k) + 8
     if not aligned:
         n, k = n + 1, k + 3
     case = numerics.draw_case(m, n, k, rank - 8 * (number % 2), dtype, dropout_p=0.2 * (number % 2))
-    results, stats = run(case, config, arch, SCHEDULES[number % len(SCHEDULES)])
+    results, stats = run(case, config, arch, SCHEDULES[number % len(SCHEDULES)], **altered)
     # In float32 a thread sums in order, the CPU's eager product in blocks, with a smaller error.
     numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)
     if dtype != torch.float32:
         used = stats[0].wgmma if arch == 90 and config.block_m >= 64 else stats[0].mma
         assert used > 0, "not the matrix instruction that this tile is for"
+
+
+@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number", list(shipped()))
+def test_shipped_configurations(arch, config, rank, dtype, aligned, number):
+    check_shipped(arch, config, rank, dtype, aligned, number)

@@ -13,7 +13,13 @@ from fastlora.bench.timing import EventClock, summarise
 from fastlora.configs import LADDERS, TileConfig, choose_config, ladder_for
 
 # What is tried around the best tile of the ladder, one field at a time.
-NEIGHBOURS = {"group_m": (4, 8, 16, 32), "num_stages": (2, 3, 4, 5), "num_warps": (4, 8), "programs_per_sm": (1, 2)}
+NEIGHBOURS = {
+    "group_m": (4, 8, 16, 32),
+    "num_stages": (2, 3, 4, 5),
+    "num_warps": (4, 8),
+    "programs_per_sm": (1, 2),
+    "fused": (True, False),
+}
 SURVIVORS = 3  # go on to the last, longer round
 QUICK_ROUNDS, FINAL_ROUNDS = 5, 30
 MIN_GAIN = 0.02  # a choice that wins by less than this is noise: the table's own stays

@@ -175,7 +175,7 @@ def lora_forward(
     block_r = padded_rank(r)
     if dropout_p > 0.0 and target.arch >= 90 and x.element_size() == 2:
         block_r = max(block_r, 64)  # the rank is the height of a product (see _make_s), and wgmma's least is 64
-    fused = block_r <= FUSED_RANK
+    fused = cfg.fused and block_r <= FUSED_RANK
     x_arg, tma_x = _descriptor_or_tensor(x, [cfg.block_m, cfg.block_k], target.arch)
     w_arg, tma_w = _descriptor_or_tensor(weight, [cfg.block_n, cfg.block_k], target.arch)
     a_arg, tma_a = _descriptor_or_tensor(lora_a, [block_r, cfg.block_k], target.arch)
@@ -219,7 +219,7 @@ def lora_backward(
     target = target_of(dy.device)
     cfg = config or _choose("backward", m, n, k, r, dropout_p > 0.0, target, dy, weight)
     block_r = padded_rank(r)
-    fused = needs.dx and block_r <= FUSED_RANK
+    fused = cfg.fused and needs.dx and block_r <= FUSED_RANK
     dy_arg, tma_dy = _descriptor_or_tensor(dy, [cfg.block_m, cfg.block_k], target.arch)
     w_arg, tma_w = _descriptor_or_tensor(weight, [cfg.block_k, cfg.block_n], target.arch)
     b_arg, tma_b = _descriptor_or_tensor(lora_b, [cfg.block_k, block_r], target.arch)

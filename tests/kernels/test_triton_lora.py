@@ -54,6 +54,12 @@ def test_values(m, n, k, r, dtype, dropout_p, addressing, device):
     numerics.assert_accurate(run(case), case)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_small_ranks_by_tiles_of_their_own(dropout_p, addressing, device):
+    case = numerics.draw_case(97, 72, 104, 16, torch.bfloat16, dropout_p=dropout_p, device=device)
+    numerics.assert_accurate(run(case, config=dataclasses.replace(SMALL, fused=False)), case)
+
+
 @pytest.mark.parametrize("r", [65, 128, 200, 256])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_ranks_beyond_the_fused_ones(r, dropout_p, addressing, device):
