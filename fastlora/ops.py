@@ -185,7 +185,8 @@ def lora_linear(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
     """
     device_type = "cpu" if x.is_cpu else x.device.type
-    if torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    # torch refuses to say for "meta", where shapes alone are computed.
+    if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, weight = x.to(dtype), weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)

@@ -200,7 +200,7 @@ def _input_reason(layer: Linear, parts: _Parts, x: Tensor) -> str | None:
         return "lora_A and lora_B differ in dtype"
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         dtype = weight_dtype = torch.get_autocast_dtype(x.device.type)
         adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
     if dtype != weight_dtype or not (
