@@ -98,6 +98,10 @@ def triton_deletions() -> list[Defect]:
             *((f"sm_{arch} dropout {sizes}", _dropped(sizes, arch)) for sizes in triton.DROPPED_SIZES),
         )
     ]
+    # The smallest tiles first: they are the quickest.
+    checks += [
+        (each.id, functools.partial(triton.check_shipped, *each.values)) for each in reversed([*triton.shipped()])
+    ]
     return [_with_mutant(mutant, f"{mutant.module}.py", checks) for mutant in deletions.in_triton()]
 
 

@@ -73,7 +73,9 @@ def _mbarrier_arrive(instruction, builder):
     address, offset = builder.address(operands[0])
     numbers = [builder.source(text, "u32") for text in operands[1:]]
     has_count = len(numbers) > has_tx
-    builder.emit("mbarrier.arrive", destinations, [address, *numbers], [offset, has_tx, has_count, arrives, *_order(instruction)])
+    builder.emit(
+        "mbarrier.arrive", destinations, [address, *numbers], [offset, has_tx, has_count, arrives, *_order(instruction)]
+    )
 
 
 @translates("mbarrier.test_wait", "mbarrier.try_wait")
