@@ -16,7 +16,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks.traffic_report import readme_table
+from benchmarks import saved_bytes, traffic_report
 from fastlora.bench.tables import MIB, Table, case_label, host_table, model_table, ratio_table
 from fastlora.cli.claims import claims_tables
 
@@ -42,7 +42,8 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "finetune": lambda report: model_table(report["finetune"]),
     "claims": lambda report: claims_tables(report)[0],
     "claims-memory": lambda report: claims_tables(report)[1],
-    "traffic": readme_table,
+    "traffic": traffic_report.readme_table,
+    "saved": saved_bytes.readme_table,
 }
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from benchmarks import readme_tables
+from benchmarks import readme_tables, saved_bytes
 from fastlora.bench import run
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.peers import STORED_S, Peer
@@ -147,3 +147,18 @@ def test_readme_tables_come_from_the_files_they_name(report, tmp_path):
         readme_tables.fill(text.format("loudness"), tmp_path)
     with pytest.raises(ValueError, match="cannot read elsewhere.json"):
         readme_tables.fill(text.format("step").replace("results/bench", "elsewhere"), tmp_path)
+
+
+def test_the_table_of_saved_bytes_is_what_is_counted_now():
+    """PEFT's bytes are another project's business and may change with its version."""
+    report = json.loads(saved_bytes.RESULT.read_text())
+    assert [(row["base"], row["adapters"], row["dropout"]) for row in report["rows"]] == list(saved_bytes.KINDS)
+    for kind, row in zip(saved_bytes.KINDS, report["rows"], strict=True):
+        again = saved_bytes.count(*kind)
+        assert (again["fastlora"], again["x_and_s"]) == (row["fastlora"], row["x_and_s"])
+        assert row["fastlora"] <= row["x_and_s"] + 8 <= row["peft"] + 8  # and a seed
+
+
+def test_the_readme_shows_what_is_in_the_results():
+    text = (readme_tables.ROOT / "README.md").read_text()
+    assert readme_tables.BLOCK.search(text) and readme_tables.fill(text, readme_tables.ROOT) == text
