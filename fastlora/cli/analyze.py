@@ -128,12 +128,11 @@ def _weights(name: str, layers: dict) -> dict:
     """
     import torch
 
-    from fastlora.cli.training.models import find_model, load_model
+    from fastlora.cli.training.models import find_model, load_weights
 
     source = find_model(None if name == PACKAGED else name)
     click.echo(f"Loading {source.label}{'' if source.local else ' from the hub'}")
-    model, _ = load_model(source, "auto", torch.device("cpu"))
-    modules = dict(model.named_modules())
+    modules = dict(load_weights(source, "auto", torch.device("cpu")).named_modules())
     weights = {path: getattr(modules.get(path), "weight", None) for path in layers}
     absent = [path for path, weight in weights.items() if weight is None]
     if absent:

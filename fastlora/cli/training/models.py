@@ -68,19 +68,27 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     Raises:
         CommandError: a file is missing or broken, the architecture is unknown, or the download failed.
     """
+    tokenizer = _load("AutoTokenizer", source)
+    return load_weights(source, dtype, device), tokenizer
+
+
+def load_weights(source: ModelSource, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
+    """The causal language model alone; dtype "auto" keeps the file's. Raises as `load_model`."""
+    return _load("AutoModelForCausalLM", source, dtype=dtype).to(device)
+
+
+def _load(kind: str, source: ModelSource, **options: object):
+    """What this class of transformers makes of the source."""
     transformers = _quiet_transformers()
     from safetensors import SafetensorError
 
-    options = {"local_files_only": source.local}
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source.location, **options)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source.location, dtype=dtype, **options)
+        return getattr(transformers, kind).from_pretrained(source.location, local_files_only=source.local, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         what = f"model {source.location}" if source.local else f"model {source.location} from the hub"
         raise CommandError(f"cannot load {what}: {first_line(error)}") from error
-    return model.to(device), tokenizer
 
 
 def _quiet_transformers():

@@ -1,0 +1,250 @@
+"""fastlora analyze: its numbers are those of fastlora.analysis on the adapter; errors leave nothing behind."""
+
+import dataclasses
+import errno
+import json
+import math
+import shutil
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.adapter_files import read_adapter
+from fastlora.analysis import amplification, subspace_similarity
+from fastlora.cli import analyze
+
+PNG = b"\x89PNG"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny_model)
+
+
+@pytest.fixture
+def make_adapter(tiny_model, tmp_path):
+    """Saves an adapter with drawn A and B (or B still zero) on the tiny model; returns its directory."""
+    from transformers import AutoModelForCausalLM
+
+    def make(name, targets=("q_proj", "v_proj"), r=4, seed=0, trained=True):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        torch.manual_seed(seed)
+        fastlora.inject(model, list(targets), r=r, alpha=6)
+        for parameter in model.parameters():
+            if parameter.requires_grad and trained:
+                torch.nn.init.normal_(parameter)
+        fastlora.save_adapter(model, tmp_path / name)
+        return tmp_path / name
+
+    return make
+
+
+def report_of(directory):
+    report = json.loads((directory / "analysis.json").read_text())
+    return {row["path"]: row for row in report["layers"]}
+
+
+def test_spectra_alone(fastlora_cli, make_adapter, tmp_path):
+    adapter, output = make_adapter("adapter"), tmp_path / "out"
+    result = fastlora_cli("analyze", adapter, "--output", output)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in output.iterdir()) == ["analysis.json", "analysis.md", "spectra.png"]
+    assert (output / "spectra.png").read_bytes().startswith(PNG)
+    rows, layers = report_of(output), read_adapter(adapter)
+    assert rows.keys() == layers.keys() and len(rows) == 4
+    for path, (a, b, scaling) in layers.items():
+        exact = torch.linalg.svdvals(scaling * b.double() @ a.double())[:4]
+        assert rows[path]["spectrum"] == pytest.approx(exact.tolist(), rel=1e-10)
+        assert rows[path]["delta_norm"] == pytest.approx(exact.norm().item())
+        assert rows[path]["scaling"] == 1.5 and rows[path]["layer"] in (0, 1)
+    assert "| q_proj | 2 | 4 |" in result.out and "| 1 | v_proj | 16×32 | 4 |" in result.out
+    assert (
+        (output / "analysis.md")
+        .read_text()
+        .endswith(result.out[result.out.index("## ") : result.out.index("Wrote")][:-1])
+    )
+
+
+def test_base_and_against(fastlora_cli, make_adapter, tiny_model, base, tmp_path):
+    adapter, other, output = make_adapter("adapter"), make_adapter("other", r=2, seed=1), tmp_path / "out"
+    result = fastlora_cli("analyze", adapter, "--base", tiny_model, "--against", other, "--output", output)
+    assert result.code == 0, result.err
+    pictures = {path.name for path in output.glob("*.png")}
+    assert pictures == {"spectra.png", "amplification.png", "similarity_q_proj.png", "similarity_v_proj.png"}
+    rows, layers, others = report_of(output), read_adapter(adapter), read_adapter(other)
+    for path, (a, b, scaling) in layers.items():
+        expected = amplification(base.get_submodule(path).weight, a, b, scaling)
+        assert rows[path]["amplification"] == pytest.approx(dataclasses.asdict(expected))
+        similarity = rows[path]["similarity"]
+        assert torch.tensor(similarity["a"]).shape == (4, 2) and similarity["rank_against"] == 2
+        assert similarity["a"] == subspace_similarity(a, others[path].lora_a).tolist()
+        assert similarity["b"] == subspace_similarity(b, others[path].lora_b, side="left").tolist()
+    assert "factor" in result.out and "φ_A(r, r)" in result.out
+
+
+def test_an_adapter_against_itself_is_the_same_everywhere(fastlora_cli, make_adapter, tmp_path):
+    adapter = make_adapter("adapter", targets=["o_proj"])
+    assert fastlora_cli("analyze", adapter, "--against", adapter, "--output", tmp_path / "out").code == 0
+    for row in report_of(tmp_path / "out").values():
+        for table in (row["similarity"]["a"], row["similarity"]["b"]):
+            assert [table[i][i] for i in range(4)] == pytest.approx([1.0] * 4)
+
+
+def test_reads_what_peft_writes(fastlora_cli, tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    config = peft.LoraConfig(r=4, lora_alpha=12, use_rslora=True, target_modules=["k_proj"], rank_pattern={"1.*": 2})
+    model = peft.get_peft_model(model, config)
+    factors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+            factors[name] = parameter.detach().double()
+    model.save_pretrained(tmp_path / "peft")
+    assert fastlora_cli("analyze", tmp_path / "peft", "--base", tiny_model, "--output", tmp_path / "out").code == 0
+    rows = report_of(tmp_path / "out")
+    assert len(rows) == 2
+    for path, row in rows.items():
+        a, b = (factors[f"base_model.model.{path}.lora_{factor}.default.weight"] for factor in "AB")
+        norm = 12 / math.sqrt(len(a)) * torch.linalg.matrix_norm(b @ a).item()
+        assert row["delta_norm"] == pytest.approx(norm)
+
+
+def test_an_untrained_adapter_has_no_directions(fastlora_cli, make_adapter, tiny_model, tmp_path):
+    adapter, other = make_adapter("adapter", trained=False), make_adapter("other")
+    options = ["--base", tiny_model, "--against", other, "--output", tmp_path / "out"]
+    result = fastlora_cli("analyze", adapter, *options)
+    assert result.code == 0, result.err
+    for row in report_of(tmp_path / "out").values():
+        assert row["delta_norm"] == 0 and row["effective_rank"] == 0
+        assert row["amplification"]["factor"] is None and row["amplification"]["rank"] == 0
+        assert row["similarity"]["b"][0][0] is None and row["similarity"]["a"][0][0] is not None
+
+
+def test_modules_restricts_to_common_layers(fastlora_cli, make_adapter, tmp_path):
+    adapter, other = make_adapter("adapter"), make_adapter("other", targets=["q_proj", "k_proj"])
+    options = ["--against", other, "--output", tmp_path / "out"]
+    refused = fastlora_cli("analyze", adapter, *options)
+    assert refused.code == 2 and "--modules" in refused.error_line
+    assert fastlora_cli("analyze", adapter, *options, "--modules", "q_proj").code == 0
+    assert {row["type"] for row in report_of(tmp_path / "out").values()} == {"q_proj"}
+
+
+def other_model(directory, hidden):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+
+
+def break_weights(adapter):
+    path = adapter / WEIGHTS
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def break_config(adapter):
+    (adapter / CONFIG).write_text("{")
+
+
+def only_pickle(adapter):
+    (adapter / WEIGHTS).rename(adapter / "adapter_model.bin")
+
+
+def other_rank(adapter):
+    config = json.loads((adapter / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps({**config, "r": 3}))
+
+
+def not_finite(adapter):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapter / WEIGHTS)
+    tensors["base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"][3, 1] = torch.nan
+    save_file(tensors, adapter / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (shutil.rmtree, ["cannot read adapter", CONFIG]),
+        (break_weights, ["cannot read adapter", WEIGHTS]),
+        (break_config, [CONFIG, "JSON"]),
+        (only_pickle, ["adapter_model.bin", "refused"]),
+        (other_rank, ["ranks do not agree", "q_proj"]),
+        (not_finite, ["layers.1.self_attn.v_proj", "lora_b", "NaN"]),
+    ],
+)
+@pytest.mark.parametrize("role", ["adapter", "against"])
+def test_unreadable_adapters(fastlora_cli, make_adapter, tmp_path, role, damage, words):
+    adapter, against, output = make_adapter("adapter"), make_adapter("other", seed=1), tmp_path / "out"
+    damage(adapter if role == "adapter" else against)
+    result = fastlora_cli("analyze", adapter, "--against", against, "--output", output)
+    assert result.code == 2
+    line = result.err.strip().splitlines()[-1]
+    assert line.startswith("fastlora: error: ")
+    for word in words:
+        # An adapter that holds NaN is found layer by layer: the second one is "second" there.
+        assert word in line or (role == "against" and word == "lora_b" and "second" in line)
+    assert not output.exists() or list(output.iterdir()) == []
+
+
+def test_layers_that_do_not_match(fastlora_cli, make_adapter, tmp_path):
+    adapter, output = make_adapter("adapter"), tmp_path / "out"
+    other_model(tmp_path / "narrow", 16)
+    result = fastlora_cli("analyze", adapter, "--base", tmp_path / "narrow", "--output", output)
+    assert result.code == 2 and "no layers model.layers.1.self_attn.q_proj" in result.err
+    alone = make_adapter("first", targets=["layers.0.self_attn.q_proj"])
+    result = fastlora_cli("analyze", alone, "--base", tmp_path / "narrow", "--output", output)
+    assert result.code == 2 and "(weight 16×16, adapter 32×32)" in result.err
+    result = fastlora_cli("analyze", adapter, "--against", alone, "--output", output)
+    assert result.code == 2 and f"{alone} lacks" in result.err and "layers.1.self_attn.v_proj" in result.err
+    result = fastlora_cli("analyze", adapter, "--modules", "gate_proj", "--output", output)
+    assert result.code == 2 and "q_proj, v_proj" in result.error_line
+    result = fastlora_cli("analyze", adapter, "--base", tmp_path / "nowhere", "--output", output)
+    assert result.code == 2 and "nowhere" in result.error_line
+    assert not output.exists() or list(output.iterdir()) == []
+
+
+def test_shapes_of_two_adapters_that_differ(fastlora_cli, make_adapter, tmp_path):
+    adapter, other = make_adapter("adapter", targets=["q_proj"]), make_adapter("other", targets=["k_proj"])
+    for name in (WEIGHTS, CONFIG):
+        path = other / name
+        path.write_bytes(path.read_bytes().replace(b"k_proj", b"q_proj"))
+    result = fastlora_cli("analyze", adapter, "--against", other, "--output", tmp_path / "out")
+    assert result.code == 2
+    assert "shapes differ: model.layers.0.self_attn.q_proj (N×K 32×32 and 16×32)" in result.error_line
+
+
+def test_a_failed_write_keeps_the_old_report(fastlora_cli, make_adapter, tmp_path, monkeypatch):
+    adapter, output = make_adapter("adapter"), tmp_path / "out"
+    assert fastlora_cli("analyze", adapter, "--output", output).code == 0
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+
+    def full_disk(path, data):
+        path.write_bytes(data[:10])
+        if path.suffix == ".md":
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(analyze, "write_bytes", full_disk)
+    result = fastlora_cli("analyze", make_adapter("other", seed=3), "--output", output)
+    assert result.code == 2 and "No space left" in result.err
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_output_that_cannot_be_written(fastlora_cli, make_adapter, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = fastlora_cli("analyze", make_adapter("adapter"), "--output", tmp_path / "file")
+    assert result.code == 2 and "cannot write" in result.error_line
