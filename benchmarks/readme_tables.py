@@ -19,6 +19,7 @@ import click
 from benchmarks import saved_bytes, traffic_report
 from fastlora.bench.tables import MIB, Table, case_label, host_table, model_table, ratio_table
 from fastlora.cli.claims import claims_tables
+from fastlora.cli.studies.results import amplification_table, budget_table, ranks_table, similarity_table
 
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
@@ -42,6 +43,10 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "finetune": lambda report: model_table(report["finetune"]),
     "claims": lambda report: claims_tables(report)[0],
     "claims-memory": lambda report: claims_tables(report)[1],
+    "study-budget": budget_table,
+    "study-ranks": ranks_table,
+    "study-similarity": similarity_table,
+    "study-amplification": amplification_table,
     "traffic": traffic_report.readme_table,
     "saved": saved_bytes.readme_table,
 }
