@@ -97,6 +97,7 @@ void join_into(ClockSpace& space, Knowledge& into, const Knowledge& from) {
 
 void join_over(ClockSpace& space, Knowledge& into, const Knowledge& from) {
   into.over = space.join(into.over, space.join(from.over, from.happened));
+  for (int s = 0; s < kFenceSpaces; s++) into.fenced[s] = space.join(into.fenced[s], from.fenced[s]);
 }
 
 void Gathering::add(ClockSpace& space, const Knowledge& knowledge) {
@@ -113,6 +114,10 @@ void Gathering::add(ClockSpace& space, const Knowledge& knowledge) {
 void Gathering::add(ClockSpace& space, const Actor& actor) {
   add(space, *actor.knows);
   own_.push_back({actor.owner, actor.now});
+  add_own_fences(actor);
+}
+
+void Gathering::add_own_fences(const Actor& actor) {
   for (int s = 0; s < kFenceSpaces; s++)
     if (actor.fenced_now[s]) own_fenced_[s].push_back({actor.owner, actor.fenced_now[s]});
 }
@@ -121,6 +126,7 @@ void Gathering::add_over(ClockSpace& space, const Actor& actor) {
   any_ = true;
   join_over(space, sum_, *actor.knows);
   own_over_.push_back({actor.owner, actor.now});
+  add_own_fences(actor);
 }
 
 Knowledge Gathering::finish(ClockSpace& space) {

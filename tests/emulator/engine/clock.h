@@ -84,7 +84,7 @@ class ClockSpace {
 enum FenceSpace : u8 { kFenceShared, kFenceGlobal, kFenceSpaces };
 
 // What a thread knows: what happened before it, which of it is ordered for the asynchronous proxy too, and what else is
-// over without having been published to it: a later write cannot meet reads of that time.
+// over without having been published to it: a later write cannot meet reads and finished copies of that time.
 struct Knowledge {
   ClockRef happened;
   ClockRef fenced[kFenceSpaces];
@@ -118,6 +118,7 @@ class Gathering {
   bool empty() const { return !any_ && own_.empty(); }
 
  private:
+  void add_own_fences(const Actor& actor);
   Knowledge sum_;
   ClockRef last_[2 + kFenceSpaces];
   std::vector<Stamp> own_, own_fenced_[kFenceSpaces], own_over_;

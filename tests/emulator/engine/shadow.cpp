@@ -102,7 +102,11 @@ bool Shadow::morally_strong(const Access& a, const Access& b, const Actor& actor
 // The access `by` meets an earlier one: unless both are reads, or both strong, the earlier must have happened before.
 void Shadow::check_order(const Access& earlier, u64 at, const Actor& actor, const Access& by, bool writes) const {
   if (!(writes || earlier.writes) || actor.ordered(earlier.owner, earlier.time) || morally_strong(by, earlier, actor)) return;
-  if (!earlier.writes && actor.over(earlier.owner, earlier.time)) return;
+  // A write cannot meet what is over: earlier reads, and copies that somebody has seen completed. An ordinary write may
+  // still be on its way, unless a fence has made it wait for shared memory.
+  const bool fenced = space_ == kFenceShared && actor.knows->fenced[kFenceShared].at(earlier.owner) >= earlier.time;
+  const bool lands_late = earlier.writes && earlier.proxy == Proxy::kGeneric && !fenced;
+  if (writes && !lands_late && actor.over(earlier.owner, earlier.time)) return;
   race(writes ? "write" : "read", at, earlier.writes ? "write" : "read", earlier, by);
 }
 
