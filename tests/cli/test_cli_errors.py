@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import sys
 
 import pytest
 
@@ -193,6 +194,19 @@ def test_missing_package_is_named(finetune, monkeypatch, tmp_path, package):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *args: None if name == package else find(name, *args))
     assert_refused(finetune("--output", tmp_path), package, "pip install")
+
+
+def test_peft_that_does_not_go_with_other_packages(finetune, monkeypatch, tmp_path):
+    import peft
+
+    def incompatible(*args, **kwargs):
+        raise ImportError("Found an incompatible version of torchao.\nUpgrade it.")
+
+    monkeypatch.setattr(peft, "get_peft_model", incompatible)
+    assert_refused(finetune("--via", "peft", "--output", tmp_path), "PEFT: Found an incompatible version of torchao")
+    monkeypatch.setitem(sys.modules, "peft", None)  # importing it fails
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    assert_refused(finetune("--via", "peft", "--output", tmp_path), "peft cannot be imported: ")
 
 
 def test_missing_default_model_says_how_to_get_it(fastlora_cli, monkeypatch, text_file, tmp_path):

@@ -27,11 +27,14 @@ def require_peft() -> None:
     """Imports peft now: loaded between two runs, it would count as memory of the second one.
 
     Raises:
-        CommandError: the package is not installed.
+        CommandError: the package is not installed, or does not go with what else is.
     """
     if importlib.util.find_spec("peft") is None:
         raise CommandError("--compare peft and --via peft need the peft package: pip install peft")
-    importlib.import_module("peft")
+    try:
+        importlib.import_module("peft")
+    except ImportError as error:  # of a name that another version of transformers has no longer, say
+        raise CommandError(f"peft cannot be imported: {first_line(error)}") from error
 
 
 def fastlora_arm(base: nn.Module, settings: Settings) -> Arm:
@@ -87,7 +90,7 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
         warnings.simplefilter("ignore", FutureWarning)
         try:
             model = peft.get_peft_model(model, config)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ImportError) as error:  # the last for optional packages of the wrong version
             raise CommandError(f"PEFT: {first_line(error)}") from error
     return Arm(PEFT, model, make_optimizer(model, settings.learning_rate))
 
