@@ -34,11 +34,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Defect:
-    """place: the statement or instruction concerned. checks: what looks for it, by name, cheapest first."""
+    """place: the statement or instruction concerned. checks: what looks for it, by name, the most telling first.
+    redundant: why nothing need find it."""
 
     name: str
     place: str
     checks: tuple[tuple[str, Callable[[], None]], ...]
+    redundant: str | None = None
 
     def find(self) -> Finding | None:
         for by, check in self.checks:
@@ -123,8 +125,18 @@ def triton_compiled() -> list[Defect]:
 
                     name = f"{kernel}: {deletion.what}, PTX line {deletion.line}"
                     checks = ((kernel, functools.partial(check, edit_ptx=shortened)),)
-                    defects.append(Defect(name, deletion.source, checks))
+                    defects.append(Defect(name, deletion.source, checks, None if _is_ours(deletion) else _COMPILERS))
     return defects
+
+
+_COMPILERS = "Triton's compiler put it there"
+_ASKED_FOR = ("wait for a flag", "acquire of ", "release of ")
+
+
+def _is_ours(deletion: deletions.Deletion) -> bool:
+    """Whether the Triton sources ask for the instruction."""
+    statement = deletions.source_line(deletion.source, mutants.SOURCES)
+    return deletion.what.startswith(_ASKED_FOR) or (deletion.what == "bar.sync" and "debug_barrier" in statement)
 
 
 def _texts(check) -> list[str]:
@@ -163,8 +175,13 @@ def _kernels_of(tile, dropout: bool, rank: int, half: bool = False) -> set[str]:
 
 
 def _cuda_checks():
-    """(name, kernels that run, check)."""
-    for tile, dropout, rank in reversed(cuda_values.EVERY_KERNEL):
+    """(name, kernels that run, check). Rank 40, whose kernels hold most statements, goes first, and small tiles do."""
+
+    def order(layer):
+        tile, _, rank = layer
+        return rank != 40, tile.block_m * tile.block_n
+
+    for tile, dropout, rank in sorted(cuda_values.EVERY_KERNEL, key=order):
         name = f"integers {cuda_values.describe(tile)} R={rank} {cuda_values.describe(dropout)}"
         check = functools.partial(cuda_values.check_integers, tile, dropout, rank, LaunchOptions(timeout_s=60.0))
         yield name, _kernels_of(tile, dropout, rank), check
@@ -189,6 +206,10 @@ def _cuda_sites() -> dict[tuple[str, str], dict[str, list[deletions.Deletion]]]:
     return dict(sorted(sites.items()))
 
 
+# Deletions in csrc that nothing need find: (what, statement) and why.
+REDUNDANT: dict[tuple[str, str], str] = {}
+
+
 def cuda_deletions() -> list[Defect]:
     """A statement, as it is reached from one caller, in every kernel that has it."""
     every = list(_cuda_checks())
@@ -200,7 +221,8 @@ def cuda_deletions() -> list[Defect]:
         checks = tuple(
             (n, functools.partial(check, ptx=ptx)) for n, kernels, check in every if kernels & set(by_kernel)
         )
-        return Defect(f"{what}: {statement_of(place)}", place, checks)
+        statement = statement_of(place)
+        return Defect(f"{what}: {statement}", place, checks, REDUNDANT.get((what, statement)))
 
     return [defect(place, what, by_kernel) for (place, what), by_kernel in _cuda_sites().items()]
 

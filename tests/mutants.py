@@ -9,7 +9,7 @@ from types import ModuleType
 
 import fastlora.kernels
 
-_SOURCES = Path(fastlora.kernels.__file__).parent
+SOURCES = Path(fastlora.kernels.__file__).parent
 MODULES = ("triton_schedule", "triton_tiles", "triton_lora")
 
 
@@ -143,7 +143,7 @@ MUTANTS = (
 
 def source(module: str) -> str:
     """The text of a module of the Triton kernels."""
-    return (_SOURCES / f"{module}.py").read_text()
+    return (SOURCES / f"{module}.py").read_text()
 
 
 def load(mutant: Mutant) -> ModuleType:

@@ -1,0 +1,140 @@
+"""Which check finds which defect: ``python -m benchmarks.defects [--jobs N] [--only TEXT] [--output DIR]``.
+
+Planted bugs and single deletions of waits, fences and barriers (tests/defects.py) are run through the tests' own checks
+in the emulator. Writes ``defects.json`` and ``defects.md``, and fails where a defect is found by nothing and no reason
+for that is on record, or where one is on record and the defect is found.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+TESTS = Path(__file__).parent.parent / "tests"
+RESULTS = Path(__file__).parent / "results"
+
+
+def _defects(group: str) -> list:
+    """Made anew in each process: the checks are closures."""
+    sys.path[:0] = [str(TESTS)] if str(TESTS) not in sys.path else []
+    import defects
+
+    if group not in _defects.made:
+        _defects.made[group] = defects.GROUPS[group]()
+    return _defects.made[group]
+
+
+_defects.made = {}
+
+
+def _find(item: tuple[str, int]) -> dict:
+    group, number = item
+    defect = _defects(group)[number]
+    start = time.monotonic()
+    finding = defect.find()
+    row = {"group": group, "defect": defect.name, "place": defect.place, "reason": defect.redundant}
+    row["seconds"] = round(time.monotonic() - start, 1)
+    if finding:
+        return row | {"found": finding.check, "by": finding.by, "message": finding.message.split("\n")[0][:300]}
+    return row | {"found": None, "checks": len(defect.checks)}
+
+
+def report(rows: list[dict]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Which check finds which defect",
+        "",
+        "`python -m benchmarks.defects` looks for the defects of `tests/defects.py` by the checks of `make test`.",
+        "",
+        "| defects | all | found | redundant | missed |",
+        "|---|---|---|---|---|",
+    ]
+    by_group = {group: list(each) for group, each in groupby(rows, key=lambda row: row["group"])}
+    for group, each in by_group.items():
+        found = sum(row["found"] is not None for row in each)
+        redundant = sum(row["found"] is None and row["reason"] is not None for row in each)
+        lines.append(f"| {group} | {len(each)} | {found} | {redundant} | {len(each) - found - redundant} |")
+    lines += ["", "What found them:", ""]
+    for group, each in by_group.items():
+        counts = Counter(row["found"] for row in each if row["found"]).most_common()
+        lines.append(f"- {group}: " + ", ".join(f"{check} {n}" for check, n in counts))
+    for group, each in by_group.items():
+        lines += ["", f"## {group}", ""]
+        lines += _compiled(each) if "compiled" in group else _table(each)
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+
+
+def _table(rows: list[dict]) -> list[str]:
+    lines = ["| defect | where | found by | in |", "|---|---|---|---|"]
+    for row in rows:
+        found = row["found"] or ("nothing: " + row["reason"] if row["reason"] else "**nothing**")
+        lines.append(f"| {_cell(row['defect'])} | {row['place']} | {found} | {row.get('by', '')} |")
+    return lines
+
+
+def _compiled(rows: list[dict]) -> list[str]:
+    """By kernel and kind of instruction: hundreds, most of them the compiler's."""
+    lines = ["| kernel | deleted | all | found | redundant | found by |", "|---|---|---|---|---|---|"]
+
+    def key(row):
+        kernel, _, rest = row["defect"].partition(": ")
+        return kernel, rest.partition(", PTX line")[0]
+
+    for (kernel, what), each in groupby(sorted(rows, key=key), key=key):
+        each = list(each)
+        counts = Counter(row["found"] for row in each if row["found"])
+        found = sum(counts.values())
+        names = ", ".join(f"{check} {n}" for check, n in counts.most_common())
+        lines.append(f"| {kernel} | `{what}` | {len(each)} | {found} | {len(each) - found} | {names} |")
+    return lines
+
+
+@click.command()
+@click.option("--jobs", default=2, show_default=True, help="Processes.")
+@click.option("--only", default="", help="Groups whose name contains this; the others' results are kept.")
+@click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Folder of defects.json and .md.")
+def main(jobs: int, only: str, output: Path) -> None:
+    """Looks for every defect, and writes what found it."""
+    sys.path.insert(0, str(TESTS))
+    import defects
+
+    path = output / "defects.json"
+    kept = json.loads(path.read_text()) if only and path.exists() else []
+    rows = []
+    for group in defects.GROUPS:
+        if only not in group:
+            rows += [row for row in kept if row["group"] == group]
+            continue
+        items = [(group, number) for number in range(len(_defects(group)))]
+        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+            rows += list(tqdm(pool.imap(_find, items), total=len(items), desc=group))
+    output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    (output / "defects.md").write_text(report(rows))
+    wrong = [row for row in rows if _is_wrong(row)]
+    for row in wrong:
+        found = f"found by {row['found']}, though" if row["found"] else "found by nothing, and not"
+        click.echo(f"{found} on record as redundant: {row['group']}: {row['defect']} ({row['place']})")
+    sys.exit(bool(wrong))
+
+
+def _is_wrong(row: dict) -> bool:
+    """Missed, or recorded as redundant although it is not. Of the compiler's instructions the reason is the same for
+    all, the needed ones included."""
+    if row["found"] is None:
+        return row["reason"] is None
+    return row["reason"] is not None and "compiled" not in row["group"]
+
+
+if __name__ == "__main__":
+    main()
