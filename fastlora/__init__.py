@@ -1,6 +1,6 @@
 """A LoRA layer in one kernel launch forward and one backward."""
 
-from fastlora import integrations
+from fastlora import analysis, integrations
 from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
 from fastlora.model import inject, merge, trainable_parameters, unmerge
@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
     "LoRALinearFunction",
+    "analysis",
     "available_backends",
     "dispatch_counts",
     "inject",

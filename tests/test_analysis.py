@@ -97,6 +97,7 @@ class TestSimilarity:
         )
         error = (draws.mean(0) - random_similarity(2, 4, 16)).abs() / (draws.std(0) / len(draws) ** 0.5)
         assert error.max() < 5
+        assert random_similarity(3, 2, 2).isnan().tolist() == [[False] * 2] * 2 + [[True] * 2]
         assert random_similarity(2, 4, 16)[1].tolist() == [2 / 16, 2 / 16, 3 / 16, 4 / 16]
 
 

@@ -1,5 +1,6 @@
 """An adapter's layers, one after another: everything that can be said of each, as plain values."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from fastlora.analysis.spectra import effective_rank, spectrum
 from fastlora.analysis.subspaces import random_similarity, subspace_similarity
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+_FLAT_LIST = re.compile(r"\[[^\[\]{}\"]*\]")
 
 
 def matrix_type(path: str) -> str:
@@ -80,16 +82,9 @@ def _analyze(path: str, layer: AdapterLayer, weight: Tensor | None, other: Adapt
             "rank_against": other.lora_a.shape[0],
             "a": subspace_similarity(a, other.lora_a).tolist(),
             "b": subspace_similarity(b, other.lora_b, side="left").tolist(),
-            "random": _random(a, other.lora_a),
+            "random": random_similarity(a.shape[0], other.lora_a.shape[0], a.shape[1]).tolist(),
         }
     return row
-
-
-def _random(first: Tensor, second: Tensor) -> list[list[float]] | None:
-    size = first.shape[1]
-    if max(first.shape[0], second.shape[0]) > size:
-        return None
-    return random_similarity(first.shape[0], second.shape[0], size).tolist()
 
 
 def json_values(value: object) -> object:
@@ -101,3 +96,9 @@ def json_values(value: object) -> object:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def json_text(value: object) -> str:
+    """The value, as `json_values` has it, in indented JSON; a list of numbers takes one line."""
+    text = json.dumps(json_values(value), indent=1, allow_nan=False)
+    return _FLAT_LIST.sub(lambda found: "[" + ", ".join(found[0][1:-1].replace(",", " ").split()) + "]", text) + "\n"

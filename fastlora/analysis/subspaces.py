@@ -55,16 +55,17 @@ def random_similarity(r1: int, r2: int, size: int) -> Tensor:
     E‖U₁ᵢᵀ·U₂ⱼ‖²_F = i·j / size, divided by min(i, j).
 
     Returns:
-        [r1, r2] float64.
+        [r1, r2] float64; NaN where i or j exceeds `size`: there is no such subspace.
 
     Raises:
-        ValueError: a rank below 1 or above `size`.
+        ValueError: a rank or the size is below 1.
     """
-    if not (1 <= r1 <= size and 1 <= r2 <= size):
-        raise ValueError(f"ranks must be between 1 and the space's {size} dimensions, got {r1} and {r2}")
+    if min(r1, r2, size) < 1:
+        raise ValueError(f"ranks and size must be at least 1, got {r1}, {r2} and {size}")
     i = torch.arange(1, r1 + 1, dtype=torch.float64)
     j = torch.arange(1, r2 + 1, dtype=torch.float64)
-    return torch.maximum(i[:, None], j) / size
+    larger = torch.maximum(i[:, None], j)
+    return (larger / size).masked_fill(larger > size, torch.nan)
 
 
 def _directions(matrix: Tensor, side: str) -> Tensor:

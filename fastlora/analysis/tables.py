@@ -100,9 +100,7 @@ def _note(rows: list[dict]) -> str:
     return " ".join(notes)
 
 
-def _last(table: list[list[float]] | None) -> float | None:
+def _last(table: list[list[float]]) -> float:
     """φ(r, r) at the smaller of the two ranks."""
-    if table is None:
-        return None
     r = min(len(table), len(table[0]))
     return table[r - 1][r - 1]

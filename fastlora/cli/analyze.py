@@ -1,7 +1,6 @@
 """`fastlora analyze`: what a trained adapter does, layer by layer, as tables, JSON and pictures."""
 
 import importlib.util
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -148,13 +147,13 @@ def _weights(name: str, layers: dict) -> dict:
 
 
 def _write(report: dict, output: Path) -> None:
-    from fastlora.analysis.layers import json_values
+    from fastlora.analysis.layers import json_text
     from fastlora.analysis.plots import amplification_png, spectra_png
     from fastlora.analysis.tables import layer_table, type_table
 
     rows = report["layers"]
     tables = [type_table(rows), layer_table(rows)]
-    files = {"analysis.json": json.dumps(json_values(report), indent=1, allow_nan=False).encode() + b"\n"}
+    files = {"analysis.json": json_text(report).encode()}
     files["spectra.png"] = spectra_png(f"Singular values of ΔW: {report['adapter']}", rows)
     if report["base"] is not None:
         title = f"What W has where ΔW acts: {report['adapter']} on {report['base']}"

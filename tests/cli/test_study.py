@@ -12,8 +12,8 @@ from benchmarks import readme_tables
 from fastlora.adapter_files import read_adapter
 from fastlora.analysis import subspace_similarity
 from fastlora.cli.errors import CommandError
+from fastlora.cli.studies import pictures, trainer
 from fastlora.cli.studies import report as study_report
-from fastlora.cli.studies import trainer
 from fastlora.cli.training import loop
 
 RUNS = 2 * (7 + 3 * 2 - 1)  # rank 4 on all four is in both experiments
@@ -130,7 +130,7 @@ def test_directions_come_from_the_kept_adapters(whole):
     ]
     middle = report["directions"]["ranks"]["types"]["v_proj"]["middle"]
     assert middle["path"] == path
-    torch.testing.assert_close(torch.tensor(middle["a"], dtype=torch.float64), sum(tables) / 2, rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.tensor(middle["a"], dtype=torch.float64), sum(tables) / 2, rtol=0, atol=1e-5)
     starts = subspace_similarity(adapters["Wq+Wv-r4-s0"][path].lora_a, adapters["Wq+Wv-r8-s0"][path].lora_a)
     assert starts[3, 7] < 0.9, "adapters of two ranks began with the same A"
     assert {(row["type"], row["rank"]) for row in report["directions"]["amplification"]} == {
@@ -151,14 +151,20 @@ def test_a_finished_study_trains_nothing_again(study, whole, copied, monkeypatch
 
 def test_a_study_may_grow(study, copied, monkeypatch):
     old = results(copied)
-    grown = study("--output", copied, "--ranks", "1,2,4")
+    grown = study("--output", copied, "--ranks", "1,4,40")
     assert grown.code == 0, grown.err
     new = results(copied)
     assert {key for key in new if key not in old} == {
-        f"{label}-r2-s{seed}" for label in ("Wq", "Wq+Wv", "Wq+Wk+Wv+Wo") for seed in (0, 1)
+        f"{label}-r40-s{seed}" for label in ("Wq", "Wq+Wv", "Wq+Wk+Wv+Wo") for seed in (0, 1)
     }
     assert all(new[key] == old[key] for key in old)
-    assert "| r = 1 | r = 2 | r = 4 |" in grown.out
+    assert "| r = 1 | r = 4 | r = 40 |" in grown.out
+    # A rank beyond the layer's 32 dimensions: the tables say nothing past them.
+    assert (
+        torch.tensor(report_of(copied)["directions"]["ranks"]["types"]["q_proj"]["mean"]["a"][0][:32]).isfinite().all()
+    )
+    assert report_of(copied)["directions"]["ranks"]["types"]["q_proj"]["mean"]["a"][0][32] is None
+    assert all(data.startswith(b"\x89PNG") for data in pictures.study_pictures(report_of(copied)).values())
 
 
 def test_interrupted_and_resumed(study, whole, tmp_path, monkeypatch):

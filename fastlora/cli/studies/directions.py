@@ -6,14 +6,14 @@ import numpy as np
 from torch import nn
 
 from fastlora.adapter_files import AdapterLayer, read_adapter
-from fastlora.analysis import random_similarity, subspace_similarity
+from fastlora.analysis import subspace_similarity
 from fastlora.analysis.layers import analyze_layers, layer_number, matrix_type
 from fastlora.analysis.tables import mean_of, middle, types_of
 from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.studies.plan import KEPT_GROUP, Plan, RunSpec
 from fastlora.cli.studies.store import RunStore
 
-_DIGITS = 6
+_DIGITS = 5
 
 Adapter = dict[str, AdapterLayer]
 
@@ -78,7 +78,10 @@ def _read(store: RunStore, spec: RunSpec) -> Adapter:
 
 
 def _compare(pairs: list[tuple[Adapter, Adapter]]) -> dict:
-    """φ of A and of B by matrix type: in the middle layer, and the mean over all layers; means over the pairs."""
+    """φ of A and of B by matrix type: in the middle layer, and the mean over all layers; means over the pairs.
+
+    "sizes" are the dimensions of the spaces that A's and B's directions lie in, for `random_similarity`.
+    """
     by_type: dict[str, list[str]] = {}
     for path in pairs[0][0]:
         by_type.setdefault(matrix_type(path), []).append(path)
@@ -86,17 +89,11 @@ def _compare(pairs: list[tuple[Adapter, Adapter]]) -> dict:
     for kind, paths in by_type.items():
         tables = {path: _mean_similarity([(x[path], y[path]) for x, y in pairs]) for path in paths}
         central = paths[len(paths) // 2]
-        first, second = pairs[0][0][central], pairs[0][1][central]
-        ranks = (first.lora_a.shape[0], second.lora_a.shape[0])
+        layer = pairs[0][0][central]
         types[kind] = {
             "middle": {"path": central, "layer": layer_number(central), **_listed(tables[central])},
             "mean": _listed({side: np.mean([table[side] for table in tables.values()], axis=0) for side in "ab"}),
-            "chance": _listed(
-                {
-                    "a": random_similarity(*ranks, first.lora_a.shape[1]).numpy(),
-                    "b": random_similarity(*ranks, first.lora_b.shape[0]).numpy(),
-                }
-            ),
+            "sizes": {"a": layer.lora_a.shape[1], "b": layer.lora_b.shape[0]},
             "layers": len(paths),
         }
     return {"types": types}

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 
+from fastlora.analysis import random_similarity
 from fastlora.analysis.plots import amplification_png, png_bytes, similarity_png
 from fastlora.cli.studies.plan import BUDGET, RANKS
 
@@ -20,7 +21,8 @@ def study_pictures(report: dict) -> dict[str, bytes]:
             middle = tables["middle"]
             panels = [(f"A of layer {middle['layer']}", middle["a"]), (f"B of layer {middle['layer']}", middle["b"])]
             panels += [(f"A, mean over {tables['layers']} layers", tables["mean"]["a"])]
-            panels += [("A, independent random directions", tables["chance"]["a"])]
+            chance = random_similarity(len(middle["a"]), len(middle["a"][0]), tables["sizes"]["a"])
+            panels += [("A, independent random directions", chance.tolist())]
             title = f"φ(i, j) of {kind}: {compared['i']} (i) against {compared['j']} (j)"
             files[f"similarity_{name}_{kind}.png"] = similarity_png(title, panels)
     if directions["amplification"]:

@@ -4,7 +4,7 @@ import json
 
 from tqdm import tqdm
 
-from fastlora.analysis.layers import json_values
+from fastlora.analysis.layers import json_text, json_values
 from fastlora.bench.environment import describe
 from fastlora.cli.studies.directions import measure_directions, parts
 from fastlora.cli.studies.pictures import study_pictures
@@ -46,7 +46,7 @@ def make_report(trainer: Trainer, command: str) -> tuple[dict, dict[str, bytes]]
     }
     report = json_values(report)
     files = study_pictures(report)
-    files[REPORT] = json.dumps(report, indent=1, allow_nan=False).encode() + b"\n"
+    files[REPORT] = json_text(report).encode()
     files["study.md"] = _markdown(report, [name for name in files if name.endswith(".png")]).encode()
     return report, files
 

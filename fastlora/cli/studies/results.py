@@ -2,6 +2,7 @@
 
 from statistics import mean, stdev
 
+from fastlora.analysis import random_similarity
 from fastlora.analysis.tables import NONE, mean_of, number
 from fastlora.bench.tables import Table
 from fastlora.cli.studies.plan import BUDGET, KEPT_GROUP, RANKS, Plan, group_label
@@ -107,7 +108,8 @@ def similarity_table(report: dict) -> Table | None:
         compared = report["directions"][name]
         for kind, tables in (compared or {"types": {}})["types"].items():
             for side in "ab":
-                table, chance = tables["mean"][side], tables["chance"][side]
+                table = tables["mean"][side]
+                chance = random_similarity(len(table), len(table[0]), tables["sizes"][side]).tolist()
                 last = min(len(table), len(table[0])) - 1
                 cells = [f"{number(table[i][i])} ({number(chance[i][i])})" for i in (0, last)]
                 middle = number(tables["middle"][side][0][0])
