@@ -13,6 +13,7 @@ from fastlora.analysis import (
     subspace_similarity,
     top_singular_values,
 )
+from fastlora.analysis.factors import numerical_rank
 
 EXACT = {"rtol": 0, "atol": 1e-12}  # float64 through one QR and one SVD of small matrices
 
@@ -89,6 +90,10 @@ class TestSimilarity:
         assert table[:3].isfinite().all() and table[3].isnan().all()
         assert subspace_similarity(torch.zeros(12, 2), gaussian(12, 3), side="left").isnan().all()
         assert subspace_similarity(gaussian(5, 3), gaussian(2, 3, seed=1)).isnan().sum() == 2 * 2
+
+    def test_rounding_noise_is_no_direction(self):
+        values = torch.tensor([2.0, 1e-6, 4e-14], dtype=torch.float64)
+        assert numerical_rank(values, 1000) == 2 and numerical_rank(values, 10) == 3
 
     def test_chance_is_the_mean_over_random_subspaces(self):
         """φ(i, j) of random subspaces within 5 standard errors of max(i, j) / K."""
@@ -188,8 +193,12 @@ class TestAmplification:
         """A rank-deficient ΔW: two of four directions, and as many of W's and of the random matrix's."""
         u, v = basis(12, 4), basis(16, 4, seed=1)
         weight = u * torch.tensor([4.0, 3, 2, 1], dtype=torch.float64) @ v.T
-        found = amplification(weight, v.T, torch.cat([u[:, 2:], torch.zeros(12, 2)], 1) @ basis(4, 4, seed=3), 1.0)
+        a, b = v.T, torch.cat([u[:, 2:], torch.zeros(12, 2)], 1) @ basis(4, 4, seed=3)
+        found = amplification(weight, a, b, 1.0)
         assert found.rank == 2 and found.weight_projection == pytest.approx(5.0)
+        left, _, right = torch.linalg.svd(b @ a)
+        projected = torch.linalg.matrix_norm(left[:, :2].T @ weight @ right[:2].T).item()
+        assert found.delta_projection == pytest.approx(projected, rel=1e-10)
 
 
 class TestTopSingularValues:
