@@ -95,7 +95,7 @@ class CudaRunner:
         storage = (ctypes.c_uint8 * 192)()
         start = -ctypes.addressof(storage) % 64
         encoded = (ctypes.c_uint8 * 128).from_buffer(storage, start)
-        data_type = {torch.int32: 4, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}[tensor.dtype]
+        data_type = {torch.int32: 3, torch.float16: 6, torch.float32: 7, torch.bfloat16: 9}[tensor.dtype]
         shape, strides = tuple(tensor.shape)[::-1], tuple(tensor.stride())[::-1]
         rank = len(shape)
         sizes = (ctypes.c_uint64 * rank)(*shape)
