@@ -59,6 +59,8 @@ class AdapterLayer(NamedTuple):
 def read_adapter(directory: str | os.PathLike) -> dict[str, AdapterLayer]:
     """Reads an adapter that ``save_adapter`` or PEFT wrote, without a model: its layers by path, on the CPU.
 
+    The layers are in the order of their numbers, 2 before 10, which the file does not keep.
+
     Raises:
         FileNotFoundError: no adapter there, or only a pickled one, which is never opened.
         ValueError: the files are damaged or are no plain LoRA on linear layers.
@@ -69,10 +71,14 @@ def read_adapter(directory: str | os.PathLike) -> dict[str, AdapterLayer]:
     with open_weights(directory) as file:
         stored = read_header(file, directory / WEIGHTS_NAME)
         check_ranks(stored, config)
-        for path, shapes in stored.items():
+        for path in sorted(stored, key=_by_number):
             a, b = (file.get_tensor(f"{PREFIX}{path}.lora_{factor}.weight") for factor in "AB")
-            layers[path] = AdapterLayer(a, b, scaling_of(alpha_of(path, config), shapes.a_shape[0], config))
+            layers[path] = AdapterLayer(a, b, scaling_of(alpha_of(path, config), a.shape[0], config))
     return layers
+
+
+def _by_number(path: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
 def alpha_of(path: str, config: dict[str, Any]) -> float:

@@ -154,9 +154,9 @@ def _write(report: dict, output: Path) -> None:
     rows = report["layers"]
     tables = [type_table(rows), layer_table(rows)]
     files = {"analysis.json": json_text(report).encode()}
-    files["spectra.png"] = spectra_png(f"Singular values of ΔW: {report['adapter']}", rows)
+    files["spectra.png"] = spectra_png(f"Singular values of ΔW: {_short(report['adapter'])}", rows)
     if report["base"] is not None:
-        title = f"What W has where ΔW acts: {report['adapter']} on {report['base']}"
+        title = f"What W has where ΔW acts: {_short(report['adapter'])} on {_short(report['base'])}"
         files["amplification.png"] = amplification_png(title, rows)
     if report["against"] is not None:
         files |= _similarity_files(report)
@@ -187,6 +187,11 @@ def _similarity_files(report: dict) -> dict[str, bytes]:
         alike = [table for table in alike if table.shape == tables["a"].shape]
         if len(alike) > 1:
             panels.append((f"A, mean over {len(alike)} layers", np.mean(alike, axis=0)))
-        title = f"φ(i, j) of {kind}: {report['adapter']} (i) against {report['against']} (j)"
+        title = f"φ(i, j) of {kind}: {_short(report['adapter'])} (i) against {_short(report['against'])} (j)"
         files[f"similarity_{kind}.png"] = similarity_png(title, panels)
     return files
+
+
+def _short(path: str) -> str:
+    """The end of a path, which fits a picture's title."""
+    return "/".join(Path(path).parts[-2:])

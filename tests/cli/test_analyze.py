@@ -69,6 +69,14 @@ def test_spectra_alone(fastlora_cli, make_adapter, tmp_path):
     )
 
 
+def test_layers_are_in_the_models_order(fastlora_cli, tmp_path):
+    """Safetensors sorts by name, 10 before 2; a model does not."""
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(3, 4) for _ in range(12))})
+    fastlora.inject(model, [str(index) for index in range(12)], r=1)
+    fastlora.save_adapter(model, tmp_path / "adapter")
+    assert list(read_adapter(tmp_path / "adapter")) == [f"layers.{index}" for index in range(12)]
+
+
 def test_base_and_against(fastlora_cli, make_adapter, tiny_model, base, tmp_path):
     adapter, other, output = make_adapter("adapter"), make_adapter("other", r=2, seed=1), tmp_path / "out"
     result = fastlora_cli("analyze", adapter, "--base", tiny_model, "--against", other, "--output", output)
