@@ -174,6 +174,13 @@ class TestSuggestion:
         larger = fastlora_cli("study", "--suggest", "--budget", 2000, "--output", store.directory)
         assert "--rank 8 --targets q_proj,v_proj (1,600 parameters)" in larger.out
 
+    @pytest.mark.parametrize("content", ["{", "[]", '{"rank": 1}', "\xff"])
+    def test_a_damaged_run_is_named(self, fastlora_cli, store, content):
+        store.begin(StudySettings(), {"model": "a model", "text": "0", "costs": [100] * 4})
+        (store.runs / "Wq-r1-s0.json").write_text(content, encoding="latin-1")
+        refused = fastlora_cli("study", "--suggest", "--output", store.directory)
+        assert refused.code == 2 and "Wq-r1-s0.json" in refused.error_line and "delete it" in refused.error_line
+
     def test_without_a_study(self, fastlora_cli, tmp_path):
         refused = fastlora_cli("study", "--suggest", "--output", tmp_path / "nowhere")
         assert refused.code == 2 and "no runs in" in refused.error_line

@@ -13,6 +13,7 @@ from fastlora.cli.studies.plan import RunSpec, StudySettings
 
 HEADER = "runs.json"
 FORMAT = "fastlora-study-runs-1"
+RESULT_KEYS = ("label", "targets", "rank", "seed", "parameters", "held_out_loss", "relative_change_of_a", "seconds")
 
 
 class RunStore:
@@ -74,7 +75,7 @@ class RunStore:
             CommandError: the file cannot be read.
         """
         path = self._result_path(spec)
-        return _read_json(path) if path.exists() else None
+        return _read_json(path, RESULT_KEYS) if path.exists() else None
 
     def finished(self, specs: list[RunSpec]) -> list[RunSpec]:
         """Those that have a result."""
@@ -82,7 +83,7 @@ class RunStore:
 
     def all_results(self) -> list[dict]:
         """Every result in the directory, by name."""
-        return [_read_json(path) for path in sorted(self.runs.glob("*.json"))]
+        return [_read_json(path, RESULT_KEYS) for path in sorted(self.runs.glob("*.json"))]
 
     def adapter(self, spec: RunSpec) -> Path:
         """Where the adapter of a run is kept."""
@@ -127,11 +128,11 @@ class RunStore:
         return self.runs / f"{spec.key}.json"
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path, keys: tuple[str, ...] = ()) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CommandError(f"cannot read {path}: {first_line(error)}; delete it to have it made again") from error
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or any(key not in found for key in keys):
         raise CommandError(f"cannot read {path}: it holds no run; delete it to have it made again")
     return found
