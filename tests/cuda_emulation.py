@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from emulator import LaunchOptions, Struct, TensorMap, load_ptx
+from emulator.conformance import coverage
 from numerics import Case
 
 from fastlora.kernels import cuda
@@ -78,6 +79,8 @@ class EmulatedLaunch:
         raw, maps = plan.parameters(**{name: cuda._address(operand) for name, operand in operands.items()})
         tensors = {name: operand for name, operand in operands.items() if isinstance(operand, torch.Tensor)}
         variant = plan.variant
+        if self._ptx is ptx_of:  # the kernel as it is: every instruction must have a conformance case
+            coverage.check(ptx_of(variant["name"]))
         self.stats.append(
             _module(self._ptx(variant["name"])).launch(
                 variant["name"],

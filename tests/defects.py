@@ -185,6 +185,9 @@ def _cuda_checks():
         name = f"integers {cuda_values.describe(tile)} R={rank} {cuda_values.describe(dropout)}"
         check = functools.partial(cuda_values.check_integers, tile, dropout, rank, LaunchOptions(timeout_s=60.0))
         yield name, _kernels_of(tile, dropout, rank), check
+    for needs in cuda_values.SUBSETS:
+        name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
+        yield name, _kernels_of(cuda_values.WIDE, False, 16), functools.partial(cuda_values.check_needs, needs)
     for tile, sizes in reversed(cuda_protocol.LAYERS):
         for dropout_p in (0.0, 0.3):
             name = f"schedules {cuda_values.describe(tile)} {sizes} p={dropout_p}"
@@ -211,7 +214,7 @@ REDUNDANT: dict[tuple[str, str], str] = {}
 
 
 def cuda_deletions() -> list[Defect]:
-    """A statement, as it is reached from one caller, in every kernel that has it."""
+    """A statement, in every kernel that has it."""
     every = list(_cuda_checks())
 
     def defect(place, what, by_kernel):
@@ -228,10 +231,8 @@ def cuda_deletions() -> list[Defect]:
 
 
 def statement_of(place: str) -> str:
-    """The source text at the innermost frame that is not a helper of one line."""
-    frames = place.split(" < ")
-    texts = [deletions.source_line(frame) for frame in frames]
-    return next((text for text in texts if "__forceinline__" not in text), texts[0])
+    """The source text of a place and of its caller."""
+    return " < ".join(deletions.source_line(frame).split("//")[0].strip() for frame in place.split(" < "))
 
 
 GROUPS = {

@@ -42,6 +42,7 @@ _RULES = tuple(
     )
 )
 _GUARD = re.compile(r"(@!?[%\w$]+\s+)?(.*)", re.S)
+_HELPERS = ("consumer.cuh", "loader.cuh")
 _PRIMITIVES = ("common.cuh", "wgmma.cuh", "sm_30_intrinsics.hpp")
 
 
@@ -61,9 +62,10 @@ class Deletion:
 
     @property
     def statement(self) -> str:
-        """Where the sources ask for it: within no primitive, without the frames that all kernels share."""
+        """Where the sources ask for it: the innermost frame that is no primitive, and its caller if that is a helper of
+        one line or of a few."""
         frames = [frame for frame in self.source.split(" < ") if not frame.startswith(_PRIMITIVES)]
-        return " < ".join(frame for frame in frames if not frame.split(":")[0].endswith(".cu"))
+        return " < ".join(frames[: 2 if frames[0].startswith(_HELPERS) else 1])
 
 
 def find(ptx: str) -> list[Deletion]:

@@ -52,7 +52,7 @@ def run(
     options: LaunchOptions,
     needs=ALL,
     kernels=triton_lora,
-    edit_ptx=lambda ptx: ptx,
+    edit_ptx=None,
 ):
     """Forward and backward of one layer by ``kernels``; its results, and the counters of both launches.
 

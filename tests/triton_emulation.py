@@ -1,12 +1,14 @@
 """Runs Triton launches on the CPU: the real launcher, the real compiler, and the PTX they came to, in the emulator."""
 
 import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from compile_target import Launch, compile_for
 from emulator import LaunchOptions, load_ptx, triton_descriptor
+from emulator.conformance import coverage
 
 _OUTPUTS = ("y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_")
 
@@ -22,9 +24,9 @@ def _is_output(name: str, launch: Launch) -> bool:
 
 
 @contextmanager
-def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx=lambda ptx: ptx):
+def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx: Callable[[str], str] | None = None):
     """Within it, a Triton launch on CPU tensors compiles for ``arch`` and runs in the emulator; yields the list of the
-    launches' counters. ``edit_ptx`` may plant a defect."""
+    launches' counters. ``edit_ptx`` may plant a defect; without it, every instruction must have a conformance case."""
     stats = []
 
     def run(launch: Launch) -> None:
@@ -41,7 +43,10 @@ def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx=lambda pt
                 if isinstance(argument, torch.Tensor):
                     tensors.setdefault(argument, name)
         outputs = [name for name in tensors.values() if _is_output(name, launch)]
-        module = _module(edit_ptx(launch.kernel.asm["ptx"]))
+        ptx = launch.kernel.asm["ptx"]
+        if edit_ptx is None:
+            coverage.check(ptx)
+        module = _module(edit_ptx(ptx) if edit_ptx else ptx)
         stats.append(
             module.launch(
                 metadata.name,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from emulator import load_ptx
-from emulator.conformance import CudaRunner, EmulatorRunner, all_cases
+from emulator.conformance import CudaRunner, EmulatorRunner, all_cases, coverage
 from emulator.engine_library import operations
 
 CASES = {case.name: case for case in all_cases()}
@@ -61,6 +61,23 @@ def test_every_operation_of_the_engine_is_covered():
             operation.name for entry in module.entries for operation in module.program(entry).builder.operations
         }
     assert covered == set(operations())
+
+
+def test_what_no_case_covers_is_named():
+    ptx = CASES["add.s32"].ptx
+    coverage.check(ptx)
+    with pytest.raises(LookupError, match=r"add.cc.s32 x x x"):
+        coverage.check(ptx.replace("add.s32", "add.cc.s32"))
+
+
+def test_operands_in_other_places_are_other_instructions():
+    of = coverage.signatures
+    product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {{%f0, %f1, %f2, %f3}}, %rd0, %rd1, 1, 1, 1, {}, {}"
+    assert of(product.format(0, 1)) != of(product.format(1, 1))
+    assert of("ld.global.v2.b32 {%r1, %r2}, [%rd0]") != of("ld.global.v4.b32 {%r1, %r2, %r3, %r4}, [%rd0]")
+    assert of("atom.global.gpu.release.add.u32 %r1, [%rd0], 1") == of(
+        "atom.release.gpu.global.add.u32 %r1, [%rd0], %r2"
+    )
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_90a"])

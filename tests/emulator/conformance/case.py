@@ -20,7 +20,7 @@ class Case:
     """A kernel and its expected effect.
 
     Attributes:
-        args: kernel arguments by name: tensors, TensorMaps or ints.
+        args: kernel arguments by name: tensors, TensorMaps, ints, or bytes of a structure.
         expected: by name of an argument tensor, its contents afterwards.
         tolerance: largest relative error, for instructions that PTX defines only approximately; 0: bit for bit.
     """
@@ -42,7 +42,7 @@ class Case:
         return {
             name: value.tensor if isinstance(value, TensorMap) else value
             for name, value in self.args.items()
-            if not isinstance(value, int)
+            if not isinstance(value, (int, bytes))
         }
 
     def mismatch(self, results):

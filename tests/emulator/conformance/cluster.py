@@ -94,6 +94,15 @@ def _distributed_shared_memory():
     yield _case("mapa and remote load", write + read, {"y": _y()}, {"y": partner})
     push = remote + "    st.shared::cluster.b32 [%r7], %r8;\n" + _BARRIER + "    ld.shared.b32 %r8, [%r5];\n" + _STORE
     yield _case("remote store", write + push, {"y": _y()}, {"y": partner})
+    four = remote + (
+        "    setp.eq.u32 %p1, %r0, 0;\n    add.s32 %r9, %r8, 1;\n    add.s32 %r10, %r8, 2;\n    add.s32 %r11, %r8, 3;\n"
+        "    st.shared.u32 [%r5], %r0;\n"
+    )
+    four += _BARRIER + "    @%p1 st.shared::cluster.v4.u32 [%r7], {%r8, %r9, %r10, %r11};\n" + _BARRIER
+    expected = torch.arange(32, dtype=torch.int32).repeat(4).view(4, 32)
+    expected[:, :4] = partner.view(4, 32)[:, :4]
+    load = "    ld.shared.u32 %r8, [%r5];\n"
+    yield _case("remote store of four", write + four + load + _STORE, {"y": _y()}, {"y": expected.reshape(-1)})
     generic = (
         "    st.shared.b32 [%r5], %r8;\n"
         + _BARRIER

@@ -67,6 +67,10 @@ def _arithmetic():
         yield _case(f"sqrt.rn.{kind}", 1, dtype, _square_root)
         yield _case(f"rcp.rn.{kind}", 1, dtype, lambda a, dtype=dtype: (1 / a.to(dtype)).double())
         yield _case(f"copysign.{kind}", 2, dtype, lambda sign, magnitude: torch.copysign(magnitude, sign))
+    yield _case("mul.f32", 2, torch.float32, lambda a, b: a * b)
+    text = "setp.lt.f32 %p1, {a}, {b};\n    selp.f32 {d}, {a}, {b}, %p1;"
+    a, b = torch.randn(128, generator=torch.Generator().manual_seed(0)), torch.zeros(128)
+    yield elementwise("selp.f32", text, [a, b], [torch.minimum(a, b)])
     yield _case("min.NaN.f32", 2, torch.float32, torch.minimum)
     yield _case("max.NaN.f32", 2, torch.float32, torch.maximum)
     yield _case("add.sat.f32", 2, torch.float32, lambda a, b: torch.nan_to_num((a + b).clamp(0, 1), nan=0.0))

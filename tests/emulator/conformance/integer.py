@@ -211,6 +211,11 @@ def _comparisons():
             yield _case(
                 f"setp.{name}.{kind}", text, [kind] * 2, 32, lambda a, b, relation=relation: int(relation(a, b))
             )
+    for name in ("eq", "ne"):
+        text = f"setp.{name}.b32 %p1, {{a}}, {{b}};\n    selp.u32 {{d}}, 1, 0, %p1;"
+        yield _case(
+            f"setp.{name}.b32", text, ["u32"] * 2, 32, lambda a, b, relation=_RELATIONS[name]: int(relation(a, b))
+        )
     combined = {"and": lambda p, c: p and c, "or": lambda p, c: p or c, "xor": lambda p, c: p != c}
     for name, combine in combined.items():
         text = (
@@ -234,9 +239,10 @@ def _comparisons():
         32,
         lambda a, b, c: a if ((a < 0 and b < 0) or c < 0) == (a < 0) else b,
     )
-    for bits in (16, 64):
-        text = f"setp.lt.s32 %p1, {{a}}, 0;\n    selp.b{bits} {{d}}, {{b}}, {{c}}, %p1;"
-        yield _case(f"selp.b{bits}", text, ["s32", f"u{bits}", f"u{bits}"], bits, lambda a, b, c: b if a < 0 else c)
+    for kind in ("b16", "b64", "u16", "u32"):
+        bits = int(kind[1:])
+        text = f"setp.lt.s32 %p1, {{a}}, 0;\n    selp.{kind} {{d}}, {{b}}, {{c}}, %p1;"
+        yield _case(f"selp.{kind}", text, ["s32", f"u{bits}", f"u{bits}"], bits, lambda a, b, c: b if a < 0 else c)
 
 
 def _moves():

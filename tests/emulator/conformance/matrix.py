@@ -188,6 +188,15 @@ def wgmma_case(
 def _wgmma():
     for n in range(8, 257, 8):
         yield wgmma_case(f"wgmma n{n}", "bf16", n, 128, 128)
+    for n in (8, 16, 128, 256):
+        yield wgmma_case(f"wgmma f16 n{n}", "f16", n, 128, 128)
+    for kind in ("bf16", "f16"):
+        for b_major in ("k", "mn"):
+            for a_major in ("k", "mn"):
+                name = f"wgmma {kind} A {a_major}-major, B {b_major}-major"
+                yield wgmma_case(name, kind, 64, 128, 128, a_major, b_major)
+            name = f"wgmma {kind} A in registers, B {b_major}-major"
+            yield wgmma_case(name, kind, 64, 128, 128, b_major=b_major, a_in_registers=True)
     for kind in ("bf16", "f16", "tf32"):
         for span in (0, 32, 64, 128):
             yield wgmma_case(f"wgmma {kind} swizzle {span}", kind, 64, span, span)

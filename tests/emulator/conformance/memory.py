@@ -1,5 +1,7 @@
 """Loads, stores, state spaces, atomics and address conversions."""
 
+import struct
+
 import torch
 
 from .case import Case, elementwise, module, pointers
@@ -11,7 +13,7 @@ def _iota(n, dtype=torch.int32):
     return (torch.arange(n) * 2654435761 % 1000003).to(dtype)
 
 
-def _copy(name, width, instruction_pairs, elements=32, arch="sm_80"):
+def _copy(name, width, instruction_pairs, elements=32, arch="sm_80", shared=""):
     """Every thread moves `width` bytes from x to y."""
     body = (
         pointers("x", "y")
@@ -22,7 +24,11 @@ def _copy(name, width, instruction_pairs, elements=32, arch="sm_80"):
     body += "\n".join(f"    {line}" for line in instruction_pairs)
     x = _iota(elements * width // 4)
     return Case(
-        name, module(body, {"x": "u64", "y": "u64"}, arch=arch), {"x": x, "y": torch.zeros_like(x)}, {"y": x}, arch=arch
+        name,
+        module(body, {"x": "u64", "y": "u64"}, shared, arch=arch),
+        {"x": x, "y": torch.zeros_like(x)},
+        {"y": x},
+        arch=arch,
     )
 
 
@@ -62,6 +68,28 @@ def _widths():
                 f"st.relaxed.{scope}.global.u{width} [%rd1], {register};",
             ]
             yield _copy(f"relaxed.{scope}.u{width}", width // 8, pair)
+    for kind, family in (("u16", "%h"), ("s32", "%r"), ("u64", "%rd"), ("f32", "%f")):
+        for count in (2, 4) if kind in ("u16", "f32") else (1, 2):
+            names = [f"{family}{10 + i}" for i in range(count)]
+            suffix, operand = (f".v{count}", "{" + ", ".join(names) + "}") if count > 1 else ("", names[0])
+            pair = [f"ld.global{suffix}.{kind} {operand}, [%rd0];", f"st.global{suffix}.{kind} [%rd1], {operand};"]
+            yield _copy(f"ld/st.global{suffix}.{kind}", int(kind[1:]) // 8 * count, pair)
+    halves = [
+        "ld.global.u16 %h10, [%rd0];",
+        "ld.global.u16 %h11, [%rd0+2];",
+        "st.global.u16 [%rd1], %h10;",
+        "st.global.u16 [%rd1+2], %h11;",
+    ]
+    yield _copy("ld/st.global.u16", 4, halves)
+    flagged = ["ld.acquire.gpu.global.s32 %r10, [%rd0];", "st.release.gpu.global.s32 [%rd1], %r10;"]
+    yield _copy("acquire/release.gpu.s32", 4, flagged)
+    converted = [
+        "cvta.to.global.u64 %rd0, %rd0;",
+        "ld.global.b32 %r10, [%rd0];",
+        "cvta.to.global.u64 %rd1, %rd1;",
+        "st.global.b32 [%rd1], %r10;",
+    ]
+    yield _copy("cvta.to.global", 4, converted)
     yield _copy("generic addresses", 4, ["ld.b32 %r10, [%rd0];", "st.b32 [%rd1], %r10;"])
     yield _copy(
         "prefetch", 4, ["prefetch.global.L2 [%rd0];", "ld.global.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"]
@@ -136,6 +164,67 @@ def _shared_and_local():
     ld.b32 %r6, [%rd6+16];
     st.global.b32 [%rd1], %r6;"""
     yield Case("local memory", module(local, {"x": "u64", "y": "u64"}), {"x": x, "y": torch.zeros_like(x)}, {"y": x})
+
+
+def _through_shared():
+    """Every width and type by which kernels move data through shared memory: each thread's own 16 bytes."""
+    registers = {"b16": "%h", "u16": "%h", "b32": "%r", "u32": "%r", "f32": "%f", "b64": "%rd"}
+    for kind, family in registers.items():
+        size = int(kind[1:]) // 8
+        for count in (1, 2, 4):
+            if size * count > 16:
+                continue
+            suffix = f".v{count}" if count > 1 else ""
+            moves = []
+            for start in range(0, 16, size * count):
+                names = [f"{family}{20 + start // size + i}" for i in range(count)]
+                operand = "{" + ", ".join(names) + "}" if count > 1 else names[0]
+                moves.append((start, operand))
+            lines = ["ld.global.v4.b32 {%r10, %r11, %r12, %r13}, [%rd0];", "mov.u32 %r2, buffer;"]
+            lines += [
+                "shl.b32 %r3, %r0, 4;",
+                "add.s32 %r2, %r2, %r3;",
+                "st.shared.v4.b32 [%r2], {%r10, %r11, %r12, %r13};",
+            ]
+            lines += [f"ld.shared{suffix}.{kind} {operand}, [%r2+{start}];" for start, operand in moves]
+            lines += [f"st.shared{suffix}.{kind} [%r2+{512 + start}], {operand};" for start, operand in moves]
+            lines += ["ld.shared.v4.b32 {%r14, %r15, %r16, %r17}, [%r2+512];"]
+            lines += ["st.global.v4.b32 [%rd1], {%r14, %r15, %r16, %r17};"]
+            shared = ".shared .align 16 .b8 buffer[1024];"
+            yield _copy(f"ld/st.shared{suffix}.{kind}", 16, lines, shared=shared)
+
+
+def _parameters():
+    """A structure by value, read in every way, by its symbol and by a generic address."""
+    words = [7, -3, 11, 13, 17, 19, 23, 29]
+    body = pointers("y") + "\n" + _THREAD
+    body += """    ld.param.b32 %r1, [s];
+    ld.param.s32 %rd1, [s+4];
+    ld.param.v2.u32 {%r2, %r3}, [s+8];
+    ld.param.v4.u32 {%r4, %r5, %r6, %r7}, [s+16];
+    ld.param.b64 %rd2, [s+24];
+    ld.param.f32 %f1, [s+28];
+    mov.b32 %r8, %f1;
+    mov.u64 %rd3, s;
+    cvta.param.u64 %rd4, %rd3;
+    ld.b32 %r9, [%rd4+12];
+    setp.eq.u32 %p1, %r0, 0;
+    @!%p1 bra $out;
+"""
+    stores = [("b32", "%r1"), ("b64", "%rd1"), ("v2.b32", "{%r2, %r3}"), ("v4.b32", "{%r4, %r5, %r6, %r7}")]
+    stores += [("b64", "%rd2"), ("b32", "%r8"), ("b32", "%r9")]
+    at = [0, 8, 16, 32, 48, 56, 60]
+    body += "".join(
+        f"    st.global.{kind} [%rd0+{start}], {register};\n"
+        for (kind, register), start in zip(stores, at, strict=True)
+    )
+    expected = [7, 0, -3, -1, 11, 13, 0, 0, 17, 19, 23, 29, 23, 29, 29, 13]
+    yield Case(
+        "parameters by value",
+        module(body + "$out:", {"y": "u64", "s": (32, 64)}),
+        {"y": torch.zeros(16, dtype=torch.int32), "s": struct.pack("<8i", *words)},
+        {"y": torch.tensor(expected, dtype=torch.int32)},
+    )
 
 
 def _variables_and_parameters():
@@ -224,9 +313,9 @@ def _atomics():
         f + f.flip(0),
         f.flip(0),
     )
-    yield _atomic_case(
-        "red.release.add.u32", ("red.release.gpu.global.add.u32 [%rd5], {a};\n    mov.b32 {d}, {a};"), x, b, x + b, b
-    )
+    for kind in ("u32", "s32"):
+        text = f"red.release.gpu.global.add.{kind} [%rd5], {{a}};\n    mov.b32 {{d}}, {{a}};"
+        yield _atomic_case(f"red.release.add.{kind}", text, x, b, x + b, b)
     counted = torch.where(x >= b, torch.zeros_like(x), x + 1)
     yield _atomic_case("atom.inc.u32", "atom.global.inc.u32 {d}, [%rd5], {a};", x, b, counted, x)
     down = torch.where((x == 0) | (x > b), b, x - 1)
@@ -292,6 +381,8 @@ def cases():
     yield from _widths()
     yield from _bytes_side_by_side()
     yield from _shared_and_local()
+    yield from _through_shared()
+    yield from _parameters()
     yield from _variables_and_parameters()
     yield from _atomics()
     yield from _contended()

@@ -12,6 +12,7 @@ _STAGES, _TILES = 3, 8
 _RING = """
     ld.param.u64 %rd1, [y];
     mov.b64 %rd0, x;
+    prefetch.tensormap [%rd0];
     mov.u32 %r0, %tid.x;
     mov.u32 %r4, memory;
     add.s32 %r5, %r4, 12288;

@@ -88,6 +88,8 @@ class CudaRunner:
     def _argument(self, value, tensor):
         if isinstance(value, TensorMap):
             return self._encode(value, tensor)
+        if isinstance(value, bytes):
+            return (ctypes.c_uint8 * len(value)).from_buffer_copy(value)
         return ctypes.c_int(value) if tensor is None else ctypes.c_uint64(tensor.data_ptr())
 
     def _encode(self, value, tensor):
