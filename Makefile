@@ -20,7 +20,7 @@ TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
 WORKERS ?= 2
 DEMO_ARGS ?=
 
-.PHONY: help install demo test test-values lint format wheel gpu clean
+.PHONY: help install demo test test-sweep test-values lint format wheel gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,10 @@ demo: install  ## fine-tune SmolLM2-135M with fastlora and with PEFT, and compar
 test: install test-values  ## every test; on a machine without a GPU the kernels run interpreted and emulated
 	$(RUN) -m pytest tests -n $(WORKERS)
 
+test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (hours)
+	$(RUN) -m pytest tests/test_sweep.py -m sweep -n $(WORKERS)
+	$(RUN) -m benchmarks.defects --jobs $(WORKERS)
+
 # Values of the Triton kernels: real launches where there is a GPU, else Triton's interpreter in a process of its own.
 test-values: install
 	$(if $(HAS_GPU),,TRITON_INTERPRET=1) $(RUN) -m pytest tests/kernels -n $(WORKERS)
@@ -61,7 +65,8 @@ format: install
 wheel: install  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-gpu: install  ## everything that wants a GPU, in ten minutes, into one folder
+# Nothing is installed where a torch is at hand: such a machine may have no network, and the checkout runs as it is.
+gpu: $(if $(filter yes,$(HAS_TORCH)),,install)  ## everything that wants a GPU, in ten minutes, into one folder
 	$(RUN) -m benchmarks.gpu_visit --output build/gpu
 
 clean:

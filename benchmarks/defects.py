@@ -5,6 +5,7 @@ in the emulator. Writes ``defects.json`` and ``defects.md``, and fails where a d
 for that is on record, or where one is on record and the defect is found.
 """
 
+import functools
 import json
 import multiprocessing
 import sys
@@ -33,7 +34,7 @@ def _defects(group: str) -> list:
 _defects.made = {}
 
 
-def _find(item: tuple[str, int]) -> dict:
+def _find(item: tuple[str, int]) -> tuple[int, dict]:
     group, number = item
     defect = _defects(group)[number]
     start = time.monotonic()
@@ -41,8 +42,10 @@ def _find(item: tuple[str, int]) -> dict:
     row = {"group": group, "defect": defect.name, "place": defect.place, "reason": defect.redundant}
     row["seconds"] = round(time.monotonic() - start, 1)
     if finding:
-        return row | {"found": finding.check, "by": finding.by, "message": finding.message.split("\n")[0][:300]}
-    return row | {"found": None, "checks": len(defect.checks)}
+        row |= {"found": finding.check, "by": finding.by, "message": finding.message.split("\n")[0][:300]}
+    else:
+        row |= {"found": None, "checks": len(defect.checks)}
+    return number, row
 
 
 def report(rows: list[dict]) -> str:
@@ -99,29 +102,44 @@ def _compiled(rows: list[dict]) -> list[str]:
     return lines
 
 
+def _run(group: str, jobs: int, done: dict, save) -> list[dict]:
+    """The rows of one group; those in ``done`` stay as they are. ``save`` gets what there is after every defect."""
+    defects = _defects(group)
+    rows = [done.get((group, defect.name, defect.place)) for defect in defects]
+    items = [(group, number) for number, row in enumerate(rows) if row is None]
+    with multiprocessing.get_context("spawn").Pool(min(jobs, len(items)) or 1) as pool:
+        for number, row in tqdm(pool.imap_unordered(_find, items), total=len(items), desc=group):
+            rows[number] = row
+            save([row for row in rows if row])
+    return rows
+
+
 @click.command()
 @click.option("--jobs", default=2, show_default=True, help="Processes.")
 @click.option("--only", default="", help="Groups whose name contains this; the others' results are kept.")
+@click.option("--resume", is_flag=True, help="Keep what an interrupted run has found.")
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Folder of defects.json and .md.")
-def main(jobs: int, only: str, output: Path) -> None:
+def main(jobs: int, only: str, resume: bool, output: Path) -> None:
     """Looks for every defect, and writes what found it."""
     sys.path.insert(0, str(TESTS))
     import defects
 
-    path = output / "defects.json"
-    kept = json.loads(path.read_text()) if only and path.exists() else []
-    rows = []
-    for group in defects.GROUPS:
-        if only not in group:
-            rows += [row for row in kept if row["group"] == group]
-            continue
-        items = [(group, number) for number in range(len(_defects(group)))]
-        with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-            rows += list(tqdm(pool.imap(_find, items), total=len(items), desc=group))
     output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows, indent=1) + "\n")
-    (output / "defects.md").write_text(report(rows))
-    wrong = [row for row in rows if _is_wrong(row)]
+    path = output / "defects.json"
+    old = json.loads(path.read_text()) if (only or resume) and path.exists() else []
+    by_group = {group: [row for row in old if row["group"] == group] for group in defects.GROUPS}
+
+    def save(group: str, rows: list[dict]) -> None:
+        by_group[group] = rows
+        everything = [row for each in by_group.values() for row in each]
+        path.write_text(json.dumps(everything, indent=1) + "\n")
+        (output / "defects.md").write_text(report(everything))
+
+    done = {(row["group"], row["defect"], row["place"]): row for row in old} if resume else {}
+    for group in defects.GROUPS:
+        if only in group:
+            save(group, _run(group, jobs, done, functools.partial(save, group)))
+    wrong = [row for rows in by_group.values() for row in rows if _is_wrong(row)]
     for row in wrong:
         found = f"found by {row['found']}, though" if row["found"] else "found by nothing, and not"
         click.echo(f"{found} on record as redundant: {row['group']}: {row['defect']} ({row['place']})")

@@ -21,6 +21,13 @@ from fastlora.kernels import cuda
 from fastlora.reference import Needs
 
 THREADS = 384
+# Residencies (of clusters), orders and moments in which asynchronous copies take effect.
+SCHEDULES = (
+    LaunchOptions(seed=1, resident=1, async_policy="early"),
+    LaunchOptions(seed=2, resident=2, async_policy="random"),
+    LaunchOptions(seed=3, async_policy="random", shuffle_ctas=True),
+    LaunchOptions(seed=4, async_policy="late", shuffle_ctas=True, proxy_fence="both"),
+)
 _WRITTEN = ("c", "s", "grad_a", "grad_b", "grad_bias", "gradient_sums", "tile_parts")
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numerics
 import pytest
 import torch
-from cuda_emulation import emulated, ptx_of, run_layer, unavailable
+from cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable
 from emulator import LaunchOptions
 
 from fastlora.kernels import cuda, workspace
@@ -35,16 +35,16 @@ def name_of(variant: dict) -> str:
     return variant["name"].removeprefix("lora_")
 
 
-def draw_dropped_integers(m: int, n: int, k: int, r: int) -> numerics.Case:
+def draw_dropped_integers(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> numerics.Case:
     """Integers that stay exact under dropout of one half, which doubles what it keeps."""
-    case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
+    case = numerics.draw_integer_case(m, n, k, r, dtype)
     # A density that survives the doubling: S is rounded to 8 bits.
     thin = torch.rand(case.lora_b.shape, generator=torch.Generator().manual_seed(1)) < 0.5
     case = replace(
         case, lora_b=case.lora_b * thin, dropout_p=0.5, seed=torch.tensor(0x0123_4567_89AB_CDEF), scaling=1.0
     )
     for name, value in numerics.compose(case.to(torch.float64)).items():
-        assert torch.equal(value, value.bfloat16().double()), f"{name} is not exact: draw sparser numbers"
+        assert torch.equal(value, value.to(dtype).double()), f"{name} is not exact: draw sparser numbers"
     return case
 
 
@@ -66,11 +66,13 @@ def describe(value) -> str:
     return {True: "dropout", False: "plain"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
-def check_integers(tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of):
+def check_integers(
+    tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of, dtype=torch.bfloat16
+):
     """Row blocks, columns, steps and ranks all end in tails; several row groups make chains of the gradients' parts."""
     m = {256: 600, 128: 280}[tile.block_n] if tile.block_m == 128 else 136
-    draw = draw_dropped_integers if dropout else lambda *sizes: numerics.draw_integer_case(*sizes, torch.bfloat16)
-    case = draw(m, 328, 392, rank)
+    draw = draw_dropped_integers if dropout else numerics.draw_integer_case
+    case = draw(m, 328, 392, rank, dtype)
     with emulated(options, ptx) as launch:
         results, s = run_layer(case, tile, ctas=4)
     numerics.assert_exact(results, case)
@@ -83,7 +85,16 @@ def check_integers(tile, dropout: bool, rank: int, options: LaunchOptions | None
 
 @pytest.mark.parametrize("tile, dropout, rank", EVERY_KERNEL, ids=describe)
 def test_integers_are_exact(poisoned, tile, dropout, rank):
-    check_integers(tile, dropout, rank)
+    """Under one schedule or another; test_cuda_protocol.py has the same layer under all of them."""
+    number = EVERY_KERNEL.index((tile, dropout, rank)) % (1 + len(SCHEDULES))
+    check_integers(tile, dropout, rank, (LaunchOptions(), *SCHEDULES)[number])
+
+
+@pytest.mark.parametrize(
+    "tile, dropout, rank", [each for each in EVERY_KERNEL if each[2] != 24 and not each[0].fused], ids=describe
+)
+def test_fp16_integers_are_exact(poisoned, tile, dropout, rank):
+    check_integers(tile, dropout, rank, SCHEDULES[2], dtype=torch.float16)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))

@@ -6,21 +6,17 @@ import re
 import numerics
 import pytest
 import torch
-from cuda_emulation import emulated, ptx_of, run_layer, unavailable
+from cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable
 from emulator import EmulatorError, LaunchOptions
 
 from fastlora.kernels import cuda, workspace
+from fastlora.reference import Needs
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
 
 WIDE, MEDIUM, SMALL = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 128, 1, 2), cuda.CudaTile(64, 128, 1, 3)
+ALL = Needs(True, True, True, True)
 FUSED = cuda.CudaTile(128, 256, 2, fused=True)
-SCHEDULES = (
-    LaunchOptions(seed=1, resident=1, async_policy="early"),
-    LaunchOptions(seed=2, resident=2, async_policy="random"),
-    LaunchOptions(seed=3, async_policy="random", shuffle_ctas=True),
-    LaunchOptions(seed=4, async_policy="late", shuffle_ctas=True, proxy_fence="both"),
-)
 LAYERS = (
     (WIDE, (520, 328, 264, 16)),
     (FUSED, (520, 328, 264, 64)),
@@ -59,6 +55,36 @@ def check_schedules(tile, sizes, dropout_p, dtype=torch.bfloat16, schedules=SCHE
 @pytest.mark.parametrize("tile, sizes", LAYERS)
 def test_every_schedule_gives_the_same_bits(poisoned, tile, sizes, dropout_p):
     check_schedules(tile, sizes, dropout_p)
+
+
+def test_workspaces_of_two_streams_do_not_meet(poisoned, monkeypatch):
+    """Launches of two streams in turn, each over its own workspace, which the next launch of the stream finds clean."""
+    case = numerics.draw_integer_case(392, 136, 264, 16, torch.bfloat16)
+    buffers = [torch.zeros(256, dtype=torch.int32) for _ in range(2)]
+    used = []
+
+    def borrow(n_words, device):
+        assert n_words <= buffers[0].numel()
+        used.append(buffers[len(used) % 2])
+        return used[-1]
+
+    monkeypatch.setattr(cuda, "borrow_workspace", borrow)
+    c = case
+    for options in SCHEDULES[1:3]:
+        with emulated(options):
+            forward = [
+                cuda.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None, tile=WIDE, ctas=4)
+                for _ in range(2)
+            ]
+            backward = [
+                cuda.lora_backward(
+                    c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, 0.0, None, ALL, tile=WIDE, ctas=4
+                )
+                for _, s in forward
+            ]
+        for (y, _), gradients in zip(forward, backward, strict=True):
+            numerics.assert_exact({"y": y, **gradients._asdict()}, case)
+    assert len({buffer.data_ptr() for buffer in used}) == 2 and not any(buffer.any() for buffer in used)
 
 
 def replace(pattern: str, replacement: str, count: int = 0):

@@ -1,0 +1,85 @@
+"""The larger sweep of emulated kernels: ``make test-sweep``.
+
+Every compiled CUDA kernel and every shipped Triton tile under every schedule, with dropout and without, in both 16-bit
+types; and random sizes under random schedules.
+"""
+
+import random
+
+import numerics
+import pytest
+import test_cuda_kernels as cuda_values
+import test_cuda_protocol as cuda_protocol
+import test_triton_ptx as triton
+import torch
+from cuda_emulation import unavailable
+from emulator import LaunchOptions
+
+from fastlora.configs import FUSED_RANK
+from fastlora.kernels import workspace
+
+pytestmark = [pytest.mark.sweep, triton.pytestmark]
+needs_cuda = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
+DTYPES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
+
+
+@pytest.fixture(autouse=True)
+def own_workspace(monkeypatch, poisoned):
+    monkeypatch.setattr(workspace, "_by_stream", {})
+
+
+def random_options(generator: random.Random) -> LaunchOptions:
+    return LaunchOptions(
+        seed=generator.randrange(1, 1 << 30),
+        resident=generator.choice((0, 1, 2, 3)),
+        async_policy=generator.choice(("late", "early", "random")),
+        shuffle_ctas=generator.random() < 0.5,
+    )
+
+
+@needs_cuda
+@DTYPES
+@pytest.mark.parametrize("tile, dropout, rank", cuda_values.EVERY_KERNEL, ids=cuda_values.describe)
+def test_every_cuda_kernel_under_every_schedule(tile, dropout, rank, dtype):
+    m = 3 * tile.block_m * (2 if tile.block_n == 256 else 1) + 8
+    cuda_protocol.check_schedules(tile, (m, 328, 264, rank), 0.3 * dropout, dtype)
+
+
+@needs_cuda
+@pytest.mark.parametrize("seed", range(40))
+def test_cuda_kernels_at_random_sizes(seed):
+    generator = random.Random(seed)
+    tile, dropout, rank = generator.choice(cuda_values.EVERY_KERNEL)
+    sizes = generator.randrange(1, 700), 8 * generator.randrange(1, 60), 8 * generator.randrange(1, 60), rank
+    schedules = [random_options(generator) for _ in range(3)]
+    cuda_protocol.check_schedules(
+        tile, sizes, 0.3 * dropout, generator.choice((torch.bfloat16, torch.float16)), schedules
+    )
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
+@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number", list(triton.shipped()))
+def test_every_triton_tile_under_every_schedule(arch, config, rank, dtype, aligned, number, dropout_p):
+    m, n, k = 2 * config.block_m + 9, config.block_n + 8, 2 * max(config.block_n, config.block_k) + 8
+    if not aligned:
+        n, k = n + 1, k + 3
+    case = numerics.draw_case(m, n, k, rank - 8 * (number % 2), dtype, dropout_p=dropout_p)
+    first = None
+    for options in triton.SCHEDULES:
+        results, _ = triton.run(case, config, arch, options)
+        numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)
+        first = first or results
+        assert all(torch.equal(results[name], first[name]) for name in first), "the bits depend on the schedule"
+
+
+@pytest.mark.parametrize("arch", triton.ARCHITECTURES)
+@pytest.mark.parametrize("seed", range(40))
+def test_triton_kernels_at_random_sizes(arch, seed):
+    generator = random.Random(seed)
+    sizes = generator.randrange(1, 200), generator.randrange(1, 90), generator.randrange(1, 90)
+    rank = generator.choice((1, 3, 8, 16, 40, FUSED_RANK, 72, 128, 256))
+    dtype = generator.choice((torch.bfloat16, torch.float16))
+    case = numerics.draw_case(*sizes, rank, dtype, dropout_p=generator.choice((0.0, 0.3)), seed=seed)
+    for _ in range(3):
+        results, _ = triton.run(case, triton.SMALL[arch], arch, random_options(generator))
+        numerics.assert_accurate(results, case)
