@@ -93,7 +93,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         ValueError: the files are damaged or are no plain LoRA on linear layers, or do not fit the model; the message
             lists what is missing, unexpected or mismatched.
     """
-    directory, model = Path(directory), _unwrapped(model)
+    directory, given, model = Path(directory), model, _unwrapped(model)
     config = read_config(directory)
     with open_weights(directory) as file:
         stored = read_header(file, directory / WEIGHTS_NAME)
@@ -102,6 +102,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         _check_fit(model, layers, stored)
         alphas = {path: alpha_of(path, config) for path in stored}
         if not layers:
+            if any(isinstance(module, DistributedDataParallel) for module in given.modules()):
+                raise ValueError("DistributedDataParallel would not see new parameters: load the adapter, then wrap")
             layers = _create_layers(model, stored, alphas, config)
         for path, layer in layers.items():
             _copy(layer, "lora_A", file.get_tensor(f"{PREFIX}{path}.lora_A.weight"))

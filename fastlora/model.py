@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastlora.module import LoRALinear, check_hyperparameters
+from fastlora.module import LoRALinear, check_hyperparameters, weight_reason
 
 ALL_LINEAR = "all-linear"
 _NAMES_SHOWN = 20
 # What compilation, data-parallel and checkpointing wrappers insert into module paths.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+# Modules that have taken charge of the parameters that they found, and would neither shard nor synchronise new ones.
+_MANAGERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 class TrainableParameters(NamedTuple):
@@ -53,7 +55,8 @@ def inject(
 
     Raises:
         ValueError: a target matches nothing (the message names what would match); a match is not a plain ``nn.Linear``,
-            shares its weight with another module or carries hooks; a hyperparameter is out of range.
+            shares its weight with another module, carries hooks or is sharded already; a hyperparameter is out of
+            range.
         TypeError: ``target_modules`` is neither a string nor a list of strings, or r is not an integer.
     """
     check_hyperparameters(r, alpha, dropout, init)
@@ -223,11 +226,25 @@ def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[st
         return f"{name}: Conv1D keeps its weight as [in, out]; use fastlora.integrations.peft for such models"
     if type(module) is not nn.Linear:
         return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        ancestor = type(modules[".".join(parts[:depth])])
+        if any(base.__name__ in _MANAGERS for base in ancestor.__mro__):
+            return (
+                f"{name}: {ancestor.__name__} manages the parameters around it; put LoRA in first, then wrap or shard"
+            )
+    if id(module.weight) not in owners:
+        return f"{name}: its weight is no parameter (pruning, weight norm and the like compute it)"
+    if weight_reason(module.weight):
+        return f"{name}: its weight does not do: {weight_reason(module.weight)}"
     shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if shared:
         return f"{name}: its weight is tied to {', '.join(shared)}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
-        return f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such)"
+        return (
+            f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "
+            "or put LoRA in first (tensor parallelism)"
+        )
     parent = modules[name.rpartition(".")[0]]
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         return (

@@ -11,6 +11,7 @@ from fastlora.ops import lora_linear
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 INITS = ("kaiming", "gaussian")
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class LoRALinear(nn.Linear):
@@ -61,8 +62,8 @@ class LoRALinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         check_hyperparameters(r, alpha, dropout, init)
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"a LoRA layer needs a floating-point dtype, got {dtype}")
+        if dtype is not None and dtype not in WEIGHT_DTYPES:
+            raise TypeError(f"a LoRA layer needs a floating-point dtype of 16 bits or more, got {dtype}")
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -107,10 +108,8 @@ class LoRALinear(nn.Linear):
         if not isinstance(linear, nn.Linear) or isinstance(linear, cls):
             raise TypeError(f"from_linear needs an nn.Linear, got {type(linear).__name__}")
         weight = linear.weight
-        if weight.dim() != 2 or not weight.is_floating_point() or weight.layout != torch.strided:
-            raise TypeError(
-                f"from_linear needs a dense floating-point weight [out, in], got {list(weight.shape)} {weight.dtype}"
-            )
+        if weight_reason(weight):
+            raise TypeError(f"from_linear cannot share this layer's weight: {weight_reason(weight)}")
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
         if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype.itemsize == 2):
             raise TypeError(f"adapter_dtype {dtype} does not go with a {weight.dtype} weight; {_allowed(weight.dtype)}")
@@ -250,6 +249,14 @@ class LoRALinear(nn.Linear):
         if self.rslora:
             text += ", rslora=True"
         return text + (", merged=True" if self.merged else "")
+
+
+def weight_reason(weight: Tensor) -> str | None:
+    """Why a LoRA layer cannot be built on this weight, or None."""
+    if weight.dim() == 2 and weight.dtype in WEIGHT_DTYPES and weight.layout == torch.strided:
+        return None
+    layout = "" if weight.layout == torch.strided else f" {weight.layout}"
+    return f"it is{layout} {weight.dtype} {list(weight.shape)}, not a dense floating-point [out, in] of 16 bits or more"
 
 
 def _allowed(dtype: torch.dtype) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastlora.adapter_io import load_adapter, save_adapter
 from fastlora.model import TrainableParameters, inject, lora_layers, merge, trainable_parameters, unmerge
 from fastlora.module import LoRALinear
 
@@ -183,6 +184,47 @@ def test_hooks_are_not_lost():
         inject(model, ["up"])
     handle.remove()
     assert len(inject(model, ["up"])) == 2
+
+
+@pytest.mark.parametrize("hide", [nn.utils.weight_norm, nn.utils.spectral_norm], ids=["weight_norm", "spectral_norm"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_a_weight_that_is_computed_is_refused(hide):
+    model = make_model()
+    hide(model.blocks[0].up)
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: its weight is no parameter"):
+        inject(model, ["up"])
+    assert len(inject(model, ["q_proj"])) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
+def test_a_weight_of_8_bits_is_refused(dtype):
+    model = make_model()
+    model.blocks[1].up.weight = nn.Parameter(torch.zeros(6, 6).to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"blocks\.1\.up: its weight does not do: it is {dtype} \[6, 6\]"):
+        inject(model, ["up"])
+
+
+def test_what_would_not_see_new_parameters_is_wrapped_last(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        for wrap, manager in ((nn.parallel.DistributedDataParallel, "DistributedDataParallel"), (fully_shard, "FSDP")):
+            model = wrap(make_model())
+            with pytest.raises(ValueError, match=f"up: {manager}.* put LoRA in first, then wrap or shard"):
+                inject(model, ["up"])
+            assert not list(lora_layers(model))
+        model = make_model()
+        fully_shard(model.blocks[0])
+        assert inject(model, ["1.up"]) == ["blocks.1.up"]  # beside what is sharded
+        trained = make_model()
+        inject(trained, ["up"])
+        save_adapter(trained, tmp_path / "adapter")
+        with pytest.raises(ValueError, match="load the adapter, then wrap"):
+            load_adapter(nn.parallel.DistributedDataParallel(make_model()), tmp_path / "adapter")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_encoder_fast_path_cannot_skip_the_branch():
