@@ -222,6 +222,17 @@ def test_a_merged_forward_is_one_linear():
     assert calls.names != plain.names
 
 
+def test_a_parametrized_adapter_is_used_as_computed():
+    layer = make_layer(dtype=torch.float64)
+    x = torch.randn(5, 17, dtype=torch.float64)
+    plain = layer(x)
+    branch = plain - F.linear(x, layer.weight, layer.bias)
+    double = nn.Module()
+    double.forward = lambda a: 2 * a
+    nn.utils.parametrize.register_parametrization(layer, "lora_A", double)
+    torch.testing.assert_close(layer(x), plain + branch, rtol=1e-12, atol=1e-12)
+
+
 def test_merging_keeps_the_function():
     layer = make_layer(dtype=torch.float64)
     x = torch.randn(5, 17, dtype=torch.float64)
