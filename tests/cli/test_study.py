@@ -94,6 +94,11 @@ def test_report_and_pictures(whole):
         assert list(entry["losses"].values()) == losses
         assert entry["mean"] == pytest.approx(sum(losses) / 2)
         assert entry["spread"] == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5)
+    best = min(budget.values(), key=lambda entry: entry["mean"])
+    worst = max(budget.values(), key=lambda entry: entry["mean"])
+    gaps = [worst["losses"][seed] - best["losses"][seed] for seed in ("0", "1")]
+    text = f"{sum(gaps) / 2:+.4f} ± {abs(gaps[0] - gaps[1]) / 2**0.5:.4f} |"
+    assert any(line.endswith(text) and f"| {worst['label']} |" in line for line in printed.splitlines())
     assert {(entry["label"], entry["rank"]) for entry in report["experiments"]["ranks"]} == {
         (label, rank) for label in ("Wq", "Wq+Wv", "Wq+Wk+Wv+Wo") for rank in (1, 4)
     }
@@ -158,7 +163,7 @@ def test_a_study_may_grow(study, copied, monkeypatch):
         f"{label}-r40-s{seed}" for label in ("Wq", "Wq+Wv", "Wq+Wk+Wv+Wo") for seed in (0, 1)
     }
     assert all(new[key] == old[key] for key in old)
-    assert "| r = 1 | r = 4 | r = 40 |" in grown.out
+    assert "| r = 1 | r = 4 | r = 40 | r = 1 above r = 40," in grown.out
     # A rank beyond the layer's 32 dimensions: the tables say nothing past them.
     assert (
         torch.tensor(report_of(copied)["directions"]["ranks"]["types"]["q_proj"]["mean"]["a"][0][:32]).isfinite().all()

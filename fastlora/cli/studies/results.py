@@ -1,5 +1,6 @@
 """From runs to answers: means and spreads, the study's report as a dictionary, and its tables."""
 
+import math
 from statistics import mean, stdev
 
 from fastlora.analysis import random_similarity
@@ -64,6 +65,20 @@ def loss_text(entry: dict, digits: int = 4) -> str:
     return f"{entry['mean']:.{digits}f} ± {spread}"
 
 
+def paired_difference(entry: dict, best: dict) -> tuple[float, float | None]:
+    """Mean and standard deviation, over the seeds of both, of how far an entry's loss is above the best one's."""
+    gaps = [loss - best["losses"][seed] for seed, loss in entry["losses"].items() if seed in best["losses"]]
+    return mean(gaps), stdev(gaps) if len(gaps) > 1 else None
+
+
+def gap_text(entry: dict, best: dict) -> str:
+    """How far an entry's loss is above another's, seed by seed: all runs of a seed see the same batches."""
+    if entry["mean"] is None or best["mean"] is None:
+        return NONE
+    gap, spread = paired_difference(entry, best)
+    return f"{gap:+.4f} ± " + (NONE if spread is None else f"{spread:.4f}")
+
+
 def size_note(report: dict) -> str:
     """How large the runs were, so that nobody takes a quick study for a thorough one."""
     s = report["settings"]
@@ -79,12 +94,15 @@ def size_note(report: dict) -> str:
 
 def budget_table(report: dict) -> Table:
     """Experiment (a)."""
+    entries = report["experiments"][BUDGET]
+    best = min(entries, key=lambda entry: math.inf if entry["mean"] is None else entry["mean"])
     lines = [
-        [entry["label"], str(entry["rank"]), f"{entry['parameters']:,}", loss_text(entry)]
-        for entry in report["experiments"][BUDGET]
+        [entry["label"], str(entry["rank"]), f"{entry['parameters']:,}", loss_text(entry), gap_text(entry, best)]
+        for entry in entries
     ]
     note = f"{report['budget']:,} trainable parameters, as nearly as integer ranks allow. {size_note(report)}"
-    return Table("One budget, spent on different matrices", note, ["on", "r", "parameters", "held-out loss"], lines)
+    columns = ["on", "r", "parameters", "held-out loss", "above the lowest, seed by seed"]
+    return Table("One budget, spent on different matrices", note, columns, lines)
 
 
 def ranks_table(report: dict) -> Table:
@@ -93,11 +111,13 @@ def ranks_table(report: dict) -> Table:
     ranks = sorted({entry["rank"] for entry in entries})
     found = {(entry["label"], entry["rank"]): entry for entry in entries}
     labels = list(dict.fromkeys(entry["label"] for entry in entries))
-    lines = [
-        [label, f"{found[label, ranks[0]]['parameters'] // ranks[0]:,}", *(loss_text(found[label, r]) for r in ranks)]
-        for label in labels
-    ]
-    columns = ["on", "parameters a rank", *(f"r = {rank}" for rank in ranks)]
+    lines = []
+    for label in labels:
+        first, last = found[label, ranks[0]], found[label, ranks[-1]]
+        losses = [loss_text(found[label, rank]) for rank in ranks]
+        lines.append([label, f"{first['parameters'] // ranks[0]:,}", *losses, gap_text(first, last)])
+    gap = f"r = {ranks[0]} above r = {ranks[-1]}, seed by seed"
+    columns = ["on", "parameters a rank", *(f"r = {rank}" for rank in ranks), gap]
     return Table("Ranks", size_note(report), columns, lines)
 
 

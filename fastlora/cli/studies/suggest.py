@@ -1,10 +1,8 @@
 """A rank and targets for a budget, from the losses that a study has measured."""
 
-from statistics import mean, stdev
-
 from fastlora.bench.tables import Table
 from fastlora.cli.errors import CommandError
-from fastlora.cli.studies.results import loss_text
+from fastlora.cli.studies.results import gap_text, loss_text, paired_difference
 
 SHOWN = 6
 
@@ -33,12 +31,6 @@ def rank_by_loss(summary: list[dict], budget: int) -> list[dict]:
     return sorted(affordable, key=lambda entry: (entry["mean"], entry["parameters"]))
 
 
-def paired_difference(entry: dict, best: dict) -> tuple[float, float | None]:
-    """Mean and standard deviation, over the seeds of both, of how far an entry's loss is above the best one's."""
-    gaps = [loss - best["losses"][seed] for seed, loss in entry["losses"].items() if seed in best["losses"]]
-    return mean(gaps), stdev(gaps) if len(gaps) > 1 else None
-
-
 def indistinguishable(ordered: list[dict]) -> list[dict]:
     """Cheaper configurations that the seeds cannot tell from the best: behind it by less than their spread."""
     best = ordered[0]
@@ -64,11 +56,10 @@ def suggestion_lines(ordered: list[dict], budget: int, source: str) -> list[str]
         f"({best['parameters']:,} parameters), held-out loss {loss_text(best)}"
     )
     for entry in indistinguishable(ordered)[:1]:
-        gap, spread = paired_difference(entry, best)
         lines.append(
             f"Not told apart from it by these seeds, and the cheapest such: --rank {entry['rank']} "
             f"--targets {','.join(entry['targets'])} ({entry['parameters']:,} parameters), "
-            f"held-out loss {loss_text(entry)}, {gap:+.4f} ± {spread:.4f} seed by seed"
+            f"held-out loss {loss_text(entry)}, {gap_text(entry, best)} seed by seed"
         )
     lines.append(f"Measured in {source}")
     return lines
