@@ -25,6 +25,9 @@ from fastlora.kernels.workspace import borrow_workspace
 from fastlora.reference import Gradients, Needs
 from fastlora.tuning import tuned_config
 
+# Arguments whose values Triton must not compile for: every sixteenth seed would bring a compilation into training.
+UNSPECIALISED = ("seed", "n_words", "wave")
+
 
 @triton.jit
 def _dropout(seed, threshold, inverse_keep):
@@ -37,7 +40,7 @@ def _dropout(seed, threshold, inverse_keep):
         return Dropout(seed, threshold, inverse_keep)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def lora_forward_kernel(
     x, w, a, b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, n_words, wave,
     stride_xm, stride_wn, stride_ar, stride_bn, scale_s, seed, threshold, variant: tl.constexpr,
@@ -55,7 +58,7 @@ def lora_forward_kernel(
     leave(workspace_ptr, n_words, 1024)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=UNSPECIALISED)
 def lora_backward_kernel(
     dy, w, b, dy_ptr, x_ptr, a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
     partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, wave,
@@ -145,8 +148,9 @@ def _choose(
 
 
 def _descriptor_or_tensor(tensor: Tensor, block: list[int], arch: int) -> tuple[Tensor | TensorDescriptor, bool]:
-    """A TMA descriptor where the architecture has them and the tensor's alignment allows, else the tensor."""
-    if arch >= 90 and _has_aligned_rows(tensor):
+    """A TMA descriptor where the architecture has them and the tensor's strides allow, else the tensor. (Rows that
+    overlap, as an expanded gradient's do, are none that the driver takes.)"""
+    if arch >= 90 and _has_aligned_rows(tensor) and tensor.stride(0) >= tensor.shape[1]:
         return TensorDescriptor.from_tensor(tensor, block), True
     return tensor, False
 
@@ -189,13 +193,14 @@ def lora_forward(
         tile=cfg, block_r=block_r, forward=True, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_a,
         even_k=k % cfg.block_k == 0, precision=_precision(x.dtype),
     )  # fmt: skip
-    lora_forward_kernel[(n_tiles,)](
-        x_arg if tma else x, w_arg if tma else weight, a_arg, lora_b, bias, y, s,
-        borrow_workspace(n_words, x.device), m, n, k, r, n_words, wave,
-        x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0),
-        scaling * philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-        variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
+        lora_forward_kernel[(n_tiles,)](
+            x_arg if tma else x, w_arg if tma else weight, a_arg, lora_b, bias, y, s,
+            borrow_workspace(n_words, x.device), m, n, k, r, n_words, wave,
+            x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0),
+            scaling * philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
+            variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+        )  # fmt: skip
     return y, s
 
 
@@ -247,11 +252,12 @@ def lora_backward(
     partial_b = output(chained and needs.db, n, r, dtype=torch.float32)
     partial_bias = output(chained and needs.dbias, n, dtype=torch.float32)
     n_tiles = n_rows * n_columns + n_parts * (tiles_a + tiles_b)
-    lora_backward_kernel[(n_tiles,)](
-        dy_arg if tma else dy, w_arg if tma else weight, b_arg, dy, x, lora_a, s, dx, ds, da, db, dbias,
-        partial_a, partial_b, partial_bias, borrow_workspace(n_words, dy.device), m, n, k, r, n_words, wave,
-        dy.stride(0), x.stride(0) if needs.da else 0, weight.stride(0), lora_a.stride(0), lora_b.stride(0),
-        scaling, philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-        CHAINED=chained, variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
-    )  # fmt: skip
+    with torch.cuda.device_of(dy):  # Triton launches on the current device, whatever the tensors' is
+        lora_backward_kernel[(n_tiles,)](
+            dy_arg if tma else dy, w_arg if tma else weight, b_arg, dy, x, lora_a, s, dx, ds, da, db, dbias,
+            partial_a, partial_b, partial_bias, borrow_workspace(n_words, dy.device), m, n, k, r, n_words, wave,
+            dy.stride(0), x.stride(0) if needs.da else 0, weight.stride(0), lora_a.stride(0), lora_b.stride(0),
+            scaling, philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
+            CHAINED=chained, variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+        )  # fmt: skip
     return Gradients(dx, da, db, dbias)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 _MINIMUM_WORDS = 4096
 _POOL_WORDS = 1 << 20
+_GRAIN_WORDS = 32  # 128 bytes: a kernel compiled for aligned pointers must serve every slice of a pool
 
 _by_stream: dict[tuple[torch.device, int], Tensor] = {}
 _pools: dict[torch.device, Tensor] = {}
@@ -36,6 +37,7 @@ def _grown(workspace: Tensor | None, key: tuple[torch.device, int], n_words: int
 
 def _for_capture(n_words: int, device: torch.device) -> Tensor:
     """Words from a pool that was zeroed before the capture began, so that the graph holds no memset."""
+    n_words = -(-n_words // _GRAIN_WORDS) * _GRAIN_WORDS
     pool = _pools.get(device)
     if pool is not None and pool.numel() >= n_words:
         workspace, _pools[device] = pool.split([n_words, pool.numel() - n_words])
