@@ -110,19 +110,19 @@ void Shadow::check_order(const Access& earlier, u64 at, const Actor& actor, cons
   race(writes ? "write" : "read", at, earlier.writes ? "write" : "read", earlier, by);
 }
 
-void Shadow::check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const {
+void Shadow::check_proxy(const Cell& cell, u64 at, const Actor& actor, bool reads) const {
   const Access& write = cell.write;
   if (write.owner == kNobody || write.proxy != Proxy::kGeneric) return;
   bool fenced = write.owner == actor.owner ? actor.fenced_now[space_] >= write.time
                                            : actor.knows->fenced[space_].at(write.owner) >= write.time;
   bool foreign = write.owner >> options_.shift != actor.cta;
-  if (fenced && options_.fence_by_reader && foreign && actor.reader_fenced)
+  if (fenced && reads && options_.fence_by_reader && foreign && actor.reader_fenced)
     fenced = actor.reader_fenced[space_].at(write.owner) >= write.time;
   if (fenced) return;
   fault(ErrorKind::kProxy,
         "asynchronous %s of <at:%u:%llu>: the generic write by <agent:%u:%u> at <pc:%u> has no fence.proxy.async for %s memory "
         "in between",
-        action, buffer_, at, write.owner >> options_.shift, write.owner & ((1u << options_.shift) - 1), write.pc,
+        reads ? "read" : "write", buffer_, at, write.owner >> options_.shift, write.owner & ((1u << options_.shift) - 1), write.pc,
         space_ == kFenceShared ? "shared" : "global");
 }
 
@@ -130,7 +130,7 @@ void Shadow::read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by)
   if (!cell.initialised) fault(ErrorKind::kUninitialised, "read of uninitialised <at:%u:%llu>", buffer_, at);
   if (cell.write.owner != kNobody) check_order(cell.write, at, actor, by, false);
   for (const Access& access : cell.since) check_order(access, at, actor, by, false);
-  if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "read");
+  if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, true);
   cell.since.add(by, actor);
 }
 
@@ -143,7 +143,7 @@ static bool replicated(const Access& a, const Access& b, u32 shift) {
 void Shadow::check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const {
   if (cell.write.owner != kNobody && !replicated(cell.write, by, options_.shift)) check_order(cell.write, at, actor, by, true);
   for (const Access& access : cell.since) check_order(access, at, actor, by, true);
-  if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, "write");
+  if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, false);
 }
 
 void Shadow::read(u64 offset, u64 bytes, const Actor& actor, const Access& by) {

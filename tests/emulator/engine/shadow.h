@@ -82,7 +82,7 @@ class Shadow {
   };
   static void split(Line& line, u32 cell_bytes);
   template <class F> void for_cells(u64 offset, u64 bytes, bool unify, F f);
-  void check_proxy(const Cell& cell, u64 at, const Actor& actor, const char* action) const;
+  void check_proxy(const Cell& cell, u64 at, const Actor& actor, bool reads) const;
   void read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const;
   void check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const;
   void check_order(const Access& earlier, u64 at, const Actor& actor, const Access& by, bool writes) const;
