@@ -1,5 +1,6 @@
-"""Builds the Hopper kernels, fastlora._C, where nvcc is found. Without it fastlora is a pure Python package."""
+"""Builds the Hopper kernels, fastlora._C, where nvcc and a C++ compiler are. Without them fastlora is pure Python."""
 
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CSRC = Path(__file__).resolve().parent / "csrc"
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 TILES = ((128, 256), (128, 128), (64, 128))
 # The PTX goes into the library beside the machine code made of it: the tests run it on machines without a GPU.
@@ -28,32 +30,73 @@ def objects():
                 yield f"{direction}_{element}_{m}x{n}.o", f"lora_{direction}.cu", defines
 
 
-class NinjaBuild(build_ext):
-    """Compiles with ninja: in parallel, and again only what has changed."""
+def pybind11_include() -> str:
+    """The folder of pybind11's headers: its own package's, or the copy that torch brings along.
 
-    def build_extension(self, ext):
+    Raises:
+        RuntimeError: there is neither.
+    """
+    if importlib.util.find_spec("pybind11"):
         import pybind11
 
-        out = Path(self.get_ext_fullpath(ext.name)).resolve()
-        temp = Path(self.build_temp).resolve()
-        temp.mkdir(parents=True, exist_ok=True)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        includes = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11.get_include()}"
-        lines = [
-            "rule compile\n  depfile = $out.d\n  deps = gcc",
-            f"  command = {NVCC} {FLAGS} $flags {includes} -MD -MF $out.d -c $in -o $out",
-            "rule link",
-            f"  command = {NVCC} -shared -cudart static $in -o $out",
-        ]
-        for name, source, flags in objects():
-            lines += [f"build {name}: compile {CSRC / source}", f"  flags = {flags}"]
-        lines += [f"build {out}: link {' '.join(name for name, *_ in objects())}", ""]
-        (temp / "build.ninja").write_text("\n".join(lines))
-        subprocess.run([sys.executable, "-m", "ninja", "-C", str(temp)], check=True)
+        return pybind11.get_include()
+    torch = importlib.util.find_spec("torch")
+    if torch and torch.origin:
+        include = Path(torch.origin).parent / "include"
+        if (include / "pybind11" / "pybind11.h").exists():
+            return str(include)
+    raise RuntimeError("the CUDA kernels need pybind11's headers: pip install pybind11")
+
+
+def ninja_command() -> list[str]:
+    """How to call ninja.
+
+    Raises:
+        RuntimeError: it is not installed.
+    """
+    if importlib.util.find_spec("ninja"):
+        return [sys.executable, "-m", "ninja"]
+    found = shutil.which("ninja")
+    if found is None:
+        raise RuntimeError("the CUDA kernels need ninja to build: pip install ninja")
+    return [found]
+
+
+def build_library(out: Path, temp: Path) -> None:
+    """Compiles the sources in ``temp`` with ninja, in parallel and only what has changed, and links them to ``out``."""
+    temp.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    includes = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11_include()}"
+    lines = [
+        "rule compile\n  depfile = $out.d\n  deps = gcc",
+        f"  command = {NVCC} {FLAGS} $flags {includes} -MD -MF $out.d -c $in -o $out",
+        "rule link",
+        f"  command = {NVCC} -shared -cudart static $in -o $out",
+    ]
+    for name, source, flags in objects():
+        lines += [f"build {name}: compile {CSRC / source}", f"  flags = {flags}"]
+    lines += [f"build {out}: link {' '.join(name for name, *_ in objects())}", ""]
+    (temp / "build.ninja").write_text("\n".join(lines))
+    subprocess.run([*ninja_command(), "-C", str(temp)], check=True)
+
+
+def build_in_place() -> Path:
+    """Builds the extension into the checkout without setuptools' help, which reads pyproject.toml only where it is new
+    enough; for machines on which nothing can be installed."""
+    if NVCC is None:
+        raise RuntimeError("nvcc is neither on PATH nor in /usr/local/cuda/bin")
+    library = ROOT / "fastlora" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    build_library(library, ROOT / "build" / f"in-place-{sysconfig.get_config_var('SOABI')}")
+    return library
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext):
+        build_library(Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve())
 
 
 if __name__ == "__main__":
-    if NVCC:
+    if NVCC and (shutil.which("g++") or shutil.which("c++")):  # nvcc compiles nothing without one of them
         setup(ext_modules=[Extension("fastlora._C", [])], cmdclass={"build_ext": NinjaBuild})
     else:
         setup()

@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).resolve().parent / "results" / "cuda_resources.json"
 # HGMMA: warpgroup products. UTMALDG, UTMASTG: the copy engine. USETMAXREG: registers change hands. LDL, STL: spills.
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "LDL", "STL")
-REQUIRED, FORBIDDEN = COUNTED[:4], COUNTED[4:]
+# Counted in innermost loops of products, where it waits for all memory of the GPU in front of every step's products.
+BARRIERS = "MEMBAR.GPU in loops"
+REQUIRED, FORBIDDEN = COUNTED[:4], (*COUNTED[4:], BARRIERS)
 REMARK = re.compile(r"\(C75\d\d\)[^\n]*")
 
 
@@ -52,21 +54,38 @@ def read_library(library: Path) -> dict[str, dict]:
     kernels: dict[str, dict] = {}
     usage = _run(tool("cuobjdump"), "--dump-resource-usage", library)
     for name, registers, stack in re.findall(r"Function (lora_\w+):\s*REG:(\d+) STACK:(\d+)", usage):
-        kernels[name] = {"registers": int(registers), "stack": int(stack), **dict.fromkeys(COUNTED, 0)}
-    current = None
-    for line in _run(tool("cuobjdump"), "-sass", library).splitlines():
-        if header := re.search(r"Function : (\w+)", line):
-            current = kernels.get(header.group(1))
-        elif current is not None and (found := re.search(rf"\b({'|'.join(COUNTED)})\b", line)):
-            current[found.group(1)] += 1
+        kernels[name] = {"registers": int(registers), "stack": int(stack), **dict.fromkeys((*COUNTED, BARRIERS), 0)}
+    for function in _run(tool("cuobjdump"), "-sass", library).split("Function : ")[1:]:
+        name, _, body = function.partition("\n")
+        if name.strip() in kernels:
+            kernels[name.strip()] |= read_instructions(body)
     return kernels
+
+
+def read_instructions(sass: str) -> dict[str, int]:
+    """How often the counted instructions occur in a kernel's disassembly."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass)]
+    found = dict.fromkeys((*COUNTED, BARRIERS), 0)
+    for _, text in code:
+        if counted := re.search(rf"\b({'|'.join(COUNTED)})\b", text):
+            found[counted.group(1)] += 1
+    # A loop ends with a conditional jump; unconditional ones return from waits, which lie behind everything else.
+    jumps = ((at, re.match(r"@!?U?P\d BRA 0x([0-9a-f]+)", text)) for at, text in code)
+    loops = [(int(jump.group(1), 16), at) for at, jump in jumps if jump and int(jump.group(1), 16) < at]
+    products = [at for at, text in code if "HGMMA" in text]
+    loops = [(start, end) for start, end in loops if any(start <= at <= end for at in products)]
+    for start, end in loops:
+        if not any(start <= s and e <= end for s, e in loops if (s, e) != (start, end)):  # innermost
+            found[BARRIERS] += sum(start <= at <= end and bool(re.search(r"MEMBAR\S*\.GPU", t)) for at, t in code)
+    return found
 
 
 def _run(*command) -> str:
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
 
 
-def _setup_module():
+def load_setup():
+    """setup.py, as a module."""
     spec = importlib.util.spec_from_file_location("fastlora_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -75,7 +94,7 @@ def _setup_module():
 
 def compile_report() -> tuple[list[str], dict[str, int]]:
     """Compiles every kernel. Returns the assembler's performance remarks, and each kernel's spilled bytes."""
-    setup = _setup_module()
+    setup = load_setup()
 
     def report(source: str, flags: str) -> str:
         with tempfile.TemporaryDirectory() as work:
@@ -111,7 +130,7 @@ def faults(table: dict) -> list[str]:
 
 def nvcc_version() -> str | None:
     """The compiler's version, or None where there is no compiler."""
-    nvcc = _setup_module().NVCC
+    nvcc = load_setup().NVCC
     return nvcc and re.search(r"release [\d.]+, V([\d.]+)", _run(nvcc, "--version")).group(1)
 
 

@@ -2,12 +2,15 @@
 
     python -m benchmarks.gpu_visit --output gpu-visit
 
-Needs Python, torch with CUDA, Triton, pytest and nvcc, and no network. Every step runs in a process of its own with a
-time limit, writes its log, and cannot stop the others. The exit code is 1 where a step failed or ran out of time.
+Needs Python, torch with CUDA, Triton, click, pytest and nvcc; no network, and nothing installed: the checkout is used
+as it is. Every step runs in a process of its own with a time limit, writes its log, and cannot stop the others. The
+exit code is 1 where a step failed or ran out of time.
 """
 
+import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +22,9 @@ import click
 
 ROOT = Path(__file__).resolve().parents[1]
 CLI = (sys.executable, "-c", "from fastlora.cli.main import main; main()")
+BUILD = "from benchmarks.cuda_resources import load_setup; print('built', load_setup().build_in_place())"
+# Small layers on every tile: the checkers slow kernels down by orders of magnitude.
+CHECKED = ("-m", "pytest", "-q", "-x", "tests/test_cuda_device.py", "-k", "small_layers")
 TAIL_LINES = 15
 
 
@@ -42,49 +48,50 @@ class Outcome:
     note: str = ""
 
 
+def pytest_command(workers: int, limit: int) -> tuple[str, ...]:
+    """pytest with as many of the wished-for plugins as are installed here."""
+    command = (sys.executable, "-m", "pytest", "-q", "-rs")
+    if importlib.util.find_spec("pytest_timeout"):
+        command += ("--timeout", str(limit))
+    return (*command, "-n", str(workers)) if importlib.util.find_spec("xdist") else command
+
+
+def sanitizer(tool: str) -> tuple[str, ...]:
+    """Python under compute-sanitizer, whose findings fail the tests that it watches."""
+    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return (found, "--tool", tool, "--error-exitcode", "9", sys.executable)
+
+
 def plan(output: Path, workers: int) -> list[Step]:
-    """The steps in order of worth: what is right before what is fast, headline before grid."""
+    """The steps in order of worth: what is right before what is fast, headline before grid. Their limits add up to more
+    than the visit has: each step gets what is left, and few need all of theirs."""
     bench = (*CLI, "bench", "--device", "cuda", "--seconds", "1.5")
-    pytest = (sys.executable, "-m", "pytest", "-q", "-rs", "--timeout", "150", "-n", str(workers))
+    layer = (*bench, "--only", "layer", "--output")
+    tests = pytest_command(workers, 100)
+    others = ("--ignore", "tests/kernels", "--ignore", "tests/emulator", "-k", "not test_cuda")
     return [
-        Step("device", ("nvidia-smi",), 20),
+        Step("device", ("nvidia-smi", "-q"), 20),
+        Step("build", (sys.executable, "-c", BUILD), 150),
         Step("info", (*CLI, "info", "--json"), 60, essential=True),
-        Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 150),
-        Step("kernel tests", (*pytest, "tests/kernels"), 150),
-        Step(
-            "bench layer",
-            (*bench, "--only", "layer", "--skip", "compiled peft", "--output", str(output / "bench-layer")),
-            120,
-        ),
-        Step("tune", (*CLI, "tune", "--seconds", "8"), 90),
-        Step(
-            "bench rest",
-            (
-                *bench,
-                "--only",
-                "host",
-                "--only",
-                "decoder",
-                "--only",
-                "finetune",
-                "--output",
-                str(output / "bench-rest"),
-            ),
-            90,
-        ),
-        Step("other tests", (*pytest, "tests", "--ignore", "tests/kernels"), 200),
-        Step(
-            "bench layer, tuned",
-            (*bench, "--only", "layer", "--output", str(output / "bench-layer-tuned")),
-            150,
-        ),
+        Step("cuda tests", (*tests, "tests/test_cuda_device.py"), 100),
+        Step("triton tests", (*tests, "tests/kernels"), 120),
+        Step("memcheck", (*sanitizer("memcheck"), *CHECKED), 60),
+        Step("mark", (sys.executable, "-m", "benchmarks.mark", "--output", str(output / "mark.json")), 60),
+        Step("bench layer", (*layer, str(output / "bench-layer"), "--skip", "compiled peft"), 110),
+        Step("racecheck", (*sanitizer("racecheck"), *CHECKED), 60),
+        Step("tune", (*CLI, "tune", "--seconds", "8"), 80),
+        Step("conformance", (*tests, "tests/emulator/test_conformance.py"), 40),
+        Step("bench host", (*bench, "--only", "host", "--only", "decoder", "--output", str(output / "bench-host")), 50),
+        Step("other tests", (*tests, "tests", *others), 150),
+        Step("bench layer, tuned", (*layer, str(output / "bench-layer-tuned")), 150),
+        Step("bench finetune", (*bench, "--only", "finetune", "--output", str(output / "bench-finetune")), 60),
     ]
 
 
 def environment(output: Path) -> dict[str, str]:
     """This process's variables, the checkout on the path, and the tuned choices kept under ``output``."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(output / "cache")}
+    return {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(output / "cache"), "PYTHONUNBUFFERED": "1"}
 
 
 def run_step(step: Step, output: Path, seconds_left: float) -> Outcome:

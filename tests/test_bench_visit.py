@@ -1,14 +1,19 @@
 """The GPU visit: every step is tried, none can stop or outlast the others, and its log is kept."""
 
 import json
+import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu_visit
+from benchmarks import gpu_visit, mark
 from benchmarks.gpu_visit import Step, main, plan, run_plan
+from fastlora import reference
+from fastlora.bench.cases import LayerCase
+from fastlora.bench.layer import input_sets
 
 
 def python(code):
@@ -58,12 +63,55 @@ def test_nothing_runs_after_an_essential_step_failed(tmp_path):
 def test_the_plan_tests_before_it_times_and_fits_its_commands(tmp_path):
     steps = plan(tmp_path, workers=4)
     names = [step.name for step in steps]
-    assert names.index("kernel tests") < names.index("bench layer") < names.index("bench layer, tuned")
+    order = ("build", "info", "cuda tests", "triton tests", "memcheck", "mark", "bench layer", "tune")
+    assert sorted(order, key=names.index) == list(order)
     assert names.index("tune") < names.index("bench layer, tuned")
     for step in steps:
         for argument in step.command:
             if argument.startswith("tests") or argument.endswith("setup.py"):
                 assert (gpu_visit.ROOT / argument).exists(), argument
+
+
+def test_the_visit_needs_no_network_and_nothing_installed(tmp_path):
+    """`make gpu` installs nothing where there is a torch, and no step of the visit calls pip."""
+    shown = subprocess.run(
+        ["make", "--dry-run", "gpu", f"PYTHON={sys.executable}"],
+        cwd=gpu_visit.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "benchmarks.gpu_visit" in shown and "pip" not in shown
+    assert not any("pip" in argument.split() for step in plan(tmp_path, 4) for argument in step.command)
+
+
+def test_plugins_that_are_missing_are_done_without(monkeypatch):
+    assert {"-n", "--timeout"} <= set(gpu_visit.pytest_command(4, 100))
+    monkeypatch.setattr(gpu_visit.importlib.util, "find_spec", lambda name: None)
+    assert gpu_visit.pytest_command(4, 100) == (sys.executable, "-m", "pytest", "-q", "-rs")
+
+
+MARK_CASE = LayerCase(64, 48, 32, 16, dtype="float32")
+
+
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+def test_the_mark_is_measured_for_what_is_right(direction):
+    sets = input_sets(MARK_CASE, "cpu")[:2]
+    row = mark.measure(direction, "reference", mark.launch_of(direction, reference, {}), MARK_CASE, sets, rounds=5)
+    assert "failure" not in row and row["ratio"] == row["median_us"] / row["frozen_us"] > 0
+    assert f"mark {row['mark']:.2f}x" in mark.as_line(row)
+
+
+@pytest.mark.parametrize(
+    "launch, failure",
+    (
+        (lambda t: {"y": t.x @ t.weight.t()}, "wrong: off by"),
+        (lambda t: torch.ones(2) @ torch.ones(3), "size"),
+    ),
+)
+def test_the_mark_says_why_a_variant_was_not_timed(launch, failure):
+    row = mark.measure("forward", "broken", launch, MARK_CASE, input_sets(MARK_CASE, "cpu")[:1], rounds=5)
+    assert failure in row["failure"] and "ratio" not in row and failure in mark.as_line(row)
 
 
 def test_the_command_line_names_unknown_steps(tmp_path):

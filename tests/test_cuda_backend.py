@@ -1,15 +1,17 @@
 """The CUDA backend without a device: what it refuses, which tiles it chooses, how it fails, what its kernels use."""
 
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import cuda_resources, queue_order
 from fastlora.dispatch import Problem, Sizes
-from fastlora.kernels import cuda
+from fastlora.kernels import cuda, workspace
 
 SIZES = dict(backward=False, half=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)
 needs_extension = pytest.mark.skipif(cuda._extension()[0] is None, reason=f"{cuda._extension()[1]}")
@@ -33,6 +35,42 @@ def problem(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, aligned=True) -> Probl
 )
 def test_refusals_name_their_reason(changes, reason):
     assert reason in cuda.refuses(problem(**changes))
+
+
+def test_tensors_elsewhere_are_refused(monkeypatch):
+    """Where there is a GPU: a launch would take a CPU tensor's address for one of the GPU's."""
+    monkeypatch.setattr(cuda, "unusable", lambda device=None: None)
+    assert cuda.supports(problem()) is None
+    on_cpu = problem()._replace(device=torch.device("cpu"))
+    assert cuda.supports(on_cpu) == "cuda: the tensors are on cpu"
+
+
+def test_each_device_is_asked_for_its_own_capability(monkeypatch):
+    """Two GPUs of a machine need not be alike."""
+    capabilities = {torch.device("cuda", 0): (8, 0), torch.device("cuda", 1): (9, 0)}
+    extension = type("Extension", (), {"device_count": staticmethod(lambda: 2)})
+    monkeypatch.setattr(cuda, "_extension", lambda: (extension, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
+    cuda.unusable.cache_clear()
+    try:
+        assert "this device has 8.0" in cuda.supports(problem())
+        assert cuda.supports(problem()._replace(device=torch.device("cuda", 1))) is None
+    finally:
+        cuda.unusable.cache_clear()
+
+
+def test_slices_for_captured_launches_are_aligned_and_apart(monkeypatch):
+    """Triton would compile anew, during the capture, for a pointer that is less aligned than the one before."""
+    pool = torch.zeros(1024, dtype=torch.int32)
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(workspace, "_pools", {cpu: pool})
+    monkeypatch.setattr(workspace, "_held_by_graphs", [])
+    slices = [workspace._for_capture(n_words, cpu) for n_words in (5, 33, 64)]
+    offsets = [(each.data_ptr() - pool.data_ptr()) // 4 for each in slices]
+    assert offsets == [0, 32, 96] and all(len(each) >= n for each, n in zip(slices, (5, 33, 64), strict=True))
+    alone = workspace._for_capture(2000, cpu)
+    assert len(alone) >= 2000 and not alone.any() and workspace._held_by_graphs == [*slices, alone]
 
 
 def test_nothing_is_refused_without_a_reason():
@@ -152,10 +190,46 @@ def test_kernels_use_what_the_table_says():
 
 
 def test_the_gate_sees_faults():
-    good = {"registers": 168, "stack": 0, "spilled": 0, "shared": 1, "LDL": 0, "STL": 0}
-    good |= dict.fromkeys(cuda_resources.REQUIRED, 1)
+    good = {"registers": 168, "stack": 0, "spilled": 0, "shared": 1}
+    good |= dict.fromkeys(cuda_resources.REQUIRED, 1) | dict.fromkeys(cuda_resources.FORBIDDEN, 0)
     table = {"remarks": [], "kernels": {"k": good}}
     assert cuda_resources.faults(table) == []
     for change in ({"stack": 8}, {"spilled": 4}, {"shared": 1 << 20}, {"HGMMA": 0}, {"STL": 1}):
         assert cuda_resources.faults({**table, "kernels": {"k": good | change}}), change
     assert cuda_resources.faults({**table, "remarks": ["(C7510) serialised"]})
+
+
+# A product loop, a wait that lies behind everything else and returns into it, and what the last lane does after it.
+LOOP = """
+        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R11 ;   /* 0x0 */
+        /*0020*/              @!P0 BRA 0x90 ;                                        /* 0x0 */
+        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;   /* 0x0 */
+        /*0040*/              @!P1 {barrier} ;                                       /* 0x0 */
+        /*0050*/              @!P0 BRA 0x10 ;                                        /* 0x0 */
+        /*0060*/                   MEMBAR.ALL.GPU ;                                  /* 0x0 */
+        /*0070*/                   REDG.E.ADD.S32.STRONG.GPU desc[UR4][R2.64], R5 ;  /* 0x0 */
+        /*0080*/                   BRA 0x10 ;                                        /* 0x0 */
+        /*0090*/                   BRA 0x30 ;                                        /* 0x0 */
+"""
+
+
+@pytest.mark.parametrize("barrier, count", (("MEMBAR.ALL.GPU", 1), ("MEMBAR.SC.GPU", 1), ("MEMBAR.ALL.CTA", 0)))
+def test_the_gate_counts_memory_barriers_in_product_loops_alone(barrier, count):
+    found = cuda_resources.read_instructions(LOOP.replace("{barrier}", barrier))
+    assert found[cuda_resources.BARRIERS] == count and found["HGMMA"] == 1
+
+
+def test_the_build_needs_no_package_that_torch_or_the_path_can_stand_in_for(monkeypatch, tmp_path):
+    setup = cuda_resources.load_setup()
+    installed = importlib.util.find_spec
+    without = {"pybind11", "ninja"}
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name in without else installed(name))
+    assert (Path(setup.pybind11_include()) / "pybind11" / "pybind11.h").exists()
+    monkeypatch.setattr(setup.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert setup.ninja_command() == ["/usr/bin/ninja"]
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    with pytest.raises(RuntimeError, match="pip install ninja"):
+        setup.ninja_command()
+    without.add("torch")
+    with pytest.raises(RuntimeError, match="pip install pybind11"):
+        setup.pybind11_include()

@@ -20,6 +20,15 @@ def n_sms() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count
 
 
+@pytest.mark.parametrize("dropout_p", (0.0, 0.5))
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_small_layers(poisoned, tile, dropout_p):
+    """Small enough for compute-sanitizer; a launch that hangs or faults shows here first."""
+    case = on_device(numerics.draw_case(200, 264, 328, 16, torch.bfloat16, dropout_p=dropout_p))
+    results, _ = run_layer(case, tile, ctas=n_sms())
+    numerics.assert_accurate(results, case)
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("r", (8, 32, 64, 256))
 @pytest.mark.parametrize("m, n, k", ((64, 520, 392), (1000, 1032, 2056), (4096, 1024, 4096)))
@@ -76,6 +85,15 @@ def test_streams_do_not_share_flags(poisoned):
     torch.cuda.synchronize()
     for each in results:
         numerics.assert_exact({name: result.cpu() for name, result in each.items()}, to_cpu(case))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_tensors_may_be_on_another_device_than_the_current_one(backend):
+    case = _moved(numerics.draw_case(300, 136, 72, 8, torch.bfloat16), "cuda:1")
+    y = lora_linear(case.x, case.weight, case.lora_a, case.lora_b, case.scaling, case.bias, backend=backend)
+    assert torch.cuda.current_device() == 0 and y.device.index == 1
+    numerics.assert_accurate({"y": y}, case)
 
 
 def test_the_public_layer_runs_here():

@@ -87,9 +87,9 @@ def _extension() -> tuple[ModuleType | None, str | None]:
     return _C, None
 
 
-@lru_cache(maxsize=1)
-def unusable() -> str | None:
-    """Why these kernels cannot run here, or None."""
+@lru_cache(maxsize=64)
+def unusable(device: torch.device | None = None) -> str | None:
+    """Why these kernels cannot run on a device (None: the current one), or None."""
     module, reason = _extension()
     if module is None:
         return reason
@@ -97,7 +97,7 @@ def unusable() -> str | None:
         return "no CUDA device"
     if module.device_count() == 0:
         return "the driver is older than the CUDA runtime that the extension was built with"
-    capability = torch.cuda.get_device_capability()
+    capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         return f"compiled for compute capability 9.0 (Hopper), this device has {capability[0]}.{capability[1]}"
     return None
@@ -121,7 +121,9 @@ def refuses(problem: Problem) -> str | None:
 
 def supports(problem: Problem) -> str | None:
     """Why these kernels cannot serve a call here, or None."""
-    reason = unusable() or refuses(problem)
+    if problem.device.type != "cuda":
+        return f"cuda: the tensors are on {problem.device}"
+    reason = unusable(problem.device) or refuses(problem)
     return f"cuda: {reason}" if reason else None
 
 
