@@ -42,7 +42,7 @@ def budget_png(report: dict) -> bytes:
             axes.plot([place - 0.25, place + 0.25], [entry["mean"]] * 2, color="black")
     names = [f"{entry['label']}\nr = {entry['rank']}\n{entry['parameters']:,}" for entry in entries]
     axes.set_xticks(range(len(names)), names, fontsize="x-small")
-    axes.set(ylabel="held-out loss (nats per token)", title=f"{_size(report)}: {report['budget']:,} parameters")
+    axes.set(ylabel="held-out loss (nats per token)", title=f"{_size(report)}\n{report['budget']:,} parameters")
     axes.grid(axis="y", alpha=0.3)
     return png_bytes(figure)
 
