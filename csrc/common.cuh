@@ -54,9 +54,15 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same on a barrier of any CTA of the cluster.
+// The same on a barrier of any CTA of the cluster. It says that this thread's reads are over. Only kPublishes makes its
+// writes visible to the other CTA: such a release waits for all memory of the GPU, which a product loop cannot afford.
+template <bool kPublishes = false>
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+  if constexpr (kPublishes) {
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+  } else {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
+  }
 }
 
 // Arrives and announces bytes that asynchronous copies will deliver before the phase completes.
@@ -64,8 +70,8 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Returns once the phase of this parity has completed. kCluster: arrivals come from other CTAs, too.
-template <bool kCluster = false>
+// Returns once the phase of this parity has completed. kPeers: other CTAs have published something with it.
+template <bool kPeers = false>
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #define FL_WAIT(SEMANTICS)                                   \
   asm volatile(                                              \
@@ -75,7 +81,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
       "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier), \
       "r"(parity)                                            \
       : "memory")
-  if constexpr (kCluster) {
+  if constexpr (kPeers) {
     FL_WAIT(".acquire.cluster");
   } else {
     FL_WAIT("");

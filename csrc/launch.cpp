@@ -24,13 +24,17 @@ class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    changed_ = device != previous_;
+    if (changed_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
   }
-  ~DeviceGuard() { cudaSetDevice(previous_); }
+  ~DeviceGuard() {
+    if (changed_) cudaSetDevice(previous_);
+  }
   DeviceGuard(const DeviceGuard&) = delete;
 
  private:
   int previous_ = 0;
+  bool changed_ = false;
 };
 
 PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
@@ -127,7 +131,8 @@ int device_count() {
 }
 
 void Plan::launch(const Operands& operands, int device, uintptr_t stream) const {
-  if (device_count() == 0) {
+  static const bool has_device = device_count() > 0;
+  if (!has_device) {
     throw std::runtime_error("fastlora: no CUDA device or no driver: cannot launch " + describe());
   }
   const DeviceGuard guard(device);

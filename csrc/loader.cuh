@@ -42,7 +42,7 @@ struct Loader {
       TileInfo tile;
       if (rank == 0) {
         tile = describe(count_tiles(p.schedule));
-        mbarrier_wait<(T::kCluster > 1)>(shared.taken(slot), (i >> 1 & 1) ^ 1);
+        mbarrier_wait(shared.taken(slot), (i >> 1 & 1) ^ 1);
         tell(tile, slot);
       } else {
         tile = read_slot(shared, i);
@@ -52,6 +52,8 @@ struct Loader {
       tile = own_tile<T>(tile);
       if (tile.kind == kGradientA || tile.kind == kGradientB) {
         if constexpr (T::kBackward) gradient(tile);
+      } else if (tile.kind == kShrinkOnly) {
+        shrink(tile);
       } else {
         product(tile, slot);
       }
@@ -65,7 +67,7 @@ struct Loader {
 #pragma unroll
     for (uint32_t peer = 1; peer < T::kCluster; ++peer) {
       store_peer_16(peer_address(shared.tile(slot), peer), words);
-      mbarrier_arrive_peer(peer_address(shared.told(slot), peer));
+      mbarrier_arrive_peer<true>(peer_address(shared.told(slot), peer));
     }
   }
 
@@ -81,7 +83,7 @@ struct Loader {
 
   // Waits for a free stage and announces what will be copied into it.
   __device__ __forceinline__ uint32_t open_stage(uint32_t bytes) {
-    mbarrier_wait<(T::kCluster > 1)>(shared.empty(ring.stage), ring.phase ^ 1);
+    mbarrier_wait(shared.empty(ring.stage), ring.phase ^ 1);
     mbarrier_arrive_expect(shared.full(ring.stage), bytes);
     return shared.stage(ring.stage);
   }
@@ -101,46 +103,68 @@ struct Loader {
 
   // Claims the next tile while this one's last copies are under way: early enough to hide the atomic's latency, late
   // enough that a tile is not held back by a CTA that is busy.
-  __device__ __forceinline__ void claim_at(int step, Steps steps) {
-    if (rank == 0 && step == (steps.end - 2 > steps.first ? steps.end - 2 : steps.first)) ticket = claim();
+  __device__ __forceinline__ void claim_at(int step, Steps steps, int stride = 1) {
+    const int when = steps.end - 2 * stride > steps.first ? steps.end - 2 * stride : steps.first;
+    if (rank == 0 && step >= when && step - stride < when) ticket = claim();
+  }
+
+  __device__ __forceinline__ void copy_u(uint32_t address, int m, int k) {
+#pragma unroll
+    for (int i = 0; i < T::kBlockM / 64; ++i) copy(address + i * kBoxBytes, &p.u, k, m + i * 64);
+  }
+
+  // Of D's boxes, number `first` on.
+  __device__ __forceinline__ void copy_d(int first, uint32_t address, int k) {
+#pragma unroll
+    for (int j = 0; j < T::kRank / T::kChunk; ++j) {
+      if constexpr (T::kBackward) {
+        copy_for_all(first + j, address + j * kBoxBytes, &p.b, j * 64, k);
+      } else {
+        copy_for_all(first + j, address + j * kBoxBytes, &p.a, k, j * 64);
+      }
+    }
+  }
+
+  // A tile that makes S alone.
+  __device__ __forceinline__ void shrink(TileInfo tile) {
+    const Steps steps = steps_of<T>(p, tile.part);
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; step += T::kShrinkSteps) {
+      const uint32_t stage = open_stage(T::kShrinkSteps * (T::kUBytes + T::kDBytes));
+#pragma unroll
+      for (int j = 0; j < T::kShrinkSteps; ++j) {
+        const int k = (step + j) * kBlockK;
+        copy_u(stage + j * T::kUBytes, tile.row * T::kBlockM, k);
+        copy_d(j, stage + T::kShrinkDOffset + j * T::kDBytes, k);
+      }
+      claim_at(step, steps, T::kShrinkSteps);
+      ring.next();
+    }
   }
 
   __device__ __forceinline__ void product(TileInfo tile, int slot) {
     const int m = tile.row * T::kBlockM, n = tile.column * T::kBlockN;
-    const bool makes_c = tile.kind != kShrinkOnly, makes_s = tile.kind != kPlain;
-    const bool expands = makes_c && is_last_part<T>(p, tile.part);
+    const bool makes_s = T::kFused && tile.kind == kFusedShrink;
+    const bool expands = is_last_part<T>(p, tile.part);
     const bool loads_bias = expands && p.has_bias;
-    const uint32_t bytes = T::kUBytes + (makes_c ? T::kVBytes : 0) + (makes_s ? T::kDBytes : 0);
+    const uint32_t bytes = T::kUBytes + T::kVBytes + (makes_s ? T::kDBytes : 0);
     const Steps steps = steps_of<T>(p, tile.part);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
       const bool bias_now = loads_bias && step == steps.first;
       const uint32_t stage = open_stage(bytes + (bias_now ? T::kBiasBytes : 0));
       const int k = step * kBlockK;
+      copy_u(stage, m, k);
 #pragma unroll
-      for (int i = 0; i < T::kBlockM / 64; ++i) copy(stage + i * kBoxBytes, &p.u, k, m + i * 64);
-      if (makes_c) {
-#pragma unroll
-        for (int j = 0; j < T::kBlockN / 64; ++j) {
-          const uint32_t box = stage + T::kVOffset + j * kBoxBytes;
-          if constexpr (T::kBackward) {
-            copy_for_all(j, box, &p.v, n + j * 64, k);
-          } else {
-            copy_for_all(j, box, &p.v, k, n + j * 64);
-          }
+      for (int j = 0; j < T::kBlockN / 64; ++j) {
+        const uint32_t box = stage + T::kVOffset + j * kBoxBytes;
+        if constexpr (T::kBackward) {
+          copy_for_all(j, box, &p.v, n + j * 64, k);
+        } else {
+          copy_for_all(j, box, &p.v, k, n + j * 64);
         }
       }
-      if (makes_s) {
-#pragma unroll
-        for (int j = 0; j < T::kRank / T::kChunk; ++j) {
-          const uint32_t box = stage + T::kDOffset + j * kBoxBytes;
-          if constexpr (T::kBackward) {
-            copy_for_all(j, box, &p.b, j * 64, k);
-          } else {
-            copy_for_all(j, box, &p.a, k, j * 64);
-          }
-        }
-      }
+      if (makes_s) copy_d(0, stage + T::kDOffset, k);
       if (bias_now) copy(shared.bias(slot), &p.bias, n, 0);
       claim_at(step, steps);
       ring.next();

@@ -52,50 +52,50 @@ __device__ __forceinline__ void multiply(Consumer<T>& c, TileInfo tile, float (&
   constexpr bool kDropsU = kSide && T::kDropout && !T::kBackward;
   constexpr bool kDraws = kMain && T::kDropout && T::kBackward;
   constexpr int kDSpan = !T::kBackward ? 128 : T::kChunk * 2;
+  constexpr int kSteps = kMain ? 1 : T::kShrinkSteps, kDOffset = kMain ? T::kDOffset : T::kShrinkDOffset;  // of a stage
   const int row = tile.row * T::kBlockM + c.group_m * 64 + c.fragment_row();
   const int column = tile.column * T::kBlockN + c.group_n * T::kColumns;
   const Steps steps = steps_of<T>(c.p, tile.part);
   int drawn = 0;
 #pragma unroll 1
-  for (int step = steps.first; step < steps.end; ++step) {
+  for (int step = steps.first; step < steps.end; step += kSteps) {
     const uint32_t stage = c.wait_stage();
-    const uint32_t u_address = stage + c.group_m * kBoxBytes;
-    const uint64_t u = operand<128>(u_address, 16, 1024);
-    const uint64_t v = operand<128>(stage + T::kVOffset + c.group_n * T::kColumns * 128, kBoxBytes, 1024);
-    const uint64_t d = operand<kDSpan>(stage + T::kDOffset, kBoxBytes, kDSpan * 8);
     wgmma_fence();
     if constexpr (kMain) {
+      const uint64_t u = operand<128>(stage + c.group_m * kBoxBytes, 16, 1024);
+      const uint64_t v = operand<128>(stage + T::kVOffset + c.group_n * T::kColumns * 128, kBoxBytes, 1024);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         wgmma<Element, 0, kTransposed>(acc, advance(u, i * 32), advance(v, i * (kTransposed ? 2048 : 32)),
                                        step > steps.first || i > 0);
       }
     }
-    if constexpr (kDropsU) {
-      if constexpr (kMain) {
-        wgmma_commit();
-        wgmma_wait<1>();
-      } else {
-        wgmma_wait<0>();
-      }
-      // The last step's side product is done: its stage and its fragments are free.
-      c.turn_stage();
-      uint32_t fragments[4][4];
-      load_dropped(c, fragments, u_address, row, step * kBlockK);
-      wgmma_fence();
+    if constexpr (kMain && kDropsU) wgmma_commit();
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        wgmma<Element, 0>(side, fragments[i], advance(d, i * 32), step > steps.first || i > 0);
-      }
-      wgmma_commit();
-    } else {
-      if constexpr (kSide) {
+    for (int j = 0; j < (kSide ? kSteps : 0); ++j) {
+      const uint32_t u_address = stage + j * T::kUBytes + c.group_m * kBoxBytes;
+      const uint64_t u = operand<128>(u_address, 16, 1024);
+      const uint64_t d = operand<kDSpan>(stage + kDOffset + j * T::kDBytes, kBoxBytes, kDSpan * 8);
+      const bool more = step > steps.first || j > 0;
+      if constexpr (kDropsU) {
+        wgmma_wait<kMain>();
+        // The last step's side product is done: its stage and its fragments are free.
+        if (j == 0) c.turn_stage();
+        uint32_t fragments[4][4];
+        load_dropped(c, fragments, u_address, row, (step + j) * kBlockK);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < 4; ++i) wgmma<Element, 0>(side, fragments[i], advance(d, i * 32), more || i > 0);
+        wgmma_commit();
+      } else {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           wgmma<Element, 0, kTransposed>(side, advance(u, i * 32), advance(d, i * (kTransposed ? kDSpan * 16 : 32)),
-                                         step > steps.first || i > 0);
+                                         more || i > 0);
         }
       }
+    }
+    if constexpr (!kDropsU) {
       wgmma_commit();
       if constexpr (kDraws) {
         if (drawn < KeepBits<T>::kCalls) keep.append(c, row, column, drawn++);
@@ -216,7 +216,7 @@ __device__ __forceinline__ void store_tile(Consumer<T>& c, TileInfo tile, int sl
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       bias[i] = make_float2(0.f, 0.f);
-      if (!T::kBackward && c.p.has_bias) {
+      if constexpr (!T::kBackward) {
         const int column = c.group_n * T::kColumns + j * 64 + i * 8 + c.fragment_column();
         bias[i] = unpack<typename T::Element>(load_shared(c.shared.bias(slot) + column * 2));
       }

@@ -52,6 +52,10 @@ struct Traits {
   static constexpr int kUBytes = kBlockM * 128, kVBytes = kBlockN * 128, kDBytes = kRank * 128;
   static constexpr int kVOffset = kUBytes, kDOffset = kFused ? kUBytes + kVBytes : kVOffset;
   static constexpr int kStageBytes = kUBytes + kVBytes + (kFused ? kDBytes : 0);
+  // A tile that makes S alone reads so little a step that the ring could not hide its loads: it takes two steps a stage,
+  // where they fit into V's place. Steps past the end are zero on both sides.
+  static constexpr int kShrinkSteps = !kSplit && 2 * (kUBytes + kDBytes) <= kStageBytes ? 2 : 1;
+  static constexpr int kShrinkDOffset = kShrinkSteps == 1 ? kDOffset : kShrinkSteps * kUBytes;
   static_assert(!kBackward || kGradBytes <= kStageBytes, "a gradient step fits a stage");
 
   // Finished tiles leave through slabs of 64 x 64 for each warpgroup.

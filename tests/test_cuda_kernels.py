@@ -208,6 +208,15 @@ def test_a_seed_on_the_device_gives_the_same_mask(poisoned, monkeypatch, dropout
     assert all(torch.equal(results[name], on_device[name]) for name in results)
 
 
+@pytest.mark.parametrize("tile", (WIDE, SMALL), ids=("128x256", "64x128"))
+def test_a_layer_may_have_no_bias(poisoned, tile):
+    case = replace(numerics.draw_integer_case(136, 136, 200, 16, torch.bfloat16), bias=None)
+    with emulated():
+        results, _ = run_layer(case, tile, ctas=2)
+    assert set(results) == {"y", "dx", "da", "db"}
+    numerics.assert_exact(results, case)
+
+
 def test_misaligned_bias_is_copied(poisoned):
     case = numerics.draw_integer_case(72, 136, 200, 16, torch.bfloat16)
     bias = torch.cat((case.bias[:1], case.bias))[1:]
