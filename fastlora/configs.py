@@ -1,6 +1,6 @@
 """Tile configurations, as data, and the pure function that chooses one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 MAX_RANK = 256
@@ -82,6 +82,14 @@ LADDERS: dict[str, tuple[TileConfig, ...]] = {
 }
 
 
+# With Triton 3.9's ptxas the backward of two tiles spills on sm_100 unless they are finished in narrower slices.
+LADDERS["blackwell"] = tuple(
+    replace(config, slice_n=32) if (config.block_m, config.block_n) in ((128, 128), (64, 128)) else config
+    for config in LADDERS["hopper"]
+)
+LADDERS["blackwell wide"] = LADDERS["hopper wide"]
+
+
 def padded_rank(rank: int) -> int:
     """The rank as tiles hold it: a power of two, at least 16 (the narrowest matrix instruction)."""
     return max(16, 1 << (rank - 1).bit_length())
@@ -100,7 +108,7 @@ def ladder_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
     elif not aligned:
         family = "odd"
     else:
-        family = "hopper" if arch in (90, 100, 103) else "ampere"
+        family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
     return family if padded_rank(rank) <= FUSED_RANK else f"{family} wide"
 
 

@@ -109,7 +109,7 @@ def test_the_common_case(monkeypatch, arch, direction, rank):
     assert (loads > 0) == (arch >= 90)
 
 
-@pytest.mark.parametrize("arch, name", [(80, "ampere"), (90, "hopper"), (100, "hopper")])
+@pytest.mark.parametrize("arch, name", [(80, "ampere"), (90, "hopper"), (100, "blackwell")])
 @pytest.mark.parametrize("direction", KERNELS)
 def test_small_ranks_by_tiles_of_their_own(monkeypatch, arch, name, direction):
     config = dataclasses.replace(LADDERS[name][0], fused=False)
