@@ -193,13 +193,14 @@ def lora_forward(
         tile=cfg, block_r=block_r, forward=True, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_a,
         even_k=k % cfg.block_k == 0, precision=_precision(x.dtype),
     )  # fmt: skip
+    # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
         lora_forward_kernel[(n_tiles,)](
             x_arg if tma else x, w_arg if tma else weight, a_arg, lora_b, bias, y, s,
             borrow_workspace(n_words, x.device), m, n, k, r, n_words, wave,
             x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0),
             scaling * philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-            variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+            variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y, s
 
@@ -258,6 +259,6 @@ def lora_backward(
             partial_a, partial_b, partial_bias, borrow_workspace(n_words, dy.device), m, n, k, r, n_words, wave,
             dy.stride(0), x.stride(0) if needs.da else 0, weight.stride(0), lora_a.stride(0), lora_b.stride(0),
             scaling, philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-            CHAINED=chained, variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages,
+            CHAINED=chained, variant=variant, num_warps=cfg.num_warps, num_stages=cfg.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return Gradients(dx, da, db, dbias)
