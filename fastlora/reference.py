@@ -4,8 +4,8 @@
 2·M·R·(K + N) FLOPs on top of the frozen layer, where forming B·A would cost 2·N·K·R and an N×K temporary. The
 backward is written out by hand and needs X and S = s·drop(X)·Aᵀ alone.
 
-S and dS are made as Sᵀ and dSᵀ [R, M], of which the others are views: the matrix libraries of CPUs take 1.3 to 4 times as
-long for products with a tall and narrow operand that is stored by rows.
+S and dS are made as Sᵀ and dSᵀ [R, M], of which the others are views: the matrix libraries of CPUs are slower with a
+tall and narrow operand that is stored by rows.
 """
 
 from typing import NamedTuple
@@ -106,8 +106,8 @@ def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
 
 
 def _gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale · left [R, M]·right [M, ·] in ``dtype``: a float32 parameter's gradient is added up in float32, a few rows of
-    ``right`` at a time."""
+    """scale · left [R, M]·right [M, ·] in ``dtype``: a float32 parameter's gradient is added up in float32, a few rows
+    of ``right`` at a time."""
     if dtype == left.dtype:
         return _scaled_product(left, right, scale)
     total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
