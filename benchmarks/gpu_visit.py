@@ -26,6 +26,7 @@ BUILD = "from benchmarks.cuda_resources import load_setup; print('built', load_s
 # Small layers on every tile: the checkers slow kernels down by orders of magnitude.
 CHECKED = ("-m", "pytest", "-q", "-x", "tests/test_cuda_device.py", "-k", "small_layers")
 TAIL_LINES = 15
+GRACE_S = 10.0  # for a killed process to be gone
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def run_step(step: Step, output: Path, seconds_left: float) -> Outcome:
             code, note = None, f"stopped after {limit:.0f} s"
             # The whole session: a build's compilers or a test run's workers would otherwise go on beside the next step.
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            try:
+                process.wait(GRACE_S)
+            except subprocess.TimeoutExpired:
+                note += ", and does not end: the driver may be waiting for a kernel that hangs"
     return Outcome(step.name, code, round(time.monotonic() - started, 1), note)
 
 

@@ -49,6 +49,17 @@ def test_a_stopped_step_takes_its_children_with_it(tmp_path):
     assert alive.read_text() == before
 
 
+def test_a_process_that_cannot_be_killed_does_not_hold_up_the_visit(tmp_path, monkeypatch):
+    """As one that waits for the driver, which waits for a kernel that never ends."""
+    killed = []
+    monkeypatch.setattr(gpu_visit.os, "killpg", lambda pid, signal: killed.append(pid))
+    monkeypatch.setattr(gpu_visit, "GRACE_S", 0.2)
+    steps = [Step("stuck", python("import time; time.sleep(20)"), 5), Step("next", python("pass"), 60)]
+    stuck, following = run_plan(steps, tmp_path, budget=60)
+    assert stuck.code is None and "does not end" in stuck.note and killed
+    assert following.code == 0
+
+
 def test_the_budget_ends_the_visit(tmp_path):
     steps = [Step("first", python("pass"), 60), Step("second", python("pass"), 60)]
     outcomes = run_plan(steps, tmp_path, budget=0)
