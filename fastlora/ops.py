@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from fastlora.checks import check_arguments, check_dropout
-from fastlora.dispatch import Problem, Sizes, backend_for, environment_backend, sole_backend
+from fastlora.dispatch import Problem, Sizes, backend_for, count_fallback, environment_backend, sole_backend
 from fastlora.philox import draw_seed
 from fastlora.reference import Needs
 
@@ -148,6 +149,22 @@ def _backward(ctx, dy):
 _backward_once = once_differentiable(_backward)
 
 
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None,
+    dropout_p: float,
+    reason: str,
+) -> Tensor:
+    """The layer by torch's own operators, for tensors that only these understand; counted as a fallback."""
+    count_fallback(reason)
+    shrunk = F.linear(F.dropout(x, dropout_p), lora_a.to(x.dtype))
+    return F.linear(x, weight, bias) + scaling * F.linear(shrunk, lora_b.to(x.dtype))
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -175,6 +192,7 @@ def lora_linear(
 
     Returns:
         Tensor [..., out_features] of x's dtype. Under ``torch.autocast``, x, weight and bias are cast to its dtype.
+        Under a transform of ``torch.func``, torch's own operators make it, counted as a fallback.
 
     Raises:
         ValueError: shapes, devices or dropout_p do not fit, weight requires a gradient, or the backend insisted on
@@ -195,11 +213,11 @@ def lora_linear(
     check_dropout(dropout_p)
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("weight requires a gradient, which a LoRA layer never computes: weight.requires_grad_(False)")
-    seed = None
-    if dropout_p > 0.0 and training:
-        seed = draw_seed(x.device)
-    else:
+    if not training:
         dropout_p = 0.0
     if backend is None and not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return composed(x, weight, lora_a, lora_b, scaling, bias, dropout_p, "torch.func transform")
         backend = environment_backend()
+    seed = draw_seed(x.device) if dropout_p > 0.0 else None
     return LoRALinearFunction.apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)

@@ -13,10 +13,8 @@ An operand that is placed otherwise is redistributed first; A and B are small. A
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastlora.dispatch import count_fallback
-from fastlora.ops import lora_linear
+from fastlora.ops import composed, lora_linear
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -69,9 +67,8 @@ def lora_linear_sharded(
 
     bias = None if bias is None else distributed(bias)
     if dropout_p > 0.0 and training:
-        count_fallback("dropout over DTensors")
-        shrunk = F.linear(F.dropout(x, dropout_p), distributed(lora_a).to(x.dtype))
-        return F.linear(x, weight, bias) + scaling * F.linear(shrunk, distributed(lora_b).to(x.dtype))
+        reason = "dropout over DTensors"
+        return composed(x, weight, distributed(lora_a), distributed(lora_b), scaling, bias, dropout_p, reason)
     # Per mesh dimension: placements of x, lora_a, lora_b, bias, y; then of the gradients of the first four.
     columns = []
     for held, placed in zip(weight.placements, x.placements, strict=True):

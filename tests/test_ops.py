@@ -113,10 +113,27 @@ def test_double_backward_raises():
         gradient.sum().backward()
 
 
-def test_functional_transforms_raise():
-    weight, x, a, b, _ = leaves(requires_grad=False)
-    with pytest.raises(RuntimeError, match="setup_context"):
-        torch.func.grad(lambda x: lora_linear(x, weight, a, b, 1.7).sum())(x)
+def test_functional_transforms_are_served_by_torch():
+    weight, x, a, b, bias = leaves(dtype=torch.float64, requires_grad=False)
+
+    def loss(function):
+        return lambda x, a: function(x, weight, a, b, bias).square().sum()
+
+    def layer(x, weight, a, b, bias):
+        return lora_linear(x, weight, a, b, 1.7, bias)
+
+    fastlora.reset_dispatch_counts()
+    per_sample = torch.vmap(torch.func.grad(loss(layer), argnums=(0, 1)), in_dims=(0, None))(x, a)
+    expected = torch.vmap(torch.func.grad(loss(composition), argnums=(0, 1)), in_dims=(0, None))(x, a)
+    torch.testing.assert_close(per_sample, expected)
+    hessian = torch.func.hessian(loss(layer), argnums=1)(x, a)
+    torch.testing.assert_close(hessian, torch.func.hessian(loss(composition), argnums=1)(x, a))
+    counts = fastlora.dispatch_counts()
+    assert counts["fallbacks"] == {"torch.func transform": 2} and counts["reference"] == 0
+    dropped = torch.vmap(lambda x: lora_linear(x, weight, a, b, 1.7, dropout_p=0.5), randomness="different")(x)
+    assert dropped.shape == (3, 5, 8) and not torch.allclose(dropped, layer(x, weight, a, b, None))
+    with pytest.raises(RuntimeError, match="setup_context"):  # a backend insisted on
+        torch.func.grad(lambda x: lora_linear(x, weight, a, b, 1.7, backend="reference").sum())(x)
 
 
 def test_dropout_follows_the_generator_and_training():
