@@ -291,7 +291,10 @@ def gradient_tile(
     mask = mask_n[:, None] & (offs_r < R)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     acc_sum = tl.zeros((BLOCK_N,), tl.float32)
-    for m in range(part.first_row, part.end_row, BLOCK_M):
+    # A masked left operand lies in registers. In a pipelined loop Triton 3.6 would load the next step's over it while
+    # wgmma may still read it: PTX leaves the result undefined, and ptxas says nothing.
+    STAGES: tl.constexpr = 1 if DROPOUT else None
+    for m in tl.range(part.first_row, part.end_row, BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M)
         left_block = load_block(left, offs_m, offs_n, part.end_row, N, False, False)
         if column_sum.ptr is not None:
