@@ -231,8 +231,9 @@ def cuda_deletions() -> list[Defect]:
 
 
 def statement_of(place: str) -> str:
-    """The source text of a place and of its caller."""
-    return " < ".join(deletions.source_line(frame).split("//")[0].strip() for frame in place.split(" < "))
+    """The source text of a place, or where that is a helper of one line, of its caller."""
+    texts = [deletions.source_line(frame).split("//")[0].strip() for frame in place.split(" < ")]
+    return texts[-1] if "__forceinline__" in texts[0] else texts[0]
 
 
 GROUPS = {

@@ -1,5 +1,6 @@
 """Integer arithmetic, logic, bit fields, selection and comparisons against Python's integers."""
 
+import itertools
 import random
 
 import torch
@@ -211,10 +212,14 @@ def _comparisons():
             yield _case(
                 f"setp.{name}.{kind}", text, [kind] * 2, 32, lambda a, b, relation=relation: int(relation(a, b))
             )
-    for name in ("eq", "ne"):
-        text = f"setp.{name}.b32 %p1, {{a}}, {{b}};\n    selp.u32 {{d}}, 1, 0, %p1;"
+    for name, bits in itertools.product(("eq", "ne"), (16, 32, 64)):
+        text = f"setp.{name}.b{bits} %p1, {{a}}, {{b}};\n    selp.u32 {{d}}, 1, 0, %p1;"
         yield _case(
-            f"setp.{name}.b32", text, ["u32"] * 2, 32, lambda a, b, relation=_RELATIONS[name]: int(relation(a, b))
+            f"setp.{name}.b{bits}",
+            text,
+            [f"u{bits}"] * 2,
+            32,
+            lambda a, b, relation=_RELATIONS[name]: int(relation(a, b)),
         )
     combined = {"and": lambda p, c: p and c, "or": lambda p, c: p or c, "xor": lambda p, c: p != c}
     for name, combine in combined.items():

@@ -168,7 +168,7 @@ def _shared_and_local():
 
 def _through_shared():
     """Every width and type by which kernels move data through shared memory: each thread's own 16 bytes."""
-    registers = {"b16": "%h", "u16": "%h", "b32": "%r", "u32": "%r", "f32": "%f", "b64": "%rd"}
+    registers = {"b8": "%h", "b16": "%h", "u16": "%h", "b32": "%r", "u32": "%r", "f32": "%f", "b64": "%rd"}
     for kind, family in registers.items():
         size = int(kind[1:]) // 8
         for count in (1, 2, 4):

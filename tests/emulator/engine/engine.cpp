@@ -234,14 +234,18 @@ void Engine::deadlock() {
   bool diverged = false;
   for (auto& cluster : clusters_)
     for (auto& cta : cluster->ctas)
-      for (Warp& warp : cta->warps)
+      for (Warp& warp : cta->warps) {
+        // Lanes that wait for lanes which themselves wait for something else are not at fault.
+        diverged |= !warp.groups.empty() && std::all_of(warp.groups.begin(), warp.groups.end(), [](const Group& group) {
+          return group.state == GroupState::kConverging;
+        });
         for (Group& group : warp.groups) {
           char text[160];
           snprintf(text, sizeof text, "CTA (%u, %u, %u): %s at <pc:%u>", cta->index[0], cta->index[1], cta->index[2],
                    group.waits_for, group.waits_at);
           waits[text] += u32(std::popcount(group.mask));
-          diverged |= group.state == GroupState::kConverging;
         }
+      }
   std::string text = diverged ? "lanes of a warp wait for each other at different instructions" : "nothing can run any more";
   if (u32 waiting = n_cta - u32(clusters_.size()) * cluster_size; options.resident && waiting)
     text += "; not all CTAs were resident";
