@@ -159,7 +159,11 @@ def shipped():
 
 def check_shipped(arch, config, rank, dtype, aligned, number, **altered):
     """The very tile of the tables, on a problem a little larger than one of it, and several steps of a gradient."""
-    m, n, k = max(config.block_m, 2 * config.gradient_m) + 9, config.block_n + 8, max(config.block_n, config.block_k) + 8
+    m, n, k = (
+        max(config.block_m, 2 * config.gradient_m) + 9,
+        config.block_n + 8,
+        max(config.block_n, config.block_k) + 8,
+    )
     if not aligned:
         n, k = n + 1, k + 3
     case = numerics.draw_case(m, n, k, rank - 8 * (number % 2), dtype, dropout_p=0.2 * (number % 2))
