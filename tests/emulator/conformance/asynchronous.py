@@ -202,6 +202,7 @@ def _tma_loads():
     for corner in ((0, 0, 0), (2, -3, 40), (5, 9, 72)):
         yield _tma_load(_tensor(6, 10, 88), (2, 8, 64), corner, 128)
         yield _tma_load(_tensor(6, 10, 88, dtype=torch.float32), (3, 4, 16), corner, 64)
+    yield _tma_load(_tensor(70, 88), (16, 64), (3, 8), 128, destination="shared::cta")
     yield _tma_load(_tensor(200), (64,), (150,), 0)
     yield _tma_load(_tensor(3, 4, 5, 64), (2, 2, 2, 32), (1, 3, -1, 8), 64)
 
@@ -210,17 +211,17 @@ def _coordinates(corner):
     return "{" + ", ".join(str(each) for each in reversed(corner)) + "}"
 
 
-def _tma_load(tensor, box, corner, span):
+def _tma_load(tensor, box, corner, span, destination="shared::cluster"):
     image = layouts.tile_image(tensor, corner, box, span)
     body = "    ld.param.u64 %rd1, [y];\n    mov.b64 %rd0, x;\n" + _ADDRESSES + _INIT
     body += f"    @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r5], {image.numel()};\n"
-    load = f"cp.async.bulk.tensor.{len(box)}d.shared::cluster.global.mbarrier::complete_tx::bytes"
+    load = f"cp.async.bulk.tensor.{len(box)}d.{destination}.global.mbarrier::complete_tx::bytes"
     body += f"    @%p0 {load} [%r4], [%rd0, {_coordinates(corner)}], [%r5];\n"
     body += wait("%r5", 0, "full") + _dump(image.numel())
     ptx = module(body, {"x": MAP, "y": "u64"}, _SHARED, arch="sm_90")
     args = {"x": TensorMap(tensor, box, span), "y": torch.zeros_like(image)}
     return Case(
-        f"TMA load {box} of {tuple(tensor.shape)} at {corner}, swizzle {span}",
+        f"TMA load {box} of {tuple(tensor.shape)} at {corner}, swizzle {span}, to {destination}",
         ptx,
         args,
         {"y": image},
