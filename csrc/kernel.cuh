@@ -74,7 +74,6 @@ __device__ __forceinline__ void run(const Params& p) {
   if (warp_id() < 4) {
     shrink_registers<kLoaderRegisters>();
     if (threadIdx.x == 0) Loader<T>(p, shared).run();
-    __syncwarp();
   } else {
     grow_registers<kConsumerRegisters>();
     consume<T>(p, shared);

@@ -18,7 +18,7 @@ import test_triton_ptx as triton
 import torch
 from conftest import poison
 from cuda_emulation import ptx_of
-from emulator import EmulatorError, LaunchOptions
+from emulator import EmulatorError
 
 from fastlora.kernels import workspace
 
@@ -183,7 +183,8 @@ def _cuda_checks():
 
     for tile, dropout, rank in sorted(cuda_values.EVERY_KERNEL, key=order):
         name = f"integers {cuda_values.describe(tile)} R={rank} {cuda_values.describe(dropout)}"
-        check = functools.partial(cuda_values.check_integers, tile, dropout, rank, LaunchOptions(timeout_s=60.0))
+        options = _limited([cuda_values.schedule_of(tile, dropout, rank)])[0]
+        check = functools.partial(cuda_values.check_integers, tile, dropout, rank, options)
         yield name, _kernels_of(tile, dropout, rank), check
     for needs in cuda_values.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)

@@ -129,7 +129,7 @@ MUTANTS = (
         dropout=True,
     ),
     Mutant(
-        "dropout ignored in S", "triton_tiles", "variant), u_block, 0.0)", "variant), u_block, u_block)", dropout=True
+        "dropout ignored in S", "triton_tiles", "BLOCK_K), u_block, 0.0)", "BLOCK_K), u_block, u_block)", dropout=True
     ),
     Mutant(
         "kept elements unscaled in dA",

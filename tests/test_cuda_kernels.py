@@ -83,11 +83,14 @@ def check_integers(
     assert len(launch.stats) == 2, "one launch each way"
 
 
+def schedule_of(*layer) -> LaunchOptions:
+    """One or another; test_cuda_protocol.py runs a layer of each tile under all of them."""
+    return (LaunchOptions(), *SCHEDULES)[EVERY_KERNEL.index(layer) % (1 + len(SCHEDULES))]
+
+
 @pytest.mark.parametrize("tile, dropout, rank", EVERY_KERNEL, ids=describe)
 def test_integers_are_exact(poisoned, tile, dropout, rank):
-    """Under one schedule or another; test_cuda_protocol.py has the same layer under all of them."""
-    number = EVERY_KERNEL.index((tile, dropout, rank)) % (1 + len(SCHEDULES))
-    check_integers(tile, dropout, rank, (LaunchOptions(), *SCHEDULES)[number])
+    check_integers(tile, dropout, rank, schedule_of(tile, dropout, rank))
 
 
 @pytest.mark.parametrize(

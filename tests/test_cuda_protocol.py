@@ -17,12 +17,14 @@ pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels
 WIDE, MEDIUM, SMALL = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 128, 1, 2), cuda.CudaTile(64, 128, 1, 3)
 ALL = Needs(True, True, True, True)
 FUSED = cuda.CudaTile(128, 256, 2, fused=True)
+ONE_GROUP = cuda.CudaTile(64, 128, 12)
 LAYERS = (
     (WIDE, (520, 328, 264, 16)),
     (FUSED, (520, 328, 264, 64)),
     (WIDE, (392, 328, 264, 72)),
     (MEDIUM, (264, 136, 264, 64)),
     (SMALL, (136, 136, 264, 16)),
+    (ONE_GROUP, (136, 328, 264, 16)),
 )
 
 
@@ -108,7 +110,7 @@ RELAXED_RELEASE = replace(r"red\.release\.gpu", "red.relaxed.gpu")
 # A layer's kernels of one tile, and which of the two an edit breaks.
 FORWARD, BACKWARD, DROPOUT = (WIDE, "forward", 0.0), (WIDE, "backward", 0.0), (WIDE, "forward", 0.5)
 DX_DROPOUT, SPLIT, SMALL_BACKWARD = (WIDE, "backward", 0.5), (SMALL, "forward", 0.0), (SMALL, "backward", 0.0)
-ONE_GROUP = (cuda.CudaTile(64, 128, 12), "backward", 0.0)
+FEW = (ONE_GROUP, "backward", 0.0)
 SEEDED_BUGS = {
     "S is read without acquiring its flag": (FORWARD, RELAXED_ACQUIRE),
     "S is not released": (FORWARD, RELAXED_RELEASE),
@@ -122,7 +124,7 @@ SEEDED_BUGS = {
             r"{ .reg .u32 less; sub.u32 less, \2, 128; mbarrier.arrive.expect_tx.shared::cta.b64 _, [\1], less; }",
         ),
     ),
-    "a lane gives a tile back for others that still read it": (ONE_GROUP, remove(r"bar\.warp\.sync")),
+    "a lane gives a tile back for others that still read it": (FEW, remove(r"bar\.warp\.sync")),
     "a lane gives a stage back for others that still read it": (DROPOUT, remove(r"bar\.warp\.sync")),
     "a stage is given back while products read it": (FORWARD, replace(r"(wgmma\.wait_group\S*) 1", r"\1 2")),
     "sums are used before the products are done": (FORWARD, replace(r"(wgmma\.wait_group\S*) 0", r"\1 1")),

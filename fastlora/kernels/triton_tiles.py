@@ -63,13 +63,9 @@ class Shape(NamedTuple):
 
 
 @triton.jit
-def keep_mask(dropout, offs_m, column, n_columns, BLOCK: tl.constexpr, variant: tl.constexpr):
+def keep_mask(dropout, offs_m, column, n_columns, BLOCK: tl.constexpr):
     """The dropout mask of rows offs_m and BLOCK columns from ``column`` (a multiple of 8) on, of a matrix with
     ``n_columns``: the same bits as fastlora.philox.keep_mask."""
-    if offs_m.shape[0] * BLOCK // PER_CALL < 32 * variant.tile.num_warps:
-        # Several warps then hold the same part of the mask and pass it through one place in shared memory on its way to
-        # another layout, ordered by warp barriers alone (Triton 3.6): one that is a step ahead would overwrite it.
-        tl.debug_barrier()
     offs_call = column // PER_CALL + tl.arange(0, BLOCK // PER_CALL)
     call = offs_m[:, None].to(tl.int64) * tl.cdiv(n_columns, PER_CALL) + offs_call[None, :]
     low, high = call.to(tl.uint32), (call >> 32).to(tl.uint32)
@@ -198,7 +194,7 @@ def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.con
             acc = tl.dot(u_block, _load_v(v, 0, k, shape, variant), acc, input_precision=variant.precision)
         d_block = _load_d(d, k, shape, variant).to(u_block.dtype)
         if MASKED:
-            u_block = tl.where(keep_mask(dropout, offs_m, k, shape.K, BLOCK_K, variant), u_block, 0.0)
+            u_block = tl.where(keep_mask(dropout, offs_m, k, shape.K, BLOCK_K), u_block, 0.0)
         if TRANSPOSED:
             # The masked block is the right operand, which lies in shared memory. A left one Triton would keep in
             # registers and overwrite while wgmma still reads them; ptxas mends that by waiting for every single wgmma
@@ -240,7 +236,7 @@ def _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, dropout, variant: 
                 p_block = load_block(p, offs_r, offs_n, shape.R, shape.N, False, False)
             branch = tl.dot(s_block, p_block.to(s_block.dtype), branch, input_precision=variant.precision)
         if MASKED:
-            keep = keep_mask(dropout, offs_m, first_n, shape.N, BLOCK_N, variant)
+            keep = keep_mask(dropout, offs_m, first_n, shape.N, BLOCK_N)
             branch = acc + tl.where(keep, branch * dropout.inverse_keep, 0.0)
         if bias_ptr is not None:
             branch += tl.load(bias_ptr + offs_n, mask=offs_n < shape.N, other=0.0)[None, :].to(tl.float32)
@@ -301,7 +297,7 @@ def gradient_tile(
             acc_sum += tl.sum(left_block.to(tl.float32), axis=0)
         if product.ptr is not None:
             if DROPOUT:
-                left_block = tl.where(keep_mask(dropout, offs_m, first_n, N, BLOCK_N, variant), left_block, 0.0)
+                left_block = tl.where(keep_mask(dropout, offs_m, first_n, N, BLOCK_N), left_block, 0.0)
             right_block = load_block(right, offs_m, offs_r, part.end_row, R, False, False)
             acc = tl.dot(left_block.T, right_block, acc, input_precision=variant.precision)
     if CHAINED and part.index > 0:

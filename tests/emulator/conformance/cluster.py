@@ -92,6 +92,8 @@ def _distributed_shared_memory():
         + _STORE
     )
     yield _case("mapa and remote load", write + read, {"y": _y()}, {"y": partner})
+    apart = read.replace(".aligned", "")
+    yield _case("cluster barrier of single threads", write + apart, {"y": _y()}, {"y": partner})
     push = remote + "    st.shared::cluster.b32 [%r7], %r8;\n" + _BARRIER + "    ld.shared.b32 %r8, [%r5];\n" + _STORE
     yield _case("remote store", write + push, {"y": _y()}, {"y": partner})
     four = remote + (
