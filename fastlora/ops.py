@@ -65,13 +65,13 @@ def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, n
 def _lora_forward_op(*args):
     *operands, backend = args
     y, s = _lora_forward(*operands, backend or environment_backend())
-    return y, s.contiguous()  # as its fake says: the reference's is a transposed view
+    return y, s.contiguous()  # as its fake says; the reference's is a transposed view, as its dB
 
 
 def _lora_backward_op(*args):
     *operands, needs, backend = args
     gradients = _lora_backward(*operands, Needs(*needs), backend or environment_backend())
-    return [gradient for gradient in gradients if gradient is not None]
+    return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
 def _fake_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):

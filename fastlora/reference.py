@@ -88,7 +88,7 @@ def lora_backward(
         dropped = x if drop is None else x.masked_fill(drop, 0.0)
         da = _gradient(ds_t, dropped, inverse_keep(dropout_p), lora_a.dtype)
     if needs.db:
-        db = _gradient(s.t(), dy, 1.0, lora_b.dtype).t().contiguous()
+        db = _gradient(s.t(), dy, 1.0, lora_b.dtype).t()
     if needs.dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
