@@ -16,9 +16,9 @@ import test_cuda_kernels as cuda_values
 import test_cuda_protocol as cuda_protocol
 import test_triton_ptx as triton
 import torch
-from conftest import poison
 from cuda_emulation import ptx_of
 from emulator import EmulatorError
+from numerics import poison
 
 from fastlora.kernels import workspace
 
