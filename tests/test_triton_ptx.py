@@ -168,7 +168,7 @@ def check_shipped(arch, config, rank, dtype, aligned, number, **altered):
     )
     if not aligned:
         n, k = n + 1, k + 3
-    case = numerics.draw_case(m, n, k, rank - 8 * (number % 2), dtype, dropout_p=0.2 * (number % 2))
+    case = numerics.draw_case(m, n, k, rank - 8 * (1 - number % 2), dtype, dropout_p=0.2 * (number % 2))
     results, stats = run(case, config, arch, SCHEDULES[number % len(SCHEDULES)], **altered)
     # In float32 a thread sums in order, the CPU's eager product in blocks, with a smaller error.
     numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)

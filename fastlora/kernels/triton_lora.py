@@ -191,7 +191,7 @@ def lora_forward(
     n_words = N_COUNTERS.value + n_rows
     variant = Variant(
         tile=cfg, block_r=block_r, forward=True, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_a,
-        even_k=k % cfg.block_k == 0, precision=_precision(x.dtype),
+        even_k=k % cfg.block_k == 0, precision=_precision(x.dtype), wgmma=target.arch == 90,
     )  # fmt: skip
     # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
     with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
@@ -232,7 +232,7 @@ def lora_backward(
     tma = tma_dy and tma_w
     variant = Variant(
         tile=cfg, block_r=block_r, forward=False, fused=fused, dropout=dropout_p > 0.0, tma=tma, tma_d=tma_b,
-        even_k=n % cfg.block_k == 0, precision=_precision(dy.dtype),
+        even_k=n % cfg.block_k == 0, precision=_precision(dy.dtype), wgmma=target.arch == 90,
     )  # fmt: skip
     n_rows = triton.cdiv(m, cfg.block_m)
     n_parts = triton.cdiv(n_rows, cfg.group_m)

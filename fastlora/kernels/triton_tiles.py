@@ -22,6 +22,7 @@ class Variant:
     fused: column 0 makes S beside a tile of the product, not alone.
     tma, tma_d: U and V (D) are TMA descriptors, not pointers.
     even_k: the contracted dimension is a multiple of block_k.
+    wgmma: compiled for Hopper, whose products read registers while the program runs on.
     """
 
     tile: TileConfig
@@ -33,6 +34,7 @@ class Variant:
     tma_d: bool
     even_k: bool
     precision: str
+    wgmma: bool
 
     @property
     def s_columns(self) -> int:
@@ -289,7 +291,7 @@ def gradient_tile(
     acc_sum = tl.zeros((BLOCK_N,), tl.float32)
     # A masked left operand lies in registers. In a pipelined loop Triton 3.6 would load the next step's over it while
     # wgmma may still read it: PTX leaves the result undefined, and ptxas says nothing.
-    STAGES: tl.constexpr = 1 if DROPOUT else None
+    STAGES: tl.constexpr = 1 if DROPOUT and variant.wgmma else None
     for m in tl.range(part.first_row, part.end_row, BLOCK_M, num_stages=STAGES):
         offs_m = m + tl.arange(0, BLOCK_M)
         left_block = load_block(left, offs_m, offs_n, part.end_row, N, False, False)
