@@ -50,7 +50,8 @@ def test_every_cuda_kernel_under_every_schedule(tile, dropout, rank, dtype):
 def test_cuda_kernels_at_random_sizes(seed):
     generator = random.Random(seed)
     tile, dropout, rank = generator.choice(cuda_values.EVERY_KERNEL)
-    sizes = generator.randrange(1, 700), 8 * generator.randrange(1, 60), 8 * generator.randrange(1, 60), rank
+    # At least a step of 64 for each of a contraction's parts.
+    sizes = generator.randrange(1, 700), 8 * generator.randrange(24, 60), 8 * generator.randrange(24, 60), rank
     schedules = [random_options(generator) for _ in range(3)]
     cuda_protocol.check_schedules(
         tile, sizes, 0.3 * dropout, generator.choice((torch.bfloat16, torch.float16)), schedules
