@@ -4,8 +4,6 @@ A tiled product with what their kernels add to it, one elementwise kernel, dropo
 products that LoRAFusion sums with atomics. They exist to be counted, not to be fast.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -16,13 +14,6 @@ from fastlora.configs import TileConfig, padded_rank
 from fastlora.kernels.triton_tiles import Dropout, keep_mask
 
 _ELEMENTS = 1024  # of a program of the elementwise kernel
-
-
-@dataclass(frozen=True)
-class Pass:
-    """An elementwise pass over a matrix, as keep_mask asks for it."""
-
-    tile: TileConfig
 
 
 @triton.jit
@@ -79,14 +70,14 @@ def elementwise_kernel(out_ptr, x_ptr, y_ptr, mask_ptr, factor, n, BLOCK: tl.con
 
 
 @triton.jit
-def dropout_kernel(x_ptr, out_ptr, mask_ptr, M, K, seed, threshold, inverse_keep, variant: tl.constexpr):
+def dropout_kernel(
+    x_ptr, out_ptr, mask_ptr, M, K, seed, threshold, inverse_keep, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """out = mask∘x / (1 - p) and the mask, a byte an element; the mask is fastlora's, so that results compare."""
-    BLOCK_M: tl.constexpr = variant.tile.block_m
-    BLOCK_K: tl.constexpr = variant.tile.block_k
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K
     offs_k = column + tl.arange(0, BLOCK_K)
-    keep = keep_mask(Dropout(seed, threshold, inverse_keep), offs_m, column, K, BLOCK_K, variant)
+    keep = keep_mask(Dropout(seed, threshold, inverse_keep), offs_m, column, K, BLOCK_K)
     x = load_block(x_ptr, offs_m, K, M, offs_k, 1, K)
     offsets = offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
     inside = (offs_m < M)[:, None] & (offs_k < K)[None, :]
@@ -180,8 +171,8 @@ def dropout(x: Tensor, p: float, seed: Tensor, tile: TileConfig) -> tuple[Tensor
     (m, k), out, mask = x.shape, x.new_empty(x.shape), x.new_empty(x.shape, dtype=torch.uint8)
     grid = (triton.cdiv(m, tile.block_m), triton.cdiv(k, tile.block_k))
     dropout_kernel[grid](
-        x, out, mask, m, k, int(seed), philox.threshold(p), philox.inverse_keep(p), variant=Pass(tile),
-        num_warps=tile.num_warps,
+        x, out, mask, m, k, int(seed), philox.threshold(p), philox.inverse_keep(p),
+        BLOCK_M=tile.block_m, BLOCK_K=tile.block_k, num_warps=tile.num_warps,
     )  # fmt: skip
     return out, mask
 

@@ -25,7 +25,7 @@ CASES = {case.name: case for case in all_cases()}
 RING, HANDOVER = "TMA ring", "hand-over through TMA"
 MESSAGE, FENCES = "st.release and ld.acquire", "fences around relaxed accesses"
 WGMMA, STORE, MULTICAST = "wgmma n64", "TMA store (70, 88) torch.bfloat16 at (3, 8), swizzle 128", "TMA multicast"
-LOAD = "TMA load (16, 64) of (70, 88) at (3, 8), swizzle 128"
+LOAD = "TMA load (16, 64) of (70, 88) at (3, 8), swizzle 128, to shared::cluster"
 CLUSTER_BARRIER = "    barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n"
 
 FIRST_FLAG = "st.release.gpu.global.u32 [%rd2],", "st.relaxed.gpu.global.u32 [%rd2],"
