@@ -47,8 +47,8 @@ def patch(model: nn.Module, strict: bool = False) -> list[str]:
     """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place.
 
     It works on what ``get_peft_model`` and ``from_pretrained`` return and on models inside trainers; ``unpatch``
-    reverts it. Call it before ``fully_shard`` or a wrapper that replaces ``forward``, and again where ``add_adapter`` has
-    put LoRA on further layers, which are stock ones.
+    reverts it. Call it before ``fully_shard`` or a wrapper that replaces ``forward``, and again where ``add_adapter``
+    has put LoRA on further layers, which are stock ones.
 
     Args:
         model: any module that holds PEFT LoRA layers.
