@@ -51,6 +51,14 @@ class Block:
     line: int
     items: list = field(default_factory=list)
 
+    def statements(self):
+        """Every statement in it, those of inner blocks too."""
+        for item in self.items:
+            if isinstance(item, Block):
+                yield from item.statements()
+            elif not isinstance(item, Label):
+                yield item
+
 
 @dataclass
 class Param:

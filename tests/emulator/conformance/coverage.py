@@ -3,7 +3,7 @@
 import functools
 import re
 
-from ..ptx import Block, Label, parse, split_operands
+from ..ptx import parse, split_operands
 from ..translate.registry import vector
 
 _STATEMENT = re.compile(r"(?:@!?[%\w$]+\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
@@ -31,16 +31,8 @@ def covered() -> frozenset[str]:
 def _all_signatures(ptx: str) -> frozenset[str]:
     # Registers go by one name: thousands of instructions become hundreds.
     root = parse(re.sub(r"(%[a-z]+)\d+", r"\1", ptx))
-    texts = {statement.text for entry in root.entries.values() for statement in _statements(entry.body)}
+    texts = {statement.text for entry in root.entries.values() for statement in entry.body.statements()}
     return frozenset().union(*map(signatures, texts))
-
-
-def _statements(block):
-    for item in block.items:
-        if isinstance(item, Block):
-            yield from _statements(item)
-        elif not isinstance(item, Label):
-            yield item
 
 
 @functools.lru_cache(maxsize=1 << 16)

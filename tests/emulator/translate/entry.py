@@ -41,7 +41,7 @@ def translate_module(module, global_addresses):
         if variable.space == "shared":
             layout.add(variable)
     for entry in module.entries.values():  # variables declared inside a function body
-        for statement in _statements(entry.body):
+        for statement in entry.body.statements():
             variable = parse_variable(statement) if statement.text.startswith(".shared") else None
             if variable:
                 layout.add(variable)
@@ -55,14 +55,6 @@ def translate_module(module, global_addresses):
         _walk(entry.body, builder)
         programs[entry.name] = (entry, builder.finish(), static_bytes)
     return programs
-
-
-def _statements(block):
-    for item in block.items:
-        if isinstance(item, Block):
-            yield from _statements(item)
-        elif not isinstance(item, Label):
-            yield item
 
 
 def _walk(block, builder):
