@@ -49,12 +49,13 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns Y [M, N] and S [M, R], both in x's dtype; ``scaling`` and 1/(1-p) go into S before it is rounded."""
     lora_a, lora_b = _cast(lora_a, x.dtype), _cast(lora_b, x.dtype)
+    seen = x
     if dropout_p > 0.0:
-        dropped = x.masked_fill(_drop_mask(seed, dropout_p, x.shape[0], weight), 0.0)
-        s = _scaled_product(lora_a, dropped.t(), scaling * inverse_keep(dropout_p)).t()
-    else:
-        s = _scaled_product(lora_a, x.t(), scaling).t()
+        seen = x.masked_fill(_drop_mask(seed, dropout_p, x.shape[0], weight), 0.0)
+        scaling *= inverse_keep(dropout_p)
+    s_t = torch.addmm(x.new_empty(lora_a.shape[0], x.shape[0]), lora_a, seen.t(), beta=0, alpha=scaling)
     y = linear(x, weight, bias)
+    s = s_t.t()
     y.addmm_(s, lora_b.t())
     return y, s
 
@@ -73,22 +74,24 @@ def lora_backward(
 ) -> Gradients:
     """Returns dX [M, K] and dbias [N] in x's dtype, dA [R, K] and dB [N, R] in their parameters'."""
     dx = da = db = dbias = drop = None
+    if dropout_p > 0.0 and (needs.dx or needs.da):
+        drop = _drop_mask(seed, dropout_p, dy.shape[0], weight)
+        scaling *= inverse_keep(dropout_p)
+    a, b_t = _cast(lora_a, dy.dtype), _cast(lora_b, dy.dtype).t()
     if needs.dx or needs.da:
-        ds_t = _scaled_product(_cast(lora_b, dy.dtype).t(), dy.t(), scaling)  # [R, M]
-        if dropout_p > 0.0:
-            drop = _drop_mask(seed, dropout_p, dy.shape[0], weight)
+        product_t = linear(b_t, dy)  # Bᵀ·dYᵀ [R, M]
     if needs.dx:
         dx = torch.mm(dy, weight)
         if drop is None:
-            dx.addmm_(ds_t.t(), _cast(lora_a, dy.dtype))
+            dx.addmm_(product_t.t(), a, alpha=scaling)
         else:
-            side = torch.mm(ds_t.t(), _cast(lora_a, dy.dtype)).mul_(inverse_keep(dropout_p))
-            dx += side.masked_fill_(drop, 0.0)
+            side = torch.mm(product_t.t(), a)
+            dx.add_(side.masked_fill_(drop, 0.0), alpha=scaling)
     if needs.da:
         dropped = x if drop is None else x.masked_fill(drop, 0.0)
-        da = _gradient(ds_t, dropped, inverse_keep(dropout_p), lora_a.dtype)
+        da = _gradient(product_t, dropped, scaling, lora_a)
     if needs.db:
-        db = _gradient(s.t(), dy, 1.0, lora_b.dtype).t()
+        db = _gradient(s.t(), dy, 1.0, b_t if lora_b.dtype == dy.dtype else lora_b.t()).t()
     if needs.dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
@@ -98,22 +101,15 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call that does nothing is not free
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale · left·right with one rounding (beta = 0 leaves the uninitialised output unread)."""
-    if scale == 1.0:
-        return torch.mm(left, right)
-    return torch.addmm(left.new_empty(left.shape[0], right.shape[1]), left, right, beta=0, alpha=scale)
-
-
-def _gradient(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale · left [R, M]·right [M, ·] in ``dtype``: a float32 parameter's gradient is added up in float32, a few rows
-    of ``right`` at a time."""
-    if dtype == left.dtype:
-        return _scaled_product(left, right, scale)
-    total = left.new_zeros(left.shape[0], right.shape[1], dtype=dtype)
+def _gradient(left: Tensor, right: Tensor, scale: float, parameter: Tensor) -> Tensor:
+    """scale · left [R, M]·right [M, ·], of ``parameter``'s shape and dtype: a float32 parameter's gradient is added up
+    in float32, a few rows of ``right`` at a time."""
+    if parameter.dtype == left.dtype:
+        return torch.mm(left, right) if scale == 1.0 else torch.addmm(parameter, left, right, beta=0, alpha=scale)
+    total = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
     pieces = zip(left.split(_ROWS_AT_A_TIME, dim=1), right.split(_ROWS_AT_A_TIME), strict=True)
     for some_left, some_right in pieces:
-        total.addmm_(some_left.to(dtype), some_right.to(dtype), alpha=scale)
+        total.addmm_(some_left.to(parameter.dtype), some_right.to(parameter.dtype), alpha=scale)
     return total
 
 
