@@ -9,9 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.queue_order import Schedule
+from benchmarks.queue_order import Schedule, cdiv
 from benchmarks.schedule_fit import Fit
 from benchmarks.schedule_model import LABEL, Machine, Problem, frozen_baseline, simulate
+from fastlora.configs import LADDERS, makes_s_beside
+from fastlora.kernels import cuda
 
 # (N, K): the projections of Llama-3.1-8B, the square ones of 70B, and a small square.
 LAYERS = ((1024, 1024), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -38,6 +40,7 @@ KERNELS = {
     "overlapped stores, multicast": Schedule(),
     "serial tiles": Schedule(overlap=False, cluster=1),
 }
+SHIPPED = {"overlapped stores, multicast": "CUDA", "serial tiles": "Triton"}  # which of our kernels are so
 
 
 def forward_schedules(kernel: Schedule) -> list[Schedule]:
@@ -58,6 +61,15 @@ def backward_schedules(kernel: Schedule) -> list[Schedule]:
     ]
     splits += [replace(kernel, group_m=g, grad_blocks=4, early_db=True, fused=False) for g in (8, 16)]
     return list(dict.fromkeys(forward_schedules(kernel) + splits))
+
+
+def default_schedule(kernel: str, problem: Problem, machine: Machine) -> Schedule:
+    """What our kernels of this kind are launched with, where their tile is the model's: their very own rules."""
+    wide = cuda.SHORT_WIDE_TILE if problem.m <= cuda.SHORT_ROWS else cuda.WIDE_TILE
+    group_m = wide.group_m if SHIPPED[kernel] == "CUDA" else LADDERS["hopper"][0].group_m
+    schedule = replace(KERNELS[kernel], group_m=group_m)
+    n_tiles = cdiv(problem.m, schedule.block_m) * cdiv(problem.width, schedule.block_n)
+    return replace(schedule, fused=makes_s_beside(problem.r, schedule.block_n, n_tiles, machine.sm_count))
 
 
 def neighbours(tokens: int) -> list[int]:
@@ -129,6 +141,30 @@ def best_by_class(rows: list[dict]) -> dict[tuple, list[tuple[float, dict]]]:
     }
 
 
+def defaults_table(rows: list[dict], machine: Machine) -> list[str]:
+    """Markdown lines: what the kernels do by default in each class, and how far that is from the best of the sweep."""
+    found: dict[tuple, list[tuple[Schedule, float, float]]] = defaultdict(list)
+    by_problem: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        by_problem[tuple(row[name] for name in ("kernel", "direction", "m", "n", "k", "r"))].append(row)
+    for (kernel, direction, m, n, k, r), candidates in by_problem.items():
+        default = default_schedule(kernel, Problem(m, n, k, r, direction == "backward"), machine)
+        (ratio,) = (row["ratio"] for row in candidates if row["schedule"] == asdict(default))
+        best = min(row["ratio"] for row in candidates)
+        found[kernel, direction, m, r].append((default, ratio, best))
+    lines = [
+        "| kernels | direction | M | R | GROUP_M | S beside tiles | ratio | best of each layer | gap |",
+        "|" + "---|" * 9,
+    ]
+    for (kernel, direction, m, r), layers in found.items():
+        beside = f"{sum(default.fused for default, *_ in layers)} of {len(layers)} layers"
+        name, group = SHIPPED[kernel], layers[0][0].group_m
+        ratio, best = (geometric_mean([layer[i] for layer in layers]) for i in (1, 2))
+        gap = f"{100 * (ratio / best - 1):.1f}%"
+        lines.append(f"| {name} | {direction} | {m} | {r} | {group} | {beside} | {ratio:.3f} | {best:.3f} | {gap} |")
+    return lines
+
+
 def _mean_of(ranked: list[tuple[float, dict]], **wanted) -> str:
     """The best mean ratio among schedules with these fields, as text."""
     found = [ratio for ratio, schedule in ranked if all(schedule[name] == value for name, value in wanted.items())]
@@ -147,6 +183,12 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         "",
         "Machine: " + ", ".join(f"{name} {value:g}" for name, value in asdict(machine).items()) + ".",
         "",
+        f"## Defaults ({LABEL})",
+        "",
+        "What the kernels are launched with: order wave, a whole group a gradient part, S by the rule of",
+        "`fastlora.configs.makes_s_beside`, against the best schedule of the sweep for each layer by itself.",
+        "",
+        *defaults_table(rows, machine),
     ]
     for kernel in KERNELS:
         for direction in ("forward", "backward"):

@@ -189,17 +189,19 @@ def groups() -> list[Group]:
     for arch, ladder in ((80, "ampere"), (90, "hopper")):
         tile = _square_tile(ladder)
         name = f"Triton, sm_{arch}, tile {tile.block_m}x{tile.block_n}x{tile.block_k}"
-        ours = {"fastlora": partial(count_triton, arch=arch, tile=tile)}
+        ours = {
+            "fastlora": partial(count_triton, arch=arch, tile=replace(tile, fused=True)),
+            "fastlora, S alone": partial(count_triton, arch=arch, tile=replace(tile, fused=False)),
+        }
         made.append(Group(name, arch, tile, tuple(ORDERS), ours))
     wide, small = cuda.CudaTile(128, 256, group_m=2), cuda.CudaTile(64, 128, group_m=4)
     for tile, variants in (
-        (wide, {"S beside tiles": {"fused": True}, "S alone": {}}),
-        (small, {"S beside tiles": {"fused": True}, "S alone": {}, "S alone, 2 parts": {"splits": 2}}),
+        (wide, {"": {"fused": True}, ", S alone": {}}),
+        (small, {"": {"fused": True}, ", S alone": {}, ", S alone, 2 parts": {"splits": 2}}),
     ):
         shape = (tile.block_m, tile.block_n, cuda.STEP)
         ours = {
-            f"fastlora, {label}": partial(count_cuda, tile=replace(tile, **change))
-            for label, change in variants.items()
+            f"fastlora{label}": partial(count_cuda, tile=replace(tile, **change)) for label, change in variants.items()
         }
         name = "CUDA, sm_90a, tile " + "x".join(map(str, shape))
         made.append(Group(name, 90, TileConfig(*shape, 1, 8, 3), ("frozen layer",), ours))

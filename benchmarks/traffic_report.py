@@ -194,10 +194,11 @@ others are each package's order of products and passes from plain kernels of our
   copy counts once; lanes of a warp that ask for the same bytes count once.
 - multiply-adds: of the tensor cores, padding included, as a ratio; matrix instructions are mma.sync or wgmma, whose
   sizes differ between tiles; barriers are a CTA's (each once) and a cluster's. Forward + backward.
-- "S beside tiles": the first column's tiles make S from the blocks of X that they multiply anyway (Triton's kernels
-  do so up to rank 64). "S alone": tiles of their own make it, which read X (dY) once more, out of the last cache, and
-  their row block has S four times as soon: what `fastlora.kernels.cuda.choose_tile` picks. "2 parts": the contraction
-  of each tile is cut in two, for want of tiles; the parts meet in fp32 memory.
+- "fastlora": the first column's tiles make S from the blocks of X that they multiply anyway, as they do in launches of
+  several waves of tiles. "S alone": tiles of their own make it, which read X (dY) once more, out of the last cache, and
+  their row block has S four times as soon: what shorter launches do, whose X fits there, and ranks above 64
+  (`fastlora.configs.makes_s_beside`). "2 parts": the contraction of each tile is cut in two, for want of tiles; the
+  parts meet in fp32 memory.
 """
 
 

@@ -1,10 +1,13 @@
 """Tile configurations, as data, and the pure function that chooses one."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 MAX_RANK = 256
-FUSED_RANK = 64  # up to here column 0 makes S beside its own tile; beyond, two accumulators do not fit
+FUSED_RANK = 64  # up to here column 0 can make S beside its own tile; beyond, two accumulators do not fit
+LONGEST_WAIT = 0.03  # of a launch, for S
+_LEAST_COLUMNS = 32  # a narrower product takes as long: its left operand has to be read all the same
 
 Direction = Literal["forward", "backward"]
 
@@ -18,8 +21,8 @@ class TileConfig:
     gradient_m, gradient_n: rows per step and columns of a gradient tile.
     slice_n: columns of a tile that are finished (low-rank branch, bias, store) at a time.
     programs_per_sm: programs that run on a multiprocessor at once.
-    fused: whether the tiles of column 0 make S beside their own product, up to FUSED_RANK. Tiles of their own read the
-        rows once more, out of L2, but have S ready sooner for the tiles that wait for it.
+    fused: whether the tiles of column 0 make S beside their own product, up to FUSED_RANK; see makes_s_beside, which
+        choose_config asks.
     """
 
     block_m: int
@@ -95,6 +98,22 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
+def makes_s_beside(rank: int, block_n: int, n_tiles: int, n_programs: int) -> bool:
+    """Whether column 0 should make S beside its own tiles of the product, or by short tiles of S alone.
+
+    Beside, S costs no pass over the rows, which column 0 multiplies anyway. But these tiles take longer, by S's share
+    of their columns, and in the first wave everybody waits for them. Alone, S is there before anyone asks for it, for a
+    pass over the rows out of L2. So it is made beside where the wait, once a launch, is at most LONGEST_WAIT of it. How
+    far this is from the best: benchmarks/results/schedule.md, "Defaults".
+
+    Args:
+        rank: of the adapter; block_n: columns of a tile.
+        n_tiles: of the product; n_programs: that run at once.
+    """
+    waves = -(-n_tiles // n_programs)
+    return rank <= FUSED_RANK and max(padded_rank(rank), _LEAST_COLUMNS) <= LONGEST_WAIT * waves * block_n
+
+
 def ladder_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
     """The name of the ladder that serves a GPU of compute capability ``arch`` (90 for 9.0).
 
@@ -112,11 +131,12 @@ def ladder_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
     return family if padded_rank(rank) <= FUSED_RANK else f"{family} wide"
 
 
+@lru_cache(maxsize=4096)
 def choose_config(
     direction: Direction, m: int, n: int, k: int, r: int, *, arch: int, n_sms: int, element_size: int, aligned: bool
 ) -> TileConfig:
     """The largest tile that is not much taller than the problem and still gives every multiprocessor work; where none
-    does, the one that gives the most of them work.
+    does, the one that gives the most of them work. S beside it or alone, as makes_s_beside says.
 
     Args:
         direction: the forward puts out [m, n], the backward [m, k].
@@ -132,4 +152,7 @@ def choose_config(
         return -(-m // config.block_m) * -(-columns // config.block_n)
 
     fitting = [c for c in ladder if c.block_m <= max(16, 1 << (m - 1).bit_length())] or [ladder[-1]]
-    return next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))
+    chosen = next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))
+    # In float32 tiles that make S alone spill at rank 64.
+    fused = element_size == 4 or makes_s_beside(r, chosen.block_n, n_tiles(chosen), n_sms * chosen.programs_per_sm)
+    return replace(chosen, fused=fused)

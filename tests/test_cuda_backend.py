@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,13 +92,14 @@ def test_every_choice_of_tile_can_be_launched(m, n, k, r, n_sms):
     tile = cuda.choose_tile(m, n, k, r, n_sms)
     assert tile.splits <= -(-k // cuda.STEP)
     if r > cuda.SMALL_TILE_RANK:
-        assert tile == cuda.WIDE_TILE
+        assert tile == (cuda.SHORT_WIDE_TILE if m <= 2048 else cuda.WIDE_TILE) and not tile.fused
 
 
 def test_choices_of_tile():
     """Large problems take the large tile; few rows take a small one, enough of them to busy the chip's memory."""
-    assert cuda.choose_tile(8192, 4096, 4096, 16, 132) == cuda.WIDE_TILE
-    assert cuda.choose_tile(16384, 14336, 4096, 64, 132) == cuda.WIDE_TILE
+    for large in ((8192, 4096, 4096, 16), (16384, 14336, 4096, 64)):
+        assert cuda.choose_tile(*large, 132) == replace(cuda.WIDE_TILE, fused=True)
+    assert cuda.choose_tile(2048, 4096, 4096, 16, 132) == cuda.SHORT_WIDE_TILE
     few = cuda.choose_tile(16, 4096, 4096, 16, 132)
     assert few.block_m == 64 and (4096 // few.block_n) * few.splits > 100
     assert cuda.choose_tile(128, 4096, 4096, 16, 132).splits > 1

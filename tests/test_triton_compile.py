@@ -76,9 +76,13 @@ def shipped():
         rank = 256 if wide else FUSED_RANK
         if ladder_for(arch, rank, dtype.itemsize, aligned) != name:
             continue
-        for config, direction in itertools.product(ladder, DIRECTIONS):
+        makes_s = (False,) if wide else (True,) if dtype == torch.float32 else (True, False)  # what may be chosen
+        for config, direction, fused in itertools.product(ladder, DIRECTIONS, makes_s):
             tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-            yield pytest.param(arch, direction, config, rank, dtype, aligned, id=f"sm_{arch}-{name}-{tile}-{direction}")
+            label = f"sm_{arch}-{name}-{tile}-{direction}" + "-alone" * (not fused)
+            yield pytest.param(
+                arch, direction, dataclasses.replace(config, fused=fused), rank, dtype, aligned, id=label
+            )
 
 
 @pytest.mark.parametrize("arch, direction, config, rank, dtype, aligned", list(shipped()))
@@ -106,14 +110,6 @@ def test_the_common_case(monkeypatch, arch, direction, rank):
     assert_fits(kernel, arch, expected_instruction(arch, config, torch.float16))
     loads = kernel.asm["ptx"].count("cp.async.bulk.tensor")
     assert (loads > 0) == (arch >= 90)
-
-
-@pytest.mark.parametrize("arch, name", [(80, "ampere"), (90, "hopper"), (100, "blackwell")])
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_small_ranks_by_tiles_of_their_own(monkeypatch, arch, name, direction):
-    config = dataclasses.replace(LADDERS[name][0], fused=False)
-    kernel, _ = compile_layer(monkeypatch, arch, direction, config, rank=16, dtype=torch.bfloat16, dropout=True)
-    assert_fits(kernel, arch, expected_instruction(arch, config, torch.bfloat16))
 
 
 @pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)

@@ -154,9 +154,11 @@ def shipped():
         aligned = not name.startswith("odd")
         if ladder_for(arch, rank, dtype.itemsize, aligned) != name:
             continue
-        for number, config in enumerate(ladder):
-            tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-            yield pytest.param(arch, config, rank, dtype, aligned, number, id=f"sm_{arch}-{name}-{tile}")
+        makes_s = (False,) if rank > FUSED_RANK else (True,) if dtype == torch.float32 else (True, False)
+        for (number, config), fused in itertools.product(enumerate(ladder), makes_s):
+            label = f"sm_{arch}-{name}-{config.block_m}x{config.block_n}x{config.block_k}" + "-alone" * (not fused)
+            config = dataclasses.replace(config, fused=fused)
+            yield pytest.param(arch, config, rank, dtype, aligned, number + (not fused), id=label)
 
 
 def check_shipped(arch, config, rank, dtype, aligned, number, **altered):

@@ -3,7 +3,7 @@
 The only importer of the compiled extension."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from types import ModuleType
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora import philox, reference
+from fastlora.configs import makes_s_beside
 from fastlora.dispatch import Problem
 from fastlora.kernels.workspace import borrow_workspace
 from fastlora.reference import Gradients, Needs
@@ -28,8 +29,7 @@ class CudaTile:
     group_m: row blocks that share a stretch of the queue, so that their rows stay in L2.
     splits: parts that the contraction of each tile is cut into.
     fused: whether S is made beside the first column's tiles, from what they read anyway, or by short tiles of its own
-        (which ranks above 64 always take). These read X, or dY, once more, out of L2; but S is there four times as
-        soon, nobody waits for it in the first wave, and benchmarks/schedule.py finds them faster at every size.
+        (which ranks above 64 always take); see fastlora.configs.makes_s_beside, which choose_tile asks.
     """
 
     block_m: int
@@ -39,8 +39,11 @@ class CudaTile:
     fused: bool = False
 
 
-# A wave of 132 tiles reads the fewest rows of both operands when it is about as high as wide.
+# A wave of 132 tiles reads the fewest rows of both operands when it is about as high as wide. Few rows make two groups
+# all the same: the gradient tiles of the first run beside products of the second (benchmarks/results/schedule.md).
 WIDE_TILE = CudaTile(128, 256, group_m=16)
+SHORT_WIDE_TILE = replace(WIDE_TILE, group_m=8)
+SHORT_ROWS = 16 * 128
 SMALL_TILES = (CudaTile(128, 128, group_m=12), CudaTile(64, 128, group_m=12))
 SPLITS = (1, 2, 4, 8)
 
@@ -54,14 +57,18 @@ _COMBINE_BYTES_PER_CLOCK = 40
 
 @lru_cache(maxsize=4096)
 def choose_tile(m: int, n: int, k: int, r: int, n_sms: int) -> CudaTile:
-    """The tile for C [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest."""
+    """The tile for C [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest, and who
+    makes S, as makes_s_beside says."""
+    wide = SHORT_WIDE_TILE if m <= SHORT_ROWS else WIDE_TILE
     if r > SMALL_TILE_RANK:
-        return WIDE_TILE
-    candidates = [WIDE_TILE]
+        return wide
+    candidates = [wide]
     for tile in SMALL_TILES:
         candidates += [CudaTile(tile.block_m, tile.block_n, tile.group_m, s) for s in SPLITS if s * STEP <= k]
     # Of equals (memory decides), the smallest: its rows past the end cost least.
-    return min(candidates, key=lambda tile: (_estimated_clocks(tile, m, n, k, n_sms), tile.block_m * tile.block_n))
+    tile = min(candidates, key=lambda tile: (_estimated_clocks(tile, m, n, k, n_sms), tile.block_m * tile.block_n))
+    n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
+    return replace(tile, fused=makes_s_beside(r, tile.block_n, n_tiles, n_sms))
 
 
 def _estimated_clocks(tile: CudaTile, m: int, n: int, k: int, n_sms: int) -> float:
