@@ -1,13 +1,15 @@
 """Host overhead: what one forward and backward costs where the arithmetic is next to nothing."""
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
 
+from fastlora import reference
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.layer import build_variants, make_stage, random_tensors
-from fastlora.bench.peers import FROZEN, Peer
+from fastlora.bench.peers import FROZEN, SCALING, LayerTensors, Peer
 from fastlora.bench.timing import time_calls
 
 CALLS = 100
@@ -18,8 +20,39 @@ def host_case(device: str) -> LayerCase:
     return LayerCase(16, 64, 64, 8, 0.0, "float32" if device == "cpu" else "bfloat16")
 
 
+class _EmptyNode(torch.autograd.Function):
+    """What LoRALinearFunction keeps and returns, without a product."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b):
+        ctx.save_for_backward(x, weight, lora_a, lora_b)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        _, _, lora_a, lora_b = ctx.saved_tensors
+        return dy, None, lora_a, lora_b
+
+
+def floor_calls(tensors: LayerTensors) -> dict[str, Callable[[], None]]:
+    """The two parts that no layer of this kind can do without: its eight products, and its autograd node."""
+    t, needs = tensors, reference.Needs(True, True, True, False)
+    x, a, b = (tensor.detach().requires_grad_(True) for tensor in (t.x, t.lora_a, t.lora_b))
+
+    @torch.no_grad()
+    def products() -> None:
+        _, s = reference.lora_forward(t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, 0.0, None)
+        reference.lora_backward(t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, SCALING, 0.0, None, needs)
+
+    def node() -> None:
+        torch.autograd.grad(_EmptyNode.apply(x, t.weight, a, b), [x, a, b], t.dy)
+
+    return {"floor: products, no autograd": products, "floor: autograd node, no products": node}
+
+
 def measure_host(peers: list[Peer], device: str, seconds: float) -> tuple[list[dict], dict[str, str]]:
-    """µs per call of forward + backward of every variant, and name -> why a variant is missing."""
+    """µs per call of forward + backward of every variant, and name -> why a variant is missing. On a CPU the rows of
+    kind "floor" say of what the time is made."""
     case = host_case(device)
     tensors = random_tensors(case, device, torch.Generator(device=device).manual_seed(0))
     built, missing = build_variants(case, [FROZEN, *(peer for peer in peers if peer is not FROZEN)], tensors)
@@ -33,6 +66,8 @@ def measure_host(peers: list[Peer], device: str, seconds: float) -> tuple[list[d
             stage.backward()
 
         calls[name] = step
+    if device == "cpu":
+        calls |= floor_calls(tensors)
     # On a CPU all of it runs in this thread, backward included; on a GPU the last kernel is waited for.
     clock = time.thread_time if device == "cpu" else time.perf_counter
     timings = time_calls(calls, device, seconds, CALLS, clock)
@@ -41,7 +76,7 @@ def measure_host(peers: list[Peer], device: str, seconds: float) -> tuple[list[d
         {
             "device": device,
             "variant": name,
-            "kind": built[name][0].kind,
+            "kind": built[name][0].kind if name in built else "floor",
             **asdict(case),
             **asdict(timing),
             "ratio_to_frozen": timing.median_us / frozen,
