@@ -281,18 +281,17 @@ def gradient_tile(
     """
     BLOCK_M: tl.constexpr = variant.tile.gradient_m
     BLOCK_N: tl.constexpr = variant.tile.gradient_n
-    BLOCK_R: tl.constexpr = variant.block_r
+    # wgmma's masked operand has to be the right one, as in _make_s; the left one then has the rank for its height.
+    TRANSPOSED: tl.constexpr = DROPOUT and variant.wgmma and left.data.dtype.element_ty.primitive_bitwidth == 16
+    BLOCK_R: tl.constexpr = max(variant.block_r, 64) if TRANSPOSED else variant.block_r
     first_n = tile * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_r < R)[None, :]
-    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    acc = tl.zeros((BLOCK_R, BLOCK_N) if TRANSPOSED else (BLOCK_N, BLOCK_R), tl.float32)
     acc_sum = tl.zeros((BLOCK_N,), tl.float32)
-    # A masked left operand lies in registers. In a pipelined loop Triton 3.6 would load the next step's over it while
-    # wgmma may still read it: PTX leaves the result undefined, and ptxas says nothing.
-    STAGES: tl.constexpr = 1 if DROPOUT and variant.wgmma else None
-    for m in tl.range(part.first_row, part.end_row, BLOCK_M, num_stages=STAGES):
+    for m in tl.range(part.first_row, part.end_row, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         left_block = load_block(left, offs_m, offs_n, part.end_row, N, False, False)
         if column_sum.ptr is not None:
@@ -301,7 +300,12 @@ def gradient_tile(
             if DROPOUT:
                 left_block = tl.where(keep_mask(dropout, offs_m, first_n, N, BLOCK_N), left_block, 0.0)
             right_block = load_block(right, offs_m, offs_r, part.end_row, R, False, False)
-            acc = tl.dot(left_block.T, right_block, acc, input_precision=variant.precision)
+            if TRANSPOSED:
+                acc = tl.dot(right_block.T, left_block, acc, input_precision=variant.precision)
+            else:
+                acc = tl.dot(left_block.T, right_block, acc, input_precision=variant.precision)
+    if TRANSPOSED:
+        acc = acc.T
     if CHAINED and part.index > 0:
         wait_for(count_ptr + tile, part.index)
         if product.ptr is not None:
