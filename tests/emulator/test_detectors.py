@@ -250,6 +250,8 @@ def mutated(case, old, new):
 def describe(row):
     return f"{row[0]}: {row[1][:40]} -> {row[2][:40]}".replace("\n", " ")
 
+    ("vote.sync.ballot.b32 of halves", "0xffff, 0xffff0000,", "0x1ffff, 0xffff8000,",
+     DivergenceError, "name each other"),
 
 @pytest.mark.parametrize("row", MUTANTS, ids=describe)
 def test_the_edit_is_found(row):

@@ -142,6 +142,31 @@ def _grid():
     )
 
 
+def _halves():
+    """The two halves of a warp meet at one instruction, each with a member mask of its own."""
+    x = _x()
+    half = x.view(-1, 16)
+    text = (
+        "mov.u32 %r9, %laneid;\n    setp.lt.u32 %p3, %r9, 16;\n    selp.b32 %r8, 0xffff, 0xffff0000, %p3;\n"
+        "    setp.lt.s32 %p1, {a}, 0;\n    "
+    )
+    negative = half < 0
+    lanes = torch.tensor([1 << i for i in range(32)]).view(2, 16).repeat(_N // 32, 1)
+    ballot = (negative * lanes).sum(1, keepdim=True).expand(half.shape)
+    few = x % 4
+    rows = few.view(-1, 16)
+    equal = ((rows[:, :, None] == rows[:, None, :]) * lanes[:, None, :]).sum(2)
+    results = {
+        "shfl.sync.bfly.b32 {d}, {a}, 3, 31, %r8;": (x, half[:, torch.arange(16) ^ 3]),
+        "vote.sync.ballot.b32 {d}, %p1, %r8;": (x, ballot),
+        "match.any.sync.b32 {d}, {a}, %r8;": (few, equal),
+        "redux.sync.add.s32 {d}, {a}, %r8;": (x, half.long().sum(1, keepdim=True).expand(half.shape)),
+    }
+    for instruction, (source, result) in results.items():
+        wrapped = (result.reshape(-1).long() & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+        yield elementwise(f"{instruction.split()[0]} of halves", text + instruction, [source], [wrapped])
+
+
 def _divergence():
     """A loop that every lane leaves at another time, with a shuffle after it; and a branch inside it."""
     text = """mov.u32 %r9, %laneid;
@@ -240,5 +265,6 @@ def cases():
     yield from _reductions()
     yield from _lanes()
     yield from _grid()
+    yield from _halves()
     yield from _divergence()
     yield from _barriers()

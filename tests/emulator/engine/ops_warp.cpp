@@ -7,11 +7,31 @@ namespace emu {
 namespace {
 
 // The lanes that a .sync instruction names must all be here. Its operand says which; they must include every executing lane.
-bool gather(Warp& warp, u32 mask, Operand members, const char* what) {
-  u32 named = u32(warp.uniform(members, mask, what));
-  if (mask & ~named)
-    fault(ErrorKind::kDivergence, "%s: lanes %08x execute it but are not in its member mask %08x", what, mask & ~named, named);
-  return warp.converged(mask, named & warp.live, what);
+// Lanes that name others (the halves of a warp, each on its own) run apart: `mask` becomes those that can go now, and the
+// rest comes back to the instruction.
+bool gather(Warp& warp, u32& mask, Operand members, const char* what) {
+  u32 first = 0, first_named = 0;
+  for (u32 rest = mask, same; rest; rest &= ~same) {
+    const u32 named = u32(warp.get(members, lowest_lane(rest)));
+    same = 0;
+    for_lanes(rest, [&](u32 l) { same |= u32(u32(warp.get(members, l)) == named) << l; });
+    if (same & ~named)
+      fault(ErrorKind::kDivergence, "%s: lanes %08x execute it but are not in its member mask %08x", what, same & ~named, named);
+    if (rest == mask) first = same, first_named = named;
+    if ((named & warp.live) != same || same == mask) continue;
+    Group others = warp.group();
+    others.pc--;
+    others.mask = mask & ~same;
+    warp.group().mask &= ~others.mask;
+    warp.groups.push_back(others);
+    mask = same;
+    return true;
+  }
+  const u32 need = first_named & warp.live;
+  if (first != mask && !(need & ~mask))
+    fault(ErrorKind::kDivergence, "%s: the member masks of lanes %08x and of lanes %08x differ, but name each other", what, first,
+          need & ~first);
+  return warp.converged(mask, need, what);
 }
 
 // shfl.sync d|p, a, b, c, members; imm: mode (up, down, bfly, idx). Registers: d, p, a, b, c, members.
