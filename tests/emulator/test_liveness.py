@@ -145,6 +145,18 @@ def test_a_spinning_lock_of_one_warp_ends():
         assert launch(body, ["lock", "total"], grid=2, seed=seed)["total"][0] == 64
 
 
+def test_a_lock_that_each_lane_tries_in_turn_ends():
+    """The holder polls too (its volatile read looks like it): those who poll must take turns."""
+    body = pointers("lock", "total") + (
+        "\n$try:\n    atom.global.cas.b32 %r3, [%rd0], 0, 1;\n    setp.ne.s32 %p1, %r3, 0;\n    @%p1 bra $next;\n"
+        "    fence.acq_rel.gpu;\n    ld.volatile.global.u32 %r4, [%rd1];\n    add.s32 %r4, %r4, 1;\n"
+        "    st.volatile.global.u32 [%rd1], %r4;\n    fence.acq_rel.gpu;\n    atom.global.exch.b32 %r5, [%rd0], 0;\n"
+        "$next:\n    @%p1 bra $try;"
+    )
+    for seed in range(4):
+        assert launch(body, ["lock", "total"], grid=2, seed=seed)["total"][0] == 64
+
+
 def test_reading_a_flag_many_times_is_no_deadlock():
     body = (
         pointers("flags")

@@ -139,7 +139,7 @@ void Engine::polled(Warp& warp) {
   }
   if (++idle_polls_ > 20000 + 1000 * clusters_.size() && bulk.empty())
     fault(ErrorKind::kLivelock, "everybody polls and nothing changes");
-  warp.group().yields = true;
+  warp.group().yielded = ++polls_;
   warp.yield();
 }
 
@@ -173,13 +173,13 @@ bool Engine::retry_pollers() {
 
 bool Engine::pick_group(Warp& warp) {
   // The lowest address first: lanes that left a loop early wait for the others where the paths join. But those who poll let
-  // everybody else go first: they may be waiting for a lane of their own warp.
+  // everybody else go first, and each other in turn: they may be waiting for a lane of their own warp.
   Group* best = nullptr;
-  auto before = [](const Group& a, const Group& b) { return a.yields != b.yields ? b.yields : a.pc < b.pc; };
+  auto before = [](const Group& a, const Group& b) { return a.yielded != b.yielded ? a.yielded < b.yielded : a.pc < b.pc; };
   for (Group& group : warp.groups)
     if (group.state == GroupState::kReady && (!best || before(group, *best))) best = &group;
   if (!best) return false;
-  best->yields = false;
+  best->yielded = 0;
   warp.current = size_t(best - warp.groups.data());
   return true;
 }

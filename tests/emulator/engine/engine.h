@@ -131,7 +131,7 @@ struct Engine {
   u64 rng_;
   std::chrono::steady_clock::time_point start_;
   u32 current_pc_ = 0;
-  u64 idle_polls_ = 0, seen_progress_ = 0, retries_ = 0;
+  u64 polls_ = 0, idle_polls_ = 0, seen_progress_ = 0, retries_ = 0;
   friend struct Warp;
 };
 
