@@ -27,6 +27,8 @@ MESSAGE, FENCES = "st.release and ld.acquire", "fences around relaxed accesses"
 WGMMA, STORE, MULTICAST = "wgmma n64", "TMA store (70, 88) torch.bfloat16 at (3, 8), swizzle 128", "TMA multicast"
 LOAD = "TMA load (16, 64) of (70, 88) at (3, 8), swizzle 128, to shared::cluster"
 CLUSTER_BARRIER = "    barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n"
+EVERY_FENCE = "fence.sc of every thread"
+ARRIVING = "cp.async.mbarrier.arrive.noinc"
 
 FIRST_FLAG = "st.release.gpu.global.u32 [%rd2],", "st.relaxed.gpu.global.u32 [%rd2],"
 LAST_FLAG = "st.release.gpu.global.u32 [%rd2+4],", "st.relaxed.gpu.global.u32 [%rd2+4],"
@@ -49,6 +51,14 @@ RACES = [
     (FENCES, "@%p0 fence.acq_rel.gpu;", "@%p0 fence.acq_rel.cta;", RaceError, "data[0]"),
     (FENCES, "    fence.acq_rel.gpu;\n$ready", "$ready", RaceError, "data[0]"),
     ("atom.release and atom.acquire", "atom.release.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
+    # The fence must come after the barrier, unless all threads have one and those are sequentially consistent.
+    (FENCES, "bar.sync 0;\n    @%p0 fence.acq_rel.gpu;", "fence.acq_rel.gpu;\n    bar.sync 0;", RaceError, "data[1]"),
+    (EVERY_FENCE, "fence.sc.gpu;\n    bar.sync 0;", "fence.acq_rel.gpu;\n    bar.sync 0;", RaceError, "data[1]"),
+    (EVERY_FENCE, "fence.sc.gpu;\n    bar.sync 0;", "fence.sc.cta;\n    bar.sync 0;", RaceError, "data["),
+    (EVERY_FENCE, "fence.sc.gpu;\n    bar.sync 0;", "bar.sync 0;", RaceError, "data[0]"),
+    (EVERY_FENCE, "fence.sc.gpu;\n    bar.sync 0;", "fence.sc.gpu;", RaceError, "data[1]"),
+    (EVERY_FENCE, "bar.sync 0;\n    fence.sc.gpu;\n    ld", "bar.sync 0;\n    ld", RaceError, "data[0]"),
+    (EVERY_FENCE, "bar.sync 0;\n    fence.sc.gpu;\n    ld", "fence.sc.gpu;\n    bar.sync 0;\n    ld", None, ""),
     ("atom.release and atom.acquire", "atom.acquire.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
     ("red.release and atom.cas", "red.release.gpu", "red.relaxed.gpu", RaceError, "data[0]"),
     ("atom.shared.add", "bar.sync 0;\n    atom", "atom", RaceError, "shared memory"),

@@ -268,10 +268,18 @@ def _message_passing():
             "atom.acq_rel.gpu.global.cas.b32 %r5, [%rd2], 5, 6;",
             "",
         ),
+        "fence.sc of every thread": (
+            "fence.sc.gpu;\n    bar.sync 0;\n    @%p0 red.relaxed.gpu.global.add.u32 [%rd2], 1;",
+            "ld.relaxed.gpu.global.u32 %r5, [%rd2];",
+            "",
+        ),
         "fence.sc": (fences.replace("acq_rel", "sc"), "ld.relaxed.gpu.global.u32 %r5, [%rd2];", "fence.sc.gpu;"),
     }
     for name, (release, acquire, after) in variants.items():
         body = (head + tail).format(release=release, acquire=acquire, after=after)
+        if name.endswith("every thread"):  # the barriers lie between the fences and the flag
+            body = body.replace("bar.sync 0;\n    fence.sc.gpu;", "fence.sc.gpu;")
+            body = body.replace("bar.sync 0;\n    ld.global", "bar.sync 0;\n    fence.sc.gpu;\n    ld.global")
         args = {"data": torch.zeros(32, dtype=torch.int32), "y": _y(), "flag": torch.zeros(1, dtype=torch.int32)}
         ptx = module(body, dict.fromkeys(args, "u64"))
         yield Case(name, ptx, args, {"y": (torch.arange(32, dtype=torch.int32) + 77).repeat(4)}, grid=(4, 1, 1))

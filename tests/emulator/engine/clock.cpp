@@ -93,6 +93,8 @@ void join_into(ClockSpace& space, Knowledge& into, const Knowledge& from) {
   into.happened = space.join(into.happened, from.happened);
   for (int s = 0; s < kFenceSpaces; s++) into.fenced[s] = space.join(into.fenced[s], from.fenced[s]);
   into.over = space.join(into.over, from.over);
+  into.sc = space.join(into.sc, from.sc);
+  into.sc_due = space.join(into.sc_due, from.sc_due);
 }
 
 void join_over(ClockSpace& space, Knowledge& into, const Knowledge& from) {
@@ -102,9 +104,10 @@ void join_over(ClockSpace& space, Knowledge& into, const Knowledge& from) {
 
 void Gathering::add(ClockSpace& space, const Knowledge& knowledge) {
   any_ = true;
-  const ClockRef* from[] = {&knowledge.happened, &knowledge.fenced[0], &knowledge.fenced[1], &knowledge.over};
-  ClockRef* into[] = {&sum_.happened, &sum_.fenced[0], &sum_.fenced[1], &sum_.over};
-  for (int i = 0; i < 4; i++) {
+  const ClockRef* from[] = {&knowledge.happened, &knowledge.fenced[0], &knowledge.fenced[1],
+                            &knowledge.over,     &knowledge.sc,        &knowledge.sc_due};
+  ClockRef* into[] = {&sum_.happened, &sum_.fenced[0], &sum_.fenced[1], &sum_.over, &sum_.sc, &sum_.sc_due};
+  for (size_t i = 0; i < std::size(into); i++) {
     if (*from[i] == last_[i]) continue;  // the neighbouring lane brought the same clock
     *into[i] = space.join(*into[i], *from[i]);
     last_[i] = *from[i];
@@ -132,7 +135,9 @@ void Gathering::add_over(ClockSpace& space, const Actor& actor) {
 Knowledge Gathering::finish(ClockSpace& space) {
   Knowledge result{space.with(sum_.happened, own_),
                    {space.with(sum_.fenced[0], own_fenced_[0]), space.with(sum_.fenced[1], own_fenced_[1])},
-                   space.with(sum_.over, own_over_)};
+                   space.with(sum_.over, own_over_),
+                   sum_.sc,
+                   sum_.sc_due};
   *this = {};
   return result;
 }

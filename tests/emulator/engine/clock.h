@@ -85,10 +85,14 @@ enum FenceSpace : u8 { kFenceShared, kFenceGlobal, kFenceSpaces };
 
 // What a thread knows: what happened before it, which of it is ordered for the asynchronous proxy too, and what else is
 // over without having been published to it: a later write cannot meet reads and finished copies of that time.
+// Fences that are sequentially consistent have one order for all threads. So where one of them happened before a write, the
+// write was read, and the read happened before another of them, the first comes before the second, whoever wrote and read:
+// `sc` is what was known at such fences that happened before, `sc_due` what the thread's next one will take in.
 struct Knowledge {
   ClockRef happened;
   ClockRef fenced[kFenceSpaces];
   ClockRef over;
+  ClockRef sc, sc_due;
 };
 
 // The agent that performs or vouches for an access.
@@ -120,7 +124,7 @@ class Gathering {
  private:
   void add_own_fences(const Actor& actor);
   Knowledge sum_;
-  ClockRef last_[2 + kFenceSpaces];
+  ClockRef last_[4 + kFenceSpaces];
   std::vector<Stamp> own_, own_fenced_[kFenceSpaces], own_over_;
   bool any_ = false;
 };

@@ -38,6 +38,7 @@ struct Release {
 };
 struct Flag {
   std::vector<Release> releases;
+  ClockRef sc;  // the writers' Knowledge::sc
   std::vector<Warp*> pollers;
 };
 

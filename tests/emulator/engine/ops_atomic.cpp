@@ -42,6 +42,7 @@ void acquire_from(Warp& warp, u32 l, const Flag& flag, const Order& order) {
   Engine& engine = *warp.engine;
   if (!engine.racing()) return;
   for (const Release& release : flag.releases) {
+  if (order.scope == kScopeGpu) warp.knows[l].sc_due = engine.clocks.join(warp.knows[l].sc_due, flag.sc);
     if (!includes(engine, release.scope, release.cta, warp.cta->id) ||
         !includes(engine, order.scope, warp.cta->id, release.cta))
       continue;
@@ -56,7 +57,8 @@ void acquire_from(Warp& warp, u32 l, const Flag& flag, const Order& order) {
 void release_to(Warp& warp, u32 l, Flag& flag, const Order& order, bool continues) {
   Engine& engine = *warp.engine;
   if (!engine.racing()) return;
-  if (!continues) flag.releases.clear();  // a plain store ends the release sequence; a read-modify-write continues it
+  if (!continues) flag.releases.clear(), flag.sc = {};  // a plain store ends the release sequence, others continue it
+  if (order.scope == kScopeGpu) flag.sc = engine.clocks.join(flag.sc, warp.knows[l].sc);
   Gathering gathering;
   Scope scope = order.scope;
   if (order.release) {
@@ -241,19 +243,23 @@ void atomic(Warp& warp, const Instruction& in, u32 mask) {
   engine.maybe_preempt(warp);
 }
 
-// fence.{acq_rel, sc}, membar. imm: scope.
+// fence.{acq_rel, sc}, membar. imm: scope, sequentially consistent.
 void fence(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   if (!engine.racing()) return;
   const Scope scope = Scope(in.imm[0]);
   for_lanes(mask, [&](u32 l) {
+  const bool sc = in.imm[1] && scope == kScopeGpu;
     ThreadFences& fences = warp.fences[l];
     join_into(engine.clocks, warp.knows[l], fences.acquire[0]);
     if (scope != kScopeCta) join_into(engine.clocks, warp.knows[l], fences.acquire[1]);
     Gathering gathering;
+    Knowledge& knows = warp.knows[l];
+    if (sc) knows.happened = engine.clocks.join(knows.happened, knows.sc_due);
     gathering.add(engine.clocks, warp.actor(l));
     fences.release = gathering.finish(engine.clocks);
     fences.scope = scope;
+    if (sc) knows.sc = fences.release.happened;
     warp.now[l]++;
   });
 }
@@ -291,6 +297,7 @@ void Engine::stored(const Place& at, u64 bytes) {
     if (flag == flags.end()) continue;
     flag->second.releases.clear();  // an ordinary store ends a release sequence
     wake_pollers(at.key() + i);
+    flag->second.sc = {};
   }
 }
 

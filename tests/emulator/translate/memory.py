@@ -104,13 +104,13 @@ def _atomic(instruction, builder):
 @translates("fence")
 def _fence(instruction, builder):
     instruction.only("acq_rel", "sc", *_SCOPES)
-    builder.emit("fence", immediates=[_scope(instruction, 3)])
+    builder.emit("fence", immediates=[_scope(instruction, 3), instruction.has("sc")])
 
 
 @translates("membar")
 def _membar(instruction, builder):
     instruction.only("cta", "gl", "sys")
-    builder.emit("fence", immediates=[1 if instruction.has("cta") else 3])
+    builder.emit("fence", immediates=[1 if instruction.has("cta") else 3, True])  # membar is another name of fence.sc
 
 
 @translates("fence.proxy.async")
