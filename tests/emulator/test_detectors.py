@@ -14,6 +14,7 @@ from emulator import (
     DivergenceError,
     EmulatorError,
     LaunchOptions,
+    LivelockError,
     ProxyError,
     RaceError,
     UninitialisedError,
@@ -26,9 +27,9 @@ RING, HANDOVER = "TMA ring", "hand-over through TMA"
 MESSAGE, FENCES = "st.release and ld.acquire", "fences around relaxed accesses"
 WGMMA, STORE, MULTICAST = "wgmma n64", "TMA store (70, 88) torch.bfloat16 at (3, 8), swizzle 128", "TMA multicast"
 LOAD = "TMA load (16, 64) of (70, 88) at (3, 8), swizzle 128, to shared::cluster"
-CLUSTER_BARRIER = "    barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n"
 EVERY_FENCE = "fence.sc of every thread"
 ARRIVING = "cp.async.mbarrier.arrive.noinc"
+CLUSTER_BARRIER = "    barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n"
 
 FIRST_FLAG = "st.release.gpu.global.u32 [%rd2],", "st.relaxed.gpu.global.u32 [%rd2],"
 LAST_FLAG = "st.release.gpu.global.u32 [%rd2+4],", "st.relaxed.gpu.global.u32 [%rd2+4],"
@@ -50,7 +51,6 @@ RACES = [
     (FENCES, "@%p0 fence.acq_rel.gpu;", "", RaceError, "data[0]"),
     (FENCES, "@%p0 fence.acq_rel.gpu;", "@%p0 fence.acq_rel.cta;", RaceError, "data[0]"),
     (FENCES, "    fence.acq_rel.gpu;\n$ready", "$ready", RaceError, "data[0]"),
-    ("atom.release and atom.acquire", "atom.release.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
     # The fence must come after the barrier, unless all threads have one and those are sequentially consistent.
     (FENCES, "bar.sync 0;\n    @%p0 fence.acq_rel.gpu;", "fence.acq_rel.gpu;\n    bar.sync 0;", RaceError, "data[1]"),
     (EVERY_FENCE, "fence.sc.gpu;\n    bar.sync 0;", "fence.acq_rel.gpu;\n    bar.sync 0;", RaceError, "data[1]"),
@@ -59,6 +59,7 @@ RACES = [
     (EVERY_FENCE, "fence.sc.gpu;\n    bar.sync 0;", "fence.sc.gpu;", RaceError, "data[1]"),
     (EVERY_FENCE, "bar.sync 0;\n    fence.sc.gpu;\n    ld", "bar.sync 0;\n    ld", RaceError, "data[0]"),
     (EVERY_FENCE, "bar.sync 0;\n    fence.sc.gpu;\n    ld", "fence.sc.gpu;\n    bar.sync 0;\n    ld", None, ""),
+    ("atom.release and atom.acquire", "atom.release.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
     ("atom.release and atom.acquire", "atom.acquire.gpu", "atom.relaxed.gpu", RaceError, "data[0]"),
     ("red.release and atom.cas", "red.release.gpu", "red.relaxed.gpu", RaceError, "data[0]"),
     ("atom.shared.add", "bar.sync 0;\n    atom", "atom", RaceError, "shared memory"),
@@ -87,6 +88,22 @@ COPIES = [
         "mad.lo.s32 %r6, %r0, 8, %r4;",
         AlignmentError,
         "not aligned to 16",
+    ),
+    (
+        ARRIVING,
+        "cp.async.mbarrier.arrive.noinc.shared::cta.b64",
+        "mbarrier.arrive.shared::cta.b64 _,",
+        RaceError,
+        "still in flight",
+    ),
+    (ARRIVING, "@!%p9 bra $ready;", "", RaceError, "is not ordered after the asynchronous write"),
+    (ARRIVING, "[%r5], 32;", "[%r5], 33;", LivelockError, "everybody polls"),
+    (
+        "cp.async.mbarrier.arrive",
+        "@%p0 mbarrier.arrive.shared::cta.b64 _, [%r5];",
+        "",
+        LivelockError,
+        "everybody polls",
     ),
     (LOAD, "@!%p9 bra $wait_full;", "", RaceError, "still in flight"),
     (LOAD, "[%r5], 2048;", "[%r5], 1024;", DeadlockError, "mbarrier.try_wait"),
@@ -233,6 +250,8 @@ OTHERS = [
      "@%p1 bra $else;\n    vote.sync.any.pred %p2, %p1, -1;\n    bra.uni $end;\n"
      "$else:\n    vote.sync.any.pred %p2, %p1, -1;\n$end:",
      DivergenceError, "wait for each other"),
+    ("vote.sync.ballot.b32 of halves", "0xffff, 0xffff0000,", "0x1ffff, 0xffff8000,",
+     DivergenceError, "name each other"),
     ("bar.sync 0", "bar.sync 0;", "setp.gt.u32 %p7, %r0, 15;\n    @%p7 bar.sync 0;", DivergenceError, "predicated off"),
     ("bar.sync 0", "bar.sync 0;", "setp.gt.u32 %p7, %r0, 31;\n    @%p7 bar.sync 0;", EmulatorError, ""),
     ("bar.sync with a count", "bar.sync 3, 128;", "bar.sync 3, 100;", BarrierError, "for 100 threads"),
@@ -260,8 +279,6 @@ def mutated(case, old, new):
 def describe(row):
     return f"{row[0]}: {row[1][:40]} -> {row[2][:40]}".replace("\n", " ")
 
-    ("vote.sync.ballot.b32 of halves", "0xffff, 0xffff0000,", "0x1ffff, 0xffff8000,",
-     DivergenceError, "name each other"),
 
 @pytest.mark.parametrize("row", MUTANTS, ids=describe)
 def test_the_edit_is_found(row):

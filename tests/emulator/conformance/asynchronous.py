@@ -93,6 +93,39 @@ def _cp_async():
     )
 
 
+def _copies_that_arrive():
+    """An mbarrier instead of cp.async.wait_group: lanes read what others have copied."""
+    x = torch.arange(128, dtype=torch.int32) * 3 + 1
+    for noinc, arrivals in (
+        (".noinc", 32),
+        ("", 1),
+    ):  # without .noinc the copies' arrivals are not among those expected
+        body = pointers("x", "y") + _ADDRESSES
+        body += (
+            f"    @%p0 mbarrier.init.shared::cta.b64 [%r5], {arrivals};\n    bar.sync 0;\n"
+            "    mul.wide.u32 %rd4, %r0, 16;\n    add.s64 %rd0, %rd0, %rd4;\n    mad.lo.s32 %r6, %r0, 16, %r4;\n"
+            "    cp.async.cg.shared.global [%r6], [%rd0], 16;\n"
+            f"    cp.async.mbarrier.arrive{noinc}.shared::cta.b64 [%r5];\n"
+        )
+        if not noinc:
+            body += "    bar.sync 0;\n    @%p0 mbarrier.arrive.shared::cta.b64 _, [%r5];\n"
+        body += "$ready:\n    mbarrier.test_wait.parity.shared::cta.b64 %p9, [%r5], 0;\n    @!%p9 bra $ready;\n"
+        ptx = module(
+            body + _dump(512).replace("add.s32 %r3, %r2, %r4;", "xor.b32 %r3, %r2, 16;\n    add.s32 %r3, %r3, %r4;"),
+            {"x": "u64", "y": "u64"},
+            _SHARED,
+            arch="sm_90",
+        )
+        yield Case(
+            f"cp.async.mbarrier.arrive{noinc}",
+            ptx,
+            {"x": x, "y": torch.zeros_like(x)},
+            {"y": x.view(-1, 4)[torch.arange(32) ^ 1].reshape(-1)},
+            shared_bytes=_SHARED_BYTES,
+            arch="sm_90",
+        )
+
+
 def _mbarriers():
     """64 threads: the first warp writes and arrives, the second waits; two phases."""
     head = pointers("x", "y") + _ADDRESSES
@@ -328,6 +361,7 @@ def _linear_copies():
 
 def cases():
     yield from _cp_async()
+    yield from _copies_that_arrive()
     yield from _mbarriers()
     yield from _tma_loads()
     yield from _tma_stores()

@@ -42,7 +42,8 @@ struct Flag {
   std::vector<Warp*> pollers;
 };
 
-// A bulk copy (TMA). A store reads and writes apart: wait_group.read waits for its reading half only.
+// A bulk copy (TMA), or the cp.async of a thread that an mbarrier waits for. A store reads and writes apart: wait_group.read
+// waits for its reading half only.
 struct BulkCopy {
   u32 pc;
   Cta* cta;  // that issued it
@@ -64,6 +65,7 @@ struct BulkCopy {
   };
   std::vector<Target> targets;  // of a load: one per destination CTA
   std::vector<char> staged;     // of a store, between its halves
+  std::vector<CpAsync> copies;  // instead of parts; their completion is an arrival
 };
 
 struct Engine {
@@ -141,6 +143,7 @@ void run_bulk(Engine& engine, BulkCopy& copy);   // completes a copy
 MBarrier& use_mbarrier(Warp& warp, u32 pc, u32 lane, Cta& cta, u32 offset);
 void check_signalled(Warp& warp, u32 lane, const Cta& cta, const MBarrier& barrier, u32 offset);
 void arrive_tx(Engine& engine, Cta& cta, u32 mbarrier, i64 bytes);
+void arrive_copied(Engine& engine, BulkCopy& copy);  // completes the cp.async that an mbarrier waits for
 void check_barriers_after_exit(Engine& engine, Cta& cta);  // fewer threads to wait for
 
 }  // namespace emu

@@ -35,6 +35,7 @@ struct CpAsync {
   Place shared;
   const char* source;
   bool copied;
+  void copy();
 };
 
 // A register handed to wgmma, as one warp sees it.

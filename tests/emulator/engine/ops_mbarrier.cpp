@@ -41,6 +41,12 @@ void finish_phase(Engine& engine, MBarrier& barrier) {
   engine.wake_all(barrier.waiters);
 }
 
+void expect_arrivals(const MBarrier& barrier, u32 count, u32 offset) {
+  if (count > barrier.pending)
+    fault(ErrorKind::kBarrier, "more arrivals than the %u that the mbarrier at <at:%u:%u> expects", barrier.count, kSharedRegion,
+          offset);
+}
+
 void add_tx(MBarrier& barrier, i64 bytes) {
   barrier.tx += bytes;
   if (barrier.tx > kMaxTx || barrier.tx < -kMaxTx)
@@ -110,9 +116,7 @@ void arrive(Warp& warp, const Instruction& in, u32 mask) {
     u32 tx = in.imm[1] ? u32(warp.get(operand[1], l)) : 0;
     u32 count = in.imm[2] ? u32(warp.get(operand[1 + in.imm[1]], l)) : in.imm[3] ? 1 : 0;
     if (in.n_dst) warp.set(in.reg[0], l, u64(barrier.phase));
-    if (count > barrier.pending)
-      fault(ErrorKind::kBarrier, "more arrivals than the %u that the mbarrier at <at:%u:%u> expects", barrier.count,
-            kSharedRegion, target.offset);
+    expect_arrivals(barrier, count, target.offset);
     const bool foreign = target.cta != warp.cta, releases = in.imm[4] && (!foreign || in.imm[5] > kScopeCta);
     if (count && engine.racing()) {
       Gathering& gathering = barrier.gathering[foreign];
@@ -209,6 +213,18 @@ void check_signalled(Warp& warp, u32 lane, const Cta& cta, const MBarrier& barri
 void arrive_tx(Engine& engine, Cta& cta, u32 mbarrier, i64 bytes) {
   MBarrier& barrier = find(cta, mbarrier);
   add_tx(barrier, -bytes);
+  finish_phase(engine, barrier);
+}
+
+void arrive_copied(Engine& engine, BulkCopy& copy) {
+  const BulkCopy::Target& target = copy.targets[0];
+  MBarrier& barrier = find(*target.cta, target.mbarrier);
+  for (CpAsync& each : copy.copies) {
+    each.copy();
+    each.shared.region->shadow.complete_write(each.shared.offset, each.bytes, barrier.slot, barrier.ever + 1);
+  }
+  expect_arrivals(barrier, 1, target.mbarrier);
+  barrier.pending--;
   finish_phase(engine, barrier);
 }
 

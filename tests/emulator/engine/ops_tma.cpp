@@ -324,6 +324,7 @@ void run_bulk(Engine& engine, BulkCopy& copy) {
     copy.was_written = true;
     return;
   }
+  if (copy.parts.empty()) return arrive_copied(engine, copy);
   for (const BulkCopy::Target& target : copy.targets) {
     const MBarrier& barrier = target.cta->mbarriers[target.mbarrier];
     for (const BulkCopy::Part& part : copy.parts) {

@@ -166,6 +166,13 @@ void Shadow::write(u64 offset, u64 bytes, const Actor& actor, Access by) {
   });
 }
 
+void Shadow::hand_over(u64 offset, u64 bytes, Owner from, Owner to) {
+  if (!enabled()) return;
+  for_cells(offset, bytes, false, [&](Cell& cell, u64) {
+    if (cell.write.owner == from && cell.write.time == kInFlight) cell.write.owner = to;
+  });
+}
+
 void Shadow::complete_write(u64 offset, u64 bytes, Owner owner, Time time) {
   if (!enabled()) return;
   for_cells(offset, bytes, false, [&](Cell& cell, u64) {

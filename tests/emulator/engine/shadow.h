@@ -68,7 +68,9 @@ class Shadow {
   // `by` is recorded as the reader or writer: the actor itself, or an asynchronous agent that it starts.
   void read(u64 offset, u64 bytes, const Actor& actor, const Access& by);
   void write(u64 offset, u64 bytes, const Actor& actor, Access by);
-  // An asynchronous write recorded with time kInFlight has completed.
+  // An asynchronous write recorded with time kInFlight goes on in another's name.
+  void hand_over(u64 offset, u64 bytes, Owner from, Owner to);
+  // It has completed.
   void complete_write(u64 offset, u64 bytes, Owner owner, Time time);
   // Fresh contents, as after an mbarrier's storage is given back.
   void forget(u64 offset, u64 bytes);

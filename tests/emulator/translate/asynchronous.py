@@ -42,6 +42,13 @@ def _wait_all(instruction, builder):
     builder.emit("cp.async.wait_all")
 
 
+@translates("cp.async.mbarrier.arrive")
+def _copies_arrive(instruction, builder):
+    instruction.only("async", "mbarrier", "arrive", "noinc", "shared", "shared::cta", "b64")
+    address, offset = builder.address(instruction.operands[0])
+    builder.emit("cp.async.mbarrier.arrive", [], [address], [offset, instruction.has("noinc")])
+
+
 _SCOPES = {"cta": 1, "cluster": 2}  # Scope of engine/common.h
 _MBARRIER = ("b64", *_SHARED, "release", "acquire", "relaxed", *_SCOPES)
 
