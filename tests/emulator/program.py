@@ -78,10 +78,12 @@ class _ProgramSpec(ctypes.Structure):
 
 
 class Builder:
-    """Collects operations. `symbols` maps variables of the module and parameters of the entry to addresses."""
+    """Collects operations. `symbols` maps variables of the module and parameters of the entry to addresses, `functions`
+    names to the functions that may be called."""
 
-    def __init__(self, symbols):
-        self.symbols = dict(symbols)
+    def __init__(self, symbols, functions):
+        self.symbols, self.functions = dict(symbols), functions
+        self.calls = []  # names of the functions that the statement at hand is inside of
         self.scope = Scope()
         self.operations, self.sites = [], []
         self.counts = [0, 0, 0]

@@ -36,6 +36,7 @@ class Statement:
     line: int
     text: str
     source: str = ""
+    opens_block: bool = False
 
 
 @dataclass
@@ -92,15 +93,26 @@ class Entry:
 
 
 @dataclass
+class Function:
+    """A device function: the names of its results and parameters, which all live in .param space."""
+
+    name: str
+    results: list
+    params: list
+    body: Block
+
+
+@dataclass
 class Module:
     entries: dict
+    functions: dict
     variables: list
 
 
 def parse(text):
     """PTX text -> Module. Raises PtxError with the line for anything that is not understood."""
     root = _scan(text)
-    entries, variables = {}, []
+    entries, functions, variables = {}, {}, []
     items = iter(root.items)
     for item in items:
         if isinstance(item, Block):
@@ -112,15 +124,16 @@ def parse(text):
             entry = _entry(item, next(items))
             entries[entry.name] = entry
         elif ".func" in header:
-            if not header.startswith(".extern"):
-                raise PtxError(f"PTX line {item.line}: functions are not modelled: {header[:80]}")
+            if item.opens_block:
+                function = _function(item, next(items))
+                functions[function.name] = function
         elif variable := parse_variable(item):
             variables.append(variable)
         elif not header.startswith((".pragma", ".alias")):
             raise PtxError(f"PTX line {item.line}: unknown directive {header[:80]}")
     if not entries:
         raise PtxError("no entry in the PTX")
-    return Module(entries, variables)
+    return Module(entries, functions, variables)
 
 
 def _scan(text):
@@ -169,7 +182,7 @@ def _scan(text):
             pending.clear()
         elif token == "{" and not nested and _opens_block(pending):
             if pending:
-                stack[-1].items.append(Statement(start_line, _flat(pending)))
+                stack[-1].items.append(Statement(start_line, _flat(pending), opens_block=True))
                 pending.clear()
             stack.append(Block(line))
         elif token == "}" and not nested:
@@ -248,10 +261,18 @@ def _entry(header, body):
     return Entry(match.group(1), params, body, directives)
 
 
+def _function(header, body):
+    match = re.search(r"\.func\s*(?:\((.*?)\)\s*)?([\w$]+)\s*(?:\((.*?)\))?", header.text)
+    if not match or ".reg" in header.text:
+        raise PtxError(f"PTX line {header.line}: cannot read the function {header.text[:80]!r}")
+    results, params = (re.findall(r"([\w$]+)(?:\[\d+\])?\s*(?:,|$)", match.group(i) or "") for i in (1, 3))
+    return Function(match.group(2), results, params, body)
+
+
 def parse_variable(statement):
     """A Statement that declares a variable -> Variable; None if it does not."""
     match = re.fullmatch(
-        r"(?:\.visible\s+|\.extern\s+|\.weak\s+|\.common\s+)*\.(shared|global|const|local)\s+(?:\.align\s+(\d+)\s+)?"
+        r"(?:\.visible\s+|\.extern\s+|\.weak\s+|\.common\s+)*\.(shared|global|const|local|param)\s+(?:\.align\s+(\d+)\s+)?"
         r"(?:\.attribute\([^)]*\)\s+)?\.(\w+)\s+([\w$]+)\s*((?:\[\d*\])*)\s*(?:=\s*(.*))?",
         statement.text,
     )

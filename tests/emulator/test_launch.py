@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from emulator import BoundsError, LaunchError, LaunchOptions, PtxError, Struct, TensorMap, UninitialisedError, load_ptx
+from emulator import (
+    BoundsError,
+    LaunchError,
+    LaunchOptions,
+    PtxError,
+    Struct,
+    TensorMap,
+    TrapError,
+    UninitialisedError,
+    load_ptx,
+)
 from emulator.conformance.case import module, pointers
 from emulator.engine_library import library, operations
 
@@ -219,13 +229,14 @@ def test_impossible_launches(change, problem):
     ("line", "problem"),
     [
         ("frobnicate.b32 %r1, %r2;", "instruction frobnicate.b32 is not modelled at PTX line 16: frobnicate"),
-        ("add.cc.u32 %r1, %r2, %r3;", "modifier .cc"),
+        ("add.sat.u32 %r1, %r2, %r3;", "modifier .sat"),
         ("add.s32 %r1, %rd2, %r3;", "not of the size"),
         ("add.s32 %r1, %q2, %r3;", "unknown operand '%q2'"),
         ("bra $nowhere;", "unknown label"),
         ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%f1}, {%r1}, {%r2}, {%f2};", "not modelled"),
         ("setmaxnreg.inc.sync.aligned.u32 50;", "multiple of 8"),
-        ("call.uni (%r1), helper, (%r2);", "instruction call.uni is not modelled"),
+        ("call.uni (%r1), vprintf, (%r2);", "this call of vprintf is not modelled at PTX line 16"),
+        ("call (%r1), %rd2, (%r2), prototype;", "this call of %rd2 is not modelled"),
         (".surface thing;", "unknown directive"),
         ("ld.global.b32 %r1, %rd0;", "cannot read the address"),
     ],
@@ -251,10 +262,31 @@ def test_malformed_text():
         ("", "no entry"),
         (COPY.replace(("ret;\n}"), "ret;\n"), "unexpected end"),
         (COPY + "}", "unbalanced"),
-        (".func helper() { ret; }\n" + COPY, "functions are not modelled"),
+        (".func helper(.reg .b32 %r) { ret; }\n" + COPY, "cannot read the function"),
     ):
         with pytest.raises(PtxError, match=problem):
             load_ptx(text)
+
+
+def test_calls_that_cannot_be_copied_are_refused():
+    recursive = ".func helper()\n{\n    call.uni helper;\n    ret;\n}\n"
+    with pytest.raises(PtxError, match="a recursive call of helper is not modelled at PTX line 6.* at PTX line"):
+        load_ptx(module("    call.uni helper;", {"x": "u64"}, recursive))
+    predicated = "    setp.eq.u64 %p1, %rd0, 0;\n    @%p1 call.uni helper;"
+    with pytest.raises(PtxError, match="this call of helper is not modelled"):
+        load_ptx(module(predicated, {"x": "u64"}, ".func helper()\n{\n    ret;\n}\n"))
+
+
+def test_failed_assertions_trap():
+    declared = ".extern .func __assertfail(.param .b64 message, .param .b32 line);\n"
+    body = pointers("x") + (
+        "\n    ld.global.b32 %r1, [%rd0];\n    setp.ne.s32 %p1, %r1, 0;\n    @%p1 bra $ok;\n    {\n"
+        "    .param .b64 param0;\n    .param .b32 param1;\n    call.uni __assertfail, (param0, param1);\n    }\n$ok:"
+    )
+    run = load_ptx(module(body, {"x": "u64"}, declared))
+    run.launch(None, 1, 1, {"x": ints(2)[1:]})
+    with pytest.raises(TrapError, match="PTX line .*__assertfail"):
+        run.launch(None, 1, 1, {"x": ints(1)})
 
 
 def test_source_lines_come_from_loc():

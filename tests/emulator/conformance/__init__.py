@@ -1,12 +1,12 @@
 """One small kernel for each instruction, with what a plain model says it computes; runs in the emulator and on GPUs."""
 
-from . import asynchronous, cluster, floating, integer, matrix, memory, protocol, warp
+from . import asynchronous, cluster, floating, functions, integer, matrix, memory, protocol, warp
 from .case import Case
 from .runners import CudaRunner, EmulatorRunner
 
 __all__ = ["Case", "CudaRunner", "EmulatorRunner", "all_cases"]
 
-_FAMILIES = (integer, floating, memory, warp, matrix, asynchronous, cluster, protocol)
+_FAMILIES = (integer, floating, functions, memory, warp, matrix, asynchronous, cluster, protocol)
 
 
 def all_cases():

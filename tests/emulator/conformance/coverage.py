@@ -31,7 +31,8 @@ def covered() -> frozenset[str]:
 def _all_signatures(ptx: str) -> frozenset[str]:
     # Registers go by one name: thousands of instructions become hundreds.
     root = parse(re.sub(r"(%[a-z]+)\d+", r"\1", ptx))
-    texts = {statement.text for entry in root.entries.values() for statement in entry.body.statements()}
+    functions = (*root.entries.values(), *root.functions.values())
+    texts = {statement.text for function in functions for statement in function.body.statements()}
     return frozenset().union(*map(signatures, texts))
 
 

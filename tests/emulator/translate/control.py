@@ -10,9 +10,16 @@ def _branch(instruction, builder):
     builder.emit_branch(instruction.operands[0])
 
 
+RETURN = "(return)"  # a label that no PTX can have, at the end of a function that is being copied to its call
+
+
 @translates("ret", "exit")
 def _exit(instruction, builder):
-    builder.emit("exit")
+    instruction.only("uni")
+    if instruction.modifiers[0] == "ret" and builder.scope.find("labels", RETURN):
+        builder.emit_branch(RETURN)
+    else:
+        builder.emit("exit")
 
 
 @translates("trap", "brkpt")

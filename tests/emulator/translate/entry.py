@@ -5,7 +5,8 @@ import re
 from ..errors import PtxError
 from ..program import LOCAL_WINDOW, PARAM_WINDOW, Builder, Scope
 from ..ptx import Block, Label, Site, parse_variable, split_operands
-from .registry import Instruction, translate
+from .control import RETURN
+from .registry import Instruction, translate, translates
 
 SHARED_BASE = 1024  # kSharedBase of engine/memory.h
 _STATEMENT = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([\w.:]+)\s*(.*)", re.S)
@@ -40,8 +41,8 @@ def translate_module(module, global_addresses):
     for variable in module.variables:
         if variable.space == "shared":
             layout.add(variable)
-    for entry in module.entries.values():  # variables declared inside a function body
-        for statement in entry.body.statements():
+    for function in (*module.entries.values(), *module.functions.values()):  # variables declared inside its body
+        for statement in function.body.statements():
             variable = parse_variable(statement) if statement.text.startswith(".shared") else None
             if variable:
                 layout.add(variable)
@@ -51,7 +52,7 @@ def translate_module(module, global_addresses):
         symbols = (
             layout.addresses | global_addresses | {param.name: PARAM_WINDOW | param.offset for param in entry.params}
         )
-        builder = Builder(symbols)
+        builder = Builder(symbols, module.functions)
         _walk(entry.body, builder)
         programs[entry.name] = (entry, builder.finish(), static_bytes)
     return programs
@@ -86,7 +87,7 @@ def _declare_registers(statement, builder):
 
 def _directive(statement, builder):
     variable = parse_variable(statement)
-    if variable and variable.space == "local":
+    if variable and variable.space in ("local", "param"):  # parameters of calls are memory of the thread, too
         builder.local_bytes = -(-builder.local_bytes // variable.align) * variable.align
         builder.symbols[variable.name] = LOCAL_WINDOW | builder.local_bytes
         builder.local_bytes = -(-(builder.local_bytes + variable.size) // 16) * 16
@@ -106,6 +107,35 @@ def _instruction(statement, builder):
             builder.guard = (builder.source(guard, "pred") >> 2, bool(negated))
         translate(Instruction(opcode, opcode.split("."), split_operands(operands)), builder)
     except PtxError as error:
-        raise PtxError(f"{error} at {site}", [site]) from None
+        raise PtxError(f"{error} at {site}", [*error.sites, site]) from None
     except (IndexError, KeyError, ValueError) as error:
         raise PtxError(f"cannot translate {site}: {error!r}", [site]) from error
+
+
+@translates("call")
+def _call(instruction, builder):
+    """Functions are copied to where they are called; formal parameters are other names of the actual ones."""
+    instruction.only("uni")
+    operands = list(instruction.operands)
+    results = _names(operands.pop(0)) if operands[0].startswith("(") else []
+    name, *rest = operands
+    if name == "__assertfail":
+        return builder.emit("trap")
+    function = builder.functions.get(name)
+    if function is None or name in builder.calls or builder.guard != (-1, False):
+        raise PtxError(f"{'a recursive' if name in builder.calls else 'this'} call of {name} is not modelled")
+    actual, formal = [*results, *(_names(rest[0]) if rest else [])], [*function.results, *function.params]
+    symbols, scope, site = dict(builder.symbols), builder.scope, builder.site
+    builder.symbols |= {into: symbols[given] for into, given in zip(formal, actual, strict=True)}
+    builder.scope = Scope()  # nothing of the caller's
+    builder.scope.labels[RETURN] = [None]
+    builder.calls.append(name)
+    _walk(function.body, builder)
+    builder.place_label(RETURN)
+    builder.calls.pop()
+    builder.symbols, builder.scope, builder.site = symbols, scope, site
+
+
+def _names(text):
+    """(a, b) -> names."""
+    return split_operands(text.strip("() "))

@@ -1,7 +1,7 @@
 """Loads, stores, atomics, fences and address conversions."""
 
 from ..errors import PtxError
-from ..program import LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
+from ..program import FILE_64, LOCAL_WINDOW, PARAM_WINDOW, SHARED_WINDOW
 from ..ptx import SIZES
 from .registry import translates, vector
 
@@ -142,6 +142,18 @@ def _convert_address(instruction, builder):
         builder.emit("or.b64", [destination], [source, builder.constant(window, 1)])
     else:
         builder.emit("mov.b64", [destination], [source])
+
+
+@translates("isspacep")
+def _is_in_space(instruction, builder):
+    instruction.only("shared", "shared::cta", "shared::cluster", "local", "param", "global")
+    space = instruction.type.partition("::")[0]
+    windows = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
+    window, found = windows.get(space, sum(windows.values())), builder.new_register(FILE_64)
+    address, none = builder.source(instruction.operands[1], "u64"), builder.constant(0, FILE_64)
+    builder.emit("and.b64", [found], [address, builder.constant(window, FILE_64)])
+    equals = int(space != "global")  # Compare of engine/ops_float.cpp: eq or ne
+    builder.emit("setp.u64", [builder.destination(instruction.operands[0], "pred")], [found, none], [equals, 0, 1])
 
 
 @translates("mapa")
