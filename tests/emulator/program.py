@@ -93,6 +93,7 @@ class Builder:
         self.site = None
         self.guard = (-1, False)
         self.branches = []  # operations whose target label is not known yet
+        self._carry = None
 
     # Registers.
 
@@ -108,6 +109,12 @@ class Builder:
         if key not in self.constants:
             self.constants[key] = self.new_register(file)
         return self.constants[key]
+
+    def carry(self):
+        """The predicate that carry chains hand on, CC.CF."""
+        if self._carry is None:
+            self._carry = self.new_register(FILE_PRED)
+        return self._carry
 
     def source(self, text, type_name):
         """A register, constant, special register or symbol, as an operand of this type."""

@@ -1,6 +1,7 @@
 """Floating-point arithmetic, comparisons and conversions against torch."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -99,6 +100,40 @@ def _arithmetic():
         )
 
 
+def _rounded(exact, mode, dtype):
+    """The number of this type next to an exact one, on the side that the rounding mode says."""
+    number = {torch.float32: np.float32, torch.float64: np.float64}[dtype]
+    value = number(float(exact))
+    up = mode == "rp" or (mode == "rz" and exact < 0)
+    while (Fraction(float(value)) < exact) if up else (Fraction(float(value)) > exact):
+        value = np.nextafter(value, number(np.inf if up else -np.inf))
+    while True:
+        closer = np.nextafter(value, number(-np.inf if up else np.inf))
+        if (Fraction(float(closer)) < exact) if up else (Fraction(float(closer)) > exact):
+            return float(value)
+        value = closer
+
+
+def _directed():
+    models = {
+        "add": (2, lambda a, b: a + b),
+        "sub": (2, lambda a, b: a - b),
+        "mul": (2, lambda a, b: a * b),
+        "div": (2, lambda a, b: a / b),
+        "rcp": (1, lambda a: 1 / a),
+        "fma": (3, lambda a, b, c: a * b + c),
+    }
+    for (name, (n, model)), mode, dtype in itertools.product(
+        models.items(), ("rz", "rm", "rp"), (torch.float32, torch.float64)
+    ):
+        sources = [_finite(dtype, seed, 4.0)[:128] for seed in range(20, 20 + n)]
+        exact = [model(*map(Fraction, row)) for row in zip(*(source.tolist() for source in sources), strict=True)]
+        expected = torch.tensor([_rounded(each, mode, dtype) for each in exact], dtype=dtype)
+        operation = f"{name}.{mode}.{_kind(dtype)}"
+        text = f"{operation} {{d}}, {', '.join(f'{{{letter}}}' for letter in _LETTERS[:n])};"
+        yield elementwise(operation, text, sources, [expected])
+
+
 def _flush():
     tiny = torch.tensor([1e-39, -1e-39, 1.5, 2e-38]).repeat(_COUNT // 4)
     flushed = torch.tensor([0.0, -0.0, 3.0, 4e-38]).repeat(_COUNT // 4)
@@ -155,6 +190,28 @@ def _comparisons():
             text = f"setp.{name}.{kind} %p1, {{a}}, {{b}};\n    selp.b32 {{d}}, 1, 0, %p1;"
             arch = "sm_90" if kind == "bf16" else "sm_80"
             yield elementwise(f"setp.{name}.{kind}", text, [a, b], [relation(a.double(), b.double()).int()], arch=arch)
+
+
+def _comparisons_as_numbers():
+    """set, and comparisons of pairs."""
+    for kind, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
+        a, b = floats(dtype, 5, 0.5), floats(dtype, 6, 0.5)
+        arch = "sm_90" if kind == "bf16" else "sm_80"
+        for name in ("gt", "eq"):
+            holds = _FLOAT_RELATIONS[name](a.double(), b.double())
+            for to, expected in (("u32", -holds.int()), (kind, holds.to(dtype))):
+                operation = f"set.{name}.{to}.{kind}"
+                yield elementwise(operation, f"{operation} {{d}}, {{a}}, {{b}};", [a, b], [expected], arch=arch)
+            if kind == "f32":
+                continue
+            packed = [bits(value).view(torch.int32).repeat(2) for value in (a, b)]
+            ones = bits(holds.to(dtype)).view(torch.int32).repeat(2)
+            operation = f"set.{name}.{kind}x2.{kind}x2"
+            yield elementwise(operation, f"{operation} {{d}}, {{a}}, {{b}};", packed, [ones], arch=arch)
+            text = f"setp.{name}.{kind}x2 %p1|%p2, {{a}}, {{b}};\n    selp.b32 {{d}}, 1, 0, %p1;\n"
+            text += "    selp.b32 {e}, 1, 0, %p2;"
+            halves = holds.int().view(-1, 2).repeat(2, 1)
+            yield elementwise(f"setp.{name}.{kind}x2", text, packed, list(halves.T.contiguous()), arch=arch)
 
 
 def _finite(dtype, seed, scale):
@@ -229,8 +286,10 @@ def _integers_to_floats():
 
 def cases():
     yield from _arithmetic()
+    yield from _directed()
     yield from _flush()
     yield from _halves()
     yield from _comparisons()
+    yield from _comparisons_as_numbers()
     yield from _conversions()
     yield from _integers_to_floats()

@@ -37,7 +37,7 @@ def tensor(numbers, bits):
     return torch.tensor([signed(number, bits) for number in numbers], dtype=_DTYPES[bits])
 
 
-def _case(name, instruction, kinds, result_bits, model):
+def _case(name, instruction, kinds, result_bits, model, arch="sm_80"):
     """kinds: type of each source, with a trailing "~" for shift amounts and field positions."""
     columns = [values(int(kind.strip("~")[1:]), seed, small=kind.endswith("~")) for seed, kind in enumerate(kinds)]
     results = [
@@ -45,7 +45,7 @@ def _case(name, instruction, kinds, result_bits, model):
         for row in zip(*columns, strict=True)
     ]
     inputs = [tensor(column, int(kind.strip("~")[1:])) for column, kind in zip(columns, kinds, strict=True)]
-    return elementwise(name, instruction, inputs, [tensor(results, result_bits)])
+    return elementwise(name, instruction, inputs, [tensor(results, result_bits)], arch=arch)
 
 
 def _truncated_division(a, b, bits):
@@ -88,11 +88,66 @@ def _arithmetic():
                 bits * 2,
                 lambda a, b, c: a * b + c,
             )
+        yield _case(
+            f"sad.{kind}", f"sad.{kind} {{d}}, {{a}}, {{b}}, {{c}};", [kind] * 3, bits, lambda a, b, c: c + abs(a - b)
+        )
         if kind[0] == "s":
             yield _case(f"neg.{kind}", f"neg.{kind} {{d}}, {{a}};", [kind], bits, lambda a: -a)
             yield _case(f"abs.{kind}", f"abs.{kind} {{d}}, {{a}};", [kind], bits, abs)
         shift = lambda a, n, bits=bits: a >> min(n, bits)  # noqa: E731
         yield _case(f"shr.{kind}", f"shr.{kind} {{d}}, {{a}}, {{b}};", [kind, "u32~"], bits, shift)
+
+
+def _carries():
+    """Carry chains: CC.CF is what an operation with .cc leaves, as 0 or 1; for a subtraction, what it borrows."""
+    for bits in (32, 64):
+        kind, register = f"u{bits}", "%r" if bits == 32 else "%rd"
+        for root, sign in (("add", 1), ("sub", -1)):
+            chain = (
+                f"{root}.cc.{kind} {register}40, {{a}}, {{b}};\n    {root}c.cc.{kind} {register}41, {{a}}, {{c}};\n"
+                f"    {root}c.{kind} {{d}}, {{b}}, {{c}};\n    xor.b{bits} {{d}}, {{d}}, {register}40;\n"
+                f"    xor.b{bits} {{d}}, {{d}}, {register}41;"
+            )
+
+            def model(a, b, c, bits=bits, sign=sign):
+                first = a + sign * b
+                second = a + sign * (c + (first >> bits & 1))
+                third = b + sign * (c + (second >> bits & 1))
+                return first ^ second ^ third
+
+            yield _case(f"{root}.cc.{kind}", chain, [kind] * 3, bits, model)
+        for sign in "us":
+            kind = f"{sign}{bits}"
+            chain = (
+                f"mad.lo.cc.{kind} {register}40, {{a}}, {{b}}, {{c}};\n"
+                f"    madc.hi.cc.{kind} {register}41, {{a}}, {{b}}, {{c}};\n"
+                f"    madc.lo.{kind} {{d}}, {{b}}, {{c}}, {register}40;\n    xor.b{bits} {{d}}, {{d}}, {register}41;"
+            )
+
+            def multiplied(a, b, c, bits=bits):
+                ones = (1 << bits) - 1
+                low = (a * b & ones) + (c & ones)
+                high = (a * b >> bits & ones) + (c & ones) + (low >> bits)
+                return (b * c + (low & ones) + (high >> bits)) ^ high
+
+            yield _case(f"mad.cc.{kind}", chain, [kind] * 3, bits, multiplied)
+    wide = "mul.lo.u32 %r40, {a}, {b};\n    mad.hi.cc.u32 %r41, {a}, {b}, {c};\n    addc.u32 {d}, %r40, %r41;"
+    ones = 0xFFFFFFFF
+    yield _case(
+        "mad.hi.cc.u32", wide, ["u32"] * 3, 32, lambda a, b, c: a * b + (a * b >> 32) + c + ((a * b >> 32) + c > ones)
+    )
+
+
+def _packed():
+    for kind in ("u16x2", "s16x2"):
+        for name, model in {"add": lambda a, b: a + b, "min": min, "max": max}.items():
+
+            def both(a, b, model=model, kind=kind[:3]):
+                low, high = (model(interpret(a >> at, kind), interpret(b >> at, kind)) & 0xFFFF for at in (0, 16))
+                return low | high << 16
+
+            text = f"{name}.{kind} {{d}}, {{a}}, {{b}};"
+            yield _case(f"{name}.{kind}", text, ["u32"] * 2, 32, both, arch="sm_90")
 
 
 def _reversed(a, bits):
@@ -167,6 +222,8 @@ def _bits():
             )
             find = lambda a: (~a if a < 0 else a).bit_length() - 1  # noqa: E731
             yield _case(f"bfind.{field}", f"bfind.{field} {{d}}, {{a}};", [field], 32, find)
+            shift = lambda a, find=find, top=bits - 1: top - find(a) if find(a) >= 0 else -1  # noqa: E731
+            yield _case(f"bfind.shiftamt.{field}", f"bfind.shiftamt.{field} {{d}}, {{a}};", [field], 32, shift)
     yield _case("prmt", "prmt.b32 {d}, {a}, {b}, {c};", ["u32"] * 3, 32, _permute)
     for table in (0x96, 0xE8, 0x1B, 0xC0):
         yield _case(
@@ -328,6 +385,8 @@ def _philox():
 
 def cases():
     yield from _arithmetic()
+    yield from _carries()
+    yield from _packed()
     yield from _bits()
     yield from _comparisons()
     yield from _moves()

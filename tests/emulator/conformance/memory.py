@@ -292,6 +292,8 @@ def _atomics():
     b[::2] = x[::2]
     swapped = torch.where(x == b, torch.full_like(x, 99), x)
     yield _atomic_case("atom.cas.b32", "atom.acq_rel.gpu.global.cas.b32 {d}, [%rd5], {a}, 99;", x, b, swapped, x)
+    h = [each.short() for each in (x, b, swapped)]
+    yield _atomic_case("atom.cas.b16", "atom.global.cas.b16 {d}, [%rd5], {a}, 99;", *h, h[0])
     f = torch.randn(128, generator=torch.Generator().manual_seed(0))
     yield _atomic_case("atom.add.f32", "atom.global.add.f32 {d}, [%rd5], {a};", f, f.flip(0), f + f.flip(0), f)
     pairs = torch.arange(128) // 2 * 2  # even threads add to their own element and to the next

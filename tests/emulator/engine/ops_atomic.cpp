@@ -9,7 +9,7 @@ namespace emu {
 namespace {
 
 enum class Atomic : i64 { kAdd, kMin, kMax, kAnd, kOr, kXor, kExch, kCas, kInc, kDec };
-enum class Type : i64 { kB32, kU32, kS32, kB64, kU64, kS64, kF32, kF64, kF16x2, kBf16x2, kF16, kBf16 };
+enum class Type : i64 { kB32, kU32, kS32, kB64, kU64, kS64, kF32, kF64, kF16x2, kBf16x2, kF16, kBf16, kB16 };
 
 u32 bytes_of(Type type) {
   switch (type) {
@@ -18,7 +18,8 @@ u32 bytes_of(Type type) {
     case Type::kS64:
     case Type::kF64: return 8;
     case Type::kF16:
-    case Type::kBf16: return 2;
+    case Type::kBf16:
+    case Type::kB16: return 2;
     default: return 4;
   }
 }
@@ -41,8 +42,8 @@ bool includes(const Engine& engine, Scope scope, u32 cta, u32 other) {
 void acquire_from(Warp& warp, u32 l, const Flag& flag, const Order& order) {
   Engine& engine = *warp.engine;
   if (!engine.racing()) return;
-  for (const Release& release : flag.releases) {
   if (order.scope == kScopeGpu) warp.knows[l].sc_due = engine.clocks.join(warp.knows[l].sc_due, flag.sc);
+  for (const Release& release : flag.releases) {
     if (!includes(engine, release.scope, release.cta, warp.cta->id) ||
         !includes(engine, order.scope, warp.cta->id, release.cta))
       continue;
@@ -248,18 +249,18 @@ void fence(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   if (!engine.racing()) return;
   const Scope scope = Scope(in.imm[0]);
-  for_lanes(mask, [&](u32 l) {
   const bool sc = in.imm[1] && scope == kScopeGpu;
+  for_lanes(mask, [&](u32 l) {
     ThreadFences& fences = warp.fences[l];
     join_into(engine.clocks, warp.knows[l], fences.acquire[0]);
     if (scope != kScopeCta) join_into(engine.clocks, warp.knows[l], fences.acquire[1]);
-    Gathering gathering;
     Knowledge& knows = warp.knows[l];
     if (sc) knows.happened = engine.clocks.join(knows.happened, knows.sc_due);
+    Gathering gathering;
     gathering.add(engine.clocks, warp.actor(l));
     fences.release = gathering.finish(engine.clocks);
-    fences.scope = scope;
     if (sc) knows.sc = fences.release.happened;
+    fences.scope = scope;
     warp.now[l]++;
   });
 }
@@ -296,8 +297,8 @@ void Engine::stored(const Place& at, u64 bytes) {
     auto flag = flags.find(at.key() + i);
     if (flag == flags.end()) continue;
     flag->second.releases.clear();  // an ordinary store ends a release sequence
-    wake_pollers(at.key() + i);
     flag->second.sc = {};
+    wake_pollers(at.key() + i);
   }
 }
 

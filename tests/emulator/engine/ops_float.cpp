@@ -1,4 +1,5 @@
 // Floating-point arithmetic and every comparison.
+#include <cfenv>
 #include <cmath>
 
 #include "half.h"
@@ -7,7 +8,9 @@
 namespace emu {
 namespace {
 
-enum FloatFlags : i64 { kFlush = 1, kSaturate = 2, kPropagateNan = 4 };
+// Above them: how to round.
+enum FloatFlags : i64 { kFlush = 1, kSaturate = 2, kPropagateNan = 4, kFlags = 7 };
+constexpr int kRoundings[] = {FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
 
 template <class T> T flush(T x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(T(0), x) : x; }
 
@@ -56,13 +59,14 @@ template <bool kBf16, int kCount> struct Half {
   }
 };
 
-// d = f(operands) by part, with the modifiers of imm[0].
-template <class Type, int kOperands, class F> void compute(Warp& warp, const Instruction& in, u32 mask, F f) {
+// d = f(operands) by part, with the modifiers of imm[0]. Not inline: nothing may move across a change of the rounding mode.
+template <class Type, int kOperands, class F>
+[[gnu::noinline]] void compute(Warp& warp, const Instruction& in, u32 mask, F f) {
   using R = typename Type::R;
   using C = typename Type::C;
   const R* source[3] = {};
   for (int i = 0; i < kOperands; i++) source[i] = raw_lanes<R>(warp, in.reg[1 + i]);
-  const i64 flags = in.imm[0];
+  const i64 flags = in.imm[0] & kFlags;
   if (flags == 0 && Type::kParts == 1) {
     map_lanes<R>(warp, in.reg[0], mask, [=](u32 l) {
       C a = Type::load(source[0][l], 0), b = kOperands > 1 ? Type::load(source[1][l], 0) : C(),
@@ -91,14 +95,21 @@ template <class Type, int kOperands, class F> void compute(Warp& warp, const Ins
   });
 }
 
+template <class Type, int kOperands, class F> void compute_rounded(Warp& warp, const Instruction& in, u32 mask, F f) {
+  const i64 rounding = in.imm[0] / (kFlags + 1);
+  if (rounding) std::fesetround(kRoundings[rounding]);
+  compute<Type, kOperands>(warp, in, mask, f);
+  if (rounding) std::fesetround(FE_TONEAREST);
+}
+
 template <class Type, auto F> void one(Warp& w, const Instruction& in, u32 m) {
-  compute<Type, 1>(w, in, m, [](auto a, auto, auto) { return F(a); });
+  compute_rounded<Type, 1>(w, in, m, [](auto a, auto, auto) { return F(a); });
 }
 template <class Type, auto F> void two(Warp& w, const Instruction& in, u32 m) {
-  compute<Type, 2>(w, in, m, [](auto a, auto b, auto) { return F(a, b); });
+  compute_rounded<Type, 2>(w, in, m, [](auto a, auto b, auto) { return F(a, b); });
 }
 template <class Type, auto F> void three(Warp& w, const Instruction& in, u32 m) {
-  compute<Type, 3>(w, in, m, [](auto a, auto b, auto c) { return F(a, b, c); });
+  compute_rounded<Type, 3>(w, in, m, [](auto a, auto b, auto c) { return F(a, b, c); });
 }
 
 float ex2(float x) { return std::exp2(x); }

@@ -79,6 +79,25 @@ template <class T> u32 bfind(T a) {
   return bits ? kBits<T> - 1 - u32(std::countl_zero(bits)) : ~0u;
 }
 
+template <class T> u32 bfind_shift(T a) {
+  u32 found = bfind(a);
+  return found == ~0u ? found : kBits<T> - 1 - found;
+}
+template <class T> T sad(T a, T b, T c) { return T(u64(c) + (a < b ? u64(b) - u64(a) : u64(a) - u64(b))); }
+// The two halves of a register, each on its own.
+template <class T, auto F> u32 pairs(u32 a, u32 b) { return u32(u16(F(T(a), T(b)))) | u32(F(T(a >> 16), T(b >> 16))) << 16; }
+
+// d = a + b + carry, or a - b - borrow; imm: subtracts. Registers: d, carry out, a, b, carry in.
+template <class T> void add_carry(Warp& warp, const Instruction& in, u32 mask) {
+  for_lanes(mask, [&](u32 l) {
+    const T a = T(warp.get(in.reg[2], l)), b = T(warp.get(in.reg[3], l));
+    const unsigned __int128 other = (unsigned __int128)(b) + warp.get(in.reg[4], l);
+    const unsigned __int128 result = in.imm[0] ? a - other : a + other;
+    warp.set(in.reg[0], l, u64(T(result)));
+    warp.set(in.reg[1], l, u64(result >> kBits<T>) & 1);
+  });
+}
+
 template <class T> void bfe(Warp& warp, const Instruction& in, u32 mask) {
   const Raw<T>* a = raw_lanes<T>(warp, in.reg[1]);
   const u32 *at = warp.lanes32(in.reg[2]), *length = warp.lanes32(in.reg[3]);
@@ -201,6 +220,7 @@ template <class T> void add_arithmetic(OpTable& t, const std::string& type) {
   t.add("min." + type, binary<T, T, minimum<T>>);
   t.add("max." + type, binary<T, T, maximum<T>>);
   t.add("shr." + type, shift<T, shr<T>>);
+  t.add("sad." + type, ternary<T, T, sad<T>>);
   if constexpr (std::is_signed_v<T>) {
     t.add("neg." + type, unary<T, T, negate<T>>);
     t.add("abs." + type, unary<T, T, absolute<T>>);
@@ -222,6 +242,13 @@ template <class T> void add_bits(OpTable& t, const std::string& type) {
 template <class T> void add_fields(OpTable& t, const std::string& type) {
   t.add("bfe." + type, bfe<T>);
   t.add("bfind." + type, unary<u32, T, bfind<T>>);
+  t.add("bfind.shiftamt." + type, unary<u32, T, bfind_shift<T>>);
+}
+
+template <class T> void add_pairs(OpTable& t, const std::string& type) {
+  t.add("add." + type, binary<u32, u32, pairs<T, add<T>>>);
+  t.add("min." + type, binary<u32, u32, pairs<T, minimum<T>>>);
+  t.add("max." + type, binary<u32, u32, pairs<T, maximum<T>>>);
 }
 
 }  // namespace
@@ -246,6 +273,10 @@ void add_integer_ops(OpTable& t) {
   add_fields<i32>(t, "s32");
   add_fields<u64>(t, "u64");
   add_fields<i64>(t, "s64");
+  add_pairs<u16>(t, "u16x2");
+  add_pairs<i16>(t, "s16x2");
+  t.add("carry.b32", add_carry<u32>);
+  t.add("carry.b64", add_carry<u64>);
   t.add("prmt", prmt);
   t.add("lop3", lop3);
   t.add("shf", shf);

@@ -1,11 +1,12 @@
 """Arithmetic, logic, comparisons, moves and conversions."""
 
 from ..errors import PtxError
-from ..program import CLOCKS, file_of
+from ..program import CLOCKS, FILE_32, FILE_PRED, file_of
 from ..ptx import SIZES
 from .registry import translates, vector
 
 FLUSH, SATURATE, PROPAGATE_NAN = 1, 2, 4  # FloatFlags of engine/ops_float.cpp
+_DIRECTED = {"rz": 8, "rm": 16, "rp": 24}
 _INTEGERS = {f"{sign}{bits}" for sign in "us" for bits in (16, 32, 64)}
 _FLOATS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2"}
 
@@ -15,18 +16,47 @@ def _compute(instruction, builder, name, n_sources):
     sources = [builder.source(text, kind) for text in instruction.operands[1 : 1 + n_sources]]
     immediates = []
     if kind in _FLOATS:
-        instruction.only("rn", "ftz", "sat", "NaN", "approx", "full", "noftz", kind)
+        directed = _DIRECTED if kind in ("f32", "f64") else {}
+        instruction.only("rn", "ftz", "sat", "NaN", "approx", "full", "noftz", *directed, kind)
         immediates = [
             FLUSH * instruction.has("ftz") | SATURATE * instruction.has("sat") | PROPAGATE_NAN * instruction.has("NaN")
         ]
+        immediates[0] |= sum(bits for name, bits in directed.items() if instruction.has(name))
     builder.emit(f"{name}.{kind}", [builder.destination(instruction.operands[0], kind)], sources, immediates)
 
 
 @translates("add", "sub", "min", "max", "div", "rem", "copysign")
 def _binary(instruction, builder):
-    if instruction.type in _INTEGERS:
+    if instruction.type not in _FLOATS:
         instruction.only(instruction.type)
     _compute(instruction, builder, instruction.modifiers[0], 2)
+
+
+@translates("add.cc", "addc", "sub.cc", "subc", "mad.lo.cc", "mad.hi.cc", "madc")
+def _carry_chain(instruction, builder):
+    """The carry is one predicate of the whole program; a mad adds its product."""
+    root, kind = instruction.modifiers[0], instruction.type
+    multiplies = root.startswith("mad")
+    instruction.only("cc", kind, *(("lo", "hi") if multiplies else ()))
+    sources = [builder.source(text, kind) for text in instruction.operands[1:]]
+    if multiplies:
+        product = builder.new_register(file_of(kind))
+        builder.emit(f"mul.{instruction.modifiers[1]}.{kind}", [product], sources[:2])
+        sources[:2] = [product]
+    carry_in = builder.carry() if root.endswith("c") else builder.constant(0, FILE_PRED)
+    carry_out = builder.carry() if instruction.has("cc") else builder.new_register(FILE_PRED)
+    builder.emit(
+        f"carry.b{SIZES[kind] * 8}",
+        [builder.destination(instruction.operands[0], kind), carry_out],
+        [*sources, carry_in],
+        [root.startswith("sub")],
+    )
+
+
+@translates("sad")
+def _sum_of_differences(instruction, builder):
+    instruction.only(instruction.type)
+    _compute(instruction, builder, "sad", 3)
 
 
 @translates("neg", "abs", "ex2", "lg2", "rcp", "sqrt", "rsqrt", "sin", "cos", "tanh")
@@ -82,10 +112,10 @@ def _funnel_shift(instruction, builder):
 @translates("popc", "clz", "brev", "bfind")
 def _bit_count(instruction, builder):
     root, kind = instruction.modifiers[0], instruction.type
-    instruction.only(kind)
+    instruction.only(kind, *(("shiftamt",) if root == "bfind" else ()))
     result = kind if root == "brev" else "u32"
     builder.emit(
-        f"{root}.{kind}",
+        instruction.opcode,
         [builder.destination(instruction.operands[0], result)],
         [builder.source(instruction.operands[1], kind)],
     )
@@ -146,6 +176,11 @@ _COMPARISONS |= {f"{name}u": 8 | _COMPARISONS[name] for name in ("eq", "ne", "lt
 _COMBINATIONS = {"and": 1, "or": 2, "xor": 3}
 
 
+def _comparison(kind):
+    kind = kind.removesuffix("x2")
+    return f"setp.{kind.replace('b', 'u') if kind[0] == 'b' and kind != 'bf16' else kind}"
+
+
 @translates("setp")
 def _set_predicate(instruction, builder):
     kind, operands = instruction.type, instruction.operands
@@ -155,10 +190,42 @@ def _set_predicate(instruction, builder):
         raise PtxError(f"{instruction.opcode} is not modelled")
     destinations = [builder.destination(text.strip(), "pred") for text in operands[0].split("|")]
     sources = [builder.source(text, kind) for text in operands[1:3]]
+    if kind.endswith("x2") and not combination and len(destinations) == 2:
+        for destination, half in zip(destinations, _parts(sources, kind, builder), strict=True):
+            builder.emit(_comparison(kind), [destination], half, [_COMPARISONS[comparison], 0, 1])
+        return
+    if kind.endswith("x2"):
+        raise PtxError(f"{instruction.opcode} is not modelled")
     if combination:
         sources.append(builder.source(operands[3], "pred"))
-    name = f"setp.{kind.replace('b', 'u') if kind[0] == 'b' and kind != 'bf16' else kind}"
-    builder.emit(name, destinations, sources, [_COMPARISONS[comparison], combination, len(destinations)])
+    builder.emit(_comparison(kind), destinations, sources, [_COMPARISONS[comparison], combination, len(destinations)])
+
+
+@translates("set")
+def _set_value(instruction, builder):
+    """A comparison as a number: all ones as an integer, 1 as a float."""
+    root, comparison, *flush, to, kind = instruction.modifiers
+    bits = SIZES[to] * 8 // (2 if kind.endswith("x2") else 1)
+    true = {"u": (1 << bits) - 1, "s": (1 << bits) - 1, "f": {32: 0x3F800000, 16: 0x3C00}.get(bits), "b": 0x3F80}[to[0]]
+    if set(flush) - {"ftz"} or true is None or SIZES[to] == 8:
+        raise PtxError(f"{instruction.opcode} is not modelled")
+    results = []
+    for sources in _parts([builder.source(text, kind) for text in instruction.operands[1:]], kind, builder):
+        holds, result = builder.new_register(FILE_PRED), builder.new_register(FILE_32)
+        builder.emit(_comparison(kind), [holds], sources, [_COMPARISONS[comparison], 0, 1])
+        builder.emit("selp.b32", [result], [builder.constant(true, FILE_32), builder.constant(0, FILE_32), holds])
+        results.append(result)
+    builder.emit("pack", [builder.destination(instruction.operands[0], to)], results, [bits])
+
+
+def _parts(sources, kind, builder):
+    """The operands of each half of a packed type; of any other, the operands."""
+    if not kind.endswith("x2"):
+        return [sources]
+    halves = [[builder.new_register(FILE_32) for _ in range(2)] for _ in sources]
+    for source, parts in zip(sources, halves, strict=True):
+        builder.emit("unpack", parts, [source], [16])
+    return list(zip(*halves, strict=True))
 
 
 @translates("mov")

@@ -76,7 +76,7 @@ def _walk(block, builder):
 
 
 def _declare_registers(statement, builder):
-    match = re.fullmatch(r"\.reg\s+\.(\w+)\s+(.*)", statement.text)
+    match = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", statement.text)
     if not match:
         raise PtxError(f"PTX line {statement.line}: cannot read {statement.text!r}")
     for name in split_operands(match.group(2)):

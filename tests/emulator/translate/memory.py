@@ -72,7 +72,7 @@ def _store(instruction, builder):
 
 
 _ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")
-_ATOMIC_TYPES = ("b32", "u32", "s32", "b64", "u64", "s64", "f32", "f64", "f16x2", "bf16x2", "f16", "bf16")
+_ATOMIC_TYPES = ("b32", "u32", "s32", "b64", "u64", "s64", "f32", "f64", "f16x2", "bf16x2", "f16", "bf16", "b16")
 
 
 @translates("atom", "red")
