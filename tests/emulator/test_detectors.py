@@ -230,7 +230,7 @@ OTHERS = [
     ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];",
      "ld.shared.b32 %r6, [%rd5+512];", UninitialisedError, "uninitialised shared memory"),
     ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];",
-     "ld.shared.b32 %r6, [%rd5+1024];", BoundsError, "shared memory"),
+     "ld.shared.b32 %r6, [%rd5+1024];", BoundsError, "shared memory +1148, which has 1024 bytes"),
     ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];",
      "ld.shared.b32 %r6, [%rd5+130];", AlignmentError, "not aligned to 4"),
     ("shared by symbol", "ld.shared.b32 %r6, [%rd5+128];", "ld.shared.b32 %r6, [%rd5+-500];", BoundsError, "below"),

@@ -29,8 +29,9 @@ struct Region {
 
   void check(u64 offset, u64 n, bool write) const {
     const char* what = write ? "write" : "read";
+    const u64 own = id == kSharedRegion ? bytes - kSharedBase : bytes;
     if (offset + n > bytes || offset + n < n)
-      fault(ErrorKind::kBounds, "%s of %llu bytes at <at:%u:%lld>, which has %llu bytes", what, n, id, offset, bytes);
+      fault(ErrorKind::kBounds, "%s of %llu bytes at <at:%u:%lld>, which has %llu bytes", what, n, id, offset, own);
     if (row_stride && offset % row_stride + n > row_bytes)
       fault(ErrorKind::kBounds, "%s of %llu bytes at <at:%u:%lld> runs past the end of a row of %llu bytes", what, n, id,
             offset, row_bytes);
