@@ -207,6 +207,8 @@ class Builder:
     # Operations.
 
     def emit(self, name, destinations=(), sources=(), immediates=()):
+        if name not in operations():
+            raise PtxError(f"{name} is not modelled")
         operation = Operation(
             name, list(destinations), list(sources), [int(value) for value in immediates], *self.guard
         )

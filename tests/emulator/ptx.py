@@ -276,7 +276,7 @@ def parse_variable(statement):
         r"(?:\.attribute\([^)]*\)\s+)?\.(\w+)\s+([\w$]+)\s*((?:\[\d*\])*)\s*(?:=\s*(.*))?",
         statement.text,
     )
-    if not match:
+    if not match or match.group(3) not in SIZES:
         return None
     space, align, kind, name, extents, value = match.groups()
     size = SIZES[kind]

@@ -12,6 +12,7 @@ _FLOATS = {"f32", "f64", "f16", "bf16", "f16x2", "bf16x2"}
 
 
 def _compute(instruction, builder, name, n_sources):
+    instruction.takes(1 + n_sources)
     kind = instruction.type
     sources = [builder.source(text, kind) for text in instruction.operands[1 : 1 + n_sources]]
     immediates = []
@@ -38,6 +39,7 @@ def _carry_chain(instruction, builder):
     root, kind = instruction.modifiers[0], instruction.type
     multiplies = root.startswith("mad")
     instruction.only("cc", kind, *(("lo", "hi") if multiplies else ()))
+    instruction.takes(3 + multiplies)
     sources = [builder.source(text, kind) for text in instruction.operands[1:]]
     if multiplies:
         product = builder.new_register(file_of(kind))
@@ -77,6 +79,7 @@ def _multiply(instruction, builder):
         return _compute(instruction, builder, "mul" if root == "mul" else "fma", n_sources)
     part = instruction.modifiers[1]
     instruction.only("lo", "hi", "wide", kind)
+    instruction.takes(1 + n_sources)
     result = f"{kind[0]}{int(kind[1:]) * 2}" if part == "wide" else kind
     sources = [builder.source(text, kind) for text in operands[1:3]]
     if root == "mad":
@@ -88,6 +91,7 @@ def _multiply(instruction, builder):
 def _logic(instruction, builder):
     kind = instruction.type
     instruction.only(kind)
+    instruction.takes(2 if instruction.modifiers[0] in ("not", "cnot") else 3)
     sources = [builder.source(text, kind) for text in instruction.operands[1:]]
     builder.emit(f"{instruction.modifiers[0]}.{kind}", [builder.destination(instruction.operands[0], kind)], sources)
 
@@ -103,6 +107,7 @@ def _shift(instruction, builder):
 @translates("shf")
 def _funnel_shift(instruction, builder):
     direction, mode, kind = instruction.modifiers[1:]
+    instruction.takes(4)
     sources = [builder.source(text, kind) for text in instruction.operands[1:]]
     builder.emit(
         "shf", [builder.destination(instruction.operands[0], kind)], sources, [direction == "l", mode == "wrap"]
@@ -125,6 +130,7 @@ def _bit_count(instruction, builder):
 def _bit_field(instruction, builder):
     root, kind, operands = instruction.modifiers[0], instruction.type, instruction.operands
     n_values = 1 if root == "bfe" else 2
+    instruction.takes(3 + n_values)
     sources = [builder.source(text, kind) for text in operands[1 : 1 + n_values]]
     sources += [builder.source(text, "u32") for text in operands[1 + n_values :]]
     builder.emit(f"{root}.{kind}", [builder.destination(operands[0], kind)], sources)
@@ -134,6 +140,7 @@ def _bit_field(instruction, builder):
 def _bytes(instruction, builder):
     root, operands = instruction.modifiers[0], instruction.operands
     instruction.only("b32", "u32", "s32")
+    instruction.takes(4 + (root == "lop3"))
     immediates = [builder.number(operands[4])] if root == "lop3" else []
     if root == "dp4a" and len(set(instruction.modifiers[1:])) != 1:
         raise PtxError("dp4a of mixed signedness is not modelled")
@@ -188,6 +195,7 @@ def _set_predicate(instruction, builder):
     combination = next((_COMBINATIONS[name] for name in rest if name in _COMBINATIONS), 0)
     if set(rest) - set(_COMBINATIONS) - {"ftz"}:
         raise PtxError(f"{instruction.opcode} is not modelled")
+    instruction.takes(3 + bool(combination))
     destinations = [builder.destination(text.strip(), "pred") for text in operands[0].split("|")]
     sources = [builder.source(text, kind) for text in operands[1:3]]
     if kind.endswith("x2") and not combination and len(destinations) == 2:
@@ -204,7 +212,8 @@ def _set_predicate(instruction, builder):
 @translates("set")
 def _set_value(instruction, builder):
     """A comparison as a number: all ones as an integer, 1 as a float."""
-    root, comparison, *flush, to, kind = instruction.modifiers
+    _, comparison, *flush, to, kind = instruction.modifiers
+    instruction.takes(3)
     bits = SIZES[to] * 8 // (2 if kind.endswith("x2") else 1)
     true = {"u": (1 << bits) - 1, "s": (1 << bits) - 1, "f": {32: 0x3F800000, 16: 0x3C00}.get(bits), "b": 0x3F80}[to[0]]
     if set(flush) - {"ftz"} or true is None or SIZES[to] == 8:

@@ -39,6 +39,7 @@ def _activemask(instruction, builder):
 
 @translates("setmaxnreg")
 def _set_registers(instruction, builder):
+    instruction.only("inc", "dec", "sync", "aligned", "u32")
     count = builder.number(instruction.operands[0])
     if count % 8 or not 24 <= count <= 256:
         raise PtxError("setmaxnreg wants a multiple of 8 between 24 and 256")
@@ -59,6 +60,8 @@ def _barrier(instruction, builder):
         destinations = [builder.destination(operands.pop(0), "u32" if mode == _POPC else "pred")]
         voted = [builder.source(operands.pop(), "pred")]
     counts = [builder.source(text, "u32") for text in operands]
+    if not 1 <= len(counts) <= 2:
+        raise PtxError(f"{instruction.opcode} with {len(instruction.operands)} operands is not modelled")
     builder.emit("bar", destinations, counts + voted, [mode, aligned, len(counts) > 1])
 
 

@@ -4,7 +4,7 @@ import re
 
 from ..errors import PtxError
 from ..program import LOCAL_WINDOW, PARAM_WINDOW, Builder, Scope
-from ..ptx import Block, Label, Site, parse_variable, split_operands
+from ..ptx import SIZES, Block, Label, Site, parse_variable, split_operands
 from .control import RETURN
 from .registry import Instruction, translate, translates
 
@@ -79,6 +79,8 @@ def _declare_registers(statement, builder):
     match = re.fullmatch(r"\.reg\s*\.(\w+)\s+(.*)", statement.text)
     if not match:
         raise PtxError(f"PTX line {statement.line}: cannot read {statement.text!r}")
+    if SIZES.get(match.group(1), 16) > 8:
+        raise PtxError(f"PTX line {statement.line}: unknown type .{match.group(1)} of registers")
     for name in split_operands(match.group(2)):
         family = re.fullmatch(r"([%\w$]+)<(\d+)>", name)
         for each in [f"{family.group(1)}{i}" for i in range(int(family.group(2)))] if family else [name]:

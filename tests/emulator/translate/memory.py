@@ -47,12 +47,21 @@ def _order(instruction, offset, default_scope):
     return [_space(instruction), offset, _scope(instruction, default_scope), acquire, release]
 
 
+def _elements(instruction, operand):
+    """The registers of a load or store, as many as it says."""
+    names = vector(instruction.operands[operand])
+    expected = next((int(name[1:]) for name in _VECTORS if instruction.has(name)), 1)
+    if len(names) != expected or SIZES[instruction.type] > 8:
+        raise PtxError(f"{instruction.opcode} of {len(names)} registers is not modelled")
+    return names
+
+
 @translates("ld", "ldu")
 def _load(instruction, builder):
     kind = instruction.type
     instruction.only(*_SPACES, *_SCOPES, *_CACHE, *_VECTORS, *_SEMANTICS, kind)
     address, offset = builder.address(instruction.operands[1])
-    destinations = [builder.any_destination(name, kind) for name in vector(instruction.operands[0])]
+    destinations = [builder.any_destination(name, kind) for name in _elements(instruction, 0)]
     if instruction.has(*_SEMANTICS):
         builder.emit("ld.strong", destinations, [address], [*_order(instruction, offset, 3), SIZES[kind]])
     else:
@@ -64,7 +73,7 @@ def _store(instruction, builder):
     kind = instruction.type
     instruction.only(*_SPACES, *_SCOPES, *_CACHE, *_VECTORS, *_SEMANTICS, kind)
     address, offset = builder.address(instruction.operands[0])
-    values = [builder.any_register(name, kind) for name in vector(instruction.operands[1])]
+    values = [builder.any_register(name, kind) for name in _elements(instruction, 1)]
     if instruction.has(*_SEMANTICS):
         builder.emit("st.strong", [], [address, *values], [*_order(instruction, offset, 3), SIZES[kind]])
     else:

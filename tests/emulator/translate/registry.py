@@ -32,6 +32,11 @@ class Instruction:
     def type(self):
         return self.modifiers[-1]
 
+    def takes(self, n):
+        """Refuses another number of operands."""
+        if len(self.operands) != n:
+            raise PtxError(f"{self.opcode} with {len(self.operands)} operands is not modelled")
+
     def only(self, *allowed):
         """Refuses modifiers that the translator does not know: none may be ignored by accident."""
         for modifier in self.modifiers[1:]:
