@@ -262,6 +262,11 @@ def _integers_to_floats():
     for bits_, dtype in ((16, torch.int16), (32, torch.int32), (64, torch.int64)):
         n = torch.randint(-(2 ** (bits_ - 1)), 2 ** (bits_ - 1) - 1, (_COUNT,), generator=generator).to(dtype)
         yield elementwise(f"cvt.rn.f64.s{bits_}", f"cvt.rn.f64.s{bits_} {{d}}, {{a}};", [n], [n.double()])
+    for mode, sign, dtype in itertools.product(("rz", "rm", "rp"), "us", (torch.float32, torch.float64)):
+        exact = [Fraction(number % 2**64 if sign == "u" else number) for number in n.tolist()]
+        expected = torch.tensor([_rounded(number, mode, dtype) for number in exact], dtype=dtype)
+        name = f"cvt.{mode}.{_kind(dtype)}.{sign}64"
+        yield elementwise(name, f"{name} {{d}}, {{a}};", [n], [expected])
     kinds = [f"{sign}{width}" for sign in "us" for width in (8, 16, 32, 64)]
     for source, destination in itertools.product(kinds, kinds):
         # 8-bit values live in 16-bit registers: a source is their low byte, a result is extended.

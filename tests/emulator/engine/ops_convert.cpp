@@ -70,6 +70,24 @@ u64 float_to_integer(Type type, double value, Rounding rounding) {
   return whole <= 0 ? 0 : u64(whole);
 }
 
+// `again`: what does not fit is kept as an odd last bit, so that rounding once more, to fewer bits, rounds as if only once.
+double integer_to_double(u64 magnitude, bool negative, Rounding rounding, bool again) {
+  const int surplus = int(std::bit_width(magnitude)) - 53;
+  u64 kept = magnitude;
+  if (surplus > 0) {
+    const u64 rest = magnitude & ((1ull << surplus) - 1), half = 1ull << (surplus - 1);
+    kept >>= surplus;
+    if (again)
+      kept |= rest != 0;
+    else if (rounding == Rounding::kNearestEven)
+      kept += rest > half || (rest == half && kept & 1);
+    else
+      kept += rest && rounding == (negative ? Rounding::kDown : Rounding::kUp);
+  }
+  const double value = std::ldexp(double(kept), std::max(surplus, 0));
+  return negative ? -value : value;
+}
+
 i64 sign_extend(u64 raw, u32 bits) { return i64(raw << (64 - bits)) >> (64 - bits); }
 
 // imm: destination and source type, rounding, saturate, flush subnormals, ReLU, round to an integer.
@@ -90,13 +108,10 @@ void general(Warp& warp, const Instruction& in, u32 mask) {
                is_signed(to) ? u64(sign_extend(u64(value), bits_of(to))) : u64(value) & (~0ull >> (64 - bits_of(to))));
     } else if (!is_float(from)) {
       u32 bits = bits_of(from);
-      if (to == Type::kF32 && rounding == Rounding::kNearestEven) {  // straight from 64 bits: through double would round twice
-        float value = is_signed(from) ? float(sign_extend(raw, bits)) : float(bits == 64 ? raw : raw & ((1ull << bits) - 1));
-        warp.set(in.reg[0], l, std::bit_cast<u32>(value));
-      } else {
-        double value = is_signed(from) ? double(sign_extend(raw, bits)) : double(bits == 64 ? raw : raw & ((1ull << bits) - 1));
-        warp.set(in.reg[0], l, store_float(to, value, rounding));
-      }
+      const bool negative = is_signed(from) && sign_extend(raw, bits) < 0;
+      u64 magnitude = negative ? 0 - u64(sign_extend(raw, bits)) : raw & (~0ull >> (64 - bits));
+      double value = integer_to_double(magnitude, negative, rounding, to != Type::kF64);
+      warp.set(in.reg[0], l, store_float(to, value, rounding));
     } else {
       double value = load_float(from, raw);
       if (flush && std::fabs(value) < 0x1p-126) value = std::copysign(0.0, value);
