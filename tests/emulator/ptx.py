@@ -285,11 +285,16 @@ def parse_variable(statement):
     initial = b""
     if value:
         try:
-            numbers = [int(word.rstrip("U"), 0) for word in value.strip("{} ").split(",")]
+            numbers = [_initial_value(word.strip()) for word in value.strip("{} ").split(",")]
         except ValueError:
             raise PtxError(f"PTX line {statement.line}: cannot read the initial value of {name}") from None
         initial = b"".join((number % (1 << 8 * SIZES[kind])).to_bytes(SIZES[kind], "little") for number in numbers)
     return Variable(name, space, int(align or SIZES[kind]), size, initial)
+
+
+def _initial_value(word):
+    """An integer; of a floating-point constant, which is written in hexadecimal, its bits."""
+    return int(word[2:], 16) if re.match("0[fFdD]", word) else int(word.rstrip("U"), 0)
 
 
 def split_operands(text):

@@ -96,6 +96,23 @@ def test_floats():
     assert y[0] == 1.75
 
 
+def test_initial_values_of_variables():
+    """As nvcc writes them: floats by their bits, arrays by their bytes, trailing zeros left out."""
+    variables = (
+        ".global .align 4 .f32 single = 0f40500000;\n.const .align 8 .f64 double = 0dC004000000000000;\n"
+        ".global .align 4 .b8 bytes[8] = {0, 0, 128, 63};\n.global .align 8 .u64 wide = 12;"
+    )
+    body = pointers("y") + (
+        "\n    ld.global.f32 %f1, [single];\n    ld.const.f64 %fd1, [double];\n"
+        "    ld.global.v2.f32 {%f2, %f3}, [bytes];\n"
+        "    ld.global.u64 %rd1, [wide];\n    cvt.rn.f32.f64 %f4, %fd1;\n    cvt.rn.f32.u64 %f5, %rd1;\n"
+        "    st.global.v4.f32 [%rd0], {%f1, %f2, %f3, %f4};\n    st.global.f32 [%rd0+16], %f5;"
+    )
+    y = torch.full((5,), -1.0)
+    load_ptx(module(body, {"y": "u64"}, variables)).launch(None, 1, 1, {"y": y})
+    assert y.tolist() == [3.25, 1.0, 0.0, -2.5, 12.0]
+
+
 def test_structures_by_value():
     y = torch.zeros(2, dtype=torch.int32)
     body = (
