@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastlora.bench import timing
+from fastlora.bench import host, timing
 from fastlora.bench.cases import CPU_HEADLINE, RANKS, TOKENS, LayerCase, preset_cases
 from fastlora.bench.cost import Cost, pass_cost
 from fastlora.bench.layer import input_sets, random_tensors
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
 from fastlora.bench.peaks import larger_peaks
+from fastlora.bench.peers import FASTLORA
 from fastlora.bench.timing import HostClock, Stage, summarise, time_calls, time_interleaved
 
 MIB = 2**20
@@ -135,6 +136,26 @@ def test_calls_are_timed_in_blocks():
     found = time_calls({name: call(name) for name in counts}, "cpu", seconds=0.0, calls=10)
     assert counts["a"] == counts["b"] == 10 * (timing.MIN_ROUNDS + 1)
     assert found["a"].rounds == timing.MIN_ROUNDS
+
+
+def test_host_overhead_waits_for_no_other_thread(monkeypatch):
+    threads = []
+    timed = host.time_calls
+
+    def recorded(*arguments):
+        threads.append(torch.get_num_threads())
+        return timed(*arguments)
+
+    monkeypatch.setattr(host, "time_calls", recorded)
+    monkeypatch.setattr(host, "CALLS", 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        rows, _ = host.measure_host([FASTLORA], "cpu", 0.0)
+        assert threads == [1] and torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert {row["variant"] for row in rows} == {"frozen", "fastlora"}
 
 
 def test_saved_bytes_count_storages_once_and_parameters_never():

@@ -1,7 +1,8 @@
 """Host overhead: what one forward and backward costs where the arithmetic is next to nothing."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import torch
@@ -50,6 +51,18 @@ def floor_calls(tensors: LayerTensors) -> dict[str, Callable[[], None]]:
     return {"floor: products, no autograd": products, "floor: autograd node, no products": node}
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch computes in the calling thread alone. Threads of its pool have nothing to gain at this size, but a caller
+    that waits for one spins, which is time of its own: a busy machine then multiplied the figures by hundreds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def measure_host(peers: list[Peer], device: str, seconds: float) -> tuple[list[dict], dict[str, str]]:
     """µs per call of forward + backward of every variant, and name -> why a variant is missing. On a CPU the rows of
     kind "floor" say of what the time is made."""
@@ -70,7 +83,8 @@ def measure_host(peers: list[Peer], device: str, seconds: float) -> tuple[list[d
         calls |= floor_calls(tensors)
     # On a CPU all of it runs in this thread, backward included; on a GPU the last kernel is waited for.
     clock = time.thread_time if device == "cpu" else time.perf_counter
-    timings = time_calls(calls, device, seconds, CALLS, clock)
+    with one_thread():
+        timings = time_calls(calls, device, seconds, CALLS, clock)
     frozen, peft = timings[FROZEN.name].median_us, timings.get("peft")
     rows = [
         {

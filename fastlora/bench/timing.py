@@ -158,7 +158,8 @@ def time_calls(
 ) -> dict[str, Timing]:
     """Time per call of short functions, in interleaved blocks of ``calls``; the device is waited for once a block.
 
-    ``clock=time.thread_time`` counts this thread's own work alone, which other processes do not lengthen.
+    ``clock=time.thread_time`` counts this thread's own work alone, which other processes do not lengthen as long as it
+    waits for no other thread.
     """
     method = "host" if clock is time.perf_counter else "thread CPU time"
     samples: dict[str, list[float]] = {name: [] for name in variants}
