@@ -100,6 +100,47 @@ def test_a_wrong_output_is_found(function, dtype):
         check(peer, LayerCase(64, 48, 32, 8, 0.5, dtype))
 
 
+def with_own_mask(function):
+    """A variant whose mask nobody knows, drawn by ``function(x, p)``: what it drops, as 0, and 1 elsewhere."""
+
+    def layer_of(x, weight, lora_a, lora_b, scaling, dropout_p):
+        dropped = x * function(x, dropout_p) / (1 - dropout_p)
+        return decompositions.eager(dropped, weight * 0, lora_a, lora_b, scaling, 0.0) + x @ weight.t()
+
+    return Peer("own", _from_function(layer_of), "package", mask=None)
+
+
+def own_mask(x, dropout_p):
+    return (torch.rand(x.shape[1], x.shape[0]).t() >= dropout_p).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_a_mask_that_nobody_knows_is_read_from_the_variant(dropout, dtype):
+    check(with_own_mask(own_mask), LayerCase(37, 29, 43, 5, dropout, dtype))
+
+
+def seedless_mask(x, dropout_p):
+    return (torch.rand(x.shape, generator=SEEDLESS) >= dropout_p).to(x.dtype)
+
+
+SEEDLESS = torch.Generator().manual_seed(5)
+WRONG_DROPOUT = {
+    "wrong scaling": (_from_function(lambda *a: decompositions.eager(*a[:4], 7 * a[4], a[5])), "y is off"),
+    "no dropout": (_from_function(lambda *a: decompositions.eager(*a[:5], 0.0)), "drops 0.0000 of the elements"),
+    "half as much": (with_own_mask(lambda x, p: own_mask(x, p / 2)).build, "of the elements where 0.5 were asked for"),
+    "kept but scaled": (with_own_mask(lambda x, p: torch.ones_like(x)).build, "drops 0.0000 of the elements"),
+    "a seed of its own": (with_own_mask(seedless_mask).build, "cannot be checked"),
+}
+
+
+@pytest.mark.parametrize("defect", WRONG_DROPOUT)
+def test_wrong_dropout_of_a_variant_with_its_own_mask_is_found(defect):
+    build, message = WRONG_DROPOUT[defect]
+    with pytest.raises(WrongResult, match=message):
+        check(Peer("own", build, "package", mask=None), LayerCase(64, 48, 32, 8, 0.5, "float32"))
+
+
 def absent(case, tensors):
     raise ImportError("No module named 'absent'")
 

@@ -11,6 +11,9 @@ SEED = 1234
 # missing 1 / (1 - p) at p = 0.1 still 0.08.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
+# How far a mask's share of dropped elements may be off: standard deviations, and the rounding of p to eight random bits.
+MASK_DEVIATIONS, MASK_ROUNDING = 6, 2**-9
+
 
 class WrongResult(Exception):
     """A variant's output or gradient differs from the reference by more than rounding."""
@@ -40,25 +43,9 @@ def check_variant(peer: Peer, layer: Layer, case: LayerCase, tensors: LayerTenso
     Raises:
         WrongResult: naming the variant, the tensor and its error.
     """
-    dropout_p, mask = case.dropout, None
-    evaluated = bool(dropout_p) and peer.mask is None and layer.module is not None
-    if evaluated:  # nobody knows its mask: check it with dropout off
-        layer.module.eval()
-        dropout_p = 0.0
-    elif dropout_p and peer.mask is None:
-        return
-    layer.load(tensors)
-    x = tensors.x.detach().requires_grad_(True)
-    if dropout_p:
-        mask = _mask(peer, case, tensors)
-    torch.manual_seed(SEED)
-    y = layer.call(x)
-    trained = layer.trained
-    found = dict(zip(("dx", "lora_a", "lora_b"), torch.autograd.grad(y, [x, *trained], tensors.dy), strict=False))
-    found["y"] = y.detach()
-    if evaluated:
-        layer.module.train()
-    for name, wanted in expected(tensors, mask, dropout_p, bool(trained)).items():
+    mask = _mask(peer, layer, case, tensors) if case.dropout and peer.kind != "frozen" else None
+    found = _step(layer, tensors)
+    for name, wanted in expected(tensors, mask, case.dropout, bool(layer.trained)).items():
         value = found[name].double()
         if layer.transposed and name.startswith("lora"):
             value = value.t()
@@ -70,11 +57,46 @@ def check_variant(peer: Peer, layer: Layer, case: LayerCase, tensors: LayerTenso
             )
 
 
-def _mask(peer: Peer, case: LayerCase, tensors: LayerTensors) -> Tensor:
+def _step(layer: Layer, tensors: LayerTensors) -> dict[str, Tensor]:
+    """Output and gradients by the names of :func:`expected`, with the mask that follows torch.manual_seed(SEED)."""
+    layer.load(tensors)
+    x = tensors.x.detach().requires_grad_(True)
+    torch.manual_seed(SEED)
+    y = layer.call(x)
+    gradients = torch.autograd.grad(y, [x, *layer.trained], tensors.dy)
+    return {"y": y.detach(), **dict(zip(("dx", "lora_a", "lora_b"), gradients, strict=False))}
+
+
+def _mask(peer: Peer, layer: Layer, case: LayerCase, tensors: LayerTensors) -> Tensor:
     """The mask that the variant draws after torch.manual_seed(SEED)."""
+    if peer.mask is None:
+        return _read_mask(peer, layer, case, tensors)
     torch.manual_seed(SEED)
     if peer.mask == "torch":
         return torch_mask(tensors.x, case.dropout)
     from fastlora.philox import draw_seed, keep_mask
 
     return keep_mask(draw_seed(tensors.x.device), case.dropout, case.m, case.k, tensors.x.device)
+
+
+def _read_mask(peer: Peer, layer: Layer, case: LayerCase, tensors: LayerTensors) -> Tensor:
+    """The mask of a variant that draws it in a way of its own, seen in its dX: with W0 = 0 and constant A, B and dY,
+    dX is one constant where an element is kept and 0 where it is dropped.
+
+    Raises:
+        WrongResult: the mask does not follow torch.manual_seed, or drops another share of the elements.
+    """
+    probe = LayerTensors(
+        x=torch.ones_like(tensors.x),
+        dy=torch.ones_like(tensors.dy),
+        weight=torch.zeros_like(tensors.weight),
+        lora_a=torch.full_like(tensors.lora_a, 1 / case.r),
+        lora_b=torch.full_like(tensors.lora_b, 1 / case.n),
+    )
+    mask, again = (_step(layer, probe)["dx"] != 0 for _ in range(2))
+    if not torch.equal(mask, again):
+        raise WrongResult(f"{peer.name}: its dropout cannot be checked, as it does not follow torch.manual_seed")
+    dropped, spread = 1 - mask.double().mean().item(), (case.dropout * (1 - case.dropout) / mask.numel()) ** 0.5
+    if abs(dropped - case.dropout) > MASK_DEVIATIONS * spread + MASK_ROUNDING:
+        raise WrongResult(f"{peer.name}: drops {dropped:.4f} of the elements where {case.dropout:g} were asked for")
+    return mask

@@ -30,13 +30,11 @@ class Layer:
     """A built layer: ``call`` maps x [M, K] to y [M, N]; its parameters by the names of LayerTensors.
 
     transposed: its parameters are those tensors transposed.
-    module: what to put into eval() to switch dropout off; None where there is no such module.
     """
 
     call: Callable[[Tensor], Tensor]
     parameters: dict[str, nn.Parameter]
     transposed: bool = False
-    module: nn.Module | None = None
 
     def load(self, tensors: LayerTensors) -> None:
         """Points every parameter at this set's tensors."""
@@ -60,7 +58,7 @@ class Peer:
     kind: "frozen" (no adapter), "ours", "backend" (one of ours by name, which may not serve every case), "package" (the
         real thing) or "stand-in" (our rewrite of its order).
     dropout: whether it can drop at all.
-    mask: who draws the mask: "torch" (one F.dropout of x), "fastlora", or None (unknown: checked with dropout off).
+    mask: who draws the mask: "torch" (one F.dropout of x), "fastlora", or None (unknown: read out of its dX).
     """
 
     name: str
@@ -94,7 +92,7 @@ def _from_function(function: Callable[..., Tensor], pass_dropout: bool = True) -
 def _build_frozen(case: LayerCase, tensors: LayerTensors) -> Layer:
     layer = nn.Linear(case.k, case.n, bias=False, device="meta")
     layer.weight = _frozen_parameter(tensors.weight)
-    return Layer(layer, {"weight": layer.weight}, module=layer)
+    return Layer(layer, {"weight": layer.weight})
 
 
 def _build_fastlora(case: LayerCase, tensors: LayerTensors) -> Layer:
@@ -105,7 +103,7 @@ def _build_fastlora(case: LayerCase, tensors: LayerTensors) -> Layer:
     layer = LoRALinear.from_linear(base, r=case.r, alpha=SCALING * case.r, dropout=case.dropout)
     layer.lora_A, layer.lora_B = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
     parameters = {"weight": layer.weight, "lora_a": layer.lora_A, "lora_b": layer.lora_B}
-    return Layer(layer, parameters, module=layer)
+    return Layer(layer, parameters)
 
 
 def _fastlora_backend(backend: str) -> Builder:
@@ -130,13 +128,13 @@ def _build_peft(case: LayerCase, tensors: LayerTensors) -> Layer:
     layer.base_layer.weight = _frozen_parameter(tensors.weight)
     lora_a.weight, lora_b.weight = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
     parameters = {"weight": layer.base_layer.weight, "lora_a": lora_a.weight, "lora_b": lora_b.weight}
-    return Layer(layer, parameters, module=layer)
+    return Layer(layer, parameters)
 
 
 def _build_compiled_peft(case: LayerCase, tensors: LayerTensors) -> Layer:
     layer = _build_peft(case, tensors)
     torch._dynamo.reset()
-    return Layer(torch.compile(layer.module, dynamic=False), layer.parameters, module=layer.module)
+    return Layer(torch.compile(layer.call, dynamic=False), layer.parameters)
 
 
 def _build_loralib(case: LayerCase, tensors: LayerTensors) -> Layer:
@@ -146,7 +144,7 @@ def _build_loralib(case: LayerCase, tensors: LayerTensors) -> Layer:
     layer.weight = _frozen_parameter(tensors.weight)
     layer.lora_A, layer.lora_B = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
     parameters = {"weight": layer.weight, "lora_a": layer.lora_A, "lora_b": layer.lora_B}
-    return Layer(layer, parameters, module=layer)
+    return Layer(layer, parameters)
 
 
 def _build_torchtune(case: LayerCase, tensors: LayerTensors) -> Layer:
@@ -156,7 +154,7 @@ def _build_torchtune(case: LayerCase, tensors: LayerTensors) -> Layer:
     layer.weight = _frozen_parameter(tensors.weight)
     layer.lora_a.weight, layer.lora_b.weight = nn.Parameter(tensors.lora_a), nn.Parameter(tensors.lora_b)
     parameters = {"weight": layer.weight, "lora_a": layer.lora_a.weight, "lora_b": layer.lora_b.weight}
-    return Layer(layer, parameters, module=layer)
+    return Layer(layer, parameters)
 
 
 def _build_unsloth(case: LayerCase, tensors: LayerTensors) -> Layer:
