@@ -1,5 +1,6 @@
 """Every variant computes the layer it claims to, and a wrong one is never timed."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from fastlora.bench import decompositions, layer
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import WrongResult, check_variant
-from fastlora.bench.layer import build_variants, measure_layer, random_tensors
+from fastlora.bench.layer import build_variants, make_stage, measure_layer, random_tensors
 from fastlora.bench.peers import (
     FASTLORA,
     FROZEN,
@@ -171,6 +172,45 @@ def test_a_wrong_peer_is_listed_but_wrong_code_of_ours_stops_the_run():
             build_variants(case, [FROZEN, replace(wrong, kind=kind)], tensors_of(case))
 
 
+def failing_later(calls):
+    """A variant that is right for so many calls and fails from then on."""
+    left = iter(range(calls))
+
+    def function(x, weight, lora_a, lora_b, scaling, dropout_p):
+        if next(left, None) is None:
+            raise RuntimeError("no more")
+        return decompositions.eager(x, weight, lora_a, lora_b, scaling, dropout_p)
+
+    return Peer("failing later", _from_function(function), "package")
+
+
+@pytest.mark.parametrize("calls", [1, 3, 6])
+def test_a_peer_that_fails_after_its_check_is_listed_and_the_rest_is_measured(calls, monkeypatch):
+    monkeypatch.setattr(layer, "MAX_SETS", 3)
+    case = LayerCase(8, 8, 8, 2, 0.0, "float32")
+    rows, missing = measure_layer(case, [FASTLORA, failing_later(calls)], "cpu", PEAKS, seconds=0.0)
+    assert {row["variant"] for row in rows} == {"frozen", "fastlora"}
+    assert missing == {"failing later": "RuntimeError: no more"}
+
+
+def test_a_step_leaves_nothing_behind():
+    """What is left would be counted into the next step's peak, and freed within it."""
+    case = LayerCase(8, 8, 8, 2, 0.0, "float32")
+    tensors, outputs = tensors_of(case), []
+
+    def function(x, weight, lora_a, lora_b, scaling, dropout_p):
+        y = decompositions.eager(x, weight, lora_a, lora_b, scaling, dropout_p)
+        outputs.append(weakref.ref(y))
+        return y
+
+    stage = make_stage(_from_function(function)(case, tensors), tensors)
+    stage.prepare()
+    stage.forward()
+    assert outputs[0]() is not None
+    stage.backward()
+    assert outputs[0]() is None
+
+
 def test_a_backend_that_cannot_serve_a_case_is_listed():
     case = LayerCase(8, 8, 8, 2, 0.0, "float32")
     cuda = Peer("fastlora[cuda]", _fastlora_backend("cuda"), "backend", mask="fastlora")
@@ -207,12 +247,18 @@ def test_users_own_peers_are_found_by_module_and_function(monkeypatch, tmp_path)
         "def build(weight, lora_a, lora_b, scaling, dropout_p):\n"
         "    return lambda x: linear(x, weight) + scaling * linear(linear(x, lora_a), lora_b)\n"
     )
+    (tmp_path / "half_lora.py").write_text("def build(:\n")
+    (tmp_path / "bare_lora.py").write_text("raise RuntimeError('needs a GPU')\n")
+    (tmp_path / "no_lora.py").write_text("build = 1\n")
     monkeypatch.syspath_prepend(tmp_path)
     check(find_peer("own_lora:build"), LayerCase(9, 8, 7, 3, 0.0, "float32"))
     for name, message in [
         ("nobody", "unknown peer 'nobody'"),
         ("own_lora:other", "cannot be loaded"),
         ("no_such_module_at_all:build", "cannot be loaded"),
+        ("half_lora:build", "cannot be loaded: SyntaxError"),
+        ("bare_lora:build", "cannot be loaded: RuntimeError: needs a GPU"),
+        ("no_lora:build", "cannot be called: it is of type int"),
     ]:
         with pytest.raises(ValueError, match=message):
             find_peer(name)

@@ -37,6 +37,8 @@ class LayerCase:
     def __post_init__(self):
         if min(self.m, self.n, self.k, self.r) < 1:
             raise ValueError(f"sizes must be at least 1, got M {self.m}, N {self.n}, K {self.k}, R {self.r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout:g}")
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; choose one of {', '.join(DTYPES)}")
 

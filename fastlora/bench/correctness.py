@@ -11,7 +11,7 @@ SEED = 1234
 # missing 1 / (1 - p) at p = 0.1 still 0.08.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
 
-# How far a mask's share of dropped elements may be off: standard deviations, and the rounding of p to eight random bits.
+# How far the share of dropped elements may be off: standard deviations, and the rounding of p to eight random bits.
 MASK_DEVIATIONS, MASK_ROUNDING = 6, 2**-9
 
 

@@ -54,6 +54,7 @@ def make_stage(layer: Layer, tensors: LayerTensors) -> Stage:
 
     def backward() -> None:
         torch.autograd.grad(held[0], [x, *layer.trained], tensors.dy)
+        held[0] = None  # or the next step's peak would begin with this output, and free it on the way
 
     return Stage(prepare, forward, backward)
 
@@ -78,16 +79,20 @@ def build_variants(
         try:
             layer = peer.build(case, tensors)
             check_variant(peer, layer, case, tensors)
-        except ImportError as error:
-            missing[peer.name] = f"not installed: {error}"
         except Exception as error:
-            if peer.kind in ("ours", "frozen") or (peer.kind == "backend" and isinstance(error, WrongResult)):
-                raise
-            # A peer's own failure must not cost the user the rest of the run; the report names it.
-            missing[peer.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            missing[peer.name] = _why_missing(peer, error)
         else:
             built[peer.name] = (peer, layer)
     return built, missing
+
+
+def _why_missing(peer: Peer, error: Exception) -> str:
+    """A peer's own failure must not cost the user the rest of the run: the report names it. Ours is raised again."""
+    if isinstance(error, ImportError):
+        return f"not installed: {error}"
+    if peer.kind in ("ours", "frozen") or (peer.kind == "backend" and isinstance(error, WrongResult)):
+        raise error
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def measure_layer(case: LayerCase, peers: list[Peer], device: str, peaks: dict, seconds: float) -> tuple[list, dict]:
@@ -108,8 +113,16 @@ def measure_layer(case: LayerCase, peers: list[Peer], device: str, peaks: dict, 
     built, missing = build_variants(case, peers, sets[0])
     tflops, gbs = peaks["matmul_tflops"][case.dtype], peaks["copy_gbs"]
     use_graphs = device == "cuda" and pass_cost(case, "step", lora=True).floor_us(tflops, gbs) < GRAPH_BELOW_US
-    stages = {name: [make_stage(layer, tensors) for tensors in sets] for name, (_, layer) in built.items()}
-    counts = {name: _counts(layer, stages[name][0], device) for name, (_, layer) in built.items()}
+    stages, counts = {}, {}
+    for name, (peer, layer) in list(built.items()):
+        stages[name] = [make_stage(layer, tensors) for tensors in sets]
+        try:
+            counts[name] = _counts(layer, stages[name][0], device)
+            for stage in stages[name][1:]:  # once each: what fails from the second call on fails here, and not amid all
+                _run_step(stage)
+        except Exception as error:
+            missing[name] = _why_missing(peer, error)
+            del stages[name], built[name]
     notes: dict[str, str] = {}
     if use_graphs:
         stages = {name: _captured_or_not(name, found, notes) for name, found in stages.items()}
@@ -136,6 +149,12 @@ def measure_layer(case: LayerCase, peers: list[Peer], device: str, peaks: dict, 
     return rows, missing
 
 
+def _run_step(stage: Stage) -> None:
+    stage.prepare()
+    stage.forward()
+    stage.backward()
+
+
 def _captured_or_not(name: str, stages: list[Stage], notes: dict[str, str]) -> list[Stage]:
     try:
         return [captured(stage) for stage in stages]
@@ -148,9 +167,7 @@ def _captured_or_not(name: str, stages: list[Stage], notes: dict[str, str]) -> l
 
 def _counts(layer: Layer, stage: Stage, device: str) -> dict[str, dict]:
     """pass -> launches, saved bytes and peak bytes; None where a count belongs to another pass."""
-    stage.prepare()
-    stage.forward()
-    stage.backward()  # what is made once (workspaces, compiled code) is there from now on
+    _run_step(stage)  # what is made once (workspaces, compiled code) is there from now on
 
     def forward_output() -> torch.Tensor:
         stage.forward()

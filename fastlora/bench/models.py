@@ -239,6 +239,7 @@ def _layer_stage(model: nn.Module, hidden: Tensor, ids: Tensor) -> Stage:
 
     def backward() -> None:
         torch.autograd.grad(held[0], [x, *trained], dy)
+        held[0] = None  # as in fastlora.bench.layer.make_stage
 
     return Stage(lambda: None, forward, backward)
 

@@ -226,7 +226,7 @@ def find_peer(name: str) -> Peer:
     that uses the very parameters it was given.
 
     Raises:
-        ValueError: no such peer, or the module does not exist or lacks the function.
+        ValueError: no such peer, or the module cannot be imported or lacks the function.
     """
     for peer in (*ORDINARY, *ON_REQUEST):
         if peer.name == name:
@@ -237,8 +237,10 @@ def find_peer(name: str) -> Peer:
         raise ValueError(f"unknown peer {name!r}; choose from {known}, or name your own as module:function")
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"peer {name!r} cannot be loaded: {error}") from error
+    except Exception as error:  # a user's module may fail in any way
+        raise ValueError(f"peer {name!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"peer {name!r} cannot be called: it is of type {type(function).__name__}")
 
     def build(case: LayerCase, tensors: LayerTensors) -> Layer:
         weight = _frozen_parameter(tensors.weight)
