@@ -1,7 +1,9 @@
 """The report's files come from its JSON alone, show every row, and need nothing else to be read."""
 
 import json
+import os
 import re
+import sys
 
 import pytest
 
@@ -10,7 +12,7 @@ from fastlora.bench import run
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.peers import STORED_S, Peer
 from fastlora.bench.report import load_report, write_report
-from fastlora.bench.run import BenchOptions, run_bench, steps_of
+from fastlora.bench.run import BenchOptions, Unfinished, run_bench, steps_of
 from fastlora.bench.tables import Table, ratio_table, report_tables, time_text
 
 
@@ -115,7 +117,67 @@ def test_times_have_units():
     assert time_text(12345.0) == "12.35 ms"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "layer": []}'])
+def test_the_measurements_are_written_before_anything_that_may_fail(report, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("fastlora.bench.plots.draw_all", fail)
+    with pytest.raises(RuntimeError, match="no font"):
+        write_report(report, tmp_path)
+    assert load_report(tmp_path / "bench.json") == json.loads(json.dumps(report))
+
+
+def test_a_failed_write_leaves_the_old_measurements(report, tmp_path, monkeypatch):
+    write_report(report, tmp_path)
+    before = (tmp_path / "bench.json").read_bytes()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_report({**report, "preset": "other"}, tmp_path)
+    assert (tmp_path / "bench.json").read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_without_matplotlib_there_are_no_pictures_and_the_page_says_so(report, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "fastlora.bench.plots", raising=False)
+    files = write_report(report, tmp_path)
+    assert [path.name for path in files] == ["bench.json", "bench.md", "bench.html"]
+    for path in files[1:]:
+        assert "for want of matplotlib" in path.read_text() and "<img" not in path.read_text()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of luck")])
+def test_what_was_measured_before_an_early_end_is_not_lost(error, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastlora.bench.peaks.MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("fastlora.bench.peaks.COPY_BYTES", {"cpu": 1 << 20})
+    cases = [LayerCase(m, 6, 10, 2, 0.0, "float32") for m in (8, 9, 10)]
+    measured = run.measure_layer
+
+    def stopping(case, *arguments):
+        if case == stop_at:
+            raise error
+        return measured(case, *arguments)
+
+    monkeypatch.setattr(run, "measure_layer", stopping)
+    options = BenchOptions("cases", "cpu", ("layer",), 0.0, (), tuple(cases))
+    stop_at = cases[0]
+    with pytest.raises(type(error)):
+        run_bench(options)
+    stop_at = cases[2]
+    with pytest.raises(Unfinished) as ended:
+        run_bench(options)
+    assert ended.value.__cause__ is error
+    found = ended.value.report
+    assert {entry["m"] for entry in found["layer"]} == {8, 9} and all(r["share_of_peak"] > 0 for r in found["layer"])
+    assert found["unfinished"].startswith("stopped at part 4 of 4, M=10 N=6 K=10 R=2 float32: ")
+    page = write_report(found, tmp_path)[2].read_text()
+    assert "Not finished: stopped at part 4 of 4" in page
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format": 2, "layer": []}', '{"format": 1, "layer": []}'])
 def test_a_file_that_is_no_report_is_refused(text, tmp_path):
     path = tmp_path / "bench.json"
     path.write_text(text)

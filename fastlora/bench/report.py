@@ -3,14 +3,17 @@
 import base64
 import html
 import json
+import os
 from pathlib import Path
 
-from fastlora.bench.plots import draw_all
+from fastlora.bench.names import SECTIONS
 from fastlora.bench.tables import report_tables
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{border:1px solid #ccc;padding:.2rem .5rem}
 th{background:#f3f3f3;text-align:left}img{max-width:100%}"""
+
+KEYS = {"command", "preset", "environment", "peaks", "missing", "seconds", *SECTIONS}
 
 
 def environment_lines(report: dict) -> list[str]:
@@ -27,6 +30,8 @@ def environment_lines(report: dict) -> list[str]:
         lines.insert(1, "GPU: " + ", ".join(f"{name} {value}" for name, value in env["gpu"].items()))
     peaks = ", ".join(f"{value:.4g} TFLOP/s ({name})" for name, value in report["peaks"]["matmul_tflops"].items())
     lines.insert(-1, f"Measured peaks: copy {report['peaks']['copy_gbs']:.4g} GB/s, matrix product {peaks}")
+    if "unfinished" in report:
+        lines.append(f"Not finished: {report['unfinished']}")
     return lines
 
 
@@ -40,7 +45,7 @@ def load_report(path: Path) -> dict:
         report = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(report, dict) or report.get("format") != 1 or "layer" not in report:
+    if not isinstance(report, dict) or report.get("format") != 1 or KEYS - report.keys():
         raise ValueError(f"{path} is not a report of fastlora bench")
     return report
 
@@ -48,16 +53,37 @@ def load_report(path: Path) -> dict:
 def write_report(report: dict, directory: Path) -> list[Path]:
     """Writes bench.json, bench.md, the pictures and bench.html into the directory; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
+    files = [directory / "bench.json", directory / "bench.md", directory / "bench.html"]
+    _replace(files[0], json.dumps(report, indent=1) + "\n")  # first: from it all the rest can be made again
     tables, facts = report_tables(report), environment_lines(report)
-    pictures = draw_all(report, directory)
+    pictures = _pictures(report, directory)
+    if pictures is None:
+        facts.append("Pictures: none for want of matplotlib; `fastlora bench --from bench.json` draws them where it is")
     title = f"fastlora bench, {report['preset']}: {report['environment']['device_name']}"
     text = [f"# {title}", "", *(f"- {fact}" for fact in facts), ""]
-    text += [f"![{path.stem}]({path.name})" for path in pictures]
-    files = [directory / "bench.json", directory / "bench.md", directory / "bench.html"]
-    files[0].write_text(json.dumps(report, indent=1) + "\n")
+    text += [f"![{path.stem}]({path.name})" for path in pictures or ()]
     files[1].write_text("\n".join([*text, "", *(table.to_markdown() for table in tables)]))
-    files[2].write_text(_page(title, facts, pictures, [table.to_html() for table in tables]))
-    return [*files, *pictures]
+    files[2].write_text(_page(title, facts, pictures or [], [table.to_html() for table in tables]))
+    return [*files, *(pictures or ())]
+
+
+def _pictures(report: dict, directory: Path) -> list[Path] | None:
+    """The pictures drawn; None where matplotlib is not installed."""
+    try:
+        from fastlora.bench.plots import draw_all
+    except ImportError:
+        return None
+    return draw_all(report, directory)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes beside the file and renames: an old report is as it was until the new one is whole."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _page(title: str, facts: list[str], pictures: list[Path], tables: list[str]) -> str:

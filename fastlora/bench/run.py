@@ -37,6 +37,14 @@ class BenchOptions:
     on_progress: Callable[[str], None] = field(default=lambda label: None)
 
 
+class Unfinished(Exception):
+    """A run that ended early. ``report`` holds what was measured until then; the cause says why it ended."""
+
+    def __init__(self, report: dict):
+        super().__init__(report["unfinished"])
+        self.report = report
+
+
 def steps_of(options: BenchOptions) -> int:
     """How many times ``on_progress`` will be called."""
     cases = len(_cases(options)) if "layer" in options.sections else 0
@@ -51,47 +59,70 @@ def run_bench(options: BenchOptions) -> dict:
     """The report: environment, peaks, rows per section, and what was missing and why.
 
     Raises:
-        WrongResult: fastlora or the frozen layer computes something wrong; nothing of that case was timed.
+        Unfinished: it was interrupted or failed after some rows were measured; they are not lost.
+        WrongResult: before any row, fastlora or the frozen layer computes something wrong, and was not timed.
     """
-    started = time.perf_counter()
-    device, cases = options.device, _cases(options)
-    dtypes = sorted({case.dtype for case in cases}) or ["float32"]
-    options.on_progress("peaks of this machine")
+    started, begun = time.perf_counter(), []
+
+    def begin(label: str) -> None:
+        begun.append(label)
+        options.on_progress(label)
+
     report: dict = {
         "format": FORMAT,
         "command": options.command,
         "preset": options.preset,
-        "environment": describe(device),
-        "peaks": measure_peaks(device, {name: DTYPES[name] for name in dtypes}),
+        "environment": describe(options.device),
         "missing": {},
         **{section: [] for section in SECTIONS},
     }
+    try:
+        _measure_sections(report, options, begin)
+    except (KeyboardInterrupt, Exception) as error:
+        if not any(report[section] for section in SECTIONS):
+            raise
+        reason = f"{type(error).__name__} {error}".strip().splitlines()[0]
+        report["unfinished"] = f"stopped at part {len(begun)} of {steps_of(options)}, {begun[-1]}: {reason}"
+        raise Unfinished(report) from error
+    finally:
+        _add_shares(report)
+        report["seconds"] = round(time.perf_counter() - started, 1)
+    return report
+
+
+def _measure_sections(report: dict, options: BenchOptions, begin: Callable[[str], None]) -> None:
+    """Fills the report's peaks and sections."""
+    device, cases = options.device, _cases(options)
+    dtypes = {name: DTYPES[name] for name in sorted({case.dtype for case in cases}) or ["float32"]}
+    begin("peaks of this machine")
+    report["peaks"] = measure_peaks(device, dtypes)
     ours = [FROZEN, FASTLORA, *backend_peers(device)]
     if "layer" in options.sections:
         for case in cases:
-            options.on_progress(case.label)
+            begin(case.label)
             headline = case in CPU_HEADLINE
             peers = [*ours, STORED_S, *(p for p in options.peers if _worth_it(p, case, device))]
             budget = options.seconds * (2 if headline else 1)
             _collect(report, "layer", *measure_layer(case, peers, device, report["peaks"], budget))
             _free(device)
     if "host" in options.sections:
-        options.on_progress("host overhead")
+        begin("host overhead")
         peers = [*ours, STORED_S, *(peer for peer in options.peers if peer.name != COMPILED)]
         _collect(report, "host", *measure_host(peers, device, options.seconds))
     for section, make, whole in (("decoder", decoder_case, False), ("finetune", finetune_case, True)):
         if section in options.sections:
             case = make(device)
-            options.on_progress(case.name)
+            begin(case.name)
             _collect(report, section, *measure_model(case, device, options.seconds, whole))
             _free(device)
     # Again, and the better of the two: what ran beside the first must not make the shares of peak exceed one.
-    report["peaks"] = larger_peaks(report["peaks"], measure_peaks(device, {name: DTYPES[name] for name in dtypes}))
+    report["peaks"] = larger_peaks(report["peaks"], measure_peaks(device, dtypes))
+
+
+def _add_shares(report: dict) -> None:
     for row in report["layer"]:
         peak = report["peaks"]["matmul_tflops"][row["dtype"]]
         row["share_of_peak"] = max(row["tflops"] / peak, row["gbs"] / report["peaks"]["copy_gbs"])
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    return report
 
 
 def _worth_it(peer: Peer, case: LayerCase, device: str) -> bool:

@@ -1,17 +1,18 @@
 """`fastlora bench`: what a LoRA layer costs on this machine, against what one would otherwise use."""
 
-import importlib.util
+import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from fastlora.bench.names import PRESETS, SECTIONS
 from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import check_writable, reported_write_errors
+from fastlora.cli.files import directory_for_results, reported_write_errors
+from fastlora.cli.progress import progress
 
-REQUIRED = ("tqdm", "matplotlib")
 CASE = "M,N,K,R[,P[,DTYPE]]"
 
 
@@ -35,15 +36,13 @@ def bench(preset, cases, sections, wanted, skip, device, seconds, output, source
     if list_peers:
         _list_peers()
         return
-    missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CommandError(f"bench needs {', '.join(missing)}: pip install 'fastlora[finetune]'")
-    check_writable(output)
-    if claims:
-        _run_claims(output, device, steps)
-        return
-    report = _load(source) if source else _measure(preset, cases, sections, wanted, skip, _device(device), seconds)
-    _write(report, output)
+    with directory_for_results(output):
+        if claims:
+            _run_claims(output, device, steps)
+        elif source:
+            _write(_load(source), output)
+        else:
+            _measure(_options(preset, cases, sections, wanted, skip, _device(device), seconds), output)
 
 
 def _command() -> str:
@@ -74,6 +73,8 @@ def parse_case(text: str):
     from fastlora.bench.cases import LayerCase
 
     parts = text.split(",")
+    if len(parts) > 6:
+        raise CommandError(f"--case {text!r} is not {CASE}: {len(parts)} values")
     try:
         sizes = [int(part) for part in parts[:4]]
         dropout = float(parts[4]) if len(parts) > 4 else 0.0
@@ -104,13 +105,12 @@ def _load(source: Path) -> dict:
         raise CommandError(f"cannot read {source}: {first_line(error)}") from error
 
 
-def _measure(preset, cases, sections, wanted, skip, device, seconds) -> dict:
-    from tqdm import tqdm
-
-    from fastlora.bench.correctness import WrongResult
+def _options(preset, cases, sections, wanted, skip, device, seconds):
     from fastlora.bench.peers import ORDINARY, find_peer
-    from fastlora.bench.run import BenchOptions, run_bench, steps_of
+    from fastlora.bench.run import BenchOptions
 
+    if any(":" in name for name in wanted):
+        sys.path.append(os.getcwd())  # where users keep modules of their own
     try:
         peers = tuple(dict.fromkeys((*ORDINARY, *map(find_peer, wanted))))
     except ValueError as error:
@@ -118,27 +118,45 @@ def _measure(preset, cases, sections, wanted, skip, device, seconds) -> dict:
     for name in skip:
         if name not in (peer.name for peer in peers):
             raise CommandError(f"--skip {name}: no such peer; --list-peers names them")
-    with tqdm(unit="part", file=sys.stderr) as bar:
+    return BenchOptions(
+        preset="cases" if cases else preset,
+        device=device,
+        sections=sections or (("layer",) if cases else SECTIONS),
+        seconds=seconds,
+        peers=tuple(peer for peer in peers if peer.name not in skip),
+        cases=tuple(parse_case(text) for text in cases) if cases else None,
+        command=_command(),
+    )
 
-        def advance(label: str) -> None:
-            bar.set_description(label)
-            bar.update()
 
-        options = BenchOptions(
-            preset="cases" if cases else preset,
-            device=device,
-            sections=sections or (("layer",) if cases else SECTIONS),
-            seconds=seconds,
-            peers=tuple(peer for peer in peers if peer.name not in skip),
-            cases=tuple(parse_case(text) for text in cases) if cases else None,
-            command=_command(),
-            on_progress=advance,
-        )
-        bar.total = steps_of(options)
+def _measure(options, output: Path) -> None:
+    """Measures and writes the report, also of a run that ended early.
+
+    Raises:
+        CommandError: something of ours is wrong, or memory was too little.
+        KeyboardInterrupt: the user asked to stop.
+    """
+    import torch
+
+    from fastlora.bench.correctness import WrongResult
+    from fastlora.bench.run import Unfinished, run_bench, steps_of
+
+    report = reason = None
+    with progress("part", steps_of(options)) as shown:
         try:
-            return run_bench(options)
-        except WrongResult as error:
-            raise CommandError(f"nothing was timed, because it is wrong: {first_line(error)}") from error
+            report = run_bench(replace(options, on_progress=shown.begin))
+        except Unfinished as ended:
+            report, reason = ended.report, ended.__cause__
+        except (WrongResult, torch.OutOfMemoryError) as error:
+            reason = error
+    if report is not None:
+        _write(report, output)
+    if isinstance(reason, WrongResult):
+        raise CommandError(f"not timed, because it is wrong: {first_line(reason)}") from reason
+    if isinstance(reason, torch.OutOfMemoryError):
+        raise CommandError(f"out of memory: {first_line(reason)}") from reason
+    if reason is not None:
+        raise reason
 
 
 def _write(report: dict, output: Path) -> None:
@@ -153,5 +171,7 @@ def _write(report: dict, output: Path) -> None:
         click.echo(host_table(report["host"]).to_markdown())
     for name, reasons in report["missing"].items():
         click.echo(f"not measured: {name}: {'; '.join(reasons)}")
+    if "unfinished" in report:
+        click.echo(f"not finished: {report['unfinished']}")
     for path in files:
         click.echo(f"wrote {path}")

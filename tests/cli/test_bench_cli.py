@@ -1,10 +1,13 @@
 """`fastlora bench` and `fastlora tune` on the command line."""
 
 import json
+import sys
 
 import pytest
 import torch
 
+from fastlora.bench import run
+from fastlora.bench.correctness import WrongResult
 from fastlora.cli import claims
 from fastlora.cli.training.settings import Settings
 
@@ -46,6 +49,9 @@ def test_one_case_end_to_end(fastlora_cli, tmp_path, small_machine):
         (["--case", "8,6,10,two"], "is not M,N,K,R"),
         (["--case", "8,6,10,0"], "sizes must be at least 1"),
         (["--case", "8,6,10,2,0.1,float8"], "unknown dtype 'float8'"),
+        (["--case", "8,6,10,2,1"], "dropout must be at least 0 and below 1, got 1"),
+        (["--case", "8,6,10,2,nan"], "dropout must be at least 0 and below 1, got nan"),
+        (["--case", "8,6,10,2,0,float32,x"], "is not M,N,K,R[,P[,DTYPE]]: 7 values"),
         (["--peer", "nobody"], "unknown peer 'nobody'"),
         (["--skip", "nobody"], "--skip nobody: no such peer"),
         (["--from", "nowhere.json"], "cannot read nowhere.json"),
@@ -53,10 +59,79 @@ def test_one_case_end_to_end(fastlora_cli, tmp_path, small_machine):
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(fastlora_cli, tmp_path, arguments, message, small_machine):
-    refused = fastlora_cli("bench", *arguments, "--device", "cpu", "--output", tmp_path)
+    refused = fastlora_cli("bench", *arguments, "--device", "cpu", "--output", tmp_path / "out")
     assert refused.code == 2
-    assert message in refused.err.strip().splitlines()[-1]
-    assert not (tmp_path / "bench.json").exists()
+    assert message in refused.error_line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_said_before_anything_is_measured(fastlora_cli, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastlora.bench.run.run_bench", lambda options: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    refused = fastlora_cli("bench", "--device", "cpu", "--output", tmp_path / "file")
+    assert refused.code == 2 and f"cannot write {tmp_path / 'file'}" in refused.error_line
+
+
+SMALL = ("bench", "--device", "cpu", "--seconds", 0, "--only", "layer", "--skip", "compiled peft")
+
+
+def stop_at(monkeypatch, m, error):
+    measured = run.measure_layer
+
+    def stopping(case, *arguments):
+        if case.m == m:
+            raise error
+        return measured(case, *arguments)
+
+    monkeypatch.setattr(run, "measure_layer", stopping)
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "fastlora: interrupted"),
+        (WrongResult("fastlora: y is off"), 2, "fastlora: error: not timed, because it is wrong: fastlora: y is off"),
+        (torch.OutOfMemoryError("64 GiB"), 2, "fastlora: error: out of memory: 64 GiB"),
+    ],
+)
+def test_an_early_end_keeps_what_was_measured(fastlora_cli, tmp_path, small_machine, monkeypatch, error, code, line):
+    stop_at(monkeypatch, 9, error)
+    output = tmp_path / "out"
+    ended = fastlora_cli(*SMALL, "--case", "8,6,10,2", "--case", "9,6,10,2", "--output", output)
+    assert ended.code == code and ended.err.strip().splitlines()[-1] == line
+    assert "not finished: stopped at part 3 of 3" in ended.out
+    assert {row["m"] for row in json.loads((output / "bench.json").read_text())["layer"]} == {8}
+    ended = fastlora_cli(*SMALL, "--case", "9,6,10,2", "--output", tmp_path / "nothing")
+    assert ended.code == code and ended.err.strip().splitlines()[-1] == line
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_peer_of_ones_own_is_found_in_the_current_directory(fastlora_cli, tmp_path, small_machine, monkeypatch):
+    (tmp_path / "lora_at_hand.py").write_text(
+        "from torch.nn.functional import linear\n"
+        "def right(weight, lora_a, lora_b, scaling, dropout_p):\n"
+        "    return lambda x: linear(x, weight) + scaling * linear(linear(x, lora_a), lora_b)\n"
+        "def wrong(weight, lora_a, lora_b, scaling, dropout_p):\n"
+        "    return lambda x: linear(x, weight) + linear(linear(x, lora_a), lora_b)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    peers = ("--peer", "lora_at_hand:right", "--peer", "lora_at_hand:wrong")
+    measured = fastlora_cli(*SMALL, "--case", "8,6,10,2", *peers, "--output", tmp_path / "out")
+    assert measured.code == 0, measured.err
+    variants = {row["variant"] for row in json.loads((tmp_path / "out" / "bench.json").read_text())["layer"]}
+    assert "lora_at_hand:right" in variants and "lora_at_hand:wrong" not in variants
+    assert "not measured: lora_at_hand:wrong: WrongResult: lora_at_hand:wrong: y is off" in measured.out
+
+
+def test_neither_tqdm_nor_matplotlib_is_needed(fastlora_cli, tmp_path, small_machine, monkeypatch):
+    for name in ("tqdm", "matplotlib"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "fastlora.bench.plots", raising=False)
+    measured = fastlora_cli(*SMALL, "--case", "8,6,10,2", "--output", tmp_path)
+    assert measured.code == 0, measured.err
+    assert "peaks of this machine\nM=8 N=6 K=10 R=2 float32\n" in measured.err
+    assert (tmp_path / "bench.html").exists() and not (tmp_path / "ratio.png").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
