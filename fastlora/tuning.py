@@ -9,6 +9,7 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Collection
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
@@ -24,11 +25,12 @@ _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "gradient_m", "gradient_n", "
 
 
 def cache_directory() -> Path:
-    """The user's cache directory for fastlora: platformdirs' answer, or its Linux rule where that is not installed."""
+    """The user's cache directory for fastlora: platformdirs' answer, or its Linux rule where that is not installed.
+    A user without a home directory, as containers have, gets one that does not exist, and so no choices."""
     try:
         from platformdirs import user_cache_path
     except ImportError:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastlora"
+        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastlora"
     return user_cache_path("fastlora", appauthor=False)
 
 
@@ -58,7 +60,7 @@ def parse_choices(text: str, device_name: str) -> dict[str, TileConfig]:
     """
     try:
         stored = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:  # the latter: a thousand brackets
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(stored, dict) or stored.get("format") != FORMAT or not isinstance(stored.get("choices"), dict):
         raise ValueError(f"not a file of format {FORMAT}")
@@ -92,12 +94,13 @@ def load_choices(device_name: str) -> dict[str, TileConfig]:
         return {}
 
 
-def save_choices(device_name: str, choices: dict[str, dict]) -> Path:
+def save_choices(device_name: str, choices: dict[str, dict], dropped: Collection[str] = ()) -> Path:
     """Adds choices to the device's file, which readers find whole at any moment, and forgets what was read before.
 
     Args:
         device_name: as torch.cuda.get_device_name says it.
         choices: shape class -> {"config": TileConfig, ...} with whatever else should be on record.
+        dropped: shape classes whose earlier choice, if any, no longer holds.
 
     Returns:
         The file.
@@ -114,6 +117,7 @@ def save_choices(device_name: str, choices: dict[str, dict]) -> Path:
         kept = json.loads(text)["choices"]
     except (FileNotFoundError, ValueError):
         pass  # nothing there, or nothing worth keeping
+    kept = {key: entry for key, entry in kept.items() if key not in dropped}
     kept |= {key: {**entry, "config": asdict(entry["config"])} for key, entry in choices.items()}
     content = json.dumps({"format": FORMAT, "device": device_name, "choices": kept}, indent=1) + "\n"
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")

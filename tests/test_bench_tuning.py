@@ -2,13 +2,15 @@
 
 import json
 import os
+import pwd
+import sys
 import warnings
 from dataclasses import asdict, replace
 
 import pytest
 import torch
 
-from fastlora import tuning
+from fastlora import reference, tuning
 from fastlora.bench import tuner
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.timing import HostClock
@@ -68,6 +70,25 @@ def test_choices_survive_and_add_up():
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_a_choice_that_no_longer_holds_is_dropped():
+    save_choices(DEVICE, {KEY: {"config": table_config()}, "another": {"config": table_config()}})
+    save_choices(DEVICE, {}, [KEY, "never there"])
+    assert load_choices(DEVICE) == {"another": table_config()}
+
+
+def test_a_user_without_home_has_no_choices_and_no_error(monkeypatch, cache):
+    monkeypatch.undo()  # the real cache directory
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    assert load_choices(DEVICE) == {}
+
+
 def test_nothing_tuned_is_no_reason_to_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -83,6 +104,7 @@ def stored(**changes):
 DAMAGE = {
     "truncated": (json.dumps(stored())[:-20], "not JSON"),
     "empty": ("", "not JSON"),
+    "too deep": ("[" * 100_000, "not JSON"),
     "a list": ("[]", "not a file of format 1"),
     "another format": (json.dumps(stored(format=2)), "not a file of format 1"),
     "another device": (json.dumps(stored(device="NVIDIA Other")), "made for 'NVIDIA Other'"),
@@ -185,19 +207,23 @@ def test_the_kernels_ask_for_the_users_choice(monkeypatch, direction, columns, d
 
 
 class FakeLaunchers:
-    """Launchers whose time is a function of the configuration, on a clock of their own."""
+    """Launchers whose time is a function of the configuration, on a clock of their own; the ``wrong`` ones
+    halve the scaling."""
 
-    def __init__(self, seconds):
-        self.seconds, self.now, self.launched = seconds, 0.0, []
+    def __init__(self, seconds, wrong=()):
+        self.seconds, self.wrong, self.now, self.launched = seconds, wrong, 0.0, []
 
     def lora_forward(self, x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, config=None):
         if config is not None:
             self._run("forward", config)
-        return x @ weight.t(), x @ lora_a.t()
+        scaling *= 0.5 if config in self.wrong else 1.0
+        return reference.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
 
     def lora_backward(self, dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, config=None):
         assert tuple(needs) == (True, True, True, False) and s.shape == (x.shape[0], lora_a.shape[0])
         self._run("backward", config)
+        scaling *= 0.5 if config in self.wrong else 1.0
+        return reference.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
 
     def _run(self, direction, config):
         self.launched.append((direction, config))
@@ -213,9 +239,9 @@ class FakeLaunchers:
         return Clock()
 
 
-def tune(seconds, direction="forward", budget=1e9):
-    launchers = FakeLaunchers(seconds)
-    return tuner.tune_case(CASE, direction, HOPPER, launchers, budget, launchers.clock()), launchers
+def tune(seconds, direction="forward", budget=1e9, wrong=(), case=CASE):
+    launchers = FakeLaunchers(seconds, wrong)
+    return tuner.tune_case(case, direction, HOPPER, launchers, budget, launchers.clock()), launchers
 
 
 def ladder():
@@ -253,6 +279,15 @@ def test_configurations_that_do_not_run_are_counted_and_passed_over():
 
     choice, _ = tune(seconds)
     assert choice.failed == choice.tried - 1 > 5 and choice.best == choice.table
+
+
+@pytest.mark.parametrize("direction", tuning.DIRECTIONS)
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_fastest_configuration_is_not_chosen_where_its_results_are_wrong(direction, dropout):
+    fast = next(config for config in ladder() if config != table_config(direction, CASE))
+    case = replace(CASE, dropout=dropout)
+    choice, _ = tune(lambda config: 1.0 if config == fast else 3.0, direction, wrong=(fast,), case=case)
+    assert choice.failed == 1 and choice.best.config != fast
 
 
 def test_a_table_choice_that_does_not_run_is_an_error():

@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from fastlora import reference
 from fastlora.bench.cases import LayerCase
+from fastlora.bench.correctness import TOLERANCE, WrongResult
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
 from fastlora.bench.timing import EventClock, summarise
@@ -54,28 +56,38 @@ def around(config: TileConfig) -> list[TileConfig]:
     return [other for other in dict.fromkeys(changed) if other != config]
 
 
-def make_call(
-    launchers, direction: str, tensors: LayerTensors, config: TileConfig, dropout_p: float
-) -> Callable[[], None]:
-    """One launch of a direction over one set of inputs."""
-    from fastlora.reference import Needs
-
+def make_call(launchers, direction: str, tensors: LayerTensors, dropout_p: float, **config) -> Callable[[], tuple]:
+    """One launch of a direction over one set of inputs; ``config=`` where it is not the launchers' own choice."""
     t = tensors
     seed = torch.tensor(1, dtype=torch.int64) if dropout_p else None
     if direction == "forward":
         return lambda: launchers.lora_forward(
-            t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, dropout_p, seed, config=config
+            t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, dropout_p, seed, **config
         )
     _, s = launchers.lora_forward(t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, dropout_p, seed)
-    needs = Needs(True, True, True, False)
+    needs = reference.Needs(True, True, True, False)
     return lambda: launchers.lora_backward(
-        t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, SCALING, dropout_p, seed, needs, config=config
+        t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, SCALING, dropout_p, seed, needs, **config
     )
+
+
+def check_results(found: tuple, wanted: tuple, dtype: torch.dtype) -> None:
+    """Every result of a launch agrees with the reference's.
+
+    Raises:
+        WrongResult: one does not.
+    """
+    for value, right in zip(found, wanted, strict=True):
+        if right is None:
+            continue
+        error = ((value.double() - right.double()).norm() / right.double().norm()).item()
+        if not error <= TOLERANCE[dtype]:
+            raise WrongResult(f"a result is off by {error:.2e} of its norm; rounding explains {TOLERANCE[dtype]:.0e}")
 
 
 def tune_case(case: LayerCase, direction: str, target, launchers, seconds: float, clock=None) -> Choice:
     """Finds the fastest configuration of one case: quick rounds over the table's ladder and then around its best, and a
-    longer interleaved one over the best of all.
+    longer interleaved one over the best of all. A configuration whose results are wrong counts as one that fails.
 
     Args:
         case: the layer, with aligned rows; direction: "forward" or "backward".
@@ -93,13 +105,14 @@ def tune_case(case: LayerCase, direction: str, target, launchers, seconds: float
     table = choose_config(
         direction, case.m, case.n, case.k, case.r, arch=target.arch, n_sms=target.n_sms, element_size=size, aligned=True
     )
+    wanted = make_call(reference, direction, sets[0], case.dropout)()
     started = time.perf_counter()
     quick: dict[TileConfig, Measured] = {}
 
     def try_all(configs) -> list[Measured]:
         for config in configs:
             if config not in quick and (not quick or time.perf_counter() - started < seconds):
-                quick[config] = _measure_one(launchers, direction, sets, config, case.dropout, clock)
+                quick[config] = _measure_one(launchers, direction, sets, config, case, wanted, clock)
         ran = (entry for entry in quick.values() if entry.error is None)
         return sorted(ran, key=lambda entry: entry.median_us)
 
@@ -115,16 +128,20 @@ def tune_case(case: LayerCase, direction: str, target, launchers, seconds: float
     return Choice(final[0], best, len(quick), sum(entry.error is not None for entry in quick.values()))
 
 
-def _measure_one(launchers, direction, sets, config, dropout_p, clock) -> Measured:
+def _measure_one(launchers, direction, sets, config, case, wanted, clock) -> Measured:
     try:
-        return _measure_together(launchers, direction, sets, [config], dropout_p, clock, QUICK_ROUNDS)[0]
+        found = make_call(launchers, direction, sets[0], case.dropout, config=config)()
+        check_results(found, wanted, case.torch_dtype)
+        return _measure_together(launchers, direction, sets, [config], case.dropout, clock, QUICK_ROUNDS)[0]
     except Exception as error:  # too many registers, too much shared memory: each compiler version says it differently
         return Measured(config, None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
 def _measure_together(launchers, direction, sets, configs, dropout_p, clock, rounds=FINAL_ROUNDS) -> list[Measured]:
     """Medians of several configurations, in turn on rotating inputs."""
-    calls = [[make_call(launchers, direction, tensors, config, dropout_p) for tensors in sets] for config in configs]
+    calls = [
+        [make_call(launchers, direction, tensors, dropout_p, config=config) for tensors in sets] for config in configs
+    ]
     samples: list[list] = [[] for _ in configs]
     for index in range(rounds + 1):
         for which, versions in enumerate(calls):

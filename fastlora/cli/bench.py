@@ -14,11 +14,12 @@ from fastlora.cli.files import directory_for_results, reported_write_errors
 from fastlora.cli.progress import progress
 
 CASE = "M,N,K,R[,P[,DTYPE]]"
+DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
 @click.command()
 @click.option("--preset", default="quick", type=click.Choice(PRESETS), show_default=True, help="Layers to measure.")
-@click.option("--case", "cases", multiple=True, metavar=CASE, help="These layers instead; may be repeated.")
+@click.option("--case", "cases", multiple=True, metavar=CASE, help="These layers instead (bfloat16 on a GPU).")
 @click.option("--only", "sections", multiple=True, type=click.Choice(SECTIONS), help="These sections; may be repeated.")
 @click.option("--peer", "wanted", multiple=True, metavar="NAME", help="Also a real package, or your module:function.")
 @click.option("--skip", multiple=True, metavar="NAME", help="Leave a peer out; may be repeated.")
@@ -64,8 +65,8 @@ def _device(name: str | None) -> str:
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def parse_case(text: str):
-    """ "M,N,K,R[,dropout[,dtype]]" as a LayerCase.
+def parse_case(text: str, dtype: str):
+    """ "M,N,K,R[,dropout[,dtype]]" as a LayerCase; ``dtype`` where it names none.
 
     Raises:
         CommandError: it is not one.
@@ -78,7 +79,7 @@ def parse_case(text: str):
     try:
         sizes = [int(part) for part in parts[:4]]
         dropout = float(parts[4]) if len(parts) > 4 else 0.0
-        return LayerCase(*sizes, dropout, *(parts[5:] or ["float32"]))
+        return LayerCase(*sizes, dropout, *(parts[5:] or [dtype]))
     except (ValueError, TypeError) as error:
         raise CommandError(f"--case {text!r} is not {CASE}: {first_line(error)}") from error
 
@@ -124,7 +125,7 @@ def _options(preset, cases, sections, wanted, skip, device, seconds):
         sections=sections or (("layer",) if cases else SECTIONS),
         seconds=seconds,
         peers=tuple(peer for peer in peers if peer.name not in skip),
-        cases=tuple(parse_case(text) for text in cases) if cases else None,
+        cases=tuple(parse_case(text, DEFAULT_DTYPES[device]) for text in cases) if cases else None,
         command=_command(),
     )
 

@@ -3,11 +3,13 @@
 import datetime
 import shlex
 import sys
+from collections.abc import Callable
 
 import click
 
 from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.files import reported_write_errors
+from fastlora.cli.progress import progress
 
 PRESET_HELP = "headline: 4096 x 4096 at R 16 and 64, large and small M; llama8b: its projections."
 
@@ -16,7 +18,7 @@ PRESET_HELP = "headline: 4096 x 4096 at R 16 and 64, large and small M; llama8b:
 @click.option(
     "--preset", default="headline", type=click.Choice(("headline", "llama8b")), show_default=True, help=PRESET_HELP
 )
-@click.option("--case", "cases", multiple=True, metavar="M,N,K,R[,P[,DTYPE]]", help="These layers; may be repeated.")
+@click.option("--case", "cases", multiple=True, metavar="M,N,K,R[,P[,DTYPE]]", help="These layers (bfloat16).")
 @click.option("--seconds", default=20.0, type=click.FloatRange(0), show_default=True, help="Search budget of a kernel.")
 @click.option("--dry-run", is_flag=True, help="Measure and print, but keep nothing.")
 @click.option("--show", is_flag=True, help="Print what was kept earlier for this GPU, and stop.")
@@ -32,12 +34,20 @@ def tune(preset: str, cases: tuple[str, ...], seconds: float, dry_run: bool, sho
     if show:
         _show(tuning, name)
         return
-    found = _search(_cases(preset, cases), seconds)
-    if dry_run:
-        return
-    with reported_write_errors(tuning.cache_file(name)):
-        path = tuning.save_choices(name, found)
-    click.echo(f"wrote {path}")
+    failures = []
+    chosen = _cases(preset, cases)
+    with progress("case", len(chosen)) as shown:
+        for case in chosen:
+            shown.begin(case.label)
+            found, stays, failed = _tune(case, seconds, shown.say)
+            failures += failed
+            if not dry_run and (found or stays):  # after each case: what ends the search early takes none of them back
+                with reported_write_errors(tuning.cache_file(name)):
+                    path = tuning.save_choices(name, found, stays)
+    if not dry_run and len(failures) < len(chosen) * len(tuning.DIRECTIONS):
+        click.echo(f"wrote {path}")
+    if failures:
+        raise CommandError(f"{len(failures)} not tuned: {failures[0]}")
 
 
 def _show(tuning, name: str) -> None:
@@ -52,16 +62,16 @@ def _cases(preset: str, cases: tuple[str, ...]) -> list:
     from fastlora.cli.bench import parse_case
 
     if cases:
-        return [parse_case(text) for text in cases]
+        return [parse_case(text, "bfloat16") for text in cases]
     if preset == "llama8b":
         return [LayerCase(m, n, k, 16) for n, k in LLAMA_8B for m in (16, 512, 2048, 8192)]
     return [LayerCase(m, 4096, 4096, r) for r in (16, 64) for m in (8192, 512)]
 
 
-def _search(cases: list, seconds: float) -> dict[str, dict]:
-    """Shape class -> what to keep, for every case and direction in which something beat the table."""
+def _tune(case, seconds: float, say: Callable[[str], None]) -> tuple[dict[str, dict], list[str], list[str]]:
+    """Both directions of a case: shape class -> what to keep, where something beat the table; the classes where
+    nothing did; and why a direction could not be tuned."""
     import torch
-    from tqdm import tqdm
 
     from fastlora import __version__
     from fastlora.bench.tuner import tune_case
@@ -70,29 +80,31 @@ def _search(cases: list, seconds: float) -> dict[str, dict]:
     from fastlora.tuning import DIRECTIONS, shape_class
 
     target = target_of(torch.device("cuda", torch.cuda.current_device()))
-    found = {}
-    for case in tqdm(cases, unit="case", file=sys.stderr):
-        for direction in DIRECTIONS:
-            try:
-                choice = tune_case(case, direction, target, triton_lora, seconds)
-            except RuntimeError as error:
-                raise CommandError(first_line(error)) from error
-            kept = choice.best.config != choice.table.config
-            verdict = f"{choice.gain:.1%} faster: {choice.best.config}" if kept else "the table's choice stays"
-            tqdm.write(
-                f"{case.label} {direction}: table {choice.table.median_us:.1f} µs, best {choice.best.median_us:.1f} µs "
-                f"of {choice.tried} ({choice.failed} did not run): {verdict}"
-            )
-            if kept:
-                sizes = (case.m, case.n, case.k, case.r)
-                key = shape_class(direction, *sizes, case.torch_dtype, case.dropout > 0)
-                found[key] = {
-                    "config": choice.best.config,
-                    "median_us": choice.best.median_us,
-                    "table_us": choice.table.median_us,
-                    "measured_at": case.label,
-                    "fastlora": __version__,
-                    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                    "command": shlex.join(["fastlora", *sys.argv[1:]]),
-                }
-    return found
+    found, stays, failed = {}, [], []
+    for direction in DIRECTIONS:
+        key = shape_class(direction, case.m, case.n, case.k, case.r, case.torch_dtype, case.dropout > 0)
+        try:
+            choice = tune_case(case, direction, target, triton_lora, seconds)
+        except RuntimeError as error:
+            failed.append(first_line(error))
+            say(failed[-1])
+            continue
+        kept = choice.best.config != choice.table.config
+        verdict = f"{choice.gain:.1%} faster: {choice.best.config}" if kept else "the table's choice stays"
+        say(
+            f"{case.label} {direction}: table {choice.table.median_us:.1f} µs, best {choice.best.median_us:.1f} µs "
+            f"of {choice.tried} ({choice.failed} did not run, or not right): {verdict}"
+        )
+        if not kept:
+            stays.append(key)
+            continue
+        found[key] = {
+            "config": choice.best.config,
+            "median_us": choice.best.median_us,
+            "table_us": choice.table.median_us,
+            "measured_at": case.label,
+            "fastlora": __version__,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "command": shlex.join(["fastlora", *sys.argv[1:]]),
+        }
+    return found, stays, failed

@@ -2,14 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from fastlora.bench import run
+from fastlora import tuning
+from fastlora.bench import run, tuner
 from fastlora.bench.correctness import WrongResult
 from fastlora.cli import claims
 from fastlora.cli.training.settings import Settings
+from fastlora.configs import LADDERS, ladder_for
 
 
 @pytest.fixture
@@ -140,6 +143,70 @@ def test_a_missing_gpu_is_said(fastlora_cli, tmp_path, monkeypatch, arguments):
     monkeypatch.chdir(tmp_path)
     refused = fastlora_cli(*arguments)
     assert refused.code == 2 and ("CUDA device" in refused.error_line or "GPU" in refused.error_line)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch, tmp_path):
+    """A GPU as far as `fastlora tune` looks at it, and a cache directory of its own."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Imaginary")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("fastlora.kernels.target.target_of", lambda device: None)
+    monkeypatch.setattr(tuning, "cache_directory", lambda: tmp_path / "cache")
+    tuning.forget_choices()
+    yield
+    tuning.forget_choices()
+
+
+def choice(best, table=1):
+    base = LADDERS[ladder_for(90, 16, 2, True)][0]
+    table, best = (tuner.Measured(replace(base, group_m=size), float(size)) for size in (table, best))
+    return tuner.Choice(table, best, tried=2, failed=0)
+
+
+def tune_with(monkeypatch, outcomes):
+    """Makes a search's outcome depend on M and the direction; an exception is raised."""
+
+    def tune_case(case, direction, *rest):
+        outcome = outcomes.get((case.m, direction), choice(1))
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(tuner, "tune_case", tune_case)
+
+
+CASES = [argument for m in (64, 128, 256) for argument in ("--case", f"{m},64,64,16")]
+
+
+def test_tuning_keeps_what_beats_the_table_and_forgets_what_no_longer_does(fastlora_cli, monkeypatch, a_gpu):
+    tune_with(monkeypatch, {(64, "forward"): choice(8, table=16), (128, "backward"): choice(4, table=16)})
+    tuned = fastlora_cli("tune", *CASES)
+    assert tuned.code == 0 and "50.0% faster" in tuned.out and "the table's choice stays" in tuned.out, tuned.err
+    keys = ["forward m64 n64 k64 r16 bfloat16", "backward m128 n64 k64 r16 bfloat16"]
+    assert {key: config.group_m for key, config in tuning.load_choices("Imaginary").items()} == {keys[0]: 8, keys[1]: 4}
+    shown = fastlora_cli("tune", "--show")
+    assert "2 choices for Imaginary" in shown.out and keys[0] in shown.out
+    tune_with(monkeypatch, {})
+    assert fastlora_cli("tune", *CASES, "--dry-run").code == 0 and len(tuning.load_choices("Imaginary")) == 2
+    assert fastlora_cli("tune", *CASES[:2]).code == 0
+    assert list(tuning.load_choices("Imaginary")) == keys[1:]
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyboardInterrupt(), 130, "fastlora: interrupted"),
+        (RuntimeError("no image\nfor it"), 2, "fastlora: error: 1 not tuned: no image"),
+    ],
+)
+def test_what_ends_one_search_takes_nothing_from_the_others(fastlora_cli, monkeypatch, a_gpu, error, code, line):
+    faster = choice(8, table=16)
+    tune_with(monkeypatch, {(64, "forward"): faster, (128, "forward"): error, (256, "forward"): faster})
+    tuned = fastlora_cli("tune", *CASES)
+    assert tuned.code == code and tuned.err.strip().splitlines()[-1] == line
+    expected = {64} if code == 130 else {64, 256}
+    assert set(tuning.load_choices("Imaginary")) == {f"forward m{m} n64 k64 r16 bfloat16" for m in expected}
 
 
 def test_peers_are_named(fastlora_cli):
