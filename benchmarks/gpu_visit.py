@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_visit --output gpu-visit
 
-Needs Python, torch with CUDA, Triton, click, pytest and nvcc; no network, and nothing installed: the checkout is used
-as it is. Every step runs in a process of its own with a time limit, writes its log, and cannot stop the others. The
-exit code is 1 where a step failed or ran out of time.
+Needs Python, torch with CUDA, Triton, click, pytest, ninja and nvcc; no network, and nothing installed: the checkout is
+used as it is. Every step runs in a process of its own with a time limit, writes its log, and cannot stop the others;
+one that is out of time is interrupted before it is killed, so that it can write what it has. A folder of an earlier
+visit is set aside. The exit code is 1 where a step failed or ran out of time.
 """
 
 import importlib.util
@@ -15,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,7 +28,8 @@ BUILD = "from benchmarks.cuda_resources import load_setup; print('built', load_s
 # Small layers on every tile: the checkers slow kernels down by orders of magnitude.
 CHECKED = ("-m", "pytest", "-q", "-x", "tests/test_cuda_device.py", "-k", "small_layers")
 TAIL_LINES = 15
-GRACE_S = 10.0  # for a killed process to be gone
+INTERRUPT_S = 5.0  # for an interrupted one to write what it has measured
+GRACE_S = 5.0  # for a killed one to be gone
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ def plan(output: Path, workers: int) -> list[Step]:
         Step("memcheck", (*sanitizer("memcheck"), *CHECKED), 60),
         Step("mark", (sys.executable, "-m", "benchmarks.mark", "--output", str(output / "mark.json")), 60),
         Step("bench layer", (*layer, str(output / "bench-layer"), "--skip", "compiled peft"), 110),
+        Step("tune", (*CLI, "tune", "--seconds", "6"), 90),
         Step("racecheck", (*sanitizer("racecheck"), *CHECKED), 60),
-        Step("tune", (*CLI, "tune", "--seconds", "8"), 80),
         Step("conformance", (*tests, "tests/emulator/test_conformance.py"), 40),
         Step("bench host", (*bench, "--only", "host", "--only", "decoder", "--output", str(output / "bench-host")), 50),
         Step("other tests", (*tests, "tests", *others), 150),
@@ -120,14 +123,23 @@ def run_step(step: Step, output: Path, seconds_left: float) -> Outcome:
         try:
             code, note = process.wait(limit), ""
         except subprocess.TimeoutExpired:
-            code, note = None, f"stopped after {limit:.0f} s"
-            # The whole session: a build's compilers or a test run's workers would otherwise go on beside the next step.
-            os.killpg(process.pid, signal.SIGKILL)
-            try:
-                process.wait(GRACE_S)
-            except subprocess.TimeoutExpired:
-                note += ", and does not end: the driver may be waiting for a kernel that hangs"
+            code, note = None, f"stopped after {limit:.0f} s" + _stop(process)
+        except BaseException:  # Ctrl-C does not reach a session of its own
+            _stop(process)
+            raise
     return Outcome(step.name, code, round(time.monotonic() - started, 1), note)
+
+
+def _stop(process: subprocess.Popen) -> str:
+    """Interrupts, then kills the process and its whole session: a build's compilers or a test run's workers would
+    otherwise go on beside the next step. Returns what is to be added to the step's note."""
+    for number, grace in ((signal.SIGINT, INTERRUPT_S), (signal.SIGKILL, GRACE_S)):
+        with suppress(ProcessLookupError):  # all of them are gone
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace)
+    gone = process.poll() is not None
+    return "" if gone else ", and does not end: the driver may be waiting for a kernel that hangs"
 
 
 def log_tail(output: Path, name: str) -> str:
@@ -155,6 +167,15 @@ def run_plan(steps: list[Step], output: Path, budget: float) -> list[Outcome]:
     return outcomes
 
 
+def set_aside(output: Path) -> None:
+    """Renames the folder of an earlier visit: its files would pass for those of steps that do not run this time, and
+    its tuned choices would serve the bench that should be without any."""
+    summary = output / "summary.json"
+    if summary.exists():
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(summary.stat().st_mtime))
+        output.rename(output.with_name(f"{output.name}-{stamp}"))
+
+
 @click.command()
 @click.option("--output", default="gpu-visit", show_default=True, type=click.Path(file_okay=False, path_type=Path))
 @click.option("--minutes", default=9.5, show_default=True, type=click.FloatRange(min=0.1), help="For everything.")
@@ -167,10 +188,14 @@ def main(output: Path, minutes: float, workers: int, only: tuple[str, ...]) -> N
     unknown = [name for name in only if name not in {step.name for step in steps}]
     if unknown:
         raise click.UsageError(f"no step {unknown[0]!r}; choose from {', '.join(step.name for step in steps)}")
+    if not only:
+        set_aside(output)
     outcomes = run_plan([step for step in steps if not only or step.name in only], output, minutes * 60)
     click.echo(f"everything is under {output}")
     sys.exit(0 if all(outcome.code == 0 for outcome in outcomes) else 1)
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with SIGINT ignored
+        signal.signal(number, signal.default_int_handler)
     main()

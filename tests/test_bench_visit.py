@@ -49,11 +49,57 @@ def test_a_stopped_step_takes_its_children_with_it(tmp_path):
     assert alive.read_text() == before
 
 
+def test_a_step_out_of_time_is_interrupted_before_it_is_killed(tmp_path):
+    """What it has measured until then is written."""
+    code = (
+        "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('written', flush=True)\n"
+        "time.sleep({})\nprint('lingering', flush=True)"
+    )
+    steps = [Step("yielding", python(code.format(0)), 5), Step("clinging", python(code.format(60)), 5)]
+    outcomes = run_plan(steps, tmp_path, budget=60)
+    assert [(outcome.code, outcome.note) for outcome in outcomes] == [(None, "stopped after 5 s")] * 2
+    assert (tmp_path / "yielding.log").read_text() == "written\nlingering\n"
+    assert (tmp_path / "clinging.log").read_text() == "written\n"
+
+
+def test_an_interrupted_visit_leaves_no_step_running(tmp_path, monkeypatch):
+    started = []
+
+    class Interrupted(subprocess.Popen):
+        def wait(self, timeout=None):
+            if not started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu_visit.subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan([Step("endless", python("import time; time.sleep(60)"), 60)], tmp_path, budget=60)
+    assert started[0].poll() is not None
+
+
+def test_an_earlier_visits_folder_is_set_aside(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_visit, "plan", lambda output, workers: [Step("only", python("pass"), 60)])
+    output = tmp_path / "gpu"
+    output.mkdir()
+    (output / "bench.json").write_text("of an earlier visit")
+    runner = CliRunner()
+    assert runner.invoke(main, ["--output", str(output)]).exit_code == 0
+    assert (output / "bench.json").exists()  # a folder of something else
+    assert runner.invoke(main, ["--output", str(output), "--only", "only"]).exit_code == 0
+    assert (output / "bench.json").exists()  # this visit goes on
+    assert runner.invoke(main, ["--output", str(output)]).exit_code == 0
+    assert {path.name for path in output.iterdir()} == {"only.log", "summary.json"}
+    (earlier,) = (path for path in tmp_path.iterdir() if path != output)
+    assert earlier.name.startswith("gpu-20") and (earlier / "bench.json").exists()
+
+
 def test_a_process_that_cannot_be_killed_does_not_hold_up_the_visit(tmp_path, monkeypatch):
     """As one that waits for the driver, which waits for a kernel that never ends."""
     killed = []
     monkeypatch.setattr(gpu_visit.os, "killpg", lambda pid, signal: killed.append(pid))
-    monkeypatch.setattr(gpu_visit, "GRACE_S", 0.2)
+    for name in ("INTERRUPT_S", "GRACE_S"):
+        monkeypatch.setattr(gpu_visit, name, 0.2)
     steps = [Step("stuck", python("import time; time.sleep(20)"), 5), Step("next", python("pass"), 60)]
     stuck, following = run_plan(steps, tmp_path, budget=60)
     assert stuck.code is None and "does not end" in stuck.note and killed
@@ -74,7 +120,7 @@ def test_nothing_runs_after_an_essential_step_failed(tmp_path):
 def test_the_plan_tests_before_it_times_and_fits_its_commands(tmp_path):
     steps = plan(tmp_path, workers=4)
     names = [step.name for step in steps]
-    order = ("build", "info", "cuda tests", "triton tests", "memcheck", "mark", "bench layer", "tune")
+    order = ("build", "info", "cuda tests", "triton tests", "memcheck", "mark", "bench layer", "tune", "racecheck")
     assert sorted(order, key=names.index) == list(order)
     assert names.index("tune") < names.index("bench layer, tuned")
     for step in steps:
