@@ -53,8 +53,9 @@ class Outcome:
 
 
 def pytest_command(workers: int, limit: int) -> tuple[str, ...]:
-    """pytest with as many of the wished-for plugins as are installed here."""
-    command = (sys.executable, "-m", "pytest", "-q", "-rs")
+    """pytest with as many of the wished-for plugins as are installed here. A file that cannot be imported, for want of
+    a package, would otherwise keep all the others from running."""
+    command = (sys.executable, "-m", "pytest", "-q", "-rs", "--continue-on-collection-errors")
     if importlib.util.find_spec("pytest_timeout"):
         command += ("--timeout", str(limit))
     return (*command, "-n", str(workers)) if importlib.util.find_spec("xdist") else command

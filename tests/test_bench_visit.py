@@ -145,7 +145,16 @@ def test_the_visit_needs_no_network_and_nothing_installed(tmp_path):
 def test_plugins_that_are_missing_are_done_without(monkeypatch):
     assert {"-n", "--timeout"} <= set(gpu_visit.pytest_command(4, 100))
     monkeypatch.setattr(gpu_visit.importlib.util, "find_spec", lambda name: None)
-    assert gpu_visit.pytest_command(4, 100) == (sys.executable, "-m", "pytest", "-q", "-rs")
+    bare = gpu_visit.pytest_command(4, 100)
+    assert bare[:3] == (sys.executable, "-m", "pytest") and not {"-n", "--timeout"} & set(bare)
+
+
+def test_a_test_file_that_wants_a_missing_package_does_not_stop_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_visit, "ROOT", tmp_path)
+    (tmp_path / "test_a.py").write_text("import no_such_package_at_all")
+    (tmp_path / "test_b.py").write_text("def test_it(): print('ran', flush=True)")
+    (outcome,) = run_plan([Step("tests", (*gpu_visit.pytest_command(1, 60), "-s", "."), 60)], tmp_path, budget=60)
+    assert outcome.code == 1 and "1 passed, 1 error" in (tmp_path / "tests.log").read_text()
 
 
 MARK_CASE = LayerCase(64, 48, 32, 16, dtype="float32")
