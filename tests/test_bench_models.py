@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastlora.bench import models
 from fastlora.bench.correctness import WrongResult
+from fastlora.bench.cost import model_cost
 from fastlora.bench.models import ModelCase, build_variants, check_outputs, decoder_case, finetune_case, measure_model
 
 pytest.importorskip("transformers", reason="the models are transformers' own")
@@ -24,6 +26,26 @@ def test_every_variant_is_measured(whole):
     assert steps["frozen"]["ratio_to_frozen"] == 1.0
     assert steps["fastlora"]["saved_bytes"] > steps["frozen"]["saved_bytes"]
     assert all(row["median_us"] > 0 and row["dtype"] == "float32" for row in rows)
+    for row in rows:
+        cost = model_cost(TINY, row["pass"], row["variant"] != "frozen", whole)
+        assert (
+            row["tflops"] == cost.flops / row["median_us"] / 1e6 and row["gbs"] == cost.bytes / row["median_us"] / 1e3
+        )
+
+
+@pytest.mark.parametrize("whole, variants", [(False, ("frozen", "eager")), (True, ("frozen",))])
+@pytest.mark.parametrize("which", ["forward", "backward"])
+def test_the_cost_of_a_model_is_what_torch_counts(which, whole, variants):
+    """Of the products outside attention, which torch counts on some devices alone."""
+    _, stages, _ = models.build_stages(TINY, *models.make_inputs(TINY, "cpu"), whole)
+    for name in variants:
+        stages[name].forward()
+        with FlopCounterMode(display=False) as counter:
+            getattr(stages[name], which)()
+        counted = sum(flops for operator, flops in counter.get_flop_counts()["Global"].items() if "mm" in str(operator))
+        scores = TINY.layers * 2 * TINY.batch * TINY.length**2 * TINY.hidden  # both products of a causal half
+        attention = scores * (1 if which == "forward" else 2)
+        assert counted == model_cost(TINY, which, name != "frozen", whole).flops - attention
 
 
 def outputs_of(built):

@@ -6,14 +6,16 @@ import re
 import sys
 
 import pytest
+import torch
 
 from benchmarks import readme_tables, saved_bytes
 from fastlora.bench import run
 from fastlora.bench.cases import LayerCase
+from fastlora.bench.models import ModelCase
 from fastlora.bench.peers import STORED_S, Peer
 from fastlora.bench.report import load_report, write_report
 from fastlora.bench.run import BenchOptions, Unfinished, run_bench, steps_of
-from fastlora.bench.tables import Table, ratio_table, report_tables, time_text
+from fastlora.bench.tables import Table, model_table, ratio_table, report_tables, time_text
 
 
 def absent(case, tensors):
@@ -110,6 +112,25 @@ def test_means_are_geometric_and_over_the_cases_a_variant_serves():
     table = ratio_table(rows, "step")
     assert table.columns == ["case", "frozen", "a", "b"]
     assert [line[2:] for line in table.rows] == [["2.000", "3.000"], ["0.500", "–"], ["1.000", "3.000"]]
+
+
+def test_models_are_held_against_the_peaks_of_their_dtype(monkeypatch):
+    """Whatever dtype the layers have; and reports from before that are still shown."""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("fastlora.bench.peaks.MATMUL_SIZE", {"cpu": 64})
+    monkeypatch.setattr("fastlora.bench.peaks.COPY_BYTES", {"cpu": 1 << 20})
+    tiny = ModelCase("tiny", 16, 24, 4, 2, 1, 32, 2, 6, 3, torch.float32)
+    monkeypatch.setattr(run, "decoder_case", lambda device: tiny)
+    cases = (LayerCase(8, 6, 10, 2, 0.0, "bfloat16"),)
+    found = run_bench(BenchOptions("cases", "cpu", ("decoder",), 0.0, (), cases))
+    assert set(found["peaks"]["matmul_tflops"]) == {"bfloat16", "float32"}
+    table = model_table(found["decoder"])
+    assert all(entry["share_of_peak"] > 0 for entry in found["decoder"]) and "of peak" in table.columns
+    assert {len(line) for line in table.rows} == {len(table.columns)}
+    for entry in found["decoder"]:
+        del entry["tflops"], entry["gbs"], entry["share_of_peak"]
+    older = model_table(found["decoder"])
+    assert "of peak" not in older.columns and {len(line) for line in older.rows} == {len(older.columns)}
 
 
 def test_times_have_units():

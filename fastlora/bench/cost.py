@@ -40,3 +40,24 @@ def pass_cost(case: LayerCase, which: str, lora: bool) -> Cost:
         extra_read = m * k if lora else 0
         return base + Cost(2 * branch_flops, size * (extra_read + r * (n + k)) + branch_bytes)
     raise ValueError(f"unknown pass {which!r}; choose one of {', '.join(PASSES)}")
+
+
+def model_cost(case, which: str, lora: bool, whole: bool) -> Cost:
+    """The cost of one pass of a model of ``fastlora.bench.models.ModelCase``: its projections, the products of causal
+    attention (half of the L×L scores) and, of a whole model, of the head. Norms, activations and the optimiser, and the
+    scores' traffic, which a fused attention keeps to itself, are left out.
+    """
+    if which == "step":
+        return model_cost(case, "forward", lora, whole) + model_cost(case, "backward", lora, whole)
+    tokens, dtype = case.batch * case.length, str(case.dtype).removeprefix("torch.")
+    times = 1 if which == "forward" else 2  # each product's backward is two products
+    rows = 2 * case.hidden + 2 * case.key_value_width  # of Q, K, V and the output
+    attention = Cost(times * 2 * tokens * case.length * case.hidden, times * tokens * rows * case.dtype.itemsize)
+    total = Cost(0, 0)
+    for n, k in case.projections:
+        total += pass_cost(LayerCase(tokens, n, k, case.r, 0.0, dtype), which, lora)
+    total += attention
+    total = Cost(case.layers * total.flops, case.layers * total.bytes)
+    if whole:
+        total += pass_cost(LayerCase(tokens, case.vocabulary, case.hidden, 1, 0.0, dtype), which, lora=False)
+    return total

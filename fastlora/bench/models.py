@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.bench.correctness import TOLERANCE, WrongResult
+from fastlora.bench.cost import PASSES, model_cost
 from fastlora.bench.decompositions import eager
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
 from fastlora.bench.peers import SCALING
@@ -36,6 +37,17 @@ class ModelCase:
     length: int
     r: int
     dtype: torch.dtype
+
+    @property
+    def key_value_width(self) -> int:
+        return self.hidden // self.heads * self.key_value_heads
+
+    @property
+    def projections(self) -> tuple[tuple[int, int], ...]:
+        """(out_features, in_features) of a layer's PROJECTIONS."""
+        square, narrow = (self.hidden, self.hidden), (self.key_value_width, self.hidden)
+        up, down = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        return square, narrow, narrow, square, up, up, down
 
 
 def decoder_case(device: str) -> ModelCase:
@@ -172,35 +184,56 @@ def check_outputs(outputs: dict[str, Tensor]) -> None:
             raise WrongResult(f"{name}: output is off by {error:.2e} of eager's norm; rounding explains {bound:.0e}")
 
 
-def measure_model(case: ModelCase, device: str, seconds: float, whole: bool) -> tuple[list[dict], dict[str, str]]:
-    """Rows per variant and pass.
-
-    Args:
-        case: dimensions.
-        device: "cpu" or "cuda".
-        seconds: time to spend on timing.
-        whole: a training step (loss, backward, AdamW) rather than forward and backward of the hidden states.
-    """
-    try:
-        models, missing = build_variants(case, device)
-    except ImportError as error:
-        return [], {case.name: f"not installed: {error}"}
+def make_inputs(case: ModelCase, device: str) -> tuple[Tensor, Tensor]:
+    """Hidden states [batch, length, hidden] and token ids [batch, length]."""
     generator = torch.Generator(device=device).manual_seed(1)
     hidden = torch.randn(
         case.batch, case.length, case.hidden, device=device, dtype=torch.float32, generator=generator
     ).to(case.dtype)
-    ids = torch.randint(case.vocabulary, (case.batch, case.length), device=device, generator=generator)
+    return hidden, torch.randint(case.vocabulary, (case.batch, case.length), device=device, generator=generator)
+
+
+def build_stages(
+    case: ModelCase, hidden: Tensor, ids: Tensor, whole: bool
+) -> tuple[dict[str, nn.Module], dict[str, Stage], dict[str, str]]:
+    """Models and their stages by variant, checked against each other, and name -> why it is missing.
+
+    Args:
+        case: dimensions; hidden, ids: of make_inputs.
+        whole: a training step (loss, backward, AdamW) rather than forward and backward of the hidden states.
+
+    Raises:
+        WrongResult: a variant is wrong.
+    """
+    try:
+        models, missing = build_variants(case, hidden.device.type)
+    except ImportError as error:
+        return {}, {}, {case.name: f"not installed: {error}"}
     with torch.no_grad():
         check_outputs({name: model.model(inputs_embeds=hidden).last_hidden_state for name, model in models.items()})
     if whole:
         models = {name: model for name, model in models.items() if name in WHOLE_MODEL_VARIANTS}
     make = _training_stage if whole else _layer_stage
-    stages = {name: [make(model, hidden, ids)] for name, model in models.items()}
-    timings = time_interleaved(stages, device, seconds, warm_up=1)
-    passes = ("step",) if whole else ("forward", "backward", "step")
+    return models, {name: make(model, hidden, ids) for name, model in models.items()}, missing
+
+
+def measure_model(case: ModelCase, device: str, seconds: float, whole: bool) -> tuple[list[dict], dict[str, str]]:
+    """Rows per variant and pass, and name -> why it is missing.
+
+    Args:
+        case, whole: as of build_stages.
+        device: "cpu" or "cuda".
+        seconds: time to spend on timing.
+    """
+    hidden, ids = make_inputs(case, device)
+    models, stages, missing = build_stages(case, hidden, ids, whole)
+    if not stages:
+        return [], missing
+    timings = time_interleaved({name: [stage] for name, stage in stages.items()}, device, seconds, warm_up=1)
+    passes = ("step",) if whole else PASSES
     rows = []
     for name, model in models.items():
-        stage = stages[name][0]
+        stage = stages[name]
 
         def step(stage=stage) -> None:
             stage.forward()
@@ -213,7 +246,7 @@ def measure_model(case: ModelCase, device: str, seconds: float, whole: bool) -> 
             "peak_bytes": allocation_peak(step, device),
         }
         for which in passes:
-            timing = timings[name][which]
+            timing, cost = timings[name][which], model_cost(case, which, name != "frozen", whole)
             rows.append(
                 {
                     "device": device,
@@ -221,6 +254,8 @@ def measure_model(case: ModelCase, device: str, seconds: float, whole: bool) -> 
                     "pass": which,
                     **{**asdict(case), "dtype": str(case.dtype).removeprefix("torch.")},
                     **asdict(timing),
+                    "tflops": cost.flops / timing.median_us / 1e6,
+                    "gbs": cost.bytes / timing.median_us / 1e3,
                     "ratio_to_frozen": timing.median_us / timings["frozen"][which].median_us,
                     **(counts if which == "step" else {}),
                 }

@@ -17,6 +17,7 @@ from fastlora.bench.peers import FASTLORA, FROZEN, ORDINARY, STORED_S, Peer, bac
 
 FORMAT = 1
 COMPILED = "compiled peft"
+TIMED_AGAINST_PEAKS = ("layer", "decoder", "finetune")
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,13 @@ def run_bench(options: BenchOptions) -> dict:
 def _measure_sections(report: dict, options: BenchOptions, begin: Callable[[str], None]) -> None:
     """Fills the report's peaks and sections."""
     device, cases = options.device, _cases(options)
-    dtypes = {name: DTYPES[name] for name in sorted({case.dtype for case in cases}) or ["float32"]}
+    models = [
+        (section, make(device), whole)
+        for section, make, whole in (("decoder", decoder_case, False), ("finetune", finetune_case, True))
+        if section in options.sections
+    ]
+    used = {case.torch_dtype for case in cases} | {case.dtype for _, case, _ in models}
+    dtypes = {name: dtype for name, dtype in DTYPES.items() if dtype in used or not used}
     begin("peaks of this machine")
     report["peaks"] = measure_peaks(device, dtypes)
     ours = [FROZEN, FASTLORA, *backend_peers(device)]
@@ -109,18 +116,16 @@ def _measure_sections(report: dict, options: BenchOptions, begin: Callable[[str]
         begin("host overhead")
         peers = [*ours, STORED_S, *(peer for peer in options.peers if peer.name != COMPILED)]
         _collect(report, "host", *measure_host(peers, device, options.seconds))
-    for section, make, whole in (("decoder", decoder_case, False), ("finetune", finetune_case, True)):
-        if section in options.sections:
-            case = make(device)
-            begin(case.name)
-            _collect(report, section, *measure_model(case, device, options.seconds, whole))
-            _free(device)
+    for section, case, whole in models:
+        begin(case.name)
+        _collect(report, section, *measure_model(case, device, options.seconds, whole))
+        _free(device)
     # Again, and the better of the two: what ran beside the first must not make the shares of peak exceed one.
     report["peaks"] = larger_peaks(report["peaks"], measure_peaks(device, dtypes))
 
 
 def _add_shares(report: dict) -> None:
-    for row in report["layer"]:
+    for row in (row for section in TIMED_AGAINST_PEAKS for row in report[section]):
         peak = report["peaks"]["matmul_tflops"][row["dtype"]]
         row["share_of_peak"] = max(row["tflops"] / peak, row["gbs"] / report["peaks"]["copy_gbs"])
 

@@ -129,11 +129,13 @@ def host_table(rows: list[dict]) -> Table:
 
 
 def model_table(rows: list[dict]) -> Table:
+    counted = "tflops" in rows[0]  # not in reports of the first versions
     lines = [
         [
             row["variant"],
             row["pass"],
             spread_text(row),
+            *([f"{row['tflops']:.3g}", f"{row['gbs']:.3g}", f"{row['share_of_peak']:.0%}"] if counted else []),
             f"{row['ratio_to_frozen']:.3f}",
             str(row["launches"]) if row.get("launches") else "–",
             mib(row.get("saved_bytes")),
@@ -144,7 +146,8 @@ def model_table(rows: list[dict]) -> Table:
     first = rows[0]
     batch = f"batch {first['batch']} × {first['length']} tokens"
     note = f"{first['layers']} layer(s), {batch}, R {first['r']}, {first['dtype']}."
-    columns = ["variant", "pass", "median (quartiles)", "/ frozen", "launches", "saved MiB", "peak MiB"]
+    rates = ["TFLOP/s", "GB/s", "of peak"] if counted else []
+    columns = ["variant", "pass", "median (quartiles)", *rates, "/ frozen", "launches", "saved MiB", "peak MiB"]
     return Table(first["name"], note, columns, lines)
 
 
