@@ -4,13 +4,14 @@ import json
 import os
 import re
 import sys
+from dataclasses import asdict
 
 import pytest
 import torch
 
 from benchmarks import readme_tables, saved_bytes
-from fastlora.bench import run
-from fastlora.bench.cases import LayerCase
+from fastlora.bench import plots, run
+from fastlora.bench.cases import LayerCase, preset_cases
 from fastlora.bench.models import ModelCase
 from fastlora.bench.peers import STORED_S, Peer
 from fastlora.bench.report import load_report, write_report
@@ -131,6 +132,24 @@ def test_models_are_held_against_the_peaks_of_their_dtype(monkeypatch):
         del entry["tflops"], entry["gbs"], entry["share_of_peak"]
     older = model_table(found["decoder"])
     assert "of peak" not in older.columns and {len(line) for line in older.rows} == {len(older.columns)}
+
+
+@pytest.mark.parametrize("preset, lines", [("quick", 3), ("lorafusion", 3), ("llama8b", 16), ("full", 16)])
+def test_the_picture_of_any_grid_has_lines_that_can_be_told_apart(preset, lines):
+    cases = preset_cases(preset, "cuda")
+    rows = [{"variant": "fastlora", "pass": "step", **asdict(case), "ratio_to_frozen": float(case.r)} for case in cases]
+    found = plots.ratio_lines(rows)
+    assert len(found) == lines
+    assert {m for points in found.values() for m, _ in points} == {case.m for case in cases}
+    for label, points in found.items():
+        rank = int(re.search(r"R (\d+)", label)[1])
+        assert [ratio for _, ratio in points] == pytest.approx([rank] * len(points))
+
+
+def test_lines_are_geometric_means_over_what_their_label_leaves_out(monkeypatch):
+    rows = [row("fastlora", m, ratio, 1.0) for m in (2, 1) for ratio in (2.0, 8.0)]
+    monkeypatch.setattr(plots, "MAX_LINES", 1)
+    assert plots.ratio_lines(rows) == {"1×1 float32 R 1": [(1, pytest.approx(4.0)), (2, pytest.approx(4.0))]}
 
 
 def test_times_have_units():

@@ -1,6 +1,7 @@
 """Pictures of a report: ratio to the frozen layer over M, roofline, memory."""
 
 from pathlib import Path
+from statistics import geometric_mean
 
 import matplotlib
 
@@ -13,6 +14,14 @@ from fastlora.bench.tables import MIB, case_label
 SIZE = (8.0, 5.0)
 DPI = 120
 MEMORY_BARS = 12
+MAX_LINES = 16
+# What tells the lines of a picture apart, and in which order it is averaged over.
+LABELS = (
+    lambda row: f"{row['n']}×{row['k']}",
+    lambda row: row["dtype"],
+    lambda row: f"p {row['dropout']:g}" if row["dropout"] else "",
+    lambda row: f"R {row['r']}",
+)
 
 
 def _save(figure, path: Path) -> Path:
@@ -22,19 +31,30 @@ def _save(figure, path: Path) -> Path:
     return path
 
 
+def ratio_lines(rows: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """Label -> (M, fastlora's step over the frozen layer's): a line per layer shape, rank, dropout and dtype, or, where
+    those are too many to tell apart, geometric means over the first of these until they are few."""
+    steps = [row for row in rows if row["variant"] == "fastlora" and row["pass"] == "step"]
+    for averaged in range(len(LABELS)):
+        lines: dict[str, dict[int, list[float]]] = {}
+        for row in steps:
+            label = " ".join(filter(None, (part(row) for part in LABELS[averaged:])))
+            lines.setdefault(label, {}).setdefault(row["m"], []).append(row["ratio_to_frozen"])
+        if len(lines) <= MAX_LINES:
+            break
+    return {
+        label: sorted((m, geometric_mean(ratios)) for m, ratios in points.items()) for label, points in lines.items()
+    }
+
+
 def ratio_over_tokens(rows: list[dict], title: str, path: Path) -> Path | None:
-    """fastlora's step over the frozen layer's, one line per layer shape, rank and dropout; None without such rows."""
-    lines: dict[str, list] = {}
-    for row in rows:
-        if row["variant"] == "fastlora" and row["pass"] == "step":
-            dropout = f" p {row['dropout']:g}" if row["dropout"] else ""
-            label = f"{row['n']}×{row['k']} R {row['r']}{dropout} {row['dtype']}"
-            lines.setdefault(label, []).append((row["m"], row["ratio_to_frozen"]))
+    """fastlora's step over the frozen layer's, over M; None without such rows."""
+    lines = ratio_lines(rows)
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=SIZE)
     for label, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
     axes.axhline(1.0, color="black", linewidth=1, linestyle="--", label="frozen layer")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens M", ylabel="step time ÷ frozen layer's", title=title)
