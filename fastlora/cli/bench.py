@@ -135,15 +135,16 @@ def _measure(options, output: Path) -> None:
 
     Raises:
         CommandError: something of ours is wrong, or memory was too little.
-        KeyboardInterrupt: the user asked to stop.
+        KeyboardInterrupt: Ctrl-C or SIGTERM asked to stop.
     """
     import torch
 
     from fastlora.bench.correctness import WrongResult
     from fastlora.bench.run import Unfinished, run_bench, steps_of
+    from fastlora.cli.training.interrupt import Interruption
 
     report = reason = None
-    with progress("part", steps_of(options)) as shown:
+    with Interruption(), progress("part", steps_of(options)) as shown:
         try:
             report = run_bench(replace(options, on_progress=shown.begin))
         except Unfinished as ended:

@@ -1,6 +1,8 @@
 """`fastlora bench` and `fastlora tune` on the command line."""
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 
@@ -82,7 +84,9 @@ def stop_at(monkeypatch, m, error):
     measured = run.measure_layer
 
     def stopping(case, *arguments):
-        if case.m == m:
+        if case.m == m and isinstance(error, signal.Signals):
+            os.kill(os.getpid(), error)
+        elif case.m == m:
             raise error
         return measured(case, *arguments)
 
@@ -92,7 +96,8 @@ def stop_at(monkeypatch, m, error):
 @pytest.mark.parametrize(
     "error, code, line",
     [
-        (KeyboardInterrupt(), 130, "fastlora: interrupted"),
+        (signal.SIGINT, 130, "fastlora: interrupted"),
+        (signal.SIGTERM, 130, "fastlora: interrupted"),
         (WrongResult("fastlora: y is off"), 2, "fastlora: error: not timed, because it is wrong: fastlora: y is off"),
         (torch.OutOfMemoryError("64 GiB"), 2, "fastlora: error: out of memory: 64 GiB"),
     ],
