@@ -146,6 +146,14 @@ def test_the_picture_of_any_grid_has_lines_that_can_be_told_apart(preset, lines)
         assert [ratio for _, ratio in points] == pytest.approx([rank] * len(points))
 
 
+def test_lines_of_one_picture_all_look_different(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(figure.axes[0].lines))
+    rows = [{**row("fastlora", 1, 1.0, 1.0), "r": r} for r in range(1, plots.MAX_LINES + 1)]
+    plots.ratio_over_tokens(rows, "title", tmp_path / "ratio.png")
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == len(drawn) == plots.MAX_LINES + 1
+
+
 def test_lines_are_geometric_means_over_what_their_label_leaves_out(monkeypatch):
     rows = [row("fastlora", m, ratio, 1.0) for m in (2, 1) for ratio in (2.0, 8.0)]
     monkeypatch.setattr(plots, "MAX_LINES", 1)

@@ -14,6 +14,7 @@ from fastlora.bench.tables import MIB, case_label
 SIZE = (8.0, 5.0)
 DPI = 120
 MEMORY_BARS = 12
+COLOURS = 10  # matplotlib's own, which come again from then on
 MAX_LINES = 16
 # What tells the lines of a picture apart, and in which order it is averaged over.
 LABELS = (
@@ -53,8 +54,9 @@ def ratio_over_tokens(rows: list[dict], title: str, path: Path) -> Path | None:
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=SIZE)
-    for label, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=label)
+    for index, (label, points) in enumerate(lines.items()):
+        style = "o-" if index < COLOURS else "s:"
+        axes.plot(*zip(*points, strict=True), style, label=label)
     axes.axhline(1.0, color="black", linewidth=1, linestyle="--", label="frozen layer")
     axes.set_xscale("log", base=2)
     axes.set(xlabel="tokens M", ylabel="step time ÷ frozen layer's", title=title)
