@@ -65,7 +65,7 @@ def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, n
 def _lora_forward_op(*args):
     *operands, backend = args
     y, s = _lora_forward(*operands, backend or environment_backend())
-    return y, s.contiguous()  # as its fake says; the reference's is a transposed view, as its dB
+    return y, s.contiguous()  # as its fake says; the reference's may be a transposed view, as its dB is
 
 
 def _lora_backward_op(*args):

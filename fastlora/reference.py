@@ -3,9 +3,6 @@
 ``Y = X·W0ᵀ + s·(drop(X)·Aᵀ)·Bᵀ + bias``, contracted from the left so that nothing larger than M×R is made besides Y:
 2·M·R·(K + N) FLOPs on top of the frozen layer, where forming B·A would cost 2·N·K·R and an N×K temporary. The
 backward is written out by hand and needs X and S = s·drop(X)·Aᵀ alone.
-
-S and dS are made as Sᵀ and dSᵀ [R, M], of which the others are views: the matrix libraries of CPUs are slower with a
-tall and narrow operand that is stored by rows.
 """
 
 from typing import NamedTuple
@@ -17,6 +14,7 @@ from torch.nn.functional import linear
 from fastlora.philox import inverse_keep, keep_mask
 
 _ROWS_AT_A_TIME = 1024  # that are widened to float32 at once
+_RANK_BY_ROWS = 16  # CPUs make a narrower S faster as Sᵀ, up to twice; a wider one by rows, up to a third
 
 
 class Needs(NamedTuple):
@@ -53,9 +51,8 @@ def lora_forward(
     if dropout_p > 0.0:
         seen = x.masked_fill(_drop_mask(seed, dropout_p, x.shape[0], weight), 0.0)
         scaling *= inverse_keep(dropout_p)
-    s_t = torch.addmm(x.new_empty(lora_a.shape[0], x.shape[0]), lora_a, seen.t(), beta=0, alpha=scaling)
+    s = _shrink(seen, lora_a, scaling)
     y = linear(x, weight, bias)
-    s = s_t.t()
     y.addmm_(s, lora_b.t())
     return y, s
 
@@ -77,21 +74,21 @@ def lora_backward(
     if dropout_p > 0.0 and (needs.dx or needs.da):
         drop = _drop_mask(seed, dropout_p, dy.shape[0], weight)
         scaling *= inverse_keep(dropout_p)
-    a, b_t = _cast(lora_a, dy.dtype), _cast(lora_b, dy.dtype).t()
+    a, b_t = _cast(lora_a, dy.dtype), lora_b.t()
     if needs.dx or needs.da:
-        product_t = linear(b_t, dy)  # Bᵀ·dYᵀ [R, M]
+        ds = _shrink(dy, _cast(b_t, dy.dtype))  # [M, R], without the scaling
     if needs.dx:
         dx = torch.mm(dy, weight)
         if drop is None:
-            dx.addmm_(product_t.t(), a, alpha=scaling)
+            dx.addmm_(ds, a, alpha=scaling)
         else:
-            side = torch.mm(product_t.t(), a)
+            side = torch.mm(ds, a)
             dx.add_(side.masked_fill_(drop, 0.0), alpha=scaling)
     if needs.da:
         dropped = x if drop is None else x.masked_fill(drop, 0.0)
-        da = _gradient(product_t, dropped, scaling, lora_a)
+        da = _gradient(ds.t(), dropped, scaling, lora_a)
     if needs.db:
-        db = _gradient(s.t(), dy, 1.0, b_t if lora_b.dtype == dy.dtype else lora_b.t()).t()
+        db = _gradient(s.t(), dy, 1.0, b_t).t()
     if needs.dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
@@ -99,6 +96,17 @@ def lora_backward(
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call that does nothing is not free
+
+
+def _shrink(rows: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · rows [M, ·]·factorᵀ [·, R] with one rounding (beta = 0 leaves the uninitialised output unread)."""
+    by_rows = factor.shape[0] >= _RANK_BY_ROWS
+    left, right = (rows, factor) if by_rows else (factor, rows)
+    if scale == 1.0:
+        product = linear(left, right)
+    else:
+        product = torch.addmm(rows.new_empty(left.shape[0], right.shape[0]), left, right.t(), beta=0, alpha=scale)
+    return product if by_rows else product.t()
 
 
 def _gradient(left: Tensor, right: Tensor, scale: float, parameter: Tensor) -> Tensor:
