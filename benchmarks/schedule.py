@@ -52,6 +52,10 @@ def main(m, n, k, r, dropout, run_sweep, measured, output, **queue):
         machine = fitted.machine
     click.echo(calibration_text(fitted))
     if run_sweep:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise click.ClickException(f"cannot write to {output}: {error.strerror}") from error
         command = " ".join(["python -m benchmarks.schedule", *sys.argv[1:]])
         for path in write_sweep(output, sweep(machine), machine, fitted, command):
             click.echo(f"wrote {path}")
@@ -59,7 +63,10 @@ def main(m, n, k, r, dropout, run_sweep, measured, output, **queue):
     click.echo(f"{LABEL}: M {m}, N {n}, K {k}, R {r}, {schedule}")
     for backward in (False, True):
         problem = Problem(m, n, k, r, backward, dropout)
-        found, base = simulate(problem, schedule, machine), frozen_baseline(problem, schedule, machine)
+        try:
+            found, base = simulate(problem, schedule, machine), frozen_baseline(problem, schedule, machine)
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
         click.echo(
             f"{'backward' if backward else 'forward'}: {found.makespan:.1f} µs, {found.makespan / base.makespan:.3f}x "
             f"the GEMM alone ({base.makespan:.1f} µs)  stalls {found.stall:.1f} µs/SM  "

@@ -5,7 +5,9 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from benchmarks.queue_order import cdiv
 from benchmarks.schedule_model import Machine, Problem, Schedule, frozen_baseline, simulate
+from fastlora.configs import makes_s_beside
 
 FITTED = ("flops", "dram_bandwidth", "tile_overhead")
 MIN_ROWS = 3
@@ -48,6 +50,8 @@ def read_measured(path: Path) -> list[Measured]:
         ValueError: the file has no such row.
     """
     report = json.loads(Path(path).read_text())
+    if not isinstance(report, dict):
+        raise ValueError("it is not a report of fastlora bench")
     rows = []
     for row in report.get("layer", []):
         fused = row["variant"] == "fastlora"
@@ -61,8 +65,15 @@ def read_measured(path: Path) -> list[Measured]:
     return list(dict.fromkeys(rows))
 
 
+def as_launched(problem: Problem, schedule: Schedule, machine: Machine) -> Schedule:
+    """The schedule with S made beside the tiles or alone, as our kernels decide it for this problem."""
+    n_tiles = cdiv(problem.m, schedule.block_m) * cdiv(problem.width, schedule.block_n)
+    return replace(schedule, fused=makes_s_beside(problem.r, schedule.block_n, n_tiles, machine.sm_count))
+
+
 def fit(measured: list[Measured], schedule: Schedule, machine: Machine | None = None, rounds: int = 3) -> Fit:
-    """Coordinate descent over FITTED on the frozen rows alone, so that the fused rows stay a test of the model.
+    """Coordinate descent over FITTED on the frozen rows alone, so that the fused rows stay a test of the model. Whether
+    these make S beside their tiles is what the kernels decide, and not ``schedule``.
 
     Raises:
         ValueError: fewer than MIN_ROWS frozen rows.
@@ -73,8 +84,11 @@ def fit(measured: list[Measured], schedule: Schedule, machine: Machine | None = 
         raise ValueError(f"calibration needs at least {MIN_ROWS} measured frozen rows, got {len(frozen)}")
 
     def ratio(row: Measured, candidate: Machine) -> float:
-        run = simulate if row.problem.r else frozen_baseline
-        return run(row.problem, schedule, candidate).makespan / row.microseconds
+        if row.problem.r:
+            found = simulate(row.problem, as_launched(row.problem, schedule, candidate), candidate)
+        else:
+            found = frozen_baseline(row.problem, schedule, candidate)
+        return found.makespan / row.microseconds
 
     def error(candidate: Machine) -> float:
         return rms_percent([ratio(row, candidate) for row in frozen])

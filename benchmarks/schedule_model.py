@@ -17,7 +17,8 @@ from itertools import count
 from benchmarks.queue_order import Schedule, Tile, build_queue, cdiv, part_blocks
 
 LABEL = "model, not a measurement"
-MAX_STEPS = 24_000  # K chunks grow until one run has about this many events, so that any shape takes seconds
+MAX_STEPS = 24_000  # K chunks grow until one run has about this many events, so that most shapes take seconds
+MAX_TILES = 1_000_000  # a minute
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,8 @@ class Simulation:
     def __init__(self, problem: Problem, schedule: Schedule, machine: Machine):
         self.problem, self.schedule, self.machine = problem, schedule, machine
         self.rows, columns = cdiv(problem.m, schedule.block_m), cdiv(problem.width, schedule.block_n)
+        if self.rows * columns > MAX_TILES:
+            raise ValueError(f"{self.rows} x {columns} tiles are more than the {MAX_TILES} that can be modelled")
         self.shrink_width = problem.r if schedule.fused else min(problem.r, schedule.shrink_width)
         self.shrink = cdiv(problem.r, self.shrink_width) if problem.r else 0
         self.rank = cdiv(problem.r, 16) * 16

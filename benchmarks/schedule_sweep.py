@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.queue_order import Schedule, cdiv
-from benchmarks.schedule_fit import Fit
+from benchmarks.queue_order import Schedule
+from benchmarks.schedule_fit import Fit, as_launched
 from benchmarks.schedule_model import LABEL, Machine, Problem, frozen_baseline, simulate
-from fastlora.configs import LADDERS, makes_s_beside
+from fastlora.configs import LADDERS
 from fastlora.kernels import cuda
 
 # (N, K): the projections of Llama-3.1-8B, the square ones of 70B, and a small square.
@@ -67,9 +67,7 @@ def default_schedule(kernel: str, problem: Problem, machine: Machine) -> Schedul
     """What our kernels of this kind are launched with, where their tile is the model's: their very own rules."""
     wide = cuda.SHORT_WIDE_TILE if problem.m <= cuda.SHORT_ROWS else cuda.WIDE_TILE
     group_m = wide.group_m if SHIPPED[kernel] == "CUDA" else LADDERS["hopper"][0].group_m
-    schedule = replace(KERNELS[kernel], group_m=group_m)
-    n_tiles = cdiv(problem.m, schedule.block_m) * cdiv(problem.width, schedule.block_n)
-    return replace(schedule, fused=makes_s_beside(problem.r, schedule.block_n, n_tiles, machine.sm_count))
+    return as_launched(problem, replace(KERNELS[kernel], group_m=group_m), machine)
 
 
 def neighbours(tokens: int) -> list[int]:

@@ -155,7 +155,7 @@ def test_host_overhead_waits_for_no_other_thread(monkeypatch):
         assert threads == [1] and torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
-    assert {row["variant"] for row in rows} == {"frozen", "fastlora"}
+    assert {row["variant"] for row in rows if row["kind"] != "floor"} == {"frozen", "fastlora"}
 
 
 def test_saved_bytes_count_storages_once_and_parameters_never():

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from benchmarks import schedule_model
 from benchmarks.queue_order import ORDERS, Schedule, Tile, build_queue, cdiv, part_blocks
 from benchmarks.schedule import main
-from benchmarks.schedule_fit import Measured, fit, read_measured
+from benchmarks.schedule_fit import Measured, as_launched, fit, read_measured
 from benchmarks.schedule_model import LABEL, Machine, Memory, Problem, frozen_baseline, simulate
 from benchmarks.schedule_sweep import best_by_class, sweep, write_sweep
 
@@ -168,8 +168,13 @@ def test_a_queue_with_a_tile_before_what_it_waits_for_deadlocks(monkeypatch):
 def test_calibration_recovers_the_machine_that_was_measured():
     truth = replace(Machine(), flops=600e12)
     problems = [Problem(m, 1024, 1024, r) for m in (1024, 2048, 4096) for r in (0, 16)]
-    run = {0: frozen_baseline}
-    measured = [Measured(p, run.get(p.r, simulate)(p, Schedule(), truth).makespan) for p in problems]
+
+    def measure(p):
+        if p.r:
+            return simulate(p, as_launched(p, Schedule(), truth), truth)
+        return frozen_baseline(p, Schedule(), truth)
+
+    measured = [Measured(p, measure(p).makespan) for p in problems]
     found = fit(measured, Schedule())
     assert found.machine.flops == pytest.approx(600e12, rel=0.1)
     assert found.frozen_error < 3 and found.fused_error < 6
@@ -232,6 +237,17 @@ def test_the_command_labels_its_answer(tmp_path):
     empty.write_text("{}")
     refused = CliRunner().invoke(main, ["--measured", str(empty)])
     assert refused.exit_code == 2 and "cannot calibrate" in refused.output
+    empty.write_text("[]")
+    refused = CliRunner().invoke(main, ["--measured", str(empty)])
+    assert refused.exit_code == 2 and "not a report" in refused.output
+
+
+def test_the_command_refuses_what_it_cannot_do_at_once(tmp_path):
+    too_large = CliRunner().invoke(main, ["--m", "100000000"])
+    assert too_large.exit_code == 2 and "more than the 1000000 that can be modelled" in too_large.output
+    (tmp_path / "file").write_text("")
+    nowhere = CliRunner().invoke(main, ["--sweep", "--output", str(tmp_path / "file" / "folder")])
+    assert nowhere.exit_code == 1 and "cannot write" in nowhere.output
 
 
 def test_a_problem_without_size_is_refused():

@@ -44,7 +44,7 @@ class CudaTile:
 WIDE_TILE = CudaTile(128, 256, group_m=16)
 SHORT_WIDE_TILE = replace(WIDE_TILE, group_m=8)
 SHORT_ROWS = 16 * 128
-SMALL_TILES = (CudaTile(128, 128, group_m=12), CudaTile(64, 128, group_m=12))
+SMALL_TILES = (CudaTile(128, 128, group_m=8), CudaTile(64, 128, group_m=8))
 SPLITS = (1, 2, 4, 8)
 
 # What choose_tile reckons with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
