@@ -40,7 +40,8 @@ class TileConfig:
 
 # Each ladder runs from the largest tile to the smallest. "wide" ladders serve ranks above FUSED_RANK, whose gradient
 # tiles need more registers; "odd" ones tensors whose rows are not aligned to 16 bytes, whose addresses do. GROUP_M = 8
-# comes from benchmarks/results/schedule.md. What else is here compiles without a spill; nothing is tuned yet.
+# comes from benchmarks/results/schedule.md. What else is here compiles without a spill; what was tuned on a device goes
+# into tuned/, and nothing is there yet.
 LADDERS: dict[str, tuple[TileConfig, ...]] = {
     "hopper": (
         TileConfig(128, 256, 64, 8, 8, 3, gradient_n=128),

@@ -1,7 +1,8 @@
-"""Configurations that ``fastlora tune`` found faster on the user's own GPU, kept in the user's cache directory.
+"""Configurations that ``fastlora tune`` found faster on a GPU: the user's own, in the user's cache directory, and in
+front of them those that fastlora ships, which ``fastlora tune --output fastlora/tuned`` made.
 
-One file per device name. It is read once per process; what does not hold up (another format, another device, values
-that are no configuration) is ignored with a warning, and the tables of :mod:`fastlora.configs` serve instead.
+One file per device name in each. It is read once per process; what does not hold up (another format, another device,
+values that are no configuration) is ignored with a warning, and the tables of :mod:`fastlora.configs` serve instead.
 """
 
 import json
@@ -11,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Collection
 from dataclasses import asdict, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from fastlora.configs import TileConfig, padded_rank
 
 FORMAT = 1
+SHIPPED = Path(__file__).parent / "tuned"
 DIRECTIONS = ("forward", "backward")
 _LARGEST = 1 << 16  # no field of a configuration is larger than this
 _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "gradient_m", "gradient_n", "slice_n")
@@ -34,9 +36,10 @@ def cache_directory() -> Path:
     return user_cache_path("fastlora", appauthor=False)
 
 
-def cache_file(device_name: str) -> Path:
-    """Where the choices for a device of this name are kept."""
-    return cache_directory() / f"tuned-{re.sub('[^a-z0-9]+', '-', device_name.lower()).strip('-')}.json"
+def cache_file(device_name: str, directory: Path | None = None) -> Path:
+    """Where the choices for a device of this name are kept: in the user's cache directory, or in ``directory``."""
+    name = re.sub("[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return (directory or cache_directory()) / f"tuned-{name}.json"
 
 
 def shape_class(direction: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> str:
@@ -82,9 +85,9 @@ def _parse_config(key: str, entry: object) -> TileConfig:
     return TileConfig(**values)
 
 
-def load_choices(device_name: str) -> dict[str, TileConfig]:
-    """The stored choices for a device; empty, with a warning, where the file does not hold up."""
-    path = cache_file(device_name)
+def load_choices(device_name: str, directory: Path | None = None) -> dict[str, TileConfig]:
+    """The choices of one file (see cache_file); empty, with a warning, where it does not hold up."""
+    path = cache_file(device_name, directory)
     try:
         return parse_choices(path.read_text(encoding="utf-8"), device_name)
     except FileNotFoundError:
@@ -94,13 +97,16 @@ def load_choices(device_name: str) -> dict[str, TileConfig]:
         return {}
 
 
-def save_choices(device_name: str, choices: dict[str, dict], dropped: Collection[str] = ()) -> Path:
+def save_choices(
+    device_name: str, choices: dict[str, dict], dropped: Collection[str] = (), directory: Path | None = None
+) -> Path:
     """Adds choices to the device's file, which readers find whole at any moment, and forgets what was read before.
 
     Args:
         device_name: as torch.cuda.get_device_name says it.
         choices: shape class -> {"config": TileConfig, ...} with whatever else should be on record.
         dropped: shape classes whose earlier choice, if any, no longer holds.
+        directory: the user's cache directory by default.
 
     Returns:
         The file.
@@ -108,7 +114,7 @@ def save_choices(device_name: str, choices: dict[str, dict], dropped: Collection
     Raises:
         OSError: it cannot be written; the old one is as it was.
     """
-    path = cache_file(device_name)
+    path = cache_file(device_name, directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     kept: dict = {}
     try:
@@ -134,7 +140,9 @@ def save_choices(device_name: str, choices: dict[str, dict], dropped: Collection
     return path
 
 
-_choices_of = lru_cache(maxsize=None)(load_choices)
+@cache
+def _choices_of(device_name: str) -> dict[str, TileConfig]:
+    return load_choices(device_name, SHIPPED) | load_choices(device_name)
 
 
 def forget_choices() -> None:
@@ -147,7 +155,8 @@ def forget_choices() -> None:
 def tuned_config(
     direction: str, device: torch.device, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool
 ) -> TileConfig | None:
-    """The user's own choice for a call with aligned rows, or None where its class was not tuned on this device."""
+    """The user's own choice for a call with aligned rows, else the shipped one, or None where its class was never tuned
+    on such a device."""
     if device.type != "cuda":
         return None
     choices = _choices_of(torch.cuda.get_device_name(device))

@@ -76,6 +76,21 @@ def test_a_choice_that_no_longer_holds_is_dropped():
     assert load_choices(DEVICE) == {"another": table_config()}
 
 
+def test_shipped_choices_serve_where_the_user_has_none_of_his_own(monkeypatch, tmp_path):
+    """They are files of the same command, made with --output."""
+    shipped, own = replace(table_config(), group_m=3), replace(table_config(), group_m=5)
+    other = shape_class("backward", 8192, 4096, 4096, 16, torch.bfloat16, False)
+    path = save_choices(DEVICE, {KEY: {"config": shipped}, other: {"config": shipped}}, directory=tmp_path / "tuned")
+    assert path == tmp_path / "tuned" / "tuned-nvidia-imaginary-9000-test.json" and load_choices(DEVICE) == {}
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "tuned")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: DEVICE)
+    save_choices(DEVICE, {KEY: {"config": own}})
+    gpu, sizes = torch.device("cuda", 0), (8192, 4096, 4096, 16)
+    assert tuning.tuned_config("forward", gpu, *sizes, torch.bfloat16, False) == own
+    assert tuning.tuned_config("backward", gpu, *sizes, torch.bfloat16, False) == shipped
+    assert tuning.tuned_config("backward", gpu, *sizes, torch.float16, False) is None
+
+
 def test_a_user_without_home_has_no_choices_and_no_error(monkeypatch, cache):
     monkeypatch.undo()  # the real cache directory
     for name in ("HOME", "XDG_CACHE_HOME"):

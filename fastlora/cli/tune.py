@@ -3,7 +3,8 @@
 import datetime
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 
 import click
 
@@ -20,9 +21,12 @@ PRESET_HELP = "headline: 4096 x 4096 at R 16 and 64, large and small M; llama8b:
 )
 @click.option("--case", "cases", multiple=True, metavar="M,N,K,R[,P[,DTYPE]]", help="These layers (bfloat16).")
 @click.option("--seconds", default=20.0, type=click.FloatRange(0), show_default=True, help="Search budget of a kernel.")
+@click.option(
+    "--output", type=click.Path(file_okay=False, path_type=Path), help="Keep them in this folder, not your cache's."
+)
 @click.option("--dry-run", is_flag=True, help="Measure and print, but keep nothing.")
 @click.option("--show", is_flag=True, help="Print what was kept earlier for this GPU, and stop.")
-def tune(preset: str, cases: tuple[str, ...], seconds: float, dry_run: bool, show: bool) -> None:
+def tune(preset: str, cases: tuple[str, ...], seconds: float, output: Path | None, dry_run: bool, show: bool) -> None:
     """Tune the Triton kernels for this GPU; the choice serves every later run of this user."""
     import torch
 
@@ -32,27 +36,28 @@ def tune(preset: str, cases: tuple[str, ...], seconds: float, dry_run: bool, sho
         raise CommandError("tuning measures a GPU, and torch finds none here")
     name = torch.cuda.get_device_name()
     if show:
-        _show(tuning, name)
+        _show(tuning, name, output)
         return
     failures = []
+    shipped = tuning.load_choices(name, tuning.SHIPPED) if output is None else ()
     chosen = _cases(preset, cases)
     with progress("case", len(chosen)) as shown:
         for case in chosen:
             shown.begin(case.label)
-            found, stays, failed = _tune(case, seconds, shown.say)
+            found, stays, failed = _tune(case, seconds, shipped, shown.say)
             failures += failed
             if not dry_run and (found or stays):  # after each case: what ends the search early takes none of them back
-                with reported_write_errors(tuning.cache_file(name)):
-                    path = tuning.save_choices(name, found, stays)
+                with reported_write_errors(tuning.cache_file(name, output)):
+                    path = tuning.save_choices(name, found, stays, output)
     if not dry_run and len(failures) < len(chosen) * len(tuning.DIRECTIONS):
         click.echo(f"wrote {path}")
     if failures:
         raise CommandError(f"{len(failures)} not tuned: {failures[0]}")
 
 
-def _show(tuning, name: str) -> None:
-    choices = tuning.load_choices(name)
-    click.echo(f"{tuning.cache_file(name)}: {len(choices)} choices for {name}")
+def _show(tuning, name: str, directory: Path | None) -> None:
+    choices = tuning.load_choices(name, directory)
+    click.echo(f"{tuning.cache_file(name, directory)}: {len(choices)} choices for {name}")
     for key, config in choices.items():
         click.echo(f"{key}: {config}")
 
@@ -68,9 +73,11 @@ def _cases(preset: str, cases: tuple[str, ...]) -> list:
     return [LayerCase(m, 4096, 4096, r) for r in (16, 64) for m in (8192, 512)]
 
 
-def _tune(case, seconds: float, say: Callable[[str], None]) -> tuple[dict[str, dict], list[str], list[str]]:
-    """Both directions of a case: shape class -> what to keep, where something beat the table; the classes where
-    nothing did; and why a direction could not be tuned."""
+def _tune(
+    case, seconds: float, shipped: Collection[str], say: Callable[[str], None]
+) -> tuple[dict[str, dict], list[str], list[str]]:
+    """Both directions of a case: shape class -> what to keep, where something beat the table, or where the table beat
+    what is ``shipped``; the classes where nothing did; and why a direction could not be tuned."""
     import torch
 
     from fastlora import __version__
@@ -95,7 +102,7 @@ def _tune(case, seconds: float, say: Callable[[str], None]) -> tuple[dict[str, d
             f"{case.label} {direction}: table {choice.table.median_us:.1f} µs, best {choice.best.median_us:.1f} µs "
             f"of {choice.tried} ({choice.failed} did not run, or not right): {verdict}"
         )
-        if not kept:
+        if not kept and key not in shipped:
             stays.append(key)
             continue
         found[key] = {

@@ -198,6 +198,19 @@ def test_tuning_keeps_what_beats_the_table_and_forgets_what_no_longer_does(fastl
     assert list(tuning.load_choices("Imaginary")) == keys[1:]
 
 
+def test_shipped_choices_come_from_the_same_command(fastlora_cli, monkeypatch, a_gpu, tmp_path):
+    """And where the user's GPU finds the table faster than what is shipped, the table serves."""
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "tuned")
+    tune_with(monkeypatch, {(64, "forward"): choice(8, table=16)})
+    assert fastlora_cli("tune", *CASES[:2], "--output", str(tuning.SHIPPED)).code == 0
+    key = "forward m64 n64 k64 r16 bfloat16"
+    assert list(tuning.load_choices("Imaginary", tuning.SHIPPED)) == [key] and tuning.load_choices("Imaginary") == {}
+    assert "1 choices" in fastlora_cli("tune", "--show", "--output", str(tuning.SHIPPED)).out
+    tune_with(monkeypatch, {(64, "forward"): choice(1)})
+    assert fastlora_cli("tune", *CASES[:2]).code == 0
+    assert {key: config.group_m for key, config in tuning.load_choices("Imaginary").items()} == {key: 1}
+
+
 @pytest.mark.parametrize(
     "error, code, line",
     [
