@@ -8,6 +8,8 @@ timed in turn with cuBLAS, so that both see the same clocks. The file is complet
 """
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -38,9 +40,10 @@ def variants() -> dict[str, tuple[Callable, dict]]:
 
     wide = cuda.WIDE_TILE
     return {
-        "cuda": (cuda, {"tile": wide}),
+        "cuda": (cuda, {}),
         "triton": (triton_lora, {}),
-        "cuda fused": (cuda, {"tile": replace(wide, fused=True)}),
+        "cuda, S beside": (cuda, {"tile": replace(wide, fused=True)}),
+        "cuda, S alone": (cuda, {"tile": wide}),
         "cuda group 8": (cuda, {"tile": replace(wide, group_m=8)}),
         "cuda group 32": (cuda, {"tile": replace(wide, group_m=32)}),
     }
@@ -129,7 +132,8 @@ def main(output: Path, rounds: int, sizes: tuple[int, int, int] | None) -> None:
     if not torch.cuda.is_available():
         raise click.UsageError("this measures a GPU, and torch finds none here")
     cases = [replace(case, **dict(zip("mnk", sizes, strict=True))) if sizes else case for case in GPU_HEADLINE]
-    report = {"environment": describe("cuda"), "rows": []}
+    command = shlex.join(["python", "-m", "benchmarks.mark", *sys.argv[1:]])
+    report = {"command": command, "environment": describe("cuda"), "rows": []}
     inputs = {case: input_sets(case, "cuda") for case in cases}
     for name, (launchers, options) in variants().items():
         for case in cases:

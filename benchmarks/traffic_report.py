@@ -195,8 +195,8 @@ others are each package's order of products and passes from plain kernels of our
 - multiply-adds: of the tensor cores, padding included, as a ratio; matrix instructions are mma.sync or wgmma, whose
   sizes differ between tiles; barriers are a CTA's (each once) and a cluster's. Forward + backward.
 - "fastlora": the first column's tiles make S from the blocks of X that they multiply anyway, as they do in launches of
-  several waves of tiles. "S alone": tiles of their own make it, which read X (dY) once more, out of the last cache, and
-  their row block has S four times as soon: what shorter launches do, whose X fits there, and ranks above 64
+  many waves of tiles. "S alone": tiles of their own make it, which read X (dY) once more, out of the last cache, and
+  their row block has S four times as soon: what shorter launches do, and ranks above 64
   (`fastlora.configs.makes_s_beside`). "2 parts": the contraction of each tile is cut in two, for want of tiles; the
   parts meet in fp32 memory.
 """

@@ -97,8 +97,10 @@ def test_every_choice_of_tile_can_be_launched(m, n, k, r, n_sms):
 
 def test_choices_of_tile():
     """Large problems take the large tile; few rows take a small one, enough of them to busy the chip's memory."""
-    for large in ((8192, 4096, 4096, 16), (16384, 14336, 4096, 64)):
+    for large in ((16384, 4096, 4096, 16), (16384, 14336, 4096, 64)):
         assert cuda.choose_tile(*large, 132) == replace(cuda.WIDE_TILE, fused=True)
+    # In few waves a wait for S would be felt.
+    assert cuda.choose_tile(8192, 4096, 4096, 16, 132) == cuda.WIDE_TILE
     assert cuda.choose_tile(2048, 4096, 4096, 16, 132) == cuda.SHORT_WIDE_TILE
     few = cuda.choose_tile(16, 4096, 4096, 16, 132)
     assert few.block_m == 64 and (4096 // few.block_n) * few.splits > 100
