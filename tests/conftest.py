@@ -1,7 +1,13 @@
 """What every test shares."""
 
+import signal
+
 import pytest
 from numerics import poison
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
