@@ -124,7 +124,7 @@ def host_table(rows: list[dict]) -> Table:
     ]
     note = "Forward + backward of one layer where arithmetic is next to nothing"
     if rows:
-        note += f": {case_label(rows[0])}. Per call; {rows[0]['method']}."
+        note += f": {case_label(rows[0])}. Per call, torch on one thread; {rows[0]['method']}."
     return Table("Host overhead", note, ["variant", "median (quartiles)", "/ frozen", "/ PEFT"], lines)
 
 

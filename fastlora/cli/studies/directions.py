@@ -13,7 +13,7 @@ from fastlora.cli.errors import CommandError, first_line
 from fastlora.cli.studies.plan import KEPT_GROUP, Plan, RunSpec
 from fastlora.cli.studies.store import RunStore
 
-_DIGITS = 5
+DIGITS = 5  # that similarities are stored to
 
 Adapter = dict[str, AdapterLayer]
 
@@ -106,7 +106,7 @@ def _mean_similarity(pairs: list[tuple[AdapterLayer, AdapterLayer]]) -> dict[str
 
 
 def _listed(tables: dict[str, np.ndarray]) -> dict[str, list]:
-    return {side: np.round(table, _DIGITS).tolist() for side, table in tables.items()}
+    return {side: np.round(table, DIGITS).tolist() for side, table in tables.items()}
 
 
 def _amplification(rank: int, rows: list[dict]) -> list[dict]:
