@@ -1,7 +1,8 @@
 """What every order of a LoRA layer's work reads, writes and multiplies, counted on the kernels' own PTX.
 
-    python -m benchmarks.traffic          rewrites results/traffic.json and .md (a minute on one CPU core; no GPU)
+    python -m benchmarks.traffic          rewrites results/traffic.json and .md (a minute on a CPU)
     python -m benchmarks.traffic --check  counts again and compares with the table
+    python -m benchmarks.traffic --m 384 --n 640 --k 256 --r 8 --output DIR     another shape, elsewhere
 
 The emulator of tests/emulator runs the compiled kernels and counts the bytes that cross between the grid and each
 tensor, the matrix instructions and the barriers. Ours are the launchers' real launches; other packages' orders are
@@ -24,7 +25,7 @@ import torch
 
 from benchmarks.peer_orders import ORDERS, Order
 from benchmarks.traffic_report import as_markdown, faults, key_of
-from fastlora.configs import LADDERS, TileConfig
+from fastlora.configs import FUSED_RANK, LADDERS, TileConfig
 from fastlora.kernels import cuda, triton_lora, workspace
 from fastlora.kernels.target import Target
 from fastlora.reference import Needs
@@ -62,8 +63,7 @@ _CUDA_BACKWARD = {
 def summed(launches: list[tuple[LaunchStats, dict[str, str]]]) -> dict:
     """The counters of a direction: of its launches, each with the names of its buffers' tensors.
 
-    Bytes of a tensor are summed over launches; "distinct" ones are those that a launch touches at all, and "extent" the
-    most that one launch touches.
+    Bytes of a tensor are summed over launches; "distinct" ones are those that a launch touches at all.
     """
     total = {"launches": len(launches), "barriers": 0, "matrix_instructions": 0, "multiply_adds": 0, "tensors": {}}
     for stats, names in launches:
@@ -74,13 +74,12 @@ def summed(launches: list[tuple[LaunchStats, dict[str, str]]]) -> dict:
             if argument.startswith("workspace"):
                 continue
             tensor = total["tensors"].setdefault(
-                names[argument], dict.fromkeys(("read", "read_distinct", "written", "written_distinct", "extent"), 0)
+                names[argument], dict.fromkeys(("read", "read_distinct", "written", "written_distinct"), 0)
             )
             tensor["read"] += buffer.bytes_read
             tensor["read_distinct"] += buffer.first_touch_read
             tensor["written"] += buffer.bytes_written
             tensor["written_distinct"] += buffer.first_touch_written
-            tensor["extent"] = max(tensor["extent"], buffer.first_touch_read, buffer.first_touch_written)
     return total
 
 
@@ -157,8 +156,24 @@ def count_triton(case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict
     return summed(forward), summed([(launch, _TRITON) for launch in stats[len(forward) :]])
 
 
-def count_cuda(case: numerics.Case, tile: cuda.CudaTile) -> tuple[dict, dict]:
-    """Counters of the CUDA kernels' launch forward and launch backward, whose results are checked."""
+def _makes_s_alone(case: numerics.Case, tile: cuda.CudaTile) -> bool:
+    """Whether one of the kernels that serve a layer cannot make S beside its product: it has no registers for that."""
+    fitting = [
+        variant
+        for variant in cuda._extension()[0].variants()
+        if (variant["block_m"], variant["block_n"]) == (tile.block_m, tile.block_n)
+        and variant["dropout"] == (case.dropout_p > 0)
+        and variant["rank"] >= case.lora_a.shape[0]
+    ]
+    rank = min(variant["rank"] for variant in fitting)
+    return not all(variant["fuses"] for variant in fitting if variant["rank"] == rank)
+
+
+def count_cuda(case: numerics.Case, tile: cuda.CudaTile) -> tuple[dict, dict] | None:
+    """Counters of the CUDA kernels' launch forward and launch backward, whose results are checked; None where the tile
+    asks for S beside its product and a kernel cannot."""
+    if tile.fused and _makes_s_alone(case, tile):
+        return None
     with _own_workspace(), cuda_emulation.emulated(OPTIONS) as launch:
         results, _ = cuda_emulation.run_layer(case, tile, ctas=8, needs=NEEDS)
     numerics.assert_accurate(results, case)
@@ -174,7 +189,7 @@ class Group:
     arch: int
     tile: TileConfig  # of the plain kernels
     peers: tuple[str, ...]
-    ours: dict[str, Callable[[numerics.Case], tuple[dict, dict]]]
+    ours: dict[str, Callable[[numerics.Case], tuple[dict, dict] | None]]
 
 
 def _square_tile(ladder: str) -> TileConfig:
@@ -221,15 +236,32 @@ def count(group: Group, shape: dict[str, int], only: tuple[str, float] | None = 
         for p, case in cases.items():
             if (p and not drops) or (only and only != (order, p)):
                 continue
-            forward, backward = counted(case)
+            directions = counted(case)
+            if directions is None:
+                continue
+            forward, backward = directions
             yield {"group": group.name, "order": order, "dropout": p, "forward": forward, "backward": backward}
 
 
-def make_table() -> dict:
+def make_table(shape: dict[str, int]) -> dict:
     """Counts everything."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
-    rows = [row for group in groups() for row in count(group, SHAPE)]
-    return {"command": "python -m benchmarks.traffic", "versions": versions, "shape": SHAPE, "rows": rows}
+    rows = [row for group in groups() for row in count(group, shape)]
+    options = "" if shape == SHAPE else "".join(f" --{name} {size}" for name, size in shape.items())
+    return {"command": f"python -m benchmarks.traffic{options}", "versions": versions, "shape": shape, "rows": rows}
+
+
+def check_shape(m: int, n: int, k: int, r: int) -> None:
+    """
+    Raises:
+        click.UsageError: not a shape that every row can have, or one at which passes are not whole.
+    """
+    if n % 8 or k % 8 or r % 8:
+        raise click.UsageError(f"--n {n}, --k {k} and --r {r} must be multiples of 8: the CUDA kernels want that")
+    if m % 64:
+        raise click.UsageError(f"--m {m} must be a multiple of 64: of a tile's rows past the end kernels read others")
+    if r > FUSED_RANK:
+        raise click.UsageError(f"--r {r} is above {FUSED_RANK}: beyond, no kernel makes S beside its own product")
 
 
 def differences(table: dict, again: dict) -> list[str]:
@@ -239,19 +271,30 @@ def differences(table: dict, again: dict) -> list[str]:
 
 
 @click.command(help=__doc__)
+@click.option("--m", type=click.IntRange(1), default=SHAPE["m"], show_default=True, help="Tokens.")
+@click.option("--n", type=click.IntRange(8), default=SHAPE["n"], show_default=True, help="out_features.")
+@click.option("--k", type=click.IntRange(8), default=SHAPE["k"], show_default=True, help="in_features.")
+@click.option("--r", type=click.IntRange(8), default=SHAPE["r"], show_default=True, help="Rank.")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder of traffic.json and .md.")
 @click.option("--check", is_flag=True, help="Write nothing; exit code 1 where the table is not what is counted now.")
-def main(check: bool) -> None:
+def main(m: int, n: int, k: int, r: int, output: Path | None, check: bool) -> None:
+    shape = {"m": m, "n": n, "k": k, "r": r}
+    check_shape(**shape)
+    if shape != SHAPE and output is None:
+        raise click.UsageError("another shape needs --output: benchmarks/results holds the default one")
     reason = cuda_emulation.unavailable()
     if reason:
         raise click.ClickException(f"the CUDA kernels' rows need the extension and its PTX: {reason}")
-    table = make_table()
+    path = output / TABLE.name if output else TABLE
+    old = json.loads(path.read_text()) if check else None
+    table = make_table(shape)
     problems = faults(table)
     if check:
-        problems += differences(json.loads(TABLE.read_text()), table)
+        problems += differences(old, table)
     else:
-        TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(json.dumps(table, indent=1) + "\n")
-        TABLE.with_suffix(".md").write_text(as_markdown(table))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(table, indent=1) + "\n")
+        path.with_suffix(".md").write_text(as_markdown(table))
     click.echo("\n".join(problems) or f"{len(table['rows'])} rows")
     raise SystemExit(bool(problems))
 

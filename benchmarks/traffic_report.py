@@ -14,6 +14,7 @@ FROZEN = "frozen layer"
 # Copies of X and dY that others make count as X and dY.
 X_LIKE, DY_LIKE = ("X", "drop(X)"), ("dY", "scaled dY")
 NAMED = ("X", "W0", "dY", "Y", "dX")
+NARROW = {"A", "B", "S", "dS", "dA", "dB", "partial sums", "S again", "dS again", "fp32 dB", "fp32 dS"}  # R wide
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class Claims:
     wide_bytes: int
 
 
-ALLOWED = Claims(forward_x=0.0, backward_dy=1.0, backward_x=1.0, wide_bytes=0)
+# Of all bytes that are read, and of those that a launch reads for the first time: the rest it finds in the last cache.
+ALLOWED = {
+    "read": Claims(forward_x=0.0, backward_dy=1.0, backward_x=1.0, wide_bytes=0),
+    "read_distinct": Claims(forward_x=0.0, backward_dy=0.0, backward_x=1.0, wide_bytes=0),
+}
 
 
 def key_of(row: dict) -> tuple[str, str, float]:
@@ -43,34 +48,33 @@ def is_ours(row: dict) -> bool:
     return row["order"].startswith("fastlora")
 
 
-def _read(direction: dict, names: tuple[str, ...]) -> int:
-    return sum(direction["tensors"][name]["read"] for name in names if name in direction["tensors"])
+def _read(direction: dict, names: tuple[str, ...], counter: str = "read") -> int:
+    return sum(direction["tensors"][name][counter] for name in names if name in direction["tensors"])
 
 
-def claims(row: dict, frozen: dict, shape: dict[str, int]) -> Claims:
-    """What a row does beyond ``frozen``, the frozen layer's row of the same tile."""
+def claims(row: dict, frozen: dict, shape: dict[str, int], counter: str = "read") -> Claims:
+    """What a row does beyond ``frozen``, the frozen layer's row of the same tile; ``counter``: a key of ALLOWED."""
     m, n, k = shape["m"], shape["n"], shape["k"]
     forward, backward = row["forward"], row["backward"]
-    # Nothing else has as many bytes, even at a byte an element: S, dS, the gradients and their fp32 partial sums are
-    # R wide.
     wide = sum(
         tensor["written"]
         for direction in (forward, backward)
-        for tensor in direction["tensors"].values()
-        if tensor["extent"] >= m * min(n, k)
+        for name, tensor in direction["tensors"].items()
+        if name not in NARROW
     )
     return Claims(
-        forward_x=(_read(forward, X_LIKE) - _read(frozen["forward"], X_LIKE)) / (m * k * ELEMENT),
-        backward_dy=(_read(backward, DY_LIKE) - _read(frozen["backward"], DY_LIKE)) / (m * n * ELEMENT),
-        backward_x=_read(backward, X_LIKE) / (m * k * ELEMENT),
+        forward_x=(_read(forward, X_LIKE, counter) - _read(frozen["forward"], X_LIKE, counter)) / (m * k * ELEMENT),
+        backward_dy=(_read(backward, DY_LIKE, counter) - _read(frozen["backward"], DY_LIKE, counter))
+        / (m * n * ELEMENT),
+        backward_x=_read(backward, X_LIKE, counter) / (m * k * ELEMENT),
         wide_bytes=wide - m * (n + k) * ELEMENT,
     )
 
 
-def excess(row: dict, frozen: dict, shape: dict[str, int]) -> dict[str, float]:
+def excess(row: dict, frozen: dict, shape: dict[str, int], counter: str = "read") -> dict[str, float]:
     """The claims that a row breaks, with what it does instead."""
-    allowed = vars(ALLOWED)
-    return {what: value for what, value in vars(claims(row, frozen, shape)).items() if value > allowed[what]}
+    allowed = vars(ALLOWED[counter])
+    return {what: value for what, value in vars(claims(row, frozen, shape, counter)).items() if value > allowed[what]}
 
 
 def frozen_rows(table: dict) -> dict[str, dict]:
@@ -78,10 +82,12 @@ def frozen_rows(table: dict) -> dict[str, dict]:
     return {row["group"]: row for row in table["rows"] if row["order"] == FROZEN}
 
 
-# What rows of ours may break, by their label, and why.
+# What rows of ours may break, by their label: (counter, claim), and why.
 EXEMPT = {
-    "S alone": {"forward_x", "backward_dy"},  # S is made by tiles of its own, which read X (dY) once more out of L2
-    "2 parts": {"wide_bytes"},  # parts of tiles meet in fp32 memory
+    # S is made by tiles of its own, which read X (dY) once more; but this reading is not the launch's first.
+    "S alone": {("read", "forward_x"), ("read", "backward_dy")},
+    # Parts of tiles meet in fp32 memory.
+    "2 parts": {("read", "wide_bytes"), ("read_distinct", "wide_bytes")},
 }
 
 
@@ -90,8 +96,13 @@ def faults(table: dict) -> list[str]:
     frozen, found = frozen_rows(table), []
     for row in filter(is_ours, table["rows"]):
         exempt = set().union(*(what for label, what in EXEMPT.items() if label in row["order"]))
-        broken = excess(row, frozen[row["group"]], table["shape"])
-        found += [f"{key_of(row)}: {what} is {value:g}" for what, value in broken.items() if what not in exempt]
+        for counter in ALLOWED:
+            broken = excess(row, frozen[row["group"]], table["shape"], counter)
+            found += [
+                f"{key_of(row)}: {what} is {value:g} ({counter})"
+                for what, value in broken.items()
+                if (counter, what) not in exempt
+            ]
     return found
 
 
@@ -114,6 +125,15 @@ def _label(row: dict) -> str:
     return row["order"] + (f", dropout {row['dropout']:g}" if row["dropout"] else "")
 
 
+def _passes(row: dict, frozen: dict, shape: dict[str, int]) -> list[str]:
+    """Passes over X forward, dY backward and X backward; in brackets those of first touches, where they are fewer."""
+    found, first = (claims(row, frozen, shape, counter) for counter in ALLOWED)
+    return [
+        f"{getattr(found, what):.4g}" + f" ({getattr(first, what):.4g})" * (getattr(first, what) < getattr(found, what))
+        for what in ("forward_x", "backward_dy", "backward_x")
+    ]
+
+
 def summary_table(table: dict, group: str) -> Table:
     """A group's rows: what each does beyond the frozen layer."""
     frozen = frozen_rows(table)[group]
@@ -125,9 +145,7 @@ def summary_table(table: dict, group: str) -> Table:
             [
                 _label(row),
                 _both(row, "launches"),
-                f"{found.forward_x:.4g}",
-                f"{found.backward_dy:.4g}",
-                f"{found.backward_x:.4g}",
+                *_passes(row, frozen, table["shape"]),
                 f"{found.wide_bytes / 1024:.4g}",
                 f"{moved(row, 'distinct') / moved(frozen, 'distinct'):.2f}",
                 f"{moved(row, 'all') / moved(frozen, 'all'):.2f}",
@@ -160,15 +178,12 @@ def _kib(tensors: list[dict]) -> str:
 
 def tensor_table(table: dict, group: str) -> Table:
     """A group's rows: KiB of each tensor in each direction."""
-    shape = table["shape"]
-    narrow_bytes = shape["m"] * min(shape["n"], shape["k"])
     lines = []
     for row in (row for row in table["rows"] if row["group"] == group):
         for name in ("forward", "backward"):
             tensors = row[name]["tensors"]
-            others = [tensor for n, tensor in tensors.items() if n not in NAMED]
-            wide = [tensor for tensor in others if tensor["extent"] >= narrow_bytes]
-            narrow = [tensor for tensor in others if tensor["extent"] < narrow_bytes]
+            wide = [tensor for n, tensor in tensors.items() if n not in NAMED and n not in NARROW]
+            narrow = [tensor for n, tensor in tensors.items() if n in NARROW]
             cells = [_kib([tensors[n]]) if n in tensors else "" for n in NAMED]
             lines.append([_label(row), name, *cells, _kib(wide), _kib(narrow)])
     columns = ["order", "direction", *NAMED, "other M×N, M×K", "R wide"]
@@ -177,14 +192,15 @@ def tensor_table(table: dict, group: str) -> Table:
 
 
 NOTES = """\
-Counted by the emulator on the kernels' own PTX; `python -m benchmarks.traffic` makes this page and
+Counted by the emulator on the kernels' own PTX; `{command}` makes this page and
 [traffic.json](traffic.json), in which every tensor of every row is on its own. torch {torch}, triton {triton}. Every
 row's Y, dX, dA and dB passed the error rule of `tests/numerics.py`. fastlora's rows are the launchers' launches; the
 others are each package's order of products and passes from plain kernels of our own with the same tile
 (`benchmarks/peer_orders.py`), adapters in bf16.
 
 - X, forward: passes over X (or its dropped copy) beyond those of the frozen layer's product, which reads X once for
-  every column of tiles. 0: S costs no pass over X.
+  every column of tiles. 0: S costs no pass over X. In brackets, here and in the next two columns, where they are fewer:
+  passes of first touches, which memory must deliver; what a launch reads again, the last cache can.
 - dY, backward: passes over dY (or its scaled copy) beyond those of the frozen layer's dX. dB needs one.
 - X, backward: passes over X (or its dropped copy). dA needs one.
 - wide KiB: written to anything of M×N or M×K elements, but for Y and dX once each.
@@ -216,22 +232,23 @@ def readme_table(table: dict) -> Table:
             [
                 _label(row),
                 _both(row, "launches"),
-                f"{found.forward_x:.3g}",
-                f"{found.backward_dy:.3g}",
-                f"{found.backward_x:.3g}",
+                *_passes(row, frozen, table["shape"]),
                 f"{found.wide_bytes / 1024:.4g}",
                 f"{moved(row, 'distinct') / moved(frozen, 'distinct'):.2f}",
             ]
         )
     columns = ["order of work", "launches", "X for S", "dY for dB and dS", "X for dA", "written besides Y and dX, KiB"]
-    note = f"{_shape_text(table['shape'])} Further passes over X and dY beyond the frozen layer's two products; what "
-    note += "is written of Y's or X's size besides Y and dX; and the bytes that every launch touches, as a ratio."
+    note = (
+        f"{_shape_text(table['shape'])} Further passes over X and dY beyond the frozen layer's two products, in "
+        "brackets those of a launch's first touches where they are fewer; what is written of Y's or X's size besides Y "
+        "and dX; and the bytes that every launch touches, as a ratio."
+    )
     return Table("Counted traffic of one layer, forward + backward", note, [*columns, "bytes / frozen"], lines)
 
 
 def as_markdown(table: dict) -> str:
     names = list(frozen_rows(table))
-    notes = NOTES.format(**table["versions"])
+    notes = NOTES.format(command=table["command"], **table["versions"])
     parts = [f"# Bytes, products and barriers of a LoRA layer\n\n{_shape_text(table['shape'])}\n\n{notes}"]
     parts += [summary_table(table, name).to_markdown() for name in names]
     parts += [tensor_table(table, name).to_markdown() for name in names]

@@ -8,6 +8,7 @@ import cuda_emulation
 import numerics
 import pytest
 import torch
+from click.testing import CliRunner
 from emulator import UninitialisedError
 
 from benchmarks import traffic
@@ -76,11 +77,11 @@ def test_one_launch_adds_no_pass_but_those_of_the_gradients(frozen, arch, dropou
 
 
 def test_above_rank_64_tiles_of_their_own_make_s(frozen):
-    """Then S and dS cost a pass each, and the counters say so."""
+    """Then S and dS cost a pass each out of the last cache, and the counters say so."""
     wide = next(config for config in traffic.LADDERS["ampere wide"] if config.block_n == 128)
     counted = row(traffic.count_triton(draw(0.0, r=72), 80, replace(wide, block_n=64)))
-    found = claims(counted, frozen, SHAPE)
-    assert (found.forward_x, found.backward_dy, found.backward_x) == (1, 2, 1)
+    assert claims(counted, frozen, SHAPE) == Claims(1, 2, 1, 0)
+    assert claims(counted, frozen, SHAPE, "read_distinct") == Claims(0, 0, 1, 0), "memory delivers X and dY once"
 
 
 @pytest.mark.skipif(cuda_emulation.unavailable() is not None, reason=f"CUDA kernels: {cuda_emulation.unavailable()}")
@@ -117,6 +118,22 @@ def test_memory_that_no_launch_wrote_is_not_counted_but_refused():
         traffic.count_peer(broken, draw(0.0), 80, tile(80))
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ("--m 300", "--m 300 must be a multiple of 64"),
+        ("--n 100", "--n 100, --k 384 and --r 16 must be multiples of 8"),
+        ("--r 72", "--r 72 is above 64"),
+        ("--k 136", "another shape needs --output"),
+    ],
+)
+def test_a_shape_that_the_table_is_not_for_is_refused(options, message):
+    before = traffic.TABLE.stat().st_mtime_ns
+    result = CliRunner().invoke(traffic.main, options.split())
+    assert result.exit_code == 2 and message in result.output
+    assert traffic.TABLE.stat().st_mtime_ns == before
+
+
 @pytest.fixture(scope="module")
 def table():
     return json.loads(traffic.TABLE.read_text())
@@ -134,7 +151,7 @@ def test_the_table_holds_every_row_and_obeys_the_claims(table):
     assert {key_of(row) for row in table["rows"]} == expected and len(table["rows"]) == len(expected)
     assert faults(table) == []
     assert traffic.TABLE.with_suffix(".md").read_text() == as_markdown(table)
-    assert "| fastlora, dropout 0.1 | 1 + 1 | 0 | 1 | 1 | 0 |" in block_text(
+    assert "| fastlora, dropout 0.1 | 1 + 1 | 0 | 1 (0) | 1 | 0 |" in block_text(
         "traffic", str(traffic.TABLE), traffic.ROOT
     )
     frozen = frozen_rows(table)
@@ -145,11 +162,19 @@ def test_the_table_holds_every_row_and_obeys_the_claims(table):
 
 def test_a_table_that_breaks_a_claim_is_at_fault(table):
     doctored = json.loads(json.dumps(table))
-    ours = next(row for row in doctored["rows"] if row["order"] == "fastlora")
-    ours["forward"]["tensors"]["X"]["read"] += 2
-    ours["backward"]["tensors"]["dX"]["written"] += 2
-    assert [text.split(": ")[1].split()[0] for text in faults(doctored)] == ["forward_x", "wide_bytes"]
-    assert len(traffic.differences(table, doctored)) == 1
+    rows = {row["order"]: row for row in doctored["rows"]}
+    rows["fastlora"]["forward"]["tensors"]["X"]["read"] += 2
+    rows["fastlora"]["backward"]["tensors"]["dX"]["written"] += 2
+    alone = rows["fastlora, S alone"]["backward"]["tensors"]["dY"]
+    alone["read"] += 2  # it may read dY once more, but not from memory
+    alone["read_distinct"] += 2
+    assert [(text.split("'")[3], text.split(": ")[1].split()[0]) for text in faults(doctored)] == [
+        ("fastlora", "forward_x"),
+        ("fastlora", "wide_bytes"),
+        ("fastlora", "wide_bytes"),
+        ("fastlora, S alone", "backward_dy"),
+    ]
+    assert len(traffic.differences(table, doctored)) == 2
 
 
 def test_a_row_counted_again_is_the_table_s(table):
