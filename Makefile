@@ -46,7 +46,7 @@ demo: install  ## fine-tune SmolLM2-135M with fastlora and with PEFT, and compar
 test: install test-values  ## every test; on a machine without a GPU the kernels run interpreted and emulated
 	$(RUN) -m pytest tests -n $(WORKERS)
 
-test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (20 minutes)
+test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (40 minutes)
 	$(RUN) -m pytest tests/test_sweep.py -m sweep -n $(WORKERS)
 	$(RUN) -m benchmarks.defects --jobs $(WORKERS)
 

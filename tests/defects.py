@@ -6,6 +6,7 @@ at their own shapes and schedules, until one of them fails.
 
 import dataclasses
 import functools
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -17,7 +18,7 @@ import test_cuda_protocol as cuda_protocol
 import test_triton_ptx as triton
 import torch
 from cuda_emulation import ptx_of
-from emulator import EmulatorError
+from emulator import EmulatorError, LaunchOptions, TrapError
 from numerics import poison
 
 from fastlora.kernels import workspace
@@ -35,18 +36,26 @@ class Finding:
 @dataclass(frozen=True)
 class Defect:
     """place: the statement or instruction concerned. checks: what looks for it, by name, the most telling first.
-    redundant: why nothing need find it."""
+    redundant: why nothing need find it. further: launches beyond the tests', which must not find it either then."""
 
     name: str
     place: str
     checks: tuple[tuple[str, Callable[[], None]], ...]
     redundant: str | None = None
+    further: tuple[tuple[str, Callable[[], None]], ...] = ()
 
     def find(self) -> Finding | None:
-        for by, check in self.checks:
-            if failure := _failure(check):
-                return Finding(*failure, by)
-        return None
+        return _first(self.checks)
+
+    def find_further(self) -> Finding | None:
+        return _first(self.further)
+
+
+def _first(checks: Iterable[tuple[str, Callable[[], None]]]) -> Finding | None:
+    for by, check in checks:
+        if failure := _failure(check):
+            return Finding(*failure, by)
+    return None
 
 
 def _failure(check: Callable[[], None]) -> tuple[str, str] | None:
@@ -62,8 +71,8 @@ def _failure(check: Callable[[], None]) -> tuple[str, str] | None:
     return None
 
 
-def _integers(sizes, arch: int):
-    return functools.partial(triton.check_integers, sizes, arch, schedules=_limited(triton.SCHEDULES))
+def _integers(sizes, arch: int, schedules=triton.SCHEDULES):
+    return functools.partial(triton.check_integers, sizes, arch, schedules=_limited(schedules))
 
 
 def _dropped(sizes, arch: int, schedules=triton.SCHEDULES[2:4]):
@@ -111,32 +120,76 @@ def triton_compiled() -> list[Defect]:
     """In the PTX, instruction by instruction: mostly the compiler's."""
     defects = []
     for arch in triton.ARCHITECTURES:
-        for what, check in (
-            ("S beside C", _integers(triton.INTEGER_SIZES[0], arch)),
-            ("S alone", _integers(triton.INTEGER_SIZES[3], arch)),
-            ("dropout", _dropped(triton.DROPPED_SIZES[0], arch)),
+        for what, sizes, check in (
+            ("S beside C", triton.BESIDE_SIZES, _integers),
+            ("S alone", triton.ALONE_SIZES, _integers),
+            ("dropout", triton.MASKED_SIZES, _dropped),
         ):
-            for text in _texts(check):
+            tests = [(str(each), check(each, arch)) for each in sizes]
+            further = [
+                (f"{each} {options}", check(each, arch, schedules=(options,)))
+                for each, options in _further_launches(rank=sizes[0][3])
+            ]
+            for text in _texts(tests[0][1]):
                 kernel = f"sm_{arch} {'forward' if 'lora_forward_kernel' in text else 'backward'}, {what}"
                 for deletion in deletions.find(text):
-
-                    def shortened(other, text=text, deletion=deletion):
-                        return deletions.without(text, [deletion]) if other == text else other
-
-                    name = f"{kernel}: {deletion.what}, PTX line {deletion.line}"
-                    checks = ((kernel, functools.partial(check, edit_ptx=shortened)),)
-                    defects.append(Defect(name, deletion.source, checks, None if _is_ours(deletion) else _COMPILERS))
+                    missing = functools.partial(_check_edited, text, deletion)
+                    defects.append(
+                        Defect(
+                            f"{kernel}: {deletion.what}, PTX line {deletion.line}",
+                            deletion.source,
+                            tuple((name, functools.partial(missing, check)) for name, check in tests),
+                            _why_redundant(deletion),
+                            (
+                                ("execution", functools.partial(_check_executed, text, deletion, tests[0][1])),
+                                *((name, functools.partial(missing, check)) for name, check in further),
+                            ),
+                        )
+                    )
     return defects
 
 
-_COMPILERS = "Triton's compiler put it there"
+def _check_edited(text: str, deletion: deletions.Deletion, check) -> None:
+    """A check without an instruction of one of the kernels that it launches."""
+    launched = []
+
+    def edit(ptx: str) -> str:
+        launched.append(ptx)
+        return deletions.without(text, [deletion]) if ptx == text else ptx
+
+    check(edit_ptx=edit)
+    if text not in launched:
+        raise RuntimeError("the check launches other kernels than the one without the instruction")
+
+
+def _check_executed(text: str, deletion: deletions.Deletion, check) -> None:
+    """What never runs can be deleted unnoticed."""
+    try:
+        _check_edited(text, dataclasses.replace(deletion, replacement="trap"), check)
+    except TrapError:
+        return
+    raise AssertionError("the instruction is never executed")
+
+
+def _further_launches(rank: int, n: int = 5):
+    """Random sizes and schedules, of the same kernels as triton.LONG: these know whether there are several row groups,
+    whether M is a multiple of 16, and N and K of a step."""
+    generator = random.Random(rank)
+    for i in range(n):
+        sizes = 16 * generator.randrange(9, 25), 32 * generator.randrange(1, 9), 32 * generator.randrange(1, 9), rank
+        yield sizes, LaunchOptions(seed=9 + i, resident=i % 3, async_policy="random", shuffle_ctas=True)
+
+
 _ASKED_FOR = ("wait for a flag", "acquire of ", "release of ")
 
 
-def _is_ours(deletion: deletions.Deletion) -> bool:
-    """Whether the Triton sources ask for the instruction."""
-    statement = deletions.source_line(deletion.source, mutants.SOURCES)
-    return deletion.what.startswith(_ASKED_FOR) or (deletion.what == "bar.sync" and "debug_barrier" in statement)
+def _why_redundant(deletion: deletions.Deletion) -> str | None:
+    """Why nothing need find that a kernel lacks the instruction; what the Triton sources ask for has no excuse."""
+    if deletion.what.startswith(_ASKED_FOR):
+        return None
+    if "debug_barrier" in deletions.source_line(deletion.source, mutants.SOURCES):
+        return "other barriers are near in this kernel; that the sources lack it is found"
+    return "the compiler's own; without it all accesses are still ordered, in every launch"
 
 
 def _texts(check) -> list[str]:

@@ -25,7 +25,7 @@ ARCHITECTURES = (80, 90)
 ALL = Needs(True, True, True, True)
 # Small tiles, so that a small problem has several row groups, columns, parts and slices. block_m of 64 is wgmma's
 # least.
-SMALL = {80: TileConfig(32, 32, 32, 2, 4, 3, 32, 32, 16), 90: TileConfig(64, 32, 32, 1, 4, 3, 32, 32, 16)}
+SMALL = {80: TileConfig(32, 32, 32, 4, 4, 3, 32, 32, 16), 90: TileConfig(64, 32, 32, 2, 4, 3, 32, 32, 16)}
 SCHEDULES = (
     LaunchOptions(),
     LaunchOptions(seed=1, resident=1, async_policy="early"),
@@ -35,9 +35,17 @@ SCHEDULES = (
 )
 
 
-# Contractions of more steps than a pipeline has stages, for else what it prefetches never happens.
-INTEGER_SIZES = ((136, 136, 160, 8), (130, 40, 64, 16), (97, 33, 47, 3), (70, 136, 160, 96))
-DROPPED_SIZES = tuple((75, 136, 160, r) for r in (1, 40, 200, 256))
+# [M, N, K]. Contractions have more steps than a pipeline has stages, for else what it prefetches never happens; and
+# leave every remainder by the stages, for which of them a loop ends on is where its wait for the last step matters.
+# The first has row groups before, between and after others: these read a partial sum, write one, or do both.
+# Multiples of 16, as a model's layers are, make other kernels than the rest: their loads are asynchronous copies.
+LONG = ((272, 160, 192), (208, 224, 160), (176, 192, 224))
+BESIDE_SIZES = tuple((*size, 16) for size in LONG)
+ALONE_SIZES = tuple((*size, 96) for size in LONG)
+UNEVEN_SIZES = ((264, 136, 200, 8), (264, 136, 200, 72), (130, 40, 64, 16), (97, 33, 47, 3))
+INTEGER_SIZES = (*BESIDE_SIZES, *ALONE_SIZES, *UNEVEN_SIZES)
+MASKED_SIZES = tuple((*size, 16) for size in LONG)
+DROPPED_SIZES = (*MASKED_SIZES, *((139, 136, 200, r) for r in (1, 40, 200, 256)))
 
 
 @pytest.fixture(autouse=True)
@@ -104,29 +112,30 @@ def test_dropout_and_ranks(arch, dtype, sizes):
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_small_ranks_by_tiles_of_their_own(arch):
-    case = numerics.draw_integer_case(150, 72, 96, 8, torch.bfloat16)
+    case = numerics.draw_integer_case(*LONG[0], 16, torch.bfloat16)
     for options in SCHEDULES[1:4]:
         results, _ = run(case, dataclasses.replace(SMALL[arch], fused=False), arch, options)
         numerics.assert_exact(results, case)
 
 
 def test_results_are_the_same_bits_under_every_schedule():
-    case = numerics.draw_case(150, 40, 64, 8, torch.bfloat16, dropout_p=0.1)
+    case = numerics.draw_case(*LONG[0], 16, torch.bfloat16, dropout_p=0.1)
     first, *others = [run(case, SMALL[90], 90, options)[0] for options in SCHEDULES]
     assert all(torch.equal(other[name], first[name]) for other in others for name in first)
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
-def test_only_the_gradients_asked_for(needs):
-    case = numerics.draw_integer_case(72, 40, 48, 8, torch.bfloat16)
-    results, _ = run(case, SMALL[80], 80, SCHEDULES[3], needs)
+def test_only_the_gradients_asked_for(needs, arch):
+    case = numerics.draw_integer_case(264, 48, 48, 8, torch.bfloat16)
+    results, _ = run(case, SMALL[arch], arch, SCHEDULES[3], needs)
     assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
     numerics.assert_exact(results, case)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_float32_adapters_over_a_16_bit_layer(arch):
-    case = numerics.draw_case(70, 40, 64, 8, torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.3)
+    case = numerics.draw_case(*LONG[0], 16, torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.3)
     results, _ = run(case, SMALL[arch], arch, SCHEDULES[2])
     assert results["da"].dtype == results["db"].dtype == torch.float32
     numerics.assert_accurate(results, case)
@@ -156,23 +165,28 @@ def shipped():
         if ladder_for(arch, rank, dtype.itemsize, aligned) != name:
             continue
         makes_s = (False,) if rank > FUSED_RANK else (True,) if dtype == torch.float32 else (True, False)
-        for (number, config), fused in itertools.product(enumerate(ladder), makes_s):
-            label = f"sm_{arch}-{name}-{config.block_m}x{config.block_n}x{config.block_k}" + "-alone" * (not fused)
+        for (number, config), fused, uneven in itertools.product(enumerate(ladder), makes_s, (False, True)):
+            if (uneven and not fused and len(makes_s) == 2) or not (uneven or aligned):
+                continue  # every tile at even sizes, and once at uneven ones
+            label = f"sm_{arch}-{name}-{config.block_m}x{config.block_n}x{config.block_k}"
+            label += "-alone" * (not fused) + "-uneven" * uneven
             config = dataclasses.replace(config, fused=fused)
-            yield pytest.param(arch, config, rank, dtype, aligned, number + (not fused), id=label)
+            yield pytest.param(arch, config, rank, dtype, aligned, number + (not fused), uneven, id=label)
 
 
-def check_shipped(arch, config, rank, dtype, aligned, number, **altered):
-    """The very tile of the tables, on a problem a little larger than one of it, and several steps of a gradient."""
-    m, n, k = (
-        max(config.block_m, 2 * config.gradient_m) + 9,
-        config.block_n + 8,
-        max(config.block_n, config.block_k) + 8,
-    )
+def check_shipped(arch, config, rank, dtype, aligned, number, uneven, **altered):
+    """The very tile of the tables, on a problem of a few, in more steps than its pipelines have stages. Half of the
+    tiles in row groups of one block, so that gradients are sums over several parts."""
+    config = config if config.fused else dataclasses.replace(config, group_m=1)
+    steps = config.num_stages + 1
+    tail = 8 if uneven else 16
+    m = max(config.block_m, steps * config.gradient_m) + tail + uneven
+    n = k = max(config.block_n, steps * config.block_k) + tail
     if not aligned:
         n, k = n + 1, k + 3
-    case = numerics.draw_case(m, n, k, rank - 8 * (1 - number % 2), dtype, dropout_p=0.2 * (number % 2))
-    results, stats = run(case, config, arch, SCHEDULES[number % len(SCHEDULES)], **altered)
+    dropout_p = 0.2 * ((number + uneven) % 2)
+    case = numerics.draw_case(m, n, k, rank - 8 * uneven, dtype, dropout_p=dropout_p)
+    results, stats = run(case, config, arch, SCHEDULES[1 + number % 4], **altered)
     # In float32 a thread sums in order, the CPU's eager product in blocks, with a smaller error.
     numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)
     if dtype != torch.float32:
@@ -180,6 +194,6 @@ def check_shipped(arch, config, rank, dtype, aligned, number, **altered):
         assert used > 0, "not the matrix instruction that this tile is for"
 
 
-@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number", list(shipped()))
-def test_shipped_configurations(arch, config, rank, dtype, aligned, number):
-    check_shipped(arch, config, rank, dtype, aligned, number)
+@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number, uneven", list(shipped()))
+def test_shipped_configurations(arch, config, rank, dtype, aligned, number, uneven):
+    check_shipped(arch, config, rank, dtype, aligned, number, uneven)

@@ -281,8 +281,9 @@ def gradient_tile(
     """
     BLOCK_M: tl.constexpr = variant.tile.gradient_m
     BLOCK_N: tl.constexpr = variant.tile.gradient_n
+    WGMMA: tl.constexpr = variant.wgmma and left.data.dtype.element_ty.primitive_bitwidth == 16
     # wgmma's masked operand has to be the right one, as in _make_s; the left one then has the rank for its height.
-    TRANSPOSED: tl.constexpr = DROPOUT and variant.wgmma and left.data.dtype.element_ty.primitive_bitwidth == 16
+    TRANSPOSED: tl.constexpr = DROPOUT and WGMMA
     BLOCK_R: tl.constexpr = max(variant.block_r, 64) if TRANSPOSED else variant.block_r
     first_n = tile * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
@@ -290,12 +291,18 @@ def gradient_tile(
     mask_n = offs_n < N
     mask = mask_n[:, None] & (offs_r < R)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N) if TRANSPOSED else (BLOCK_N, BLOCK_R), tl.float32)
-    acc_sum = tl.zeros((BLOCK_N,), tl.float32)
+    # With wgmma, Σ_m L[m, n] is column 0 of a product with [1, 0, 0, ...]: if L were read into registers beside dB's
+    # product, Triton 3.6 would pipeline it with a buffer too few, and overwrite it while wgmma reads it.
+    ones = tl.zeros((BLOCK_M, 16), left.data.dtype.element_ty) + (tl.arange(0, 16) == 0)[None, :]
+    acc_sum = tl.zeros((BLOCK_N, 16) if WGMMA else (BLOCK_N,), tl.float32)
     for m in tl.range(part.first_row, part.end_row, BLOCK_M):
         offs_m = m + tl.arange(0, BLOCK_M)
         left_block = load_block(left, offs_m, offs_n, part.end_row, N, False, False)
         if column_sum.ptr is not None:
-            acc_sum += tl.sum(left_block.to(tl.float32), axis=0)
+            if WGMMA:
+                acc_sum = tl.dot(left_block.T, ones.to(left_block.dtype), acc_sum)
+            else:
+                acc_sum += tl.sum(left_block.to(tl.float32), axis=0)
         if product.ptr is not None:
             if DROPOUT:
                 left_block = tl.where(keep_mask(dropout, offs_m, first_n, N, BLOCK_N), left_block, 0.0)
@@ -306,6 +313,8 @@ def gradient_tile(
                 acc = tl.dot(left_block.T, right_block, acc, input_precision=variant.precision)
     if TRANSPOSED:
         acc = acc.T
+    if WGMMA:
+        acc_sum = tl.sum(acc_sum, axis=1)
     if CHAINED and part.index > 0:
         wait_for(count_ptr + tile, part.index)
         if product.ptr is not None:
@@ -313,6 +322,8 @@ def gradient_tile(
             acc += tl.load(partial_ptrs, mask=mask, other=0.0)
         if column_sum.ptr is not None:
             acc_sum += tl.load(column_sum.partial_ptr + offs_n, mask=mask_n, other=0.0)
+        # A value that several threads hold is loaded by each and stored by one, who may not be ahead of the others.
+        tl.debug_barrier()
     if CHAINED and part.index < part.count - 1:
         if product.ptr is not None:
             partial_ptrs = product.partial_ptr + offs_n[:, None].to(tl.int64) * R + offs_r[None, :]

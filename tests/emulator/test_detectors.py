@@ -19,8 +19,10 @@ from emulator import (
     RaceError,
     UninitialisedError,
     WgmmaError,
+    load_ptx,
 )
 from emulator.conformance import EmulatorRunner, all_cases
+from emulator.conformance.case import module
 
 CASES = {case.name: case for case in all_cases()}
 RING, HANDOVER = "TMA ring", "hand-over through TMA"
@@ -332,6 +334,24 @@ def test_proxy_fence_policies(proxy_fence, removed, found):
         return
     with pytest.raises(ProxyError, match="has no fence.proxy.async for global memory"):
         runner.run(case)
+
+
+@pytest.mark.parametrize(
+    "store",
+    ["st.shared.b32 [buffer], %r1;", "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {%r1};"],
+    ids=("st.shared", "stmatrix"),
+)
+@pytest.mark.parametrize("own", [False, True], ids=("one value", "one for each warp"))
+def test_replicated_stores_race_only_where_they_differ(store, own):
+    body = "\n    mov.u32 %r0, %tid.x;\n    shr.u32 %r1, %r0, 5;\n" + "    mov.b32 %r1, 7;\n" * (not own)
+    body += "    and.b32 %r0, %r0, 7;\n    shl.b32 %r0, %r0, 4;\n    mov.u32 %r2, buffer;\n"
+    body += f"    add.s32 %r2, %r2, %r0;\n    {store}"
+    kernel = load_ptx(module(body, {}, ".shared .align 16 .b8 buffer[128];", arch="sm_90"))
+    if not own:
+        kernel.launch(None, 1, 64, [])
+        return
+    with pytest.raises(RaceError, match="write of shared memory"):
+        kernel.launch(None, 1, 64, [])
 
 
 def test_without_race_detection_only_the_result_tells():

@@ -37,7 +37,8 @@ template <bool kLoad> void move_matrix(Warp& warp, const Instruction& in, u32 ma
         at.region->shadow.read(at.offset, 16, actor, read);
         memcpy(matrix[row], at.host(), 16);
       } else {
-        at.region->shadow.write(at.offset, 16, actor, {actor.owner, actor.now, in.pc});
+        const bool repeats = memcmp(at.host(), matrix[row], 16) == 0;
+        at.region->shadow.write(at.offset, 16, actor, {actor.owner, actor.now, in.pc, kWeak, Proxy::kGeneric, repeats});
         memcpy(at.host(), matrix[row], 16);
       }
     }
