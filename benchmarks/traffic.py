@@ -156,23 +156,11 @@ def count_triton(case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict
     return summed(forward), summed([(launch, _TRITON) for launch in stats[len(forward) :]])
 
 
-def _makes_s_alone(case: numerics.Case, tile: cuda.CudaTile) -> bool:
-    """Whether one of the kernels that serve a layer cannot make S beside its product: it has no registers for that."""
-    fitting = [
-        variant
-        for variant in cuda._extension()[0].variants()
-        if (variant["block_m"], variant["block_n"]) == (tile.block_m, tile.block_n)
-        and variant["dropout"] == (case.dropout_p > 0)
-        and variant["rank"] >= case.lora_a.shape[0]
-    ]
-    rank = min(variant["rank"] for variant in fitting)
-    return not all(variant["fuses"] for variant in fitting if variant["rank"] == rank)
-
-
 def count_cuda(case: numerics.Case, tile: cuda.CudaTile) -> tuple[dict, dict] | None:
     """Counters of the CUDA kernels' launch forward and launch backward, whose results are checked; None where the tile
     asks for S beside its product and a kernel cannot."""
-    if tile.fused and _makes_s_alone(case, tile):
+    variants = cuda_emulation.variants_for(tile, case.dropout_p > 0, case.lora_a.shape[0])
+    if tile.fused and not all(variant["fuses"] for variant in variants):
         return None
     with _own_workspace(), cuda_emulation.emulated(OPTIONS) as launch:
         results, _ = cuda_emulation.run_layer(case, tile, ctas=8, needs=NEEDS)

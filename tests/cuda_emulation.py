@@ -64,6 +64,14 @@ def ptx_of(name: str) -> str:
     return _entries()[name]
 
 
+def variants_for(tile: cuda.CudaTile, dropout: bool, rank: int, half: bool = False) -> list[dict]:
+    """The two compiled kernels, forward and backward, that serve a layer: of the least rank that is enough."""
+    wanted = {"block_m": tile.block_m, "block_n": tile.block_n, "dropout": dropout, "half": half}
+    fitting = [v for v in cuda._extension()[0].variants() if v.items() >= wanted.items() and v["rank"] >= rank]
+    least = min(variant["rank"] for variant in fitting)
+    return [variant for variant in fitting if variant["rank"] == least]
+
+
 @functools.lru_cache(maxsize=128)
 def _module(text: str):
     return load_ptx(text)

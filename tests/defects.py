@@ -17,7 +17,7 @@ import test_cuda_kernels as cuda_values
 import test_cuda_protocol as cuda_protocol
 import test_triton_ptx as triton
 import torch
-from cuda_emulation import ptx_of
+from cuda_emulation import ptx_of, variants_for
 from emulator import EmulatorError, LaunchOptions, TrapError
 from numerics import poison
 
@@ -213,18 +213,9 @@ def cuda_planted() -> list[Defect]:
     ]
 
 
-def _kernels_of(tile, dropout: bool, rank: int, half: bool = False) -> set[str]:
+def _kernels_of(tile, dropout: bool, rank: int) -> set[str]:
     """Names of the forward and the backward kernel."""
-    fitting = [
-        v
-        for v in cuda_values.variants()
-        if (v["block_m"], v["block_n"]) == (tile.block_m, tile.block_n)
-        and v["dropout"] == dropout
-        and v["half"] == half
-        and v["rank"] >= rank
-    ]
-    least = min(v["rank"] for v in fitting)
-    return {v["name"] for v in fitting if v["rank"] == least}
+    return {variant["name"] for variant in variants_for(tile, dropout, rank)}
 
 
 def _cuda_checks():
