@@ -47,12 +47,12 @@ test: install test-values  ## every test; on a machine without a GPU the kernels
 	$(RUN) -m pytest tests -n $(WORKERS)
 
 test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (40 minutes)
-	$(RUN) -m pytest tests/test_sweep.py -m sweep -n $(WORKERS)
+	$(RUN) -m pytest tests/kernels/test_sweep.py -m sweep -n $(WORKERS)
 	$(RUN) -m benchmarks.defects --jobs $(WORKERS)
 
 # Values of the Triton kernels: real launches where there is a GPU, else Triton's interpreter in a process of its own.
 test-values: install
-	$(if $(HAS_GPU),,TRITON_INTERPRET=1) $(RUN) -m pytest tests/kernels -n $(WORKERS)
+	$(if $(HAS_GPU),,TRITON_INTERPRET=1) $(RUN) -m pytest tests/values -n $(WORKERS)
 
 lint: install  ## ruff: lint and format checks
 	$(RUN) -m ruff check .

@@ -1,7 +1,7 @@
 """Which check finds which defect: ``python -m benchmarks.defects [--jobs N] [--only TEXT] [--output DIR]``.
 
-Planted bugs and single deletions of waits, fences and barriers (tests/defects.py) are run through the tests' own checks
-in the emulator. Writes ``defects.json`` and ``defects.md``, and fails where a defect is found by nothing and no reason
+Planted bugs and single deletions of waits, fences and barriers (tests/support/defects.py) are run through the
+tests' checks in the emulator. Writes ``defects.json`` and ``defects.md``, and fails where a defect is found by nothing and no reason
 for that is on record, or where one is on record and the defect is found, by a test or by launches beyond the tests'.
 """
 
@@ -17,14 +17,12 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-TESTS = Path(__file__).parent.parent / "tests"
 RESULTS = Path(__file__).parent / "results"
 
 
 def _defects(group: str) -> list:
     """Made anew in each process: the checks are closures."""
-    sys.path[:0] = [str(TESTS)] if str(TESTS) not in sys.path else []
-    import defects
+    from tests.support import defects
 
     if group not in _defects.made:
         _defects.made[group] = defects.GROUPS[group]()
@@ -55,7 +53,7 @@ def report(rows: list[dict]) -> str:
     lines = [
         "# Which check finds which defect",
         "",
-        "`python -m benchmarks.defects` looks for the defects of `tests/defects.py` by the checks of `make test`.",
+        "`python -m benchmarks.defects`: the defects of `tests/support/defects.py` by the checks of `make test`.",
         "",
         "| defects | all | found | redundant | missed |",
         "|---|---|---|---|---|",
@@ -135,8 +133,7 @@ def _run(group: str, jobs: int, done: dict, save) -> list[dict]:
 @click.option("--output", type=click.Path(path_type=Path), default=RESULTS, help="Folder of defects.json and .md.")
 def main(jobs: int, only: str, resume: bool, output: Path) -> None:
     """Looks for every defect, and writes what found it."""
-    sys.path.insert(0, str(TESTS))
-    import defects
+    from tests.support import defects
 
     output.mkdir(parents=True, exist_ok=True)
     path = output / "defects.json"

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CLI = (sys.executable, "-c", "from fastlora.cli.main import main; main()")
 BUILD = "from benchmarks.cuda_resources import load_setup; print('built', load_setup().build_in_place())"
 # Small layers on every tile: the checkers slow kernels down by orders of magnitude.
-CHECKED = ("-m", "pytest", "-q", "-x", "tests/test_cuda_device.py", "-k", "small_layers")
+CHECKED = ("-m", "pytest", "-q", "-x", "tests/kernels/test_cuda_device.py", "-k", "small_layers")
 TAIL_LINES = 15
 INTERRUPT_S = 5.0  # for an interrupted one to write what it has measured
 GRACE_S = 5.0  # for a killed one to be gone
@@ -75,13 +75,13 @@ def plan(output: Path, workers: int) -> list[Step]:
     bench = (*CLI, "bench", "--device", "cuda", "--seconds", "1.5")
     layer = (*bench, "--only", "layer", "--output")
     tests = pytest_command(workers, 100)
-    others = ("--ignore", "tests/kernels", "--ignore", "tests/emulator", "-k", "not test_cuda")
+    others = ("--ignore", "tests/values", "--ignore", "tests/emulator", "-k", "not test_cuda")
     return [
         Step("device", ("nvidia-smi", "-q"), 20),
         Step("build", (sys.executable, "-c", BUILD), 150),
         Step("info", (*CLI, "info", "--json"), 60, essential=True),
-        Step("cuda tests", (*tests, "tests/test_cuda_device.py"), 100),
-        Step("triton tests", (*tests, "tests/kernels"), 120),
+        Step("cuda tests", (*tests, "tests/kernels/test_cuda_device.py"), 100),
+        Step("triton tests", (*tests, "tests/values"), 120),
         Step("memcheck", (*sanitizer("memcheck"), *CHECKED), 60),
         Step("mark", (sys.executable, "-m", "benchmarks.mark", "--output", str(output / "mark.json")), 60),
         Step("bench layer", (*layer, str(output / "bench-layer"), "--skip", "compiled peft"), 110),

@@ -24,7 +24,7 @@ from fastlora.bench.environment import describe
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
 from fastlora.bench.timing import EventClock, HostClock, Timing, summarise
-from fastlora.reference import Needs
+from fastlora.problem import Needs
 
 MARKS = {("forward", 16): 1.00, ("forward", 64): 1.03, ("backward", 16): 1.05, ("backward", 64): 1.10}
 NEEDS = Needs(True, True, True, False)
@@ -36,7 +36,8 @@ Launch = Callable[[LayerTensors], dict[str, torch.Tensor]]
 def variants() -> dict[str, tuple[Callable, dict]]:
     """Name -> (launchers, keyword arguments): the backends, and the queue orders that the schedule model cannot settle.
     The one expected to win comes first: time may run out."""
-    from fastlora.kernels import cuda, triton_lora
+    from fastlora.backends.cuda import launch as cuda
+    from fastlora.backends.triton import launch as triton_lora
 
     wide = cuda.WIDE_TILE
     return {

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora import philox
-from fastlora.configs import TileConfig, padded_rank
-from fastlora.kernels.triton_tiles import Dropout, keep_mask
+from fastlora.backends.configs import TileConfig, padded_rank
+from fastlora.backends.triton.tiles import Dropout, keep_mask
 
 _ELEMENTS = 1024  # of a program of the elementwise kernel
 

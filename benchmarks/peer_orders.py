@@ -12,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from benchmarks.peer_kernels import dropout, elementwise, gradient_pair, product, zeros
-from fastlora.configs import TileConfig
+from fastlora.backends.configs import TileConfig
 from fastlora.philox import inverse_keep
 
 Tensors = dict[str, Tensor]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.queue_order import cdiv
 from benchmarks.schedule_model import Machine, Problem, Schedule, frozen_baseline, simulate
-from fastlora.configs import makes_s_beside
+from fastlora.backends.configs import makes_s_beside
 
 FITTED = ("flops", "dram_bandwidth", "tile_overhead")
 MIN_ROWS = 3

@@ -12,8 +12,8 @@ from tqdm import tqdm
 from benchmarks.queue_order import Schedule
 from benchmarks.schedule_fit import Fit, as_launched
 from benchmarks.schedule_model import LABEL, Machine, Problem, frozen_baseline, simulate
-from fastlora.configs import LADDERS
-from fastlora.kernels import cuda
+from fastlora.backends.configs import LADDERS
+from fastlora.backends.cuda import launch as cuda
 
 # (N, K): the projections of Llama-3.1-8B, the square ones of 70B, and a small square.
 LAYERS = ((1024, 1024), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -184,7 +184,7 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         f"## Defaults ({LABEL})",
         "",
         "What the kernels are launched with: order wave, a whole group a gradient part, S by the rule of",
-        "`fastlora.configs.makes_s_beside`, against the best schedule of the sweep for each layer by itself.",
+        "`fastlora.backends.configs.makes_s_beside`, against the best schedule of the sweep for each layer by itself.",
         "",
         *defaults_table(rows, machine),
     ]

@@ -12,7 +12,6 @@ before its counters count. Traffic between L2 and the multiprocessors is what is
 
 import importlib.metadata
 import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,20 +24,17 @@ import torch
 
 from benchmarks.peer_orders import ORDERS, Order
 from benchmarks.traffic_report import as_markdown, faults, key_of
-from fastlora.configs import FUSED_RANK, LADDERS, TileConfig
-from fastlora.kernels import cuda, triton_lora, workspace
-from fastlora.kernels.target import Target
-from fastlora.reference import Needs
+from fastlora.backends import workspace
+from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig
+from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.target import Target
+from fastlora.backends.triton import launch as triton_lora
+from fastlora.problem import Needs
+from tests.emulator import LaunchOptions, LaunchStats, load_ptx
+from tests.support import cuda_emulation, numerics, triton_emulation
+from tests.support.compile_target import Launch, compile_for
 
-ROOT = Path(__file__).resolve().parent.parent
 TABLE = Path(__file__).resolve().parent / "results" / "traffic.json"
-sys.path.insert(0, str(ROOT / "tests"))  # the emulator, and what runs kernels in it
-
-import cuda_emulation  # noqa: E402
-import numerics  # noqa: E402
-import triton_emulation  # noqa: E402
-from compile_target import Launch, compile_for  # noqa: E402
-from emulator import LaunchOptions, LaunchStats, load_ptx  # noqa: E402
 
 SHAPE = {"m": 512, "n": 512, "k": 384, "r": 16}
 DROPOUT = 0.1

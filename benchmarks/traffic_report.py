@@ -194,7 +194,7 @@ def tensor_table(table: dict, group: str) -> Table:
 NOTES = """\
 Counted by the emulator on the kernels' own PTX; `{command}` makes this page and
 [traffic.json](traffic.json), in which every tensor of every row is on its own. torch {torch}, triton {triton}. Every
-row's Y, dX, dA and dB passed the error rule of `tests/numerics.py`. fastlora's rows are the launchers' launches; the
+row's Y, dX, dA and dB passed the error rule of `tests/support/numerics.py`. fastlora's rows are the launchers' launches, the
 others are each package's order of products and passes from plain kernels of our own with the same tile
 (`benchmarks/peer_orders.py`), adapters in bf16.
 
@@ -213,8 +213,8 @@ others are each package's order of products and passes from plain kernels of our
 - "fastlora": the first column's tiles make S from the blocks of X that they multiply anyway, as they do in launches of
   many waves of tiles. "S alone": tiles of their own make it, which read X (dY) once more, out of the last cache, and
   their row block has S four times as soon: what shorter launches do, and ranks above 64
-  (`fastlora.configs.makes_s_beside`). "2 parts": the contraction of each tile is cut in two, for want of tiles; the
-  parts meet in fp32 memory.
+  (`fastlora.backends.configs.makes_s_beside`). "2 parts": the contraction of each tile is cut in two, for want of
+  tiles; the parts meet in fp32 memory.
 """
 
 

@@ -86,7 +86,7 @@ py::tuple parameters(const Plan& plan, const py::kwargs& arguments) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Hopper kernels of fastlora; see fastlora/kernels/cuda.py";
+  m.doc() = "Hopper kernels of fastlora; see fastlora/backends/cuda/launch.py";
   m.def("device_count", &fastlora::device_count, "CUDA devices; 0 without a driver");
   m.def(
       "variants",

@@ -1,7 +1,7 @@
 """A LoRA layer in one kernel launch forward and one backward."""
 
 from fastlora import analysis, integrations
-from fastlora.adapter_io import load_adapter, save_adapter
+from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
 from fastlora.model import inject, merge, trainable_parameters, unmerge
 from fastlora.module import LoRALinear

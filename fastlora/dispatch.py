@@ -8,22 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import reference
+from fastlora.backends import reference
+from fastlora.problem import Sizes
 
 BACKENDS = ("cuda", "triton", "reference")  # in order of preference on a GPU
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
 _calls: Counter[str] = Counter()
 _fallbacks: Counter[str] = Counter()
-
-
-class Sizes(NamedTuple):
-    """M tokens (all leading dimensions of x), N out_features, K in_features, R rank."""
-
-    m: int
-    n: int
-    k: int
-    r: int
 
 
 class Problem(NamedTuple):
@@ -36,13 +28,13 @@ class Problem(NamedTuple):
 
 
 def _cuda_module():
-    from fastlora.kernels import cuda
+    from fastlora.backends.cuda import launch as cuda
 
     return cuda
 
 
 def _triton_module():
-    from fastlora.kernels import triton_lora
+    from fastlora.backends.triton import launch as triton_lora
 
     return triton_lora
 

@@ -6,9 +6,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastlora.checks import check_arguments, check_dropout
-from fastlora.dispatch import Problem, Sizes, backend_for, count_fallback, environment_backend, sole_backend
+from fastlora.dispatch import Problem, backend_for, count_fallback, environment_backend, sole_backend
 from fastlora.philox import draw_seed
-from fastlora.reference import Needs
+from fastlora.problem import Needs, Sizes
 
 _library = torch.library.Library("fastlora", "DEF")
 _library.define(

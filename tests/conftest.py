@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from numerics import poison
+
+from tests.support.numerics import poison
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

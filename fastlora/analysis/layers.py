@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from fastlora.adapter_files import AdapterLayer
+from fastlora.adapters.files import AdapterLayer
 from fastlora.analysis.projections import amplification
 from fastlora.analysis.spectra import effective_rank, spectrum
 from fastlora.analysis.subspaces import random_similarity, subspace_similarity

@@ -7,11 +7,12 @@ from dataclasses import asdict
 
 import torch
 
-from fastlora import reference
+from fastlora.backends import reference
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.layer import build_variants, make_stage, random_tensors
 from fastlora.bench.peers import FROZEN, SCALING, LayerTensors, Peer
 from fastlora.bench.timing import time_calls
+from fastlora.problem import Needs
 
 CALLS = 100
 
@@ -37,7 +38,7 @@ class _EmptyNode(torch.autograd.Function):
 
 def floor_calls(tensors: LayerTensors) -> dict[str, Callable[[], None]]:
     """The two parts that no layer of this kind can do without: its eight products, and its autograd node."""
-    t, needs = tensors, reference.Needs(True, True, True, False)
+    t, needs = tensors, Needs(True, True, True, False)
     x, a, b = (tensor.detach().requires_grad_(True) for tensor in (t.x, t.lora_a, t.lora_b))
 
     @torch.no_grad()

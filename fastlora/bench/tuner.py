@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlora import reference
+from fastlora.backends import reference
+from fastlora.backends.configs import LADDERS, TileConfig, choose_config, ladder_for
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import TOLERANCE, WrongResult
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
 from fastlora.bench.timing import EventClock, summarise
-from fastlora.configs import LADDERS, TileConfig, choose_config, ladder_for
+from fastlora.problem import Needs
 
 # What is tried around the best tile of the ladder, one field at a time.
 NEIGHBOURS = {
@@ -65,7 +66,7 @@ def make_call(launchers, direction: str, tensors: LayerTensors, dropout_p: float
             t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, dropout_p, seed, **config
         )
     _, s = launchers.lora_forward(t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, dropout_p, seed)
-    needs = reference.Needs(True, True, True, False)
+    needs = Needs(True, True, True, False)
     return lambda: launchers.lora_backward(
         t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, SCALING, dropout_p, seed, needs, **config
     )

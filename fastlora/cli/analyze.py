@@ -73,7 +73,7 @@ def analyze(adapter: Path, base: str | None, against: Path | None, modules: str 
 
 
 def _read(directory: Path) -> dict:
-    from fastlora.adapter_files import read_adapter
+    from fastlora.adapters.files import read_adapter
 
     try:
         return read_adapter(directory)
@@ -127,7 +127,7 @@ def _weights(name: str, layers: dict) -> dict:
     """
     import torch
 
-    from fastlora.cli.training.models import find_model, load_weights
+    from fastlora.finetune.models import find_model, load_weights
 
     source = find_model(None if name == PACKAGED else name)
     click.echo(f"Loading {source.label}{'' if source.local else ' from the hub'}")

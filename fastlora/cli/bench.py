@@ -86,7 +86,7 @@ def parse_case(text: str, dtype: str):
 
 def _run_claims(output: Path, device: str | None, steps: int) -> None:
     from fastlora.cli.claims import claims_tables, measure_claims, write_claims
-    from fastlora.cli.training.settings import Settings
+    from fastlora.finetune.settings import Settings
 
     found = measure_claims(Settings(device=_device(device), steps=steps), click.echo)
     found["command"] = _command()
@@ -141,7 +141,7 @@ def _measure(options, output: Path) -> None:
 
     from fastlora.bench.correctness import WrongResult
     from fastlora.bench.run import Unfinished, run_bench, steps_of
-    from fastlora.cli.training.interrupt import Interruption
+    from fastlora.finetune.interrupt import Interruption
 
     report = reason = None
     with Interruption(), progress("part", steps_of(options)) as shown:

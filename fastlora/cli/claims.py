@@ -14,12 +14,12 @@ from fastlora.bench.environment import describe
 from fastlora.bench.models import shared_copy
 from fastlora.bench.tables import Table, mib, time_text
 from fastlora.bench.timing import time_calls
-from fastlora.cli.training.arms import fastlora_arm
-from fastlora.cli.training.data import TokenBlocks, make_blocks, read_text
-from fastlora.cli.training.interrupt import Interruption
-from fastlora.cli.training.loop import Arm, Record, held_out_loss, make_optimizer, train
-from fastlora.cli.training.models import check_device, find_model, load_model
-from fastlora.cli.training.settings import Settings
+from fastlora.finetune.arms import fastlora_arm
+from fastlora.finetune.data import TokenBlocks, make_blocks, read_text
+from fastlora.finetune.interrupt import Interruption
+from fastlora.finetune.loop import Arm, Record, held_out_loss, make_optimizer, train
+from fastlora.finetune.models import check_device, find_model, load_model
+from fastlora.finetune.settings import Settings
 from fastlora.model import merge, trainable_parameters
 
 LORA, FULL = "LoRA", "full fine-tuning"

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from fastlora.cli.errors import CommandError
-from fastlora.cli.training.settings import DTYPES, PROJECTIONS, Settings
+from fastlora.finetune.settings import DTYPES, PROJECTIONS, Settings
 
 REQUIRED = ("transformers", "tqdm", "matplotlib", "safetensors")
 DEFAULTS = Settings()
@@ -101,9 +101,9 @@ def finetune(ctx: click.Context, output: Path, resume: bool, **options: object) 
     if missing:
         raise CommandError(f"finetune needs {', '.join(missing)}: pip install 'fastlora[finetune]'")
     # The command's module is imported for `fastlora --help` too, which should not wait for torch.
-    from fastlora.cli.training.models import check_device
-    from fastlora.cli.training.runner import Runner
-    from fastlora.cli.training.state import SavedState
+    from fastlora.finetune.models import check_device
+    from fastlora.finetune.runner import Runner
+    from fastlora.finetune.state import SavedState
 
     settings = Settings(**{**options, "dtype": DTYPES[options["dtype"]]})
     saved = None

@@ -11,8 +11,8 @@ import click
 from fastlora.cli.errors import CommandError
 from fastlora.cli.files import staged, write_bytes
 from fastlora.cli.finetune import REQUIRED, FiniteFloat, split_targets
-from fastlora.cli.studies.plan import PRESETS, StudySettings
-from fastlora.cli.training.settings import DTYPES
+from fastlora.finetune.settings import DTYPES
+from fastlora.study.plan import PRESETS, StudySettings
 
 DEFAULTS = StudySettings()
 INTERRUPTED = 130
@@ -105,10 +105,10 @@ def study(preset: str, device: str, output: Path, suggest: bool, dtype: str, **o
 
 def _run(settings: StudySettings, device: str, output: Path) -> int:
     # The command's module is imported for `fastlora --help` too, which should not wait for torch.
-    from fastlora.cli.studies.store import RunStore
-    from fastlora.cli.studies.trainer import prepare
-    from fastlora.cli.training.interrupt import Interrupted, Interruption
-    from fastlora.cli.training.models import check_device
+    from fastlora.finetune.interrupt import Interrupted, Interruption
+    from fastlora.finetune.models import check_device
+    from fastlora.study.store import RunStore
+    from fastlora.study.trainer import prepare
 
     store, trainer = RunStore(output), None
     with Interruption() as interruption:
@@ -141,8 +141,8 @@ def _command() -> str:
 
 def _report(trainer) -> None:
     """Writes the report, unless another process has just done that, and shows its tables."""
-    from fastlora.cli.studies.report import make_report, report_is_current
-    from fastlora.cli.studies.results import study_tables
+    from fastlora.study.report import make_report, report_is_current
+    from fastlora.study.results import study_tables
 
     output = trainer.store.directory
     with trainer.store.lock("report", wait=True):
@@ -158,10 +158,10 @@ def _report(trainer) -> None:
 
 
 def _suggest(output: Path, budget: int | None) -> None:
-    from fastlora.cli.studies.plan import default_budget
-    from fastlora.cli.studies.results import summarize
-    from fastlora.cli.studies.store import RunStore
-    from fastlora.cli.studies.suggest import rank_by_loss, suggestion_lines
+    from fastlora.study.plan import default_budget
+    from fastlora.study.results import summarize
+    from fastlora.study.store import RunStore
+    from fastlora.study.suggest import rank_by_loss, suggestion_lines
 
     store = RunStore(output)
     header = store.header()

@@ -30,7 +30,7 @@ def tune(preset: str, cases: tuple[str, ...], seconds: float, output: Path | Non
     """Tune the Triton kernels for this GPU; the choice serves every later run of this user."""
     import torch
 
-    from fastlora import tuning
+    from fastlora.backends import tuning
 
     if not torch.cuda.is_available():
         raise CommandError("tuning measures a GPU, and torch finds none here")
@@ -81,10 +81,10 @@ def _tune(
     import torch
 
     from fastlora import __version__
+    from fastlora.backends.target import target_of
+    from fastlora.backends.triton import launch as triton_lora
+    from fastlora.backends.tuning import DIRECTIONS, shape_class
     from fastlora.bench.tuner import tune_case
-    from fastlora.kernels import triton_lora
-    from fastlora.kernels.target import target_of
-    from fastlora.tuning import DIRECTIONS, shape_class
 
     target = target_of(torch.device("cuda", torch.cuda.current_device()))
     found, stays, failed = {}, [], []

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fastlora.adapter_io import whole_value
+from fastlora.adapters.io import whole_value
 from fastlora.model import lora_layers
 
 # What follows a module's path in the names of its A and B. loralib names them as this package does.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.adapter_files import read_adapter
+from fastlora.adapters.files import read_adapter
 from fastlora.analysis import amplification, subspace_similarity
 from fastlora.cli import analyze
 

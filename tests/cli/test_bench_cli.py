@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastlora import tuning
+from fastlora.backends import tuning
+from fastlora.backends.configs import LADDERS, ladder_for
 from fastlora.bench import run, tuner
 from fastlora.bench.correctness import WrongResult
 from fastlora.cli import claims
-from fastlora.cli.training.settings import Settings
-from fastlora.configs import LADDERS, ladder_for
+from fastlora.finetune.settings import Settings
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Imaginary")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr("fastlora.kernels.target.target_of", lambda device: None)
+    monkeypatch.setattr("fastlora.backends.target.target_of", lambda device: None)
     monkeypatch.setattr(tuning, "cache_directory", lambda: tmp_path / "cache")
     tuning.forget_choices()
     yield

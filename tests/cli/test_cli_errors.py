@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fastlora.cli.training import loop
+from fastlora.finetune import loop
 
 
 def assert_refused(result, *words):
@@ -210,7 +210,7 @@ def test_peft_that_does_not_go_with_other_packages(finetune, monkeypatch, tmp_pa
 
 
 def test_missing_default_model_says_how_to_get_it(fastlora_cli, monkeypatch, text_file, tmp_path):
-    from fastlora.cli.training import models
+    from fastlora.finetune import models
 
     monkeypatch.setattr(models, "PACKAGE", "no_such_package_of_weights")
     result = fastlora_cli("finetune", "--text", text_file, "--output", tmp_path)

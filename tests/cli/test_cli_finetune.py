@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 import fastlora
-from fastlora.cli.training import arms, merging
-from fastlora.cli.training.compare import LOSS_TOLERANCE
+from fastlora.finetune import arms, merging
+from fastlora.finetune.compare import LOSS_TOLERANCE
 from fastlora.model import inject
 
 
@@ -62,8 +62,8 @@ def test_adapter_gives_the_reported_loss_when_loaded_by_peft(compared, tiny_mode
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from fastlora.cli.training.data import make_blocks
-    from fastlora.cli.training.loop import held_out_loss
+    from fastlora.finetune.data import make_blocks
+    from fastlora.finetune.loop import held_out_loss
 
     directory, _ = compared
     model = AutoModelForCausalLM.from_pretrained(tiny_model)

@@ -9,9 +9,9 @@ import time
 
 import pytest
 
-from fastlora.cli.training import loop, runner
-from fastlora.cli.training.interrupt import Interrupted, Interruption
-from fastlora.cli.training.state import FILE_NAME
+from fastlora.finetune import loop, runner
+from fastlora.finetune.interrupt import Interrupted, Interruption
+from fastlora.finetune.state import FILE_NAME
 
 ADAPTER = "adapter/adapter_model.safetensors"
 START_TIMEOUT_S = 120

@@ -7,12 +7,12 @@ import torch
 
 from fastlora.cli import files
 from fastlora.cli.errors import CommandError
-from fastlora.cli.training.compare import LOSS_TOLERANCE, compare_losses
-from fastlora.cli.training.data import batch_at, make_blocks, read_text
-from fastlora.cli.training.full import measure_full_finetuning
-from fastlora.cli.training.loop import causal_loss, learning_rate_at
-from fastlora.cli.training.memory import SavedTensors, distinct_bytes, peak_bytes, peak_method, reset_peak
-from fastlora.cli.training.settings import Settings
+from fastlora.finetune.compare import LOSS_TOLERANCE, compare_losses
+from fastlora.finetune.data import batch_at, make_blocks, read_text
+from fastlora.finetune.full import measure_full_finetuning
+from fastlora.finetune.loop import causal_loss, learning_rate_at
+from fastlora.finetune.memory import SavedTensors, distinct_bytes, peak_bytes, peak_method, reset_peak
+from fastlora.finetune.settings import Settings
 
 CPU = torch.device("cpu")
 
@@ -128,7 +128,7 @@ def test_full_finetuning_counts_all_parameters_and_freezes_again():
 
 
 def test_full_finetuning_is_only_estimated_where_memory_is_short(monkeypatch):
-    from fastlora.cli.training import full as module
+    from fastlora.finetune import full as module
 
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     model = Model()

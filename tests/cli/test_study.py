@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from benchmarks import readme_tables
-from fastlora.adapter_files import read_adapter
+from fastlora.adapters.files import read_adapter
 from fastlora.analysis import subspace_similarity
 from fastlora.cli.errors import CommandError
-from fastlora.cli.studies import pictures, trainer
-from fastlora.cli.studies import report as study_report
-from fastlora.cli.studies.directions import DIGITS
-from fastlora.cli.training import loop
+from fastlora.finetune import loop
+from fastlora.study import pictures, trainer
+from fastlora.study import report as study_report
+from fastlora.study.directions import DIGITS
 
 RUNS = 2 * (7 + 3 * 2 - 1)  # rank 4 on all four is in both experiments
 PICTURES = {"budget.png", "ranks.png", "amplification.png"}
@@ -110,14 +110,14 @@ def test_report_and_pictures(whole):
 
 def test_a_run_is_what_fine_tuning_computes(whole, finetune, tmp_path):
     """Same batches, same rate: `fastlora finetune` with the run's start gives its losses."""
-    from fastlora.cli.studies.plan import RunSpec
+    from fastlora.study.plan import RunSpec
 
     spec, run = RunSpec((0, 2), 4, 1), results(whole[0])["Wq+Wv-r4-s1"]
     original = loop.batch_at
     with pytest.MonkeyPatch.context() as patch:
         # finetune has one seed for start and batches; a study two.
         patch.setattr(loop, "batch_at", lambda blocks, step, size, seed: original(blocks, step, size, spec.data_seed))
-        patch.setattr("fastlora.cli.training.runner.make_blocks", lambda *a: trainer.make_blocks(*a[:3], 0))
+        patch.setattr("fastlora.finetune.runner.make_blocks", lambda *a: trainer.make_blocks(*a[:3], 0))
         options = ["--steps", 2, "--rank", 4, "--targets", "q_proj,v_proj", "--seed", spec.start_seed]
         assert finetune(*options, "--output", tmp_path).code == 0
     tuned = json.loads((tmp_path / "report.json").read_text())["runs"]["fastlora"]

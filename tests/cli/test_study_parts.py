@@ -7,10 +7,10 @@ import sys
 import pytest
 
 from fastlora.cli.errors import CommandError
-from fastlora.cli.studies.plan import RunSpec, StudySettings, default_budget, make_plan, rank_for
-from fastlora.cli.studies.results import summarize
-from fastlora.cli.studies.store import RunStore
-from fastlora.cli.studies.suggest import indistinguishable, rank_by_loss
+from fastlora.study.plan import RunSpec, StudySettings, default_budget, make_plan, rank_for
+from fastlora.study.results import summarize
+from fastlora.study.store import RunStore
+from fastlora.study.suggest import indistinguishable, rank_by_loss
 
 SMOLLM2 = (34560, 23040, 23040, 34560)  # 30 layers of 576 x 576 and, for keys and values, 192 x 576
 SPEC = RunSpec((0, 2), 8, 1)
@@ -51,7 +51,7 @@ class TestPlan:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from fastlora.cli.studies.store import RunStore
+from fastlora.study.store import RunStore
 with RunStore(Path(sys.argv[1])).lock(sys.argv[2]) as mine:
     print(mine, flush=True)
     time.sleep(600)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from emulator import load_ptx
-from emulator.conformance import CudaRunner, EmulatorRunner, all_cases, coverage
-from emulator.engine_library import operations
+from tests.emulator import load_ptx
+from tests.emulator.conformance import CudaRunner, EmulatorRunner, all_cases, coverage
+from tests.emulator.engine_library import operations
 
 CASES = {case.name: case for case in all_cases()}
 ASYNCHRONOUS = [

@@ -5,7 +5,7 @@ Each row is: case, text to replace, replacement, error, and a fragment of its me
 
 import pytest
 
-from emulator import (
+from tests.emulator import (
     AlignmentError,
     AsyncCopyError,
     BarrierError,
@@ -21,8 +21,8 @@ from emulator import (
     WgmmaError,
     load_ptx,
 )
-from emulator.conformance import EmulatorRunner, all_cases
-from emulator.conformance.case import module
+from tests.emulator.conformance import EmulatorRunner, all_cases
+from tests.emulator.conformance.case import module
 
 CASES = {case.name: case for case in all_cases()}
 RING, HANDOVER = "TMA ring", "hand-over through TMA"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from emulator import (
+from tests.emulator import (
     BoundsError,
     LaunchError,
     LaunchOptions,
@@ -17,8 +17,8 @@ from emulator import (
     UninitialisedError,
     load_ptx,
 )
-from emulator.conformance.case import module, pointers
-from emulator.engine_library import library, operations
+from tests.emulator.conformance.case import module, pointers
+from tests.emulator.engine_library import library, operations
 
 _COPY = pointers("x", "y") + (
     "\n    mov.u32 %r0, %tid.x;\n    mul.wide.u32 %rd4, %r0, 4;\n    add.s64 %rd0, %rd0, %rd4;\n"
@@ -64,7 +64,7 @@ def test_first_touch_counts_bytes_once_and_broadcasts_count_once():
 
 
 def test_tensor_core_counters():
-    from emulator.conformance import all_cases
+    from tests.emulator.conformance import all_cases
 
     case = next(case for case in all_cases() if case.name == "wgmma n64")
     args = {name: tensor.clone() for name, tensor in case.args.items()}
@@ -127,7 +127,7 @@ def test_structures_by_value():
 
 
 def test_a_tensor_map_by_pointer():
-    from emulator.conformance.asynchronous import _ADDRESSES, _INIT, _SHARED, wait
+    from tests.emulator.conformance.asynchronous import _ADDRESSES, _INIT, _SHARED, wait
 
     x = torch.arange(32.0)
     body = "    ld.param.u64 %rd0, [map];\n    ld.param.u64 %rd1, [y];\n" + _ADDRESSES + _INIT
@@ -329,7 +329,7 @@ def test_source_lines_come_from_loc():
 
 
 def test_seeds_repeat_exactly():
-    from emulator.conformance import EmulatorRunner, all_cases
+    from tests.emulator.conformance import EmulatorRunner, all_cases
 
     case = next(case for case in all_cases() if case.name == "tickets")
     counts = set()

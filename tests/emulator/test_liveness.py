@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from emulator import (
+from tests.emulator import (
     DeadlockError,
     DivergenceError,
     EmulatorTimeoutError,
@@ -14,7 +14,7 @@ from emulator import (
     TrapError,
     load_ptx,
 )
-from emulator.conformance.case import module, pointers
+from tests.emulator.conformance.case import module, pointers
 
 _HEAD = """
     mov.u32 %r0, %tid.x;

@@ -1,0 +1,275 @@
+"""The CUDA backend for Hopper: a whole LoRA layer in one launch forward and one launch backward.
+
+The only importer of the compiled extension."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fastlora import philox
+from fastlora.backends import reference
+from fastlora.backends.configs import makes_s_beside
+from fastlora.backends.workspace import borrow_workspace
+from fastlora.dispatch import Problem
+from fastlora.problem import Gradients, Needs
+
+MAX_RANK = 256
+SMALL_TILE_RANK = 64  # tiles smaller than 128 x 256 are compiled up to this rank
+STEP = 64  # contracted elements a step
+
+
+@dataclass(frozen=True)
+class CudaTile:
+    """How one launch is cut into tiles.
+
+    block_m, block_n: the tile of Y or dX.
+    group_m: row blocks that share a stretch of the queue, so that their rows stay in L2.
+    splits: parts that the contraction of each tile is cut into.
+    fused: whether S is made beside the first column's tiles, from what they read anyway, or by short tiles of its own
+        (which ranks above 64 always take); see fastlora.backends.configs.makes_s_beside, which choose_tile asks.
+    """
+
+    block_m: int
+    block_n: int
+    group_m: int
+    splits: int = 1
+    fused: bool = False
+
+
+# A wave of 132 tiles reads the fewest rows of both operands when it is about as high as wide. Few rows make two groups
+# all the same: the gradient tiles of the first run beside products of the second (benchmarks/results/schedule.md).
+WIDE_TILE = CudaTile(128, 256, group_m=16)
+SHORT_WIDE_TILE = replace(WIDE_TILE, group_m=8)
+SHORT_ROWS = 16 * 128
+SMALL_TILES = (CudaTile(128, 128, group_m=8), CudaTile(64, 128, group_m=8))
+SPLITS = (1, 2, 4, 8)
+
+# What choose_tile reckons with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
+_FMA_PER_CLOCK = 2048
+_SM_BYTES_PER_CLOCK = 40
+_DRAM_BYTES_PER_CLOCK = 2800  # of the whole chip
+_TILE_CLOCKS = 3000  # filling the ring, storing the last tile
+_COMBINE_BYTES_PER_CLOCK = 40
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(m: int, n: int, k: int, r: int, n_sms: int) -> CudaTile:
+    """The tile for C [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest, and who
+    makes S, as makes_s_beside says."""
+    wide = SHORT_WIDE_TILE if m <= SHORT_ROWS else WIDE_TILE
+    if r > SMALL_TILE_RANK:
+        return wide
+    candidates = [wide]
+    for tile in SMALL_TILES:
+        candidates += [CudaTile(tile.block_m, tile.block_n, tile.group_m, s) for s in SPLITS if s * STEP <= k]
+    # Of equals (memory decides), the smallest: its rows past the end cost least.
+    tile = min(candidates, key=lambda tile: (_estimated_clocks(tile, m, n, k, n_sms), tile.block_m * tile.block_n))
+    n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
+    return replace(tile, fused=makes_s_beside(r, tile.block_n, n_tiles, n_sms))
+
+
+def _estimated_clocks(tile: CudaTile, m: int, n: int, k: int, n_sms: int) -> float:
+    rows, columns = -(-m // tile.block_m), -(-n // tile.block_n)
+    if tile.block_n == WIDE_TILE.block_n:
+        rows += rows % 2  # two row blocks go to a cluster, whether there are two or not
+    waves = -(-rows * columns * tile.splits // n_sms)
+    steps = -(-k // (STEP * tile.splits))
+    # Rows past the end are multiplied but not read.
+    step_bytes = (min(m, tile.block_m) + tile.block_n) * STEP * 2
+    step = max(tile.block_m * tile.block_n * STEP / _FMA_PER_CLOCK, step_bytes / _SM_BYTES_PER_CLOCK)
+    combine = (tile.splits - 1) * min(m, tile.block_m) * tile.block_n * 4 / _COMBINE_BYTES_PER_CLOCK
+    traffic = 2 * (m * k + k * n + m * n) / _DRAM_BYTES_PER_CLOCK
+    return max(waves * steps * step, traffic) + _TILE_CLOCKS + combine
+
+
+@lru_cache(maxsize=1)
+def _extension() -> tuple[ModuleType | None, str | None]:
+    try:
+        from fastlora import _C
+    except ImportError as error:
+        return None, f"the extension fastlora._C is not built ({error}); install fastlora where nvcc is found"
+    return _C, None
+
+
+@lru_cache(maxsize=64)
+def unusable(device: torch.device | None = None) -> str | None:
+    """Why these kernels cannot run on a device (None: the current one), or None."""
+    module, reason = _extension()
+    if module is None:
+        return reason
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    if module.device_count() == 0:
+        return "the driver is older than the CUDA runtime that the extension was built with"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        return f"compiled for compute capability 9.0 (Hopper), this device has {capability[0]}.{capability[1]}"
+    return None
+
+
+def refuses(problem: Problem) -> str | None:
+    """Why these kernels do not compute a problem on any device, or None."""
+    m, n, k, r = problem.sizes
+    if problem.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {problem.dtype} is not float16 or bfloat16"
+    if r > MAX_RANK:
+        return f"rank {r} is above {MAX_RANK}"
+    if n % 8 or k % 8 or r % 8:
+        return f"out_features {n}, in_features {k} and rank {r} must be multiples of 8"
+    if not problem.aligned:
+        return "an operand does not start on 16 bytes, or its rows do not"
+    if max(m, n, k) >= 2**31 - 1024:
+        return f"a dimension of {max(m, n, k)} does not fit 32 bits"
+    return None
+
+
+def supports(problem: Problem) -> str | None:
+    """Why these kernels cannot serve a call here, or None."""
+    if problem.device.type != "cuda":
+        return f"cuda: the tensors are on {problem.device}"
+    reason = unusable(problem.device) or refuses(problem)
+    return f"cuda: {reason}" if reason else None
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    tile: CudaTile, ctas: int, sizes: tuple[int, int, int, int], backward: bool, half: bool, dropout: bool, **wanted
+):
+    module, reason = _extension()
+    if module is None:
+        raise RuntimeError(f"the CUDA backend cannot run: {reason}")
+    m, n, k, r = sizes
+    return module.Plan(
+        backward=backward, half=half, dropout=dropout, block_m=tile.block_m, block_n=tile.block_n, m=m, n=n, k=k, r=r,
+        group_m=tile.group_m, splits=tile.splits, fused=tile.fused, ctas=ctas, **wanted,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Rows that do not overlap, as a copy engine needs them (an expanded gradient has a stride of 0)."""
+    return tensor if tensor.shape[0] <= 1 or tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
+
+
+def _address(operand):
+    """A matrix as its address and row stride, a vector as its address; numbers are what they are."""
+    if not isinstance(operand, Tensor):
+        return operand
+    if operand.dim() < 2:
+        return operand.data_ptr()
+    return operand.data_ptr(), operand.stride(0) if operand.shape[0] > 1 else operand.shape[1]
+
+
+def _launch(plan, device: torch.device, operands: Mapping[str, Tensor | float]) -> None:
+    stream = torch.cuda.current_stream(device)
+    addresses = {name: _address(operand) for name, operand in operands.items()}
+    plan.launch(device=stream.device_index, stream=stream.cuda_stream, **addresses)
+
+
+def _run(plan, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> None:
+    """Launches with the scratch memory that the plan asks for."""
+    scratch = {"workspace": borrow_workspace(plan.words, like.device)}
+    for name, size in (("gradient_sums", plan.gradient_floats), ("tile_parts", plan.part_floats)):
+        if size:
+            scratch[name] = like.new_empty(size, dtype=torch.float32)
+    _launch(plan, like.device, {n: t for n, t in {**operands, **scratch}.items() if t is not None})
+
+
+def _dropout_operands(dropout_p: float, seed: Tensor | None) -> dict[str, Tensor | float]:
+    if seed is None:
+        return {}
+    operands = {"drop_threshold": philox.threshold(dropout_p), "inverse_keep": philox.inverse_keep(dropout_p)}
+    return operands | ({"seed": int(seed)} if seed.device.type == "cpu" else {"seed_address": seed.view(-1)})
+
+
+def lora_forward(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K]
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    bias: Tensor | None,  # [N]
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    tile: CudaTile | None = None,
+    ctas: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Y [M, N] and S [M, R] in one launch; see fastlora.backends.reference.lora_forward.
+
+    ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for each multiprocessor."""
+    (m, k), (n, r) = x.shape, lora_b.shape
+    if 0 in (m, n, k):
+        return reference.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    ctas = ctas or _multiprocessors(x.device)
+    plan = _plan(
+        tile or choose_tile(m, n, k, r, ctas), ctas, (m, n, k, r), False, x.dtype == torch.float16, dropout_p > 0.0
+    )
+    if bias is not None and bias.data_ptr() % 16:
+        bias = bias.clone()
+    _run(
+        plan,
+        x,
+        {
+            "u": _rows(x), "v": _rows(weight), "a": _rows(lora_a.to(x.dtype)), "b": _rows(lora_b.to(x.dtype)),
+            "bias": bias, "c": y, "s": s.view(-1), "scale_s": scaling * philox.inverse_keep(dropout_p),
+            **_dropout_operands(dropout_p, seed),
+        },
+    )  # fmt: skip
+    return y, s
+
+
+def lora_backward(
+    dy: Tensor,  # [M, N]
+    x: Tensor | None,  # [M, K], read for dA alone
+    weight: Tensor,  # [N, K]
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    s: Tensor | None,  # [M, R], read for dB alone
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: Needs,
+    tile: CudaTile | None = None,
+    ctas: int | None = None,
+) -> Gradients:
+    """The gradients that ``needs`` names in one launch; see fastlora.backends.reference.lora_backward."""
+    (m, n), (r, k) = dy.shape, lora_a.shape
+    if 0 in (m, n, k) or not any(needs):
+        return reference.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
+    ctas = ctas or _multiprocessors(dy.device)
+    plan = _plan(
+        tile or choose_tile(m, k, n, r, ctas), ctas, (m, k, n, r), True, dy.dtype == torch.float16, dropout_p > 0.0,
+        makes_c=needs.dx, grad_a=needs.da, grad_b=needs.db, grad_bias=needs.dbias,
+    )  # fmt: skip
+
+    def output(needed: bool, *shape: int, dtype: torch.dtype = dy.dtype) -> Tensor | None:
+        return dy.new_empty(shape, dtype=dtype) if needed else None
+
+    # Gradients leave in one type; a layer whose adapters differ in theirs has one of them cast.
+    grad_dtype = dy.dtype if lora_a.dtype == lora_b.dtype == dy.dtype else torch.float32
+    dx, ds = output(needs.dx, m, k), output(needs.dx or needs.da, m * r)
+    da, db = output(needs.da, r, k, dtype=grad_dtype), output(needs.db, n, r, dtype=grad_dtype)
+    dbias = output(needs.dbias, n)
+    _run(
+        plan,
+        dy,
+        {
+            "u": _rows(dy), "v": _rows(weight), "a": _rows(lora_a.to(dy.dtype)), "b": _rows(lora_b.to(dy.dtype)),
+            "c": dx, "s": ds, "x": _rows(x) if needs.da else None, "saved": _rows(s) if needs.db else None,
+            "grad_a": None if da is None else da.view(-1), "grad_b": None if db is None else db.view(-1),
+            "grad_bias": dbias, "scale_s": scaling, "fp32_grads": grad_dtype == torch.float32,
+            **_dropout_operands(dropout_p, seed),
+        },
+    )  # fmt: skip
+    return Gradients(
+        dx, None if da is None else da.to(lora_a.dtype), None if db is None else db.to(lora_b.dtype), dbias
+    )

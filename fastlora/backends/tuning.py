@@ -1,0 +1,163 @@
+"""Configurations that ``fastlora tune`` found faster on a GPU: the user's own, in the user's cache directory, and in
+front of them those that fastlora ships, which ``fastlora tune --output fastlora/tuned`` made.
+
+One file per device name in each. It is read once per process; what does not hold up (another format, another device,
+values that are no configuration) is ignored with a warning, and the tables of ``configs.py`` serve instead.
+"""
+
+import json
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Collection
+from dataclasses import asdict, fields
+from functools import cache, lru_cache
+from pathlib import Path
+
+import torch
+
+from fastlora.backends.configs import TileConfig, padded_rank
+
+FORMAT = 1
+SHIPPED = Path(__file__).parent.parent / "tuned"
+DIRECTIONS = ("forward", "backward")
+_LARGEST = 1 << 16  # no field of a configuration is larger than this
+_POWERS_OF_TWO = ("block_m", "block_n", "block_k", "gradient_m", "gradient_n", "slice_n")
+
+
+def cache_directory() -> Path:
+    """The user's cache directory for fastlora: platformdirs' answer, or its Linux rule where that is not installed.
+    A user without a home directory, as containers have, gets one that does not exist, and so no choices."""
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:
+        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastlora"
+    return user_cache_path("fastlora", appauthor=False)
+
+
+def cache_file(device_name: str, directory: Path | None = None) -> Path:
+    """Where the choices for a device of this name are kept: in the user's cache directory, or in ``directory``."""
+    name = re.sub("[^a-z0-9]+", "-", device_name.lower()).strip("-")
+    return (directory or cache_directory()) / f"tuned-{name}.json"
+
+
+def shape_class(direction: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> str:
+    """The class of shapes that share a choice: every size rounded up to a power of two, the rank as tiles hold it.
+
+    Raises:
+        ValueError: the direction is neither "forward" nor "backward".
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    sizes = " ".join(f"{name}{1 << (size - 1).bit_length()}" for name, size in (("m", m), ("n", n), ("k", k)))
+    tail = " dropout" if dropout else ""
+    return f"{direction} {sizes} r{padded_rank(r)} {str(dtype).removeprefix('torch.')}{tail}"
+
+
+def parse_choices(text: str, device_name: str) -> dict[str, TileConfig]:
+    """Shape class -> configuration, from a cache file's text.
+
+    Raises:
+        ValueError: the text is not such a file, is another device's, or holds a value that is no configuration.
+    """
+    try:
+        stored = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:  # the latter: a thousand brackets
+        raise ValueError(f"not JSON: {error}") from error
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not isinstance(stored.get("choices"), dict):
+        raise ValueError(f"not a file of format {FORMAT}")
+    if stored.get("device") != device_name:
+        raise ValueError(f"made for {stored.get('device')!r}, not for {device_name!r}")
+    return {key: _parse_config(key, entry) for key, entry in stored["choices"].items()}
+
+
+def _parse_config(key: str, entry: object) -> TileConfig:
+    values = entry.get("config") if isinstance(entry, dict) else None
+    if not isinstance(values, dict) or set(values) != {field.name for field in fields(TileConfig)}:
+        raise ValueError(f"{key}: not a configuration of this version")
+    for name, value in values.items():
+        valid = type(value) is bool if name == "fused" else type(value) is int and 0 < value <= _LARGEST
+        if name in _POWERS_OF_TWO:
+            valid = valid and value >= 16 and value & (value - 1) == 0
+        if not valid:
+            raise ValueError(f"{key}: {name} cannot be {value!r}")
+    return TileConfig(**values)
+
+
+def load_choices(device_name: str, directory: Path | None = None) -> dict[str, TileConfig]:
+    """The choices of one file (see cache_file); empty, with a warning, where it does not hold up."""
+    path = cache_file(device_name, directory)
+    try:
+        return parse_choices(path.read_text(encoding="utf-8"), device_name)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(f"ignoring {path}: {error}; run `fastlora tune` to make it anew", stacklevel=2)
+        return {}
+
+
+def save_choices(
+    device_name: str, choices: dict[str, dict], dropped: Collection[str] = (), directory: Path | None = None
+) -> Path:
+    """Adds choices to the device's file, which readers find whole at any moment, and forgets what was read before.
+
+    Args:
+        device_name: as torch.cuda.get_device_name says it.
+        choices: shape class -> {"config": TileConfig, ...} with whatever else should be on record.
+        dropped: shape classes whose earlier choice, if any, no longer holds.
+        directory: the user's cache directory by default.
+
+    Returns:
+        The file.
+
+    Raises:
+        OSError: it cannot be written; the old one is as it was.
+    """
+    path = cache_file(device_name, directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: dict = {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        parse_choices(text, device_name)
+        kept = json.loads(text)["choices"]
+    except (FileNotFoundError, ValueError):
+        pass  # nothing there, or nothing worth keeping
+    kept = {key: entry for key, entry in kept.items() if key not in dropped}
+    kept |= {key: {**entry, "config": asdict(entry["config"])} for key, entry in choices.items()}
+    content = json.dumps({"format": FORMAT, "device": device_name, "choices": kept}, indent=1) + "\n"
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+    forget_choices()
+    return path
+
+
+@cache
+def _choices_of(device_name: str) -> dict[str, TileConfig]:
+    return load_choices(device_name, SHIPPED) | load_choices(device_name)
+
+
+def forget_choices() -> None:
+    """Makes the next look-up read the files again."""
+    _choices_of.cache_clear()
+    tuned_config.cache_clear()
+
+
+@lru_cache(maxsize=4096)
+def tuned_config(
+    direction: str, device: torch.device, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool
+) -> TileConfig | None:
+    """The user's own choice for a call with aligned rows, else the shipped one, or None where its class was never tuned
+    on such a device."""
+    if device.type != "cuda":
+        return None
+    choices = _choices_of(torch.cuda.get_device_name(device))
+    return choices.get(shape_class(direction, m, n, k, r, dtype, dropout)) if choices else None

@@ -1,0 +1,135 @@
+"""The models that train: fastlora's layers in the base model, and PEFT's for comparison, from the same start."""
+
+import copy
+import importlib
+import importlib.util
+import re
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.adapters.io import save_adapter
+from fastlora.cli.errors import CommandError, first_line
+from fastlora.finetune.loop import Arm, make_optimizer
+from fastlora.finetune.settings import Settings
+from fastlora.model import ALL_LINEAR, inject
+
+FASTLORA = "fastlora"
+PEFT = "peft"
+
+# base_model.model.<path>.lora_A.default.weight in a PEFT model is <path>.lora_A here.
+_PEFT_NAME = re.compile(r"^base_model\.model\.(.+\.lora_[AB])\.default\.weight$")
+
+
+def require_peft() -> None:
+    """Imports peft now: loaded between two runs, it would count as memory of the second one.
+
+    Raises:
+        CommandError: the package is not installed, or does not go with what else is.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise CommandError("--compare peft and --via peft need the peft package: pip install peft")
+    try:
+        importlib.import_module("peft")
+    except ImportError as error:  # of a name that another version of transformers has no longer, say
+        raise CommandError(f"peft cannot be imported: {first_line(error)}") from error
+
+
+def fastlora_arm(base: nn.Module, settings: Settings) -> Arm:
+    """The base model with fastlora's layers: injected, or those of a PEFT model patched by fastlora (--via peft).
+
+    Raises:
+        CommandError: a target matches no layer, or one that cannot be adapted.
+    """
+    if settings.via == PEFT:
+        from fastlora.integrations.peft import patch
+
+        arm = peft_arm(base, settings)
+        patch(arm.model)
+        return Arm(FASTLORA, arm.model, arm.optimizer)
+    model = _shared_copy(base)
+    torch.manual_seed(settings.seed)
+    try:
+        inject(
+            model,
+            _targets(settings),
+            r=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            rslora=settings.rslora,
+            # As PEFT does: over a 16-bit model the adapters are float32.
+            adapter_dtype=torch.float32,
+        )
+    except (ValueError, TypeError) as error:
+        raise CommandError(first_line(error)) from error
+    return Arm(FASTLORA, model, make_optimizer(model, settings.learning_rate))
+
+
+def peft_arm(base: nn.Module, settings: Settings) -> Arm:
+    """The base model with stock PEFT layers.
+
+    Raises:
+        CommandError: as for `fastlora_arm`.
+    """
+    import peft
+
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        use_rslora=settings.rslora,
+        target_modules=_targets(settings),
+        task_type="CAUSAL_LM",
+    )
+    model = _shared_copy(base)
+    torch.manual_seed(settings.seed)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for an attribute that newer versions of it rename.
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            model = peft.get_peft_model(model, config)
+        except (ValueError, TypeError, ImportError) as error:  # the last for optional packages of the wrong version
+            raise CommandError(f"PEFT: {first_line(error)}") from error
+    return Arm(PEFT, model, make_optimizer(model, settings.learning_rate))
+
+
+def _targets(settings: Settings) -> str | list[str]:
+    return ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets)
+
+
+def _shared_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose tensors are the model's: adapters do not touch frozen weights."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+
+
+def adapter_snapshot(arm: Arm) -> dict[str, Tensor]:
+    """Copies of the adapter's tensors under fastlora's names, whichever layers hold them."""
+    return {_PEFT_NAME.sub(r"\1", name): parameter.detach().clone() for name, parameter in arm.adapter().items()}
+
+
+@torch.no_grad()
+def start_alike(arm: Arm, initial: dict[str, Tensor]) -> bool:
+    """Gives the arm the initial adapter of another; returns whether its own, from the same seed, was that already.
+
+    Raises:
+        CommandError: the two adapt different layers.
+    """
+    own = {_PEFT_NAME.sub(r"\1", name): parameter for name, parameter in arm.adapter().items()}
+    if own.keys() != initial.keys():
+        different = sorted(own.keys() ^ initial.keys())
+        raise CommandError(f"fastlora and PEFT adapt different layers: {', '.join(different[:4])}")
+    identical = all(torch.equal(own[name], initial[name]) for name in initial)
+    for name, value in initial.items():
+        own[name].copy_(value)
+    return identical
+
+
+def save_arm(arm: Arm, directory: Path, settings: Settings) -> None:
+    """Writes fastlora's adapter in PEFT's format. Raises OSError where that fails."""
+    if settings.via == PEFT:
+        arm.model.save_pretrained(directory, save_embedding_layers=False)  # "auto" may ask the hub
+    else:
+        save_adapter(arm.model, directory)

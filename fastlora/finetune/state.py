@@ -1,0 +1,106 @@
+"""The state of an interrupted run in one safetensors file: adapters, optimiser moments, random state, records."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastlora.cli.errors import CommandError, first_line
+from fastlora.cli.files import replace_file
+from fastlora.finetune.loop import Arm, Record
+from fastlora.finetune.settings import Settings
+
+FILE_NAME = "state.safetensors"
+FORMAT = "fastlora-finetune-1"
+
+
+def save_state(directory: Path, settings: Settings, fingerprint: str, arms: list[Arm]) -> Path:
+    """Writes the state of all arms begun so far, whole or not at all.
+
+    Raises:
+        CommandError: it cannot be written; a state from before is kept.
+    """
+    tensors = {"rng/cpu": torch.get_rng_state()}
+    if settings.device.startswith("cuda"):
+        tensors["rng/cuda"] = torch.cuda.get_rng_state(settings.device)
+    for arm in arms:
+        for name, parameter in arm.adapter().items():
+            tensors[f"{arm.name}/parameter/{name}"] = parameter.detach()
+            if arm.optimizer is not None:
+                for key, value in arm.optimizer.state.get(parameter, {}).items():
+                    tensors[f"{arm.name}/{key}/{name}"] = value
+    metadata = {
+        "format": FORMAT,
+        "settings": settings.to_json(),
+        "fingerprint": fingerprint,
+        "records": json.dumps({arm.name: arm.record.to_dict() for arm in arms}),
+    }
+    path = directory / FILE_NAME
+    replace_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    return path
+
+
+class SavedState:
+    """A state read back. Opening it reads the header; an arm's tensors are read when it is restored."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises CommandError where there is no state, or not one of this format."""
+        self.path = directory / FILE_NAME
+        if not self.path.is_file():
+            raise CommandError(f"nothing to resume in {directory}: no {FILE_NAME} there")
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is not {FORMAT}")
+            self.settings = Settings.from_json(metadata["settings"])
+            self.fingerprint = metadata["fingerprint"]
+            records = json.loads(metadata["records"])
+            self.records = {name: Record.from_dict(values) for name, values in records.items()}
+        except (OSError, SafetensorError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CommandError(f"cannot resume from {self.path}: {first_line(error)}") from error
+
+    @torch.no_grad()
+    def restore(self, arm: Arm) -> None:
+        """Puts the saved parameters, optimiser state and record into a freshly built arm; torch's random state too.
+
+        Raises:
+            CommandError: the file's tensors are not those of this arm; nothing was changed then.
+        """
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                saved = self._tensors(file, arm)
+                rng = {name: file.get_tensor(name) for name in file.keys() if name.startswith("rng/")}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CommandError(f"cannot resume from {self.path}: {first_line(error)}") from error
+        for name, parameter in arm.adapter().items():
+            values = saved[name]
+            parameter.copy_(values.pop("parameter"))
+            if arm.optimizer is not None and values:
+                # `step` stays on the CPU, as AdamW made it; the moments live beside their parameter.
+                moments = {key: value.to(parameter.device) for key, value in values.items() if key != "step"}
+                arm.optimizer.state[parameter] = {"step": values["step"], **moments}
+        arm.record = self.records[arm.name]
+        torch.set_rng_state(rng["rng/cpu"])
+        if "rng/cuda" in rng:
+            torch.cuda.set_rng_state(rng["rng/cuda"], self.settings.device)
+
+    def _tensors(self, file: safe_open, arm: Arm) -> dict[str, dict[str, Tensor]]:
+        """The arm's tensors by parameter name and kind, checked against its parameters."""
+        saved: dict[str, dict[str, Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+            owner, _, rest = key.partition("/")
+            if owner == arm.name:
+                kind, _, name = rest.partition("/")
+                saved.setdefault(name, {})[kind] = file.get_tensor(key)
+        adapter = arm.adapter()
+        if saved.keys() != adapter.keys():
+            raise CommandError(f"cannot resume from {self.path}: its parameters are not those of this model")
+        for name, values in saved.items():
+            shapes = {tuple(value.shape) for kind, value in values.items() if kind != "step"}
+            if shapes != {tuple(adapter[name].shape)} or "parameter" not in values:
+                raise CommandError(f"cannot resume from {self.path}: {name} has the shapes {sorted(shapes)}")
+        return saved

@@ -1,0 +1,82 @@
+"""The finished study: its report as a dictionary, and the files that show it."""
+
+import json
+
+from tqdm import tqdm
+
+from fastlora.analysis.layers import json_text, json_values
+from fastlora.bench.environment import describe
+from fastlora.study.directions import measure_directions, parts
+from fastlora.study.pictures import study_pictures
+from fastlora.study.results import FORMAT, experiments_of, study_tables, summarize
+from fastlora.study.trainer import Trainer
+
+REPORT = "study.json"
+
+
+def make_report(trainer: Trainer, command: str) -> tuple[dict, dict[str, bytes]]:
+    """Everything that the runs show; and study.json, study.md and the pictures, as bytes by name.
+
+    Raises:
+        CommandError: a stored run or adapter cannot be read.
+    """
+    settings, plan, store = trainer.settings, trainer.plan, trainer.store
+    results = [store.result(spec) for spec in plan.runs]
+    summary = summarize(results)
+    with tqdm(total=parts(plan, settings.ranks), desc="directions", unit="part") as bar:
+        directions = measure_directions(store, plan, settings.ranks, trainer.base, bar.update)
+    report = {
+        "format": FORMAT,
+        "command": command,
+        "environment": describe(trainer.device.type),
+        "model": trainer.label,
+        "settings": settings.to_dict(),
+        "held_out_tokens": trainer.blocks.held_out.numel(),
+        "text": {"sha256": trainer.blocks.fingerprint(), "tokens": trainer.blocks.tokens},
+        "base_loss": trainer.base_loss(),
+        "budget": plan.budget,
+        "runs": sorted(spec.key for spec in plan.runs),
+        "started": min(result["started"] for result in results),
+        "ended": max(result["ended"] for result in results),
+        "processes": len({result["process"] for result in results}),
+        "commits": sorted({result["commit"] or "not a checkout" for result in results}),
+        "training_seconds": round(sum(result["seconds"] for result in results), 3),
+        "experiments": experiments_of(plan, summary),
+        "directions": directions,
+    }
+    report = json_values(report)
+    files = study_pictures(report)
+    files[REPORT] = json_text(report).encode()
+    files["study.md"] = _markdown(report, [name for name in files if name.endswith(".png")]).encode()
+    return report, files
+
+
+def report_is_current(trainer: Trainer) -> dict | None:
+    """The report in the directory where it covers this plan's runs and is younger than all of them; else None."""
+    path = trainer.store.directory / REPORT
+    if not path.exists():
+        return None
+    youngest = max((trainer.store.runs / f"{spec.key}.json").stat().st_mtime_ns for spec in trainer.plan.runs)
+    if path.stat().st_mtime_ns < youngest:
+        return None
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    same = report.get("runs") == sorted(spec.key for spec in trainer.plan.runs) and report.get("format") == FORMAT
+    return report if same else None
+
+
+def _markdown(report: dict, pictures: list[str]) -> str:
+    env = report["environment"]
+    facts = [
+        f"{env['device_name']}, {report['processes']} processes, "
+        f"{env['cpu_threads']} CPU threads each, torch {env['versions']['torch']}, "
+        f"commit {', '.join(report['commits'])}",
+        f"Runs from {report['started']} to {report['ended']}; {report['training_seconds']:.0f} s of training steps",
+        f"`{report['command']}`",
+    ]
+    lines = ["# Where a LoRA budget goes, and which rank is enough", "", *(f"- {fact}" for fact in facts), ""]
+    for table in study_tables(report):
+        lines += [table.to_markdown()]
+    return "\n".join([*lines, *(f"![{name}]({name})" for name in pictures), ""])

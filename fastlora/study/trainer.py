@@ -1,0 +1,203 @@
+"""One process's part of a study: the model is loaded once, and every run that nobody else has gets trained."""
+
+import datetime
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastlora.bench.environment import commit
+from fastlora.cli.errors import CommandError, first_line
+from fastlora.cli.files import check_writable, reported_write_errors
+from fastlora.finetune.arms import adapter_snapshot, fastlora_arm, save_arm
+from fastlora.finetune.data import TokenBlocks, make_blocks, read_text
+from fastlora.finetune.interrupt import Interruption
+from fastlora.finetune.loop import Arm, held_out_loss, train
+from fastlora.finetune.models import find_model, load_model
+from fastlora.finetune.report import versions
+from fastlora.finetune.settings import Settings
+from fastlora.model import match_targets
+from fastlora.study.plan import Plan, RunSpec, StudySettings, make_plan
+from fastlora.study.store import RunStore
+
+SPLIT_SEED = 0  # one split for all runs: their held-out losses compare
+POLL_SECONDS = 0.5
+
+
+@dataclass
+class Trainer:
+    """The model, the text and the plan, ready to train.
+
+    Attributes:
+        label: the model's name.
+        base: the frozen model; runs train copies that share its tensors.
+        commit: the checkout's, or None.
+    """
+
+    settings: StudySettings
+    device: torch.device
+    store: RunStore
+    label: str
+    base: nn.Module
+    blocks: TokenBlocks
+    plan: Plan
+    commit: str | None
+
+    def run_all(self, interruption: Interruption, say: Callable[[str], None]) -> None:
+        """Trains until every run of the plan has a result, this process's or another's.
+
+        Raises:
+            Interrupted: between two steps; the runs that have ended are stored.
+            CommandError: a result cannot be written.
+        """
+        specs, steps = self.plan.runs, self.settings.steps
+        waiting = False
+        with tqdm(total=len(specs) * steps, unit="step", file=sys.stderr, smoothing=0.05) as bar:
+            while len(finished := self.store.finished(specs)) < len(specs):
+                trained = False
+                for spec in (spec for spec in specs if spec not in finished):
+                    with self.store.claim(spec) as mine:
+                        if mine:
+                            _show(bar, self.store, specs, steps, spec.key)
+                            self._run(spec, interruption, bar)
+                            trained = True
+                if not trained:
+                    if not waiting:
+                        say("The rest is being trained by other processes; waiting for them")
+                        waiting = True
+                    time.sleep(POLL_SECONDS)
+                _show(bar, self.store, specs, steps, "")
+
+    def run_settings(self, spec: RunSpec) -> Settings:
+        """The run as fine-tuning would be asked for it; its seed decides the batches."""
+        settings = self.settings
+        return Settings(
+            model=settings.model,
+            text=settings.text,
+            targets=tuple(settings.projections[index] for index in spec.group),
+            rank=spec.rank,
+            alpha=settings.alpha,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            block_size=settings.block_size,
+            held_out=settings.held_out,
+            learning_rate=settings.learning_rate,
+            dtype=settings.dtype,
+            device=str(self.device),
+            seed=spec.data_seed,
+        )
+
+    def base_loss(self) -> float:
+        """The frozen model's held-out loss."""
+        return held_out_loss(self.base, self.blocks, self.settings.batch_size, self.device)
+
+    def _run(self, spec: RunSpec, interruption: Interruption, bar: tqdm) -> None:
+        """Trains, measures and stores one run; one that diverges is stored as such."""
+        started = _now()
+        settings = self.run_settings(spec)
+        arm = fastlora_arm(self.base, replace(settings, seed=spec.start_seed))
+        initial = adapter_snapshot(arm)
+        held_out, failure = None, None
+        try:
+            train(arm, self.blocks, settings, interruption, lambda loss: bar.update())
+            held_out = held_out_loss(arm.model, self.blocks, settings.batch_size, self.device)
+        except CommandError as error:
+            failure = first_line(error)
+        with interruption.deferred():
+            if spec.kept and failure is None:
+                directory = self.store.adapter(spec)
+                with reported_write_errors(directory):
+                    save_arm(arm, directory, settings)
+            self.store.save(spec, self._result(spec, arm, initial, held_out, failure, started))
+
+    def _result(
+        self,
+        spec: RunSpec,
+        arm: Arm,
+        initial: dict[str, Tensor],
+        held_out: float | None,
+        failure: str | None,
+        started: str,
+    ) -> dict:
+        return {
+            "key": spec.key,
+            "label": spec.label,
+            "targets": [self.settings.projections[index] for index in spec.group],
+            "rank": spec.rank,
+            "seed": spec.seed,
+            "parameters": sum(value.numel() for value in initial.values()),
+            "held_out_loss": held_out,
+            "failure": failure,
+            "losses": arm.record.losses,
+            "relative_change_of_a": None if failure else _relative_change(arm, initial),
+            "seconds": round(arm.record.seconds, 3),
+            "started": started,
+            "ended": _now(),
+            "process": os.getpid(),
+            "threads": torch.get_num_threads(),
+            "device": str(self.device),
+            "dispatch_counts": arm.record.calls,
+            "versions": versions(),
+            "commit": self.commit,
+        }
+
+
+def prepare(
+    settings: StudySettings, device: torch.device, store: RunStore, interruption: Interruption, say: Callable
+) -> Trainer:
+    """Loads the model and the text and begins, or joins, the study in the store's directory.
+
+    Raises:
+        CommandError: something cannot be read, a projection matches no layer, or the directory holds another study.
+    """
+    text, source = read_text(settings.text), find_model(settings.model)
+    check_writable(store.directory)
+    say(f"Loading {source.label}{'' if source.local else ' from the hub'} in {settings.dtype}")
+    base, tokenizer = load_model(source, getattr(torch, settings.dtype), device)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    blocks = make_blocks(ids, settings.block_size, settings.held_out, SPLIT_SEED)
+    plan = make_plan(settings, _costs(base, settings.projections))
+    facts = {"model": source.label, "text": blocks.fingerprint(), "costs": list(plan.costs)}
+    with interruption.deferred():
+        store.begin(settings, facts)
+    return Trainer(settings, device, store, source.label, base, blocks, plan, commit())
+
+
+def _costs(base: nn.Module, projections: tuple[str, ...]) -> tuple[int, ...]:
+    """Parameters that one rank adds to each projection, over all layers.
+
+    Raises:
+        CommandError: a projection matches no linear layer.
+    """
+    modules, costs = dict(base.named_modules()), []
+    for name in projections:
+        try:
+            found = [modules[path] for path in match_targets(base, [name])]
+        except ValueError as error:
+            raise CommandError(f"--projections: {first_line(error)}") from error
+        if not all(isinstance(module, nn.Linear) for module in found):
+            raise CommandError(f"--projections: {name} names modules that are not linear layers")
+        costs.append(sum(module.in_features + module.out_features for module in found))
+    return tuple(costs)
+
+
+def _relative_change(arm: Arm, initial: dict[str, Tensor]) -> float:
+    """‖A − A₀‖ / ‖A₀‖, the mean over the layers."""
+    names = [name for name in initial if name.endswith("lora_A")]
+    after = arm.adapter()
+    return sum(((after[n] - initial[n]).norm() / initial[n].norm()).item() for n in names) / len(names)
+
+
+def _show(bar: tqdm, store: RunStore, specs: list[RunSpec], steps: int, label: str) -> None:
+    """Counts what other processes have finished, too."""
+    bar.n = len(store.finished(specs)) * steps
+    bar.set_description(label or "waiting")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

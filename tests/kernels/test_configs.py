@@ -1,0 +1,64 @@
+"""The choice of a tile, and who makes S: pure functions of sizes and of the GPU."""
+
+import dataclasses
+
+import pytest
+
+from benchmarks.schedule_model import Machine, Problem, simulate
+from benchmarks.schedule_sweep import KERNELS, default_schedule
+from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, choose_config, ladder_for, makes_s_beside
+
+
+def choose(direction="forward", m=8192, n=4096, k=4096, r=16, arch=90, element_size=2, aligned=True) -> TileConfig:
+    return choose_config(direction, m, n, k, r, arch=arch, n_sms=132, element_size=element_size, aligned=aligned)
+
+
+@pytest.mark.parametrize("r", (1, 16, 40, 64, 65, 256))
+@pytest.mark.parametrize("element_size, aligned", ((2, True), (2, False), (4, True)))
+@pytest.mark.parametrize("arch", (80, 86, 90, 100, 120))
+@pytest.mark.parametrize("m", (1, 100, 2048, 8192))
+def test_a_choice_is_a_tile_of_its_ladder(m, arch, element_size, aligned, r):
+    chosen = choose(m=m, r=r, arch=arch, element_size=element_size, aligned=aligned)
+    ladder = LADDERS[ladder_for(arch, r, element_size, aligned)]
+    assert dataclasses.replace(chosen, fused=ladder[0].fused) in ladder
+
+
+def test_columns_are_those_of_the_direction():
+    """A layer of few outputs has few tiles forward and many backward."""
+    forward, backward = (choose(direction, m=512, n=128, k=14336) for direction in ("forward", "backward"))
+    assert forward.block_m * forward.block_n < backward.block_m * backward.block_n
+
+
+def test_large_layers_make_s_beside_their_tiles_and_small_ones_alone():
+    """S then costs no pass over rows that are too many for the last cache, nor a wait where a launch is short."""
+    assert choose(m=16384, r=16).fused and choose(m=16384, n=14336, r=64).fused
+    assert not choose(m=512, r=16).fused and not choose(m=8192, r=64).fused
+    assert not choose(m=16384, n=14336, r=FUSED_RANK + 1).fused
+    assert choose(m=16, element_size=4).fused  # the tile that would make S alone spills
+
+
+@pytest.mark.parametrize(
+    "rank, block_n, waves, beside",
+    (
+        (16, 256, 8, False),
+        (16, 256, 9, True),
+        (32, 256, 9, True),
+        (33, 256, 16, False),
+        (64, 256, 17, True),
+        (64, 64, 66, False),
+    ),
+)
+def test_the_wait_for_s_is_a_small_part_of_the_launch(rank, block_n, waves, beside):
+    """It is the share of S's columns in a tile, once a launch; part of a wave counts as one."""
+    assert makes_s_beside(rank, block_n, (waves - 1) * 132 + 1, 132) == beside
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("m, n, k, r", ((512, 4096, 4096, 16), (8192, 8192, 8192, 16), (2048, 14336, 4096, 64)))
+def test_defaults_are_what_the_schedule_model_finds_best(kernel, m, n, k, r):
+    """To 3%, which is more than an uncalibrated model can tell apart."""
+    problem, machine = Problem(m, n, k, r), Machine()
+    default = default_schedule(kernel, problem, machine)
+    other = dataclasses.replace(default, fused=not default.fused)
+    found, found_other = (simulate(problem, schedule, machine).makespan for schedule in (default, other))
+    assert found <= 1.03 * found_other

@@ -1,0 +1,118 @@
+"""The CUDA kernels on the GPU they are made for. Everything that the emulator cannot tell: that the hardware agrees."""
+
+import pytest
+import torch
+
+from fastlora.backends import workspace
+from fastlora.backends.cuda import launch as cuda
+from fastlora.ops import lora_linear
+from fastlora.problem import Needs
+from tests.support import numerics
+from tests.support.cuda_emulation import run_layer
+
+pytestmark = pytest.mark.skipif(cuda.unusable() is not None, reason=f"CUDA kernels: {cuda.unusable()}")
+
+TILES = (
+    cuda.WIDE_TILE, cuda.CudaTile(128, 256, 4, fused=True), cuda.CudaTile(128, 128, 4, 2), cuda.CudaTile(64, 128, 4, 4)
+)  # fmt: skip
+
+
+def n_sms() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.5))
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_small_layers(poisoned, tile, dropout_p):
+    """Small enough for compute-sanitizer; a launch that hangs or faults shows here first."""
+    case = on_device(numerics.draw_case(200, 264, 328, 16, torch.bfloat16, dropout_p=dropout_p))
+    results, _ = run_layer(case, tile, ctas=n_sms())
+    numerics.assert_accurate(results, case)
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("r", (8, 32, 64, 256))
+@pytest.mark.parametrize("m, n, k", ((64, 520, 392), (1000, 1032, 2056), (4096, 1024, 4096)))
+def test_integers_are_exact(poisoned, tile, m, n, k, r):
+    if r > cuda.SMALL_TILE_RANK and tile.block_n == 128:
+        pytest.skip("small tiles are compiled up to rank 64")
+    case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
+    results, _ = run_layer(on_device(case), tile, ctas=n_sms())
+    numerics.assert_exact({name: result.cpu() for name, result in results.items()}, case)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("dropout_p", (0.0, 0.1))
+def test_results_are_as_accurate_as_eager_and_the_same_every_time(poisoned, dtype, tile, dropout_p):
+    case = on_device(numerics.draw_case(1000, 1032, 1032, 64, dtype, dropout_p=dropout_p))
+    first, _ = run_layer(case, tile, ctas=n_sms())
+    numerics.assert_accurate(first, case)
+    for _ in range(20):
+        again, _ = run_layer(case, tile, ctas=n_sms())
+        for name, result in again.items():
+            assert torch.equal(result.view(torch.int16), first[name].view(torch.int16)), name
+    torch.cuda.synchronize()
+    assert not any(buffer.any() for buffer in workspace._by_stream.values())
+
+
+def test_a_captured_graph_replays(poisoned):
+    case = on_device(numerics.draw_integer_case(512, 264, 392, 16, torch.bfloat16))
+    c = case
+    arguments = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None)
+    y, s = cuda.lora_forward(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, captured_s = cuda.lora_forward(*arguments)
+        gradients = cuda.lora_backward(
+            c.dy, c.x, c.weight, c.lora_a, c.lora_b, captured_s, c.scaling, 0.0, None, Needs(True, True, True, True)
+        )
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, y)
+        numerics.assert_exact({n: g.cpu() for n, g in gradients._asdict().items()}, to_cpu(case))
+
+
+def test_streams_do_not_share_flags(poisoned):
+    case = on_device(numerics.draw_integer_case(2048, 1032, 1032, 16, torch.bfloat16))
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    results = []
+    torch.cuda.synchronize()
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(run_layer(case, cuda.WIDE_TILE, ctas=n_sms())[0])
+    torch.cuda.synchronize()
+    for each in results:
+        numerics.assert_exact({name: result.cpu() for name, result in each.items()}, to_cpu(case))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_tensors_may_be_on_another_device_than_the_current_one(backend):
+    case = _moved(numerics.draw_case(300, 136, 72, 8, torch.bfloat16), "cuda:1")
+    y = lora_linear(case.x, case.weight, case.lora_a, case.lora_b, case.scaling, case.bias, backend=backend)
+    assert torch.cuda.current_device() == 0 and y.device.index == 1
+    numerics.assert_accurate({"y": y}, case)
+
+
+def test_the_public_layer_runs_here():
+    case = on_device(numerics.draw_case(300, 136, 72, 8, torch.bfloat16))
+    x, a, b = (t.clone().requires_grad_() for t in (case.x, case.lora_a, case.lora_b))
+    y = lora_linear(x, case.weight, a, b, case.scaling, case.bias, backend="cuda")
+    y.backward(case.dy)
+    numerics.assert_accurate({"y": y.detach(), "dx": x.grad, "da": a.grad, "db": b.grad}, case)
+
+
+def on_device(case: numerics.Case) -> numerics.Case:
+    return _moved(case, "cuda")
+
+
+def to_cpu(case: numerics.Case) -> numerics.Case:
+    return _moved(case, "cpu")
+
+
+def _moved(case: numerics.Case, device: str) -> numerics.Case:
+    fields = {n: t.to(device) if isinstance(t, torch.Tensor) and n != "seed" else t for n, t in vars(case).items()}
+    return numerics.Case(**fields)

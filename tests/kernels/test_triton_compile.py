@@ -1,0 +1,147 @@
+"""Every shipped Triton configuration compiles for every architecture, without a GPU and without a spill."""
+
+import dataclasses
+import itertools
+import re
+
+import pytest
+import torch
+
+from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, ladder_for
+from fastlora.backends.target import Target
+from fastlora.backends.triton import launch as triton_lora
+from fastlora.problem import Needs
+from tests.support.compile_target import (
+    REGISTER_FILE,
+    SHARED_MEMORY,
+    TENSOR_MEMORY_COLUMNS,
+    compile_for,
+    remarks,
+    resources,
+)
+
+pytestmark = pytest.mark.skipif(
+    triton_lora.triton.knobs.runtime.interpret, reason="the interpreter compiles nothing; the gate has its own process"
+)
+
+ARCHITECTURES = (80, 90, 100)
+ALL = Needs(True, True, True, True)
+DIRECTIONS = ("forward", "backward")
+
+
+def compile_layer(monkeypatch, arch, direction, config, *, rank, dtype, dropout, aligned=True, bias=True, needs=ALL):
+    """Compiles what one call would launch; returns the kernel and the number of launches."""
+    monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(arch, n_sms=132))
+    m, n, k = (4096, 4096, 4096) if aligned else (4001, 4003, 4005)
+
+    def meta(*shape):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    x, weight, a, b, dy, s = meta(m, k), meta(n, k), meta(rank, k), meta(n, rank), meta(m, n), meta(m, rank)
+    dropout_p, seed = (0.1, torch.tensor(2**40)) if dropout else (0.0, None)
+    with compile_for(arch) as driver:
+        if direction == "forward":
+            triton_lora.lora_forward(x, weight, a, b, meta(n) if bias else None, 2.0, dropout_p, seed, config=config)
+        else:
+            triton_lora.lora_backward(dy, x, weight, a, b, s, 2.0, dropout_p, seed, needs, config=config)
+    return driver.launched[-1].kernel, len(driver.launched)  # perhaps compiled by an earlier test
+
+
+def expected_instruction(arch: int, config: TileConfig, dtype: torch.dtype) -> str:
+    """The matrix instruction in PTX that a tile must come to; fp32 products are plain FMA unless TF32 is allowed."""
+    if dtype == torch.float32:
+        return "fma.rn.f32"
+    if arch < 90 or config.block_m < 64:
+        return "mma.sync"
+    return "wgmma.mma_async" if arch == 90 else "tcgen05.mma"
+
+
+def assert_fits(kernel, arch: int, instruction: str) -> None:
+    used = resources(kernel)
+    assert used.stack == 0 and used.local == 0, f"spills: {used}"
+    assert used.registers > 16, f"nothing left of the kernel: {used}"
+    assert used.registers * used.threads <= REGISTER_FILE, f"too many registers: {used}"
+    assert used.shared <= SHARED_MEMORY[arch], f"too much shared memory: {used}"
+    assert used.tensor_memory <= TENSOR_MEMORY_COLUMNS, f"too much tensor memory: {used}"
+    assert instruction in kernel.asm["ptx"], f"no {instruction}"
+    if "wgmma" in instruction:
+        assert not remarks(kernel, arch)
+
+
+def shipped():
+    for arch, (name, ladder) in itertools.product(ARCHITECTURES, LADDERS.items()):
+        wide = name.endswith(" wide")
+        dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
+        aligned = not name.startswith("odd")
+        rank = 256 if wide else FUSED_RANK
+        if ladder_for(arch, rank, dtype.itemsize, aligned) != name:
+            continue
+        makes_s = (False,) if wide else (True,) if dtype == torch.float32 else (True, False)  # what may be chosen
+        for config, direction, fused in itertools.product(ladder, DIRECTIONS, makes_s):
+            tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+            label = f"sm_{arch}-{name}-{tile}-{direction}" + "-alone" * (not fused)
+            yield pytest.param(
+                arch, direction, dataclasses.replace(config, fused=fused), rank, dtype, aligned, id=label
+            )
+
+
+@pytest.mark.parametrize("arch, direction, config, rank, dtype, aligned", list(shipped()))
+def test_shipped_configurations(monkeypatch, arch, direction, config, rank, dtype, aligned):
+    """With everything that takes registers: dropout, bias, all gradients, the largest rank."""
+    kernel, launches = compile_layer(
+        monkeypatch, arch, direction, config, rank=rank, dtype=dtype, dropout=True, aligned=aligned
+    )
+    assert launches == 1
+    assert_fits(kernel, arch, expected_instruction(arch, config, dtype))
+    if dtype == torch.float32:
+        assert "tf32" not in kernel.asm["ptx"]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("rank", [16, 5])
+def test_the_common_case(monkeypatch, arch, direction, rank):
+    """No dropout, no bias; a rank whose rows TMA cannot address as well."""
+    config = LADDERS[ladder_for(arch, rank, 2, True)][0]
+    kernel, launches = compile_layer(
+        monkeypatch, arch, direction, config, rank=rank, dtype=torch.float16, dropout=False, bias=False
+    )
+    assert launches == 1
+    assert_fits(kernel, arch, expected_instruction(arch, config, torch.float16))
+    loads = kernel.asm["ptx"].count("cp.async.bulk.tensor")
+    assert (loads > 0) == (arch >= 90)
+
+
+@pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
+def test_every_subset_of_gradients(monkeypatch, needs):
+    config = LADDERS["hopper"][1]
+    kernel, launches = compile_layer(
+        monkeypatch, 90, "backward", config, rank=16, dtype=torch.bfloat16, dropout=False, needs=needs
+    )
+    assert launches == 1
+    assert resources(kernel).stack == 0
+
+
+@pytest.fixture
+def allow_tf32():
+    before = torch.backends.cuda.matmul.allow_tf32
+    yield lambda allowed: setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_tf32_only_where_torch_allows_it(monkeypatch, allow_tf32, direction):
+    config = LADDERS["float32"][0]
+    for allowed in (False, True):
+        allow_tf32(allowed)
+        kernel, _ = compile_layer(monkeypatch, 80, direction, config, rank=16, dtype=torch.float32, dropout=False)
+        products = re.findall(r"mma\.sync\S*", kernel.asm["ptx"])
+        assert bool(products) == allowed and all("tf32" in name for name in products)
+
+
+def test_the_gate_sees_a_spill(monkeypatch):
+    """A tile whose accumulator alone is larger than the registers of its threads."""
+    config = TileConfig(128, 256, 32, 8, 4, 2)
+    kernel, _ = compile_layer(monkeypatch, 80, "forward", config, rank=64, dtype=torch.bfloat16, dropout=True)
+    with pytest.raises(AssertionError, match="spills"):
+        assert_fits(kernel, 80, "mma.sync")

@@ -1,0 +1,62 @@
+"""The host's side of a Triton launch, as far as it can be seen without a device: the kernels are stood in for."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fastlora.backends.triton import launch as triton_lora
+from fastlora.problem import Needs
+from tests.support import numerics
+
+pytest.importorskip("triton")
+
+
+class Recorder:
+    """Stands in for a kernel: notes each launch, and on which device it was made."""
+
+    def __init__(self, device: list):
+        self.device, self.launches = device, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launches.append((self.device[-1], grid, args, options))
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    current = ["another device"]
+
+    @contextmanager
+    def device_of(tensor):
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    found = {name: Recorder(current) for name in ("lora_forward_kernel", "lora_backward_kernel")}
+    for name, recorder in found.items():
+        monkeypatch.setattr(triton_lora, name, recorder)
+    return found
+
+
+def test_launches_are_made_on_the_tensors_device(kernels):
+    """Triton takes the current device; a second GPU's tensors would meet the first one's stream."""
+    c = numerics.draw_case(40, 48, 72, 8, torch.bfloat16)
+    _, s = triton_lora.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, 1.0, 0.0, None)
+    triton_lora.lora_backward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, 1.0, 0.0, None, Needs(*[True] * 4))
+    for recorder in kernels.values():
+        assert [device for device, *_ in recorder.launches] == [torch.device("cpu")]
+
+
+def test_no_value_of_a_seed_is_compiled_for():
+    for kernel in (triton_lora.lora_forward_kernel, triton_lora.lora_backward_kernel):
+        if not hasattr(kernel, "params"):
+            pytest.skip("Triton interprets in this process")
+        by_name = {param.name: param for param in kernel.params}
+        assert all(by_name[name].do_not_specialize for name in ("seed", "n_words", "wave"))
+
+
+@pytest.mark.parametrize("rows, by_descriptor", ((torch.zeros(8, 64), True), (torch.zeros(1, 64).expand(8, 64), False)))
+def test_rows_that_overlap_get_no_descriptor(rows, by_descriptor):
+    """The driver wants a row stride of at least a row; an expanded gradient's is 0."""
+    assert triton_lora._descriptor_or_tensor(rows, [8, 16], arch=90)[1] is by_descriptor

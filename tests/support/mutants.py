@@ -1,0 +1,159 @@
+"""Copies of the Triton kernels with one defect each, to see the proof find it."""
+
+import importlib
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import fastlora.backends.triton
+
+SOURCES = Path(fastlora.backends.triton.__file__).parent
+MODULES = ("schedule", "tiles", "launch")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One replacement in one module, or in one line of it. ``dropout``: the defect shows only where dropout is on."""
+
+    name: str
+    module: str
+    old: str
+    new: str
+    dropout: bool = False
+    line: int | None = None
+
+    def apply(self, text: str) -> str:
+        """
+        Raises:
+            ValueError: the text to replace is not in the module; the kernels have changed and the mutant must follow.
+        """
+        if self.line is None:
+            head, part, tail = "", text, ""
+        else:
+            lines = text.splitlines(keepends=True)
+            head, part, tail = "".join(lines[: self.line - 1]), lines[self.line - 1], "".join(lines[self.line :])
+        if self.old not in part:
+            raise ValueError(f"mutant {self.name!r}: {self.module}.py has no {self.old!r}")
+        return head + part.replace(self.old, self.new) + tail
+
+
+MUTANTS = (
+    Mutant("no wait for S", "tiles", "            wait_for(flags_ptr + row, 1)\n        _finish", "        _finish"),
+    Mutant("wait for the row before", "tiles", "wait_for(flags_ptr + row, 1)", "wait_for(flags_ptr + row, 0)"),
+    Mutant("relaxed release", "schedule", 'flag_ptr, 1, sem="release"', 'flag_ptr, 1, sem="relaxed"'),
+    Mutant("relaxed acquire", "schedule", 'flag_ptr, 0, sem="acquire"', 'flag_ptr, 0, sem="relaxed"'),
+    Mutant(
+        "no barrier before the release",
+        "schedule",
+        "    tl.debug_barrier()\n    tl.atomic_add(flag_ptr",
+        "    tl.atomic_add(flag_ptr",
+    ),
+    Mutant("flag of the wrong row", "tiles", "publish(flags_ptr + row)", "publish(flags_ptr + row + 1)"),
+    Mutant("flags not reset", "schedule", "mask=offs < n_words", "mask=offs < 2"),
+    Mutant("ticket not reset", "schedule", "mask=offs < n_words", "mask=(offs < n_words) & (offs > 0)"),
+    Mutant("reset one program early", "schedule", "tl.num_programs(0) - 1:", "tl.num_programs(0) - 2:"),
+    Mutant(
+        "tickets out of order",
+        "schedule",
+        'return tl.atomic_add(workspace_ptr, 1, sem="relaxed")',
+        'return tl.num_programs(0) - 1 - tl.atomic_add(workspace_ptr, 1, sem="relaxed")',
+    ),
+    Mutant("no wait for dS", "launch", "wait_for(flags_ptr + m, 1)", "wait_for(flags_ptr + m, 0)"),
+    Mutant(
+        "no wait for the part before",
+        "tiles",
+        "wait_for(count_ptr + tile, part.index)",
+        "wait_for(count_ptr + tile, 0)",
+    ),
+    Mutant("part not passed on", "tiles", "        publish(count_ptr + tile)\n", ""),
+    Mutant("partial sum dropped", "tiles", "acc += tl.load(partial_ptrs", "acc = tl.load(partial_ptrs"),
+    Mutant(
+        "bias partial dropped",
+        "tiles",
+        "acc_sum += tl.load(column_sum.partial_ptr",
+        "acc_sum = 0 * tl.load(column_sum.partial_ptr",
+    ),
+    Mutant(
+        "tail rows stored",
+        "tiles",
+        "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]",
+        "mask = (offs_m <= shape.M)[:, None] & (offs_n < shape.N)[None, :]",
+    ),
+    Mutant(
+        "tail columns dropped",
+        "tiles",
+        "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]",
+        "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N - 1)[None, :]",
+    ),
+    Mutant("rows not clamped", "tiles", "variant.tile.block_m), M - 1)", "variant.tile.block_m), M)"),
+    Mutant(
+        "last step of K dropped",
+        "tiles",
+        "for k in range(0, shape.K, variant.tile.block_k):",
+        "for k in range(0, shape.K - variant.tile.block_k, variant.tile.block_k):",
+    ),
+    Mutant("S unscaled", "tiles", "(acc_s * scale_s)", "(acc_s * 1.0)"),
+    Mutant(
+        "branch left out",
+        "tiles",
+        "for r in tl.range(0, shape.R, STEP_R",
+        "for r in tl.range(0, 0 * shape.R, STEP_R",
+    ),
+    Mutant("bias left out", "tiles", "branch += tl.load(bias_ptr", "branch += 0.0 * tl.load(bias_ptr"),
+    Mutant("dA and dB negated", "tiles", "(acc * scale).to", "(acc * -scale).to"),
+    Mutant(
+        "rows of the next part counted",
+        "launch",
+        "first_row + variant.tile.group_m * variant.tile.block_m, M)",
+        "first_row + variant.tile.group_m * variant.tile.block_m + 1, M)",
+    ),
+    Mutant(
+        "dropout counter shifted",
+        "tiles",
+        "offs_call = column // PER_CALL +",
+        "offs_call = 1 + column // PER_CALL +",
+        dropout=True,
+    ),
+    Mutant("dropout ignored in dA", "tiles", "            if DROPOUT:\n", "            if False:\n", dropout=True),
+    Mutant(
+        "dropout ignored in dX",
+        "tiles",
+        "tl.where(keep, branch * dropout.inverse_keep, 0.0)",
+        "branch * dropout.inverse_keep",
+        dropout=True,
+    ),
+    Mutant("dropout ignored in S", "tiles", "BLOCK_K), u_block, 0.0)", "BLOCK_K), u_block, u_block)", dropout=True),
+    Mutant(
+        "kept elements unscaled in dA",
+        "launch",
+        "part, K, R, inverse_keep, dropout",
+        "part, K, R, 1.0, dropout",
+        dropout=True,
+    ),
+)
+
+
+def source(module: str) -> str:
+    """The text of a module of the Triton kernels."""
+    return (SOURCES / f"{module}.py").read_text()
+
+
+def load(mutant: Mutant) -> ModuleType:
+    """The mutant's own copy of fastlora.backends.triton.launch, made afresh. Raises ValueError as Mutant.apply."""
+    directory = Path(tempfile.mkdtemp(prefix="mutant_"))
+    package = directory.name
+    for name in MODULES:
+        text = source(name)
+        if name == mutant.module:
+            text = mutant.apply(text)
+        for other in MODULES:
+            text = text.replace(f"fastlora.backends.triton.{other}", f"{package}.{other}")
+        (directory / f"{name}.py").write_text(text)
+    (directory / "__init__.py").touch()
+    sys.path.insert(0, str(directory.parent))
+    try:
+        return importlib.import_module(f"{package}.launch")
+    finally:
+        sys.path.remove(str(directory.parent))

@@ -1,0 +1,66 @@
+"""Runs Triton launches on the CPU: the real launcher, the real compiler, and the PTX they came to, in the emulator."""
+
+import functools
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tests.emulator import LaunchOptions, load_ptx, triton_descriptor
+from tests.emulator.conformance import coverage
+from tests.support.compile_target import Launch, compile_for
+
+_OUTPUTS = ("y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_")
+
+
+@functools.lru_cache(maxsize=256)
+def _module(ptx: str):
+    return load_ptx(ptx)
+
+
+def _is_output(name: str, launch: Launch) -> bool:
+    saved = name == "s_ptr" and "ds_ptr" in launch.kernel.src.fn.arg_names  # the backward reads S
+    return name.startswith(_OUTPUTS) and not saved
+
+
+@contextmanager
+def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx: Callable[[str], str] | None = None):
+    """Within it, a Triton launch on CPU tensors compiles for ``arch`` and runs in the emulator; yields the list of the
+    launches' counters. ``edit_ptx`` may plant a defect; without it, every instruction must have a conformance case."""
+    stats = []
+
+    def run(launch: Launch) -> None:
+        metadata = launch.kernel.metadata
+        descriptors = iter(getattr(metadata, "tensordesc_meta", None) or ())
+        args: dict[str, Any] = {}
+        tensors: dict[torch.Tensor, str] = {}  # dY comes twice, as a descriptor and as a pointer: one buffer
+        for name, argument in launch.args.items():
+            if hasattr(argument, "block_shape"):
+                tensors.setdefault(argument.base, name)
+                args |= triton_descriptor(name, argument.base, next(descriptors))
+            else:
+                args[name] = argument
+                if isinstance(argument, torch.Tensor):
+                    tensors.setdefault(argument, name)
+        outputs = [name for name in tensors.values() if _is_output(name, launch)]
+        ptx = launch.kernel.asm["ptx"]
+        if edit_ptx is None:
+            coverage.check(ptx)
+        module = _module(edit_ptx(ptx) if edit_ptx else ptx)
+        stats.append(
+            module.launch(
+                metadata.name,
+                grid=launch.grid,
+                block=32 * metadata.num_warps,
+                args=args | {"global scratch": None, "profile scratch": None},
+                shared_bytes=metadata.shared,
+                buffers={name: tensor for tensor, name in tensors.items()},
+                read_only=[name for name in tensors.values() if name not in (*outputs, "workspace_ptr")],
+                uninitialised=outputs,
+                options=options or LaunchOptions(),
+            )
+        )
+
+    with compile_for(arch, run):
+        yield stats
