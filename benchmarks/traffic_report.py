@@ -194,8 +194,8 @@ def tensor_table(table: dict, group: str) -> Table:
 NOTES = """\
 Counted by the emulator on the kernels' own PTX; `{command}` makes this page and
 [traffic.json](traffic.json), in which every tensor of every row is on its own. torch {torch}, triton {triton}. Every
-row's Y, dX, dA and dB passed the error rule of `tests/support/numerics.py`. fastlora's rows are the launchers' launches, the
-others are each package's order of products and passes from plain kernels of our own with the same tile
+row's Y, dX, dA and dB passed the error rule of `tests/support/numerics.py`. fastlora's rows are the launchers' own,
+the others are each package's order of products and passes from plain kernels of our own with the same tile
 (`benchmarks/peer_orders.py`), adapters in bf16.
 
 - X, forward: passes over X (or its dropped copy) beyond those of the frozen layer's product, which reads X once for
