@@ -1,8 +1,9 @@
 """Which check finds which defect: ``python -m benchmarks.defects [--jobs N] [--only TEXT] [--output DIR]``.
 
 Planted bugs and single deletions of waits, fences and barriers (tests/support/defects.py) are run through the
-tests' checks in the emulator. Writes ``defects.json`` and ``defects.md``, and fails where a defect is found by nothing and
-no reason for that is on record, or where one is on record and the defect is found, by a test or by launches beyond the tests'.
+tests' checks in the emulator. Writes ``defects.json`` and ``defects.md``, and fails where a defect is found by nothing
+and no reason for that is on record, or where one is on record and the defect is found, by a test or by launches beyond
+the tests'.
 """
 
 import functools

@@ -31,7 +31,7 @@ from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions, LaunchStats, load_ptx
-from tests.support import cuda_emulation, numerics, triton_emulation
+from tests.support import cuda_emulation, launches, numerics, triton_emulation
 from tests.support.compile_target import Launch, compile_for
 
 TABLE = Path(__file__).resolve().parent / "results" / "traffic.json"
@@ -145,9 +145,9 @@ def count_triton(case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict
         mock.patch.object(triton_lora, "target_of", lambda device: target),
         triton_emulation.emulated(arch, OPTIONS) as stats,
     ):
-        y, s = triton_lora.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, config=tile)
+        y, s = launches.forward(triton_lora, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, config=tile)
         forward = [(launch, _TRITON) for launch in stats]
-        grads = triton_lora.lora_backward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, NEEDS, config=tile)
+        grads = launches.backward(triton_lora, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, NEEDS, config=tile)
     numerics.assert_accurate({"y": y, "dx": grads.dx, "da": grads.da, "db": grads.db}, case)
     return summed(forward), summed([(launch, _TRITON) for launch in stats[len(forward) :]])
 

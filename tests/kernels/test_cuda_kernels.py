@@ -13,7 +13,7 @@ from fastlora.backends.cuda import launch as cuda
 from fastlora.philox import keep_mask
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions
-from tests.support import numerics
+from tests.support import launches, numerics
 from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
@@ -148,8 +148,8 @@ def test_saved_tensors_that_no_gradient_reads_may_be_missing(poisoned):
     case = numerics.draw_integer_case(72, 136, 264, 16, torch.bfloat16)
     c = case
     with emulated():
-        gradients = cuda.lora_backward(
-            c.dy, None, c.weight, c.lora_a, c.lora_b, None, c.scaling, 0.0, None, Needs(True, False, False, True),
+        gradients = launches.backward(
+            cuda, c.dy, None, c.weight, c.lora_a, c.lora_b, None, c.scaling, 0.0, None, Needs(True, False, False, True),
             tile=SMALL, ctas=2,
         )  # fmt: skip
     numerics.assert_exact({"dx": gradients.dx, "dbias": gradients.dbias}, case)
@@ -184,11 +184,11 @@ def test_few_rows(poisoned, m):
 def test_no_rows_or_columns():
     case = numerics.draw_integer_case(1, 16, 24, 8, torch.bfloat16)
     with emulated() as launch:
-        y, _ = cuda.lora_forward(case.x, case.weight[:0], case.lora_a, case.lora_b[:0], None, 1.0, 0.0, None)
+        y, _ = launches.forward(cuda, case.x, case.weight[:0], case.lora_a, case.lora_b[:0], None, 1.0, 0.0, None)
         assert y.shape == (1, 0)
-        y, s = cuda.lora_forward(case.x[:0], case.weight, case.lora_a, case.lora_b, None, 1.0, 0.0, None)
-        gradients = cuda.lora_backward(
-            case.dy[:0], case.x[:0], case.weight, case.lora_a, case.lora_b, s, 1.0, 0.0, None, ALL
+        y, s = launches.forward(cuda, case.x[:0], case.weight, case.lora_a, case.lora_b, None, 1.0, 0.0, None)
+        gradients = launches.backward(
+            cuda, case.dy[:0], case.x[:0], case.weight, case.lora_a, case.lora_b, s, 1.0, 0.0, None, ALL
         )
     assert y.shape == (0, 16) and s.shape == (0, 8) and gradients.dx.shape == (0, 24)
     assert not any(g.any() for g in gradients) and not launch.stats

@@ -10,7 +10,7 @@ from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Needs
 from tests.emulator import EmulatorError, LaunchOptions
-from tests.support import numerics
+from tests.support import launches, numerics
 from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable
 
 pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
@@ -76,12 +76,14 @@ def test_workspaces_of_two_streams_do_not_meet(poisoned, monkeypatch):
     for options in SCHEDULES[1:3]:
         with emulated(options):
             forward = [
-                cuda.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None, tile=WIDE, ctas=4)
+                launches.forward(
+                    cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None, tile=WIDE, ctas=4
+                )
                 for _ in range(2)
             ]
             backward = [
-                cuda.lora_backward(
-                    c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, 0.0, None, ALL, tile=WIDE, ctas=4
+                launches.backward(
+                    cuda, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, 0.0, None, ALL, tile=WIDE, ctas=4
                 )
                 for _, s in forward
             ]
