@@ -3,18 +3,18 @@
 import copy
 import json
 from importlib.metadata import version
-from pathlib import Path
 
 import click
 import peft
 import torch
 from torch import nn
 
+from benchmarks import RESULTS
 from fastlora.bench.memory import saved_bytes
 from fastlora.bench.tables import MIB, Table
 from fastlora.integrations.peft import patch
 
-RESULT = Path(__file__).parent / "results/saved_bytes.json"
+RESULT = RESULTS / "saved_bytes.json"
 SHAPE = {"m": 2048, "n": 1024, "k": 1024, "r": 16}
 KINDS = (  # of the base, of the adapters, and dropout
     ("bfloat16", "bfloat16", 0.0),
