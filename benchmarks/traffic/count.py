@@ -6,7 +6,6 @@ those of peer_orders.py, from plain kernels with the same tile. Every row's resu
 counters count. Traffic between L2 and the multiprocessors is what is counted; time is not.
 """
 
-import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from fastlora.backends.configs import LADDERS, TileConfig
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
+from fastlora.environment import package_versions
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions, LaunchStats, load_ptx
 from tests.support import cuda_emulation, numerics, triton_emulation
@@ -219,7 +219,7 @@ def count(group: Group, shape: dict[str, int], only: tuple[str, float] | None = 
 
 def make_table(shape: dict[str, int]) -> dict:
     """Counts everything."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    versions = package_versions(("torch", "triton"))
     rows = [row for group in groups() for row in count(group, shape)]
     options = "" if shape == SHAPE else "".join(f" --{name} {size}" for name, size in shape.items())
     return {"command": f"python -m benchmarks.traffic{options}", "versions": versions, "shape": shape, "rows": rows}

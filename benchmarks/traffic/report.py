@@ -7,7 +7,7 @@ what a row reads beyond that.
 
 from dataclasses import dataclass
 
-from fastlora.bench.tables import Table
+from fastlora.tables import Table
 
 ELEMENT = 2  # bytes: every row is bf16
 FROZEN = "frozen layer"

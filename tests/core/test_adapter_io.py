@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from torch import nn
 
 import fastlora.adapters.io
 from fastlora.adapters.io import load_adapter, save_adapter
