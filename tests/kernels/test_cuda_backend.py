@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda_resources, queue_order
+from benchmarks import cuda_resources
+from benchmarks.schedule import queue_order
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Aligned, LaunchSpec, Sizes
@@ -113,7 +114,7 @@ def test_choices_of_tile():
 @pytest.mark.parametrize("tile", ((128, 256), (128, 128)))
 @pytest.mark.parametrize("m, ctas, group_m", ((128, 2, 2), (1300, 2, 4), (4096, 8, 6), (4100, 64, 16), (9000, 132, 16)))
 def test_the_queue_is_the_modelled_one(m, ctas, group_m, tile, fused):
-    """Tile by tile what benchmarks/queue_order.py says, so that the schedule model is one of these kernels."""
+    """Tile by tile what benchmarks/schedule/queue_order.py says, so that the schedule model is one of these kernels."""
     n, k, (block_m, block_n) = 1100, 520, tile
     n, cluster, grad_columns = n - n % 8, 2 if block_n == 256 else 1, 256 if block_n == 256 else 128
     plan = cuda._extension()[0].Plan(
