@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fastlora.saved_tensors import SavedTensors
+from fastlora.finetune.memory import SavedTensors
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastlora.finetune.loop import causal_loss, make_optimizer
 from fastlora.finetune.memory import (
+    SavedTensors,
     count_bytes,
     estimate_full_finetuning,
     free_memory,
@@ -14,7 +15,6 @@ from fastlora.finetune.memory import (
     reset_peak,
 )
 from fastlora.finetune.settings import Settings
-from fastlora.saved_tensors import SavedTensors
 
 MARGIN = 2  # activations and temporaries on top of what the estimate knows
 

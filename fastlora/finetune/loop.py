@@ -14,9 +14,8 @@ import fastlora
 from fastlora.errors import CommandError
 from fastlora.finetune.data import TokenBlocks, batch_at
 from fastlora.finetune.interrupt import Interruption
-from fastlora.finetune.memory import count_bytes, peak_bytes, reset_peak
+from fastlora.finetune.memory import SavedTensors, count_bytes, peak_bytes, reset_peak
 from fastlora.finetune.settings import Settings
-from fastlora.saved_tensors import SavedTensors
 
 WARMUP_SHARE = 0.1
 FINAL_SHARE = 0.1

@@ -11,9 +11,8 @@ from fastlora.finetune.compare import LOSS_TOLERANCE, compare_losses
 from fastlora.finetune.data import batch_at, make_blocks, read_text
 from fastlora.finetune.full import measure_full_finetuning
 from fastlora.finetune.loop import causal_loss, learning_rate_at
-from fastlora.finetune.memory import distinct_bytes, peak_bytes, peak_method, reset_peak
+from fastlora.finetune.memory import SavedTensors, distinct_bytes, peak_bytes, peak_method, reset_peak
 from fastlora.finetune.settings import Settings
-from fastlora.saved_tensors import SavedTensors
 
 CPU = torch.device("cpu")
 

@@ -9,9 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.backends import reference
+from fastlora.finetune.memory import SavedTensors
 from fastlora.model import inject
 from fastlora.module import LoRALinear
-from fastlora.saved_tensors import SavedTensors
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
