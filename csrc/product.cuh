@@ -109,11 +109,25 @@ __device__ __forceinline__ void multiply(Consumer<T>& c, TileInfo tile, float (&
     while (drawn < KeepBits<T>::kCalls) keep.append(c, row, column, drawn++);
   }
   // Where nothing looks at the sums before the expand step adds to them, the products stay in flight.
-  if constexpr (kSide || T::kSplit || kDraws) {
+  if constexpr (kSide || T::kSplit || kDraws || T::kSplitsScale) {
     wgmma_wait<0>();
     c.release_stage();
     if constexpr (kMain) pin(acc);
     if constexpr (kSide) pin(side);
+  }
+}
+
+// What S holds, before it is rounded, of a sum of U*D^T.
+template <class T>
+__device__ __forceinline__ float scale_s(const Params& p, float sum) {
+  if constexpr (!T::kSplitsScale) {
+    return sum * p.scale_s;
+  } else {
+    // S is infinite exactly where the sum itself would be in fp16, whatever its scale.
+    constexpr float kRoundsToInfinity = 65520.f;
+    float s = sum * p.inverse_keep;
+    if (fabsf(s) >= kRoundsToInfinity) s *= INFINITY;
+    return s * p.scale_s;
   }
 }
 
@@ -130,8 +144,9 @@ __device__ __forceinline__ void store_s(Consumer<T>& c, TileInfo tile, const flo
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* pair = side + i * 8 + j * 2;
-      s[i][j] = pack<Element>(pair[0] * c.p.scale_s, pair[1] * c.p.scale_s);
       const int m = row + j % 2 * 8, r = i * 16 + j / 2 * 8 + c.fragment_column();
+      // Ranks past the last one are no zeros where U is infinite: its product with their zeros is NaN.
+      s[i][j] = r < c.p.r ? pack<Element>(scale_s<T>(c.p, pair[0]), scale_s<T>(c.p, pair[1])) : 0;
       if (c.group_n == 0 && m < c.p.m && r < c.p.r) {
         *reinterpret_cast<uint32_t*>(out + int64_t(m) * c.p.r + r) = s[i][j];
       }
@@ -157,10 +172,21 @@ struct ExpandOperands {
   }
 };
 
+// Divides the accumulators by the branch's scale, a power of two; store_tile multiplies by it what is then
+// acc + S*P^T.
+template <class T>
+__device__ __forceinline__ void divide_by_branch_scale(const Consumer<T>& c, float (&acc)[T::kAccumulators]) {
+  if (c.p.branch_scale != 1.f) {
+#pragma unroll
+    for (int i = 0; i < T::kAccumulators; ++i) acc[i] *= c.p.inverse_branch_scale;
+  }
+}
+
 // acc += S*P^T, with S from shared memory, or from registers where `s` holds its fragments.
 template <class T>
 __device__ __forceinline__ void expand(Consumer<T>& c, float (&acc)[T::kAccumulators], const uint32_t (*s)[4]) {
   using Element = typename T::Element;
+  if constexpr (T::kSplitsScale) divide_by_branch_scale(c, acc);
 #pragma unroll 1
   for (int r = 0; r < (T::kFused ? 1 : c.p.r); r += T::kChunk) {
     const ExpandOperands<T> operands(c, c.wait_stage(), T::kColumns);
@@ -221,7 +247,10 @@ __device__ __forceinline__ void store_tile(Consumer<T>& c, TileInfo tile, int sl
         bias[i] = unpack<typename T::Element>(load_shared(c.shared.bias(slot) + column * 2));
       }
     }
-    store_slab(c, tile, j, [&](int i) { return acc[j * 32 + i] + (i % 2 ? bias[i / 4].y : bias[i / 4].x); });
+    store_slab(c, tile, j, [&](int i) {
+      const float of_bias = i % 2 ? bias[i / 4].y : bias[i / 4].x;
+      return T::kSplitsScale ? fmaf(acc[j * 32 + i], c.p.branch_scale, of_bias) : acc[j * 32 + i] + of_bias;
+    });
   }
 }
 

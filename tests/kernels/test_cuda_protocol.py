@@ -60,6 +60,12 @@ def test_every_schedule_gives_the_same_bits(poisoned, tile, sizes, dropout_p):
     check_schedules(tile, sizes, dropout_p)
 
 
+@pytest.mark.parametrize("tile, rank", ((WIDE, 16), (FUSED, 64)))
+def test_every_schedule_of_fp16_gives_the_same_bits(poisoned, tile, rank):
+    """A scaling above 1, which the forward splits: its tiles wait for their products before the expand step."""
+    check_schedules(tile, (264, 328, 264, rank), 0.0, torch.float16, SCHEDULES[1:])
+
+
 def test_workspaces_of_two_streams_do_not_meet(poisoned, monkeypatch):
     """Launches of two streams in turn, each over its own workspace, which the next launch of the stream finds clean."""
     case = numerics.draw_integer_case(392, 136, 264, 16, torch.bfloat16)

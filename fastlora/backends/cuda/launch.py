@@ -15,7 +15,7 @@ from fastlora.backends import reference
 from fastlora.backends.configs import makes_s_beside
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.dispatch import Problem
-from fastlora.problem import Gradients, Needs
+from fastlora.problem import Gradients, Needs, split_scaling
 
 MAX_RANK = 256
 SMALL_TILE_RANK = 64  # tiles smaller than 128 x 256 are compiled up to this rank
@@ -160,9 +160,15 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _address(operand):
-    """A matrix as its address and row stride, a vector as its address; numbers are what they are."""
+    """A matrix as its address and row stride, a vector as its address; numbers are what they are.
+
+    Raises:
+        ValueError: the elements of a vector, or of a matrix's rows, do not lie one behind the other.
+    """
     if not isinstance(operand, Tensor):
         return operand
+    if operand.stride(-1) != 1 and operand.shape[-1] > 1:
+        raise ValueError(f"an operand of shape {tuple(operand.shape)} has strides {operand.stride()}, the last not 1")
     if operand.dim() < 2:
         return operand.data_ptr()
     return operand.data_ptr(), operand.stride(0) if operand.shape[0] > 1 else operand.shape[1]
@@ -213,6 +219,7 @@ def lora_forward(
     plan = _plan(
         tile or choose_tile(m, n, k, r, ctas), ctas, (m, n, k, r), False, x.dtype == torch.float16, dropout_p > 0.0
     )
+    scales = split_scaling(scaling, x.dtype)
     if bias is not None and bias.data_ptr() % 16:
         bias = bias.clone()
     _run(
@@ -220,7 +227,7 @@ def lora_forward(
         x,
         {
             "u": _rows(x), "v": _rows(weight), "a": _rows(lora_a.to(x.dtype)), "b": _rows(lora_b.to(x.dtype)),
-            "bias": bias, "c": y, "s": s.view(-1), "scale_s": scaling * philox.inverse_keep(dropout_p),
+            "bias": bias, "c": y, "s": s.view(-1), "scale_s": scales.in_s, "branch_scale": scales.on_branch,
             **_dropout_operands(dropout_p, seed),
         },
     )  # fmt: skip
@@ -266,7 +273,8 @@ def lora_backward(
             "u": _rows(dy), "v": _rows(weight), "a": _rows(lora_a.to(dy.dtype)), "b": _rows(lora_b.to(dy.dtype)),
             "c": dx, "s": ds, "x": _rows(x) if needs.da else None, "saved": _rows(s) if needs.db else None,
             "grad_a": None if da is None else da.view(-1), "grad_b": None if db is None else db.view(-1),
-            "grad_bias": dbias, "scale_s": scaling, "fp32_grads": grad_dtype == torch.float32,
+            "grad_bias": dbias, "scale_s": scaling, "branch_scale": split_scaling(scaling, dy.dtype).on_branch,
+            "fp32_grads": grad_dtype == torch.float32,
             **_dropout_operands(dropout_p, seed),
         },
     )  # fmt: skip
