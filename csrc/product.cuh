@@ -144,9 +144,8 @@ __device__ __forceinline__ void store_s(Consumer<T>& c, TileInfo tile, const flo
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* pair = side + i * 8 + j * 2;
+      s[i][j] = pack<Element>(scale_s<T>(c.p, pair[0]), scale_s<T>(c.p, pair[1]));
       const int m = row + j % 2 * 8, r = i * 16 + j / 2 * 8 + c.fragment_column();
-      // Ranks past the last one are no zeros where U is infinite: its product with their zeros is NaN.
-      s[i][j] = r < c.p.r ? pack<Element>(scale_s<T>(c.p, pair[0]), scale_s<T>(c.p, pair[1])) : 0;
       if (c.group_n == 0 && m < c.p.m && r < c.p.r) {
         *reinterpret_cast<uint32_t*>(out + int64_t(m) * c.p.r + r) = s[i][j];
       }
@@ -155,6 +154,16 @@ __device__ __forceinline__ void store_s(Consumer<T>& c, TileInfo tile, const flo
   if (c.group_n == 0) {
     fence_async_global();
     c.publish(flag_of<T>(c.p, tile.row));
+  }
+}
+
+// Zeroes the ranks of S past the last one. They are not zero where U is infinite: its product with D's zeros is NaN.
+template <class T>
+__device__ __forceinline__ void zero_padding_ranks(const Consumer<T>& c, uint32_t (&s)[T::kRank / 16][4]) {
+#pragma unroll
+  for (int i = 0; i < T::kRank / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s[i][j] = i * 16 + j / 2 * 8 < c.p.r ? s[i][j] : 0;
   }
 }
 
@@ -361,6 +370,7 @@ __device__ __forceinline__ void product_tile(Consumer<T>& c, TileInfo tile, int 
     multiply<true, true>(c, tile, acc, s_sum, keep);
     if (combine<true, true>(c, tile, acc, s_sum)) {
       store_s(c, tile, s_sum, s);
+      zero_padding_ranks(c, s);
       finish(c, tile, slot, acc, side, s, keep);
     }
   }

@@ -94,6 +94,9 @@ def draw_large(rank: int, scaling: float, dropout_p: float, dtype: torch.dtype =
     case.lora_b.mul_(2.0**-8)[0] = pick((1, 0, -2, 0), rank)
     case.dy[:, 0] = 0
     case.dy[1::2, 0] = pick((0, 1024, -3072, 16384, 31744, -32768, 57344, 64512), M // 2)
+    if abs(scaling) > 2**24:  # next to such a branch fp32 holds nothing else, so its terms must not cancel
+        for tensor in (case.x, case.lora_a, case.lora_b, case.dy):
+            tensor.abs_()
     seed = torch.tensor(0x0123_4567_89AB_CDEF) if dropout_p else None
     return replace(case.to(dtype), scaling=scaling, dropout_p=dropout_p, seed=seed)
 
