@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
 from fastlora.philox import inverse_keep, keep_mask
 from fastlora.problem import Needs, split_scaling
 from tests.support import numerics
-from tests.support.cuda_emulation import emulated, run_layer, unavailable
+from tests.support.cuda_checks import needs_kernels
+from tests.support.cuda_emulation import emulated, run_layer
 
-pytestmark = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
+pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace")]
 
 WIDE, FUSED = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 256, 2, fused=True)
 SPLIT, SPLIT_FUSED = cuda.CudaTile(64, 128, 1, 2), cuda.CudaTile(128, 128, 1, 2, fused=True)
@@ -29,12 +29,6 @@ OVERFLOWING = (
     *zip(TILES, (24, 40, 8, 16), (3.0, -48.0, 2.0**12, 2.0**60), (0.0,) * 4, strict=True),
     *zip(TILES, (8, 24, 16, 40), (0.5, -0.75, 0.0, 2.0**-12), (0.5, 0.0, 0.0, 0.0), strict=True),
 )
-
-
-@pytest.fixture(autouse=True)
-def own_workspace(monkeypatch):
-    """What one test leaves dirty is no one else's."""
-    monkeypatch.setattr(workspace, "_by_stream", {})
 
 
 def label(value) -> str:

@@ -116,10 +116,16 @@ def _ending(instruction: str):
 
 
 def source_line(place: str, directory: Path = CUDA_SOURCES) -> str:
-    """The text at the first "file:line" of a chain, or nothing."""
+    """The text at the first "file:line" of a chain, or nothing where the file is not one of ours.
+
+    Raises:
+        FileNotFoundError: the directory of the sources is not there.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no folder of sources at {directory}")
     name, _, line = place.split(" < ")[0].partition(":")
-    path = directory / name
-    return path.read_text().splitlines()[int(line) - 1].strip() if path.exists() else ""
+    path = next(directory.rglob(name), None)
+    return path.read_text().splitlines()[int(line) - 1].strip() if path else ""
 
 
 _TRITON_RULES = (
