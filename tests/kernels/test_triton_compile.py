@@ -4,8 +4,6 @@ import dataclasses
 import itertools
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,6 +13,7 @@ from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, ladder_fo
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
+from tests.support import launches
 from tests.support.compile_target import (
     REGISTER_FILE,
     SHARED_MEMORY,
@@ -45,9 +44,11 @@ def compile_layer(monkeypatch, arch, direction, config, *, rank, dtype, dropout,
     dropout_p, seed = (0.1, torch.tensor(2**40)) if dropout else (0.0, None)
     with compile_for(arch) as driver:
         if direction == "forward":
-            triton_lora.lora_forward(x, weight, a, b, meta(n) if bias else None, 2.0, dropout_p, seed, config=config)
+            launches.forward(
+                triton_lora, x, weight, a, b, meta(n) if bias else None, 2.0, dropout_p, seed, config=config
+            )
         else:
-            triton_lora.lora_backward(dy, x, weight, a, b, s, 2.0, dropout_p, seed, needs, config=config)
+            launches.backward(triton_lora, dy, x, weight, a, b, s, 2.0, dropout_p, seed, needs, config=config)
     return driver.launched[-1].kernel, len(driver.launched)  # perhaps compiled by an earlier test
 
 
@@ -131,62 +132,6 @@ def allow_tf32():
     before = torch.backends.cuda.matmul.allow_tf32
     yield lambda allowed: setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
     torch.backends.cuda.matmul.allow_tf32 = before
-
-
-# Whether TF32 is allowed after a program, in a process of its own: torch's settings know no way back.
-TF32_SETTINGS = {
-    "": False,
-    "matmul.allow_tf32 = True": True,
-    "matmul.allow_tf32 = True; matmul.allow_tf32 = False": False,
-    "torch.set_float32_matmul_precision('high')": True,
-    "torch.set_float32_matmul_precision('medium')": True,
-    "torch.set_float32_matmul_precision('highest')": False,
-    "torch.backends.cudnn.allow_tf32 = False": False,
-    "torch.backends.cudnn.allow_tf32 = True": False,
-}
-TF32_SETTINGS_SINCE_2_9 = {
-    "torch.backends.fp32_precision = 'tf32'": True,
-    "torch.backends.fp32_precision = 'ieee'": False,
-    "matmul.fp32_precision = 'tf32'": True,
-    "matmul.fp32_precision = 'ieee'": False,
-    "torch.backends.fp32_precision = 'tf32'; matmul.fp32_precision = 'ieee'": False,
-    "torch.backends.fp32_precision = 'ieee'; matmul.fp32_precision = 'tf32'": True,
-    "torch.backends.cudnn.fp32_precision = 'tf32'": True,  # it is all of CUDA's
-    # A mixture, after which torch raises on a read of the old flag.
-    "torch.set_float32_matmul_precision('high'); matmul.fp32_precision = 'ieee'": False,
-    "matmul.allow_tf32 = False; matmul.fp32_precision = 'tf32'": True,
-}
-
-
-@pytest.mark.skipif(not hasattr(torch._C, "_set_fp32_precision_setter"), reason="this torch has the old flags alone")
-def test_every_way_of_setting_tf32_is_read():
-    found = _tf32_after({**TF32_SETTINGS, **TF32_SETTINGS_SINCE_2_9})
-    assert found == {**TF32_SETTINGS, **TF32_SETTINGS_SINCE_2_9}
-
-
-def test_the_old_ways_are_read_where_there_is_no_new_one(monkeypatch):
-    class OldFlags:
-        allow_tf32 = True
-
-    monkeypatch.setattr(torch.backends.cuda, "matmul", OldFlags)
-    assert triton_lora._uses_tf32(torch.float32) and not triton_lora._uses_tf32(torch.bfloat16)
-
-
-def _tf32_after(settings) -> dict[str, bool]:
-    """What each program leaves, in forks of one process that has imported the backend."""
-    program = f"""
-import os, torch
-from fastlora.backends.triton.launch import _uses_tf32
-matmul = torch.backends.cuda.matmul
-for setting in {list(settings)!r}:
-    if os.fork() == 0:
-        exec(setting)
-        print(int(_uses_tf32(torch.float32)), flush=True)
-        os._exit(0)
-    os.wait()
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    return dict(zip(settings, (line == "1" for line in done.stdout.split()), strict=True))
 
 
 def test_hooks_are_given_what_can_be_stored(monkeypatch):

@@ -1,7 +1,6 @@
 """The tiles of a LoRA layer: the product with its low-rank branch, and the gradients of A and B."""
 
 import dataclasses
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import triton
@@ -49,7 +48,6 @@ class Variant:
         """tl.dot's name for it."""
         return "tf32" if self.tf32 else "ieee"
 
-    @lru_cache(maxsize=1024)  # noqa: B019 (a small frozen value)
     def as_plain(self) -> tuple:
         """The fields in their order, the tile's as a tuple within."""
         return dataclasses.astuple(self)
