@@ -6,8 +6,7 @@ goes to PEFT's forward and is counted, by reason, in ``fastlora.dispatch_counts(
 of ``torch.compile`` are served alike, but what falls back there is not counted.
 """
 
-from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -22,6 +21,7 @@ from fastlora.integrations.peft_reasons import call_reason
 __all__ = ["FusedLinear", "Patched", "patch", "register", "unpatch", "unserved"]
 
 _NEVER_CALLED = "torch.nn.MultiheadAttention reads its weight and never calls it"
+_FAST_PATH = "torch.nn.TransformerEncoderLayer in eval mode reads its weight and does not call it"
 _NAMES_SHOWN = 3
 
 
@@ -75,20 +75,19 @@ def patch(model: nn.Module, strict: bool = False) -> Patched:
         ValueError: the model has no PEFT LoRA layer; or ``strict`` and some layer cannot be served, in which case all
             such layers are listed with their reasons and nothing is changed.
     """
-    layers = list(_lora_layers(model))
+    layers = _lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no PEFT LoRA layer; call peft.get_peft_model first")
     refused = _reasons(layers)
     if strict and refused:
         listing = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"{len(refused)} of {len(layers)} LoRA layers cannot be served fused: {listing}")
-    for _, layer, is_called in layers:
-        if is_called:
-            fuse(layer)
+    for found in layers:
+        found.fuse()
     for home in _homes(model):
         _remove_watches(home)
         home.register_forward_pre_hook(_Watch(home))
-    return Patched([name for name, *_ in layers if name not in refused], refused)
+    return Patched([found.name for found in layers if found.name not in refused], refused)
 
 
 def unpatch(model: nn.Module) -> list[str]:
@@ -99,7 +98,7 @@ def unpatch(model: nn.Module) -> list[str]:
     """
     for home in _homes(model):
         _remove_watches(home)
-    return [name for name, layer, _ in _lora_layers(model) if restore(layer)]
+    return [found.name for found in _lora_layers(model) if restore(found.layer)]
 
 
 def register(lora_config: LoraConfig) -> LoraConfig:
@@ -121,23 +120,42 @@ def unserved(model: nn.Module) -> dict[str, str]:
     return _reasons(_lora_layers(model))
 
 
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer, bool]]:
-    """Path of every LoRA layer, the layer, and whether the module around it ever calls it."""
-    uncalled = set()
+class _Found(NamedTuple):
+    """A LoRA layer of a model and what torch's own modules around it do with it."""
+
+    name: str
+    layer: LoraLayer
+    is_called: bool
+    encoder: nn.TransformerEncoderLayer | None
+
+    def reason(self) -> str | None:
+        """Why a call would not be served fused now, or None."""
+        if not self.is_called:
+            return _NEVER_CALLED
+        reason = type_reason(self.layer) or call_reason(self.layer)
+        return _FAST_PATH if reason is None and self.encoder is not None and not self.encoder.training else reason
+
+    def fuse(self) -> None:
+        # A hook inside an encoder layer would end its fast path, and with it the support of nested tensors.
+        if self.is_called:
+            fuse(self.layer, may_hook=self.encoder is None)
+
+
+def _lora_layers(model: nn.Module) -> list[_Found]:
+    found, uncalled, encoders = [], set(), {}
     for name, module in model.named_modules():  # a parent comes before its children
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             uncalled.add(module.out_proj)
+        if isinstance(module, nn.TransformerEncoderLayer):
+            encoders.update(dict.fromkeys(module.modules(), module))
         if isinstance(module, LoraLayer):
-            yield name, module, module not in uncalled
+            found.append(_Found(name, module, module not in uncalled, encoders.get(module)))
+    return found
 
 
-def _reasons(layers: Iterator[tuple[str, LoraLayer, bool]]) -> dict[str, str]:
-    reasons = {}
-    for name, layer, is_called in layers:
-        reason = (type_reason(layer) or call_reason(layer)) if is_called else _NEVER_CALLED
-        if reason is not None:
-            reasons[name] = reason
-    return reasons
+def _reasons(layers: list[_Found]) -> dict[str, str]:
+    reasons = {found.name: found.reason() for found in layers}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 class _Watch:
@@ -153,9 +171,8 @@ class _Watch:
         if len(configs) == len(self.configs) and all(map(_is, configs, self.configs)):
             return
         self.configs = list(configs)
-        for _, layer, is_called in _lora_layers(home):
-            if is_called:
-                fuse(layer)
+        for found in _lora_layers(home):
+            found.fuse()
 
 
 def _is(one: object, other: object) -> bool:
@@ -167,7 +184,8 @@ def _homes(model: nn.Module) -> list[nn.Module]:
     return [
         module
         for module in model.modules()
-        if isinstance(vars(module).get("peft_config"), dict) and not isinstance(module, (BaseTuner, PeftModel))
+        if isinstance(vars(module).get("peft_config"), dict)
+        and not isinstance(module, (BaseTuner, PeftModel, nn.TransformerEncoderLayer))
     ]
 
 

@@ -48,12 +48,12 @@ def type_reason(layer: LoraLayer) -> str | None:
     return None
 
 
-def fuse(layer: LoraLayer) -> None:
-    """Makes a layer a ``FusedLinear`` if it can be one; any other layer's calls are counted from now on."""
+def fuse(layer: LoraLayer, may_hook: bool = True) -> None:
+    """Makes a layer a ``FusedLinear`` if it can be one; any other layer's calls are counted from now on, by a hook."""
     if type_reason(layer) is None:
         _stop_counting(layer)
         swap_class(layer, FusedLinear)
-    elif class_beneath(layer) is not FusedLinear and count_call not in layer._forward_pre_hooks.values():
+    elif may_hook and class_beneath(layer) is not FusedLinear and count_call not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(count_call)
 
 
