@@ -19,11 +19,10 @@ _FSDP = "torch.distributed.fsdp"
 
 
 def class_beneath(module: nn.Module) -> type:
-    """The class of a module before ``fully_shard`` put its own in front; the module's own class otherwise."""
-    for kind in type(module).__mro__:
-        if not kind.__module__.startswith("torch.distributed."):
-            return kind
-    raise AssertionError("every module inherits from torch.nn.Module")
+    """The class of a module before ``fully_shard`` put two in front of it; the module's own class otherwise."""
+    kinds = type(module).__mro__
+    is_torchs = [kind.__module__.startswith("torch.distributed.") for kind in kinds]
+    return kinds[len(kinds) - is_torchs[::-1].index(True)] if True in is_torchs else kinds[0]
 
 
 def swap_class(module: nn.Module, new: type) -> None:

@@ -144,13 +144,17 @@ class _Found(NamedTuple):
 def _lora_layers(model: nn.Module) -> list[_Found]:
     found, uncalled, encoders = [], set(), {}
     for name, module in model.named_modules():  # a parent comes before its children
-        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+        if _is_torchs_own(module, nn.MultiheadAttention):
             uncalled.add(module.out_proj)
-        if isinstance(module, nn.TransformerEncoderLayer):
+        if _is_torchs_own(module, nn.TransformerEncoderLayer):
             encoders.update(dict.fromkeys(module.modules(), module))
         if isinstance(module, LoraLayer):
             found.append(_Found(name, module, module not in uncalled, encoders.get(module)))
     return found
+
+
+def _is_torchs_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def _reasons(layers: list[_Found]) -> dict[str, str]:

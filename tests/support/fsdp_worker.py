@@ -4,8 +4,6 @@ Each scenario trains the model in one process with PEFT's own forwards, then sha
 losses and weights.
 """
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,6 +29,7 @@ from tests.support.distributed_worker import (
     train,
 )
 
+SLACK = 1e-5  # of the largest value: two halves of a batch are added in another order
 BLOCKS = {"auto_wrap_policy": lambda module, recurse, nonwrapped_numel: recurse or isinstance(module, Block)}
 
 
@@ -152,7 +151,13 @@ def stock(**options):
     return model
 
 
-def training(wrap, slack):
+def assert_close(value, expected, slack):
+    assert (value - expected).abs().max() <= slack * max(expected.abs().max(), 1), (value, expected)
+
+
+def training(wrap):
+    """Losses, weights and the output without gradients are those of one process with PEFT's own forwards."""
+
     def scenario(mesh):
         single = stock()
         expected = train(single, split=False)
@@ -161,18 +166,62 @@ def training(wrap, slack):
         fused, fallbacks = fused_and_fallbacks()
         recomputed = CALLS // 2 if any("checkpoint" in name for name, _ in model.named_modules()) else 0
         assert fused == CALLS + recomputed and not fallbacks, (fused, fallbacks)
-        assert (losses - expected).abs().max() <= slack * expected.abs().max(), (losses, expected)
+        assert_close(losses, expected, SLACK)
         assert losses[-1] < 0.95 * losses[0]
+        with torch.no_grad():
+            assert_close(model(BATCHES[0]), single(BATCHES[0]), SLACK)
+        assert fused_and_fallbacks() == (fused + 4, {})
         state = get_model_state_dict(model, options=WHOLE)
         if dist.get_rank() == 0:
             for name, value in single.state_dict().items():
-                assert (state[name] - value).abs().max() <= slack, name
+                assert_close(state[name], value, SLACK)
+
+    return scenario
+
+
+def mixed(wrap):
+    """In FSDP's own mixed precision, where the oracle is stock PEFT sharded in the same way."""
+
+    def scenario(mesh):
+        expected = train(wrap(stock()), split=True)
+        assert fused_and_fallbacks()[0] == 0
+        model = wrap(make("peft"))
+        losses = train(model, split=True)
+        assert fused_and_fallbacks() == (CALLS, {})
+        assert_close(losses, expected, 8 * torch.finfo(torch.bfloat16).eps)
+
+    return scenario
+
+
+def a_base_weight_trains(wrap):
+    """One layer's frozen weight does train: that layer is PEFT's, and the gradient is there."""
+
+    def scenario(mesh):
+        def thaw(model):
+            model.base_model.model[0].up.base_layer.weight.requires_grad_(True)
+            return model
+
+        single, model = thaw(stock()), thaw(make("peft"))
+        before = single.base_model.model[0].up.base_layer.weight.detach().clone()
+        expected = train(single, split=False)
+        model = wrap(model)
+        assert_close(train(model, split=True), expected, SLACK)
+        calls, reason = len(BATCHES), {"peft: the base weight trains": len(BATCHES)}
+        assert fused_and_fallbacks() == (CALLS - 2 * calls, reason)
+        state = get_model_state_dict(model, options=WHOLE)
+        if dist.get_rank() == 0:
+            (name,) = [name for name, p in single.named_parameters() if name.endswith("0.up.base_layer.weight")]
+            assert_close(state[name], single.state_dict()[name], SLACK)
+            assert not torch.equal(state[name], before)
 
     return scenario
 
 
 SCENARIOS = {
-    **{name: training(wrap, 1e-5) for name, wrap in WRAPS.items()},
+    **{name: training(wrap) for name, wrap in WRAPS.items()},
+    **{f"{name}, bfloat16": mixed(wrap) for name, wrap in MIXED.items()},
+    "1, whole, a base weight trains": a_base_weight_trains(WRAPS["1, whole"]),
+    "2, factors, a base weight trains": a_base_weight_trains(fsdp2(is_factor)),
 }
 
 
