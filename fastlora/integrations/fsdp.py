@@ -38,6 +38,11 @@ def _sharded_class(sharded: type, old: type, new: type) -> type:
     return type(sharded.__name__.replace(old.__name__, new.__name__), bases, names)
 
 
+def is_unit(module: nn.Module) -> bool:
+    """Whether a module is an FSDP unit, of either version."""
+    return any(kind.__module__.startswith(_FSDP) for kind in type(module).__mro__)
+
+
 def unit_linear(module: nn.Module) -> nn.Linear | None:
     """The plain ``nn.Linear`` that is all of an FSDP unit, if ``module`` is such a unit and has no hooks but FSDP's."""
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())

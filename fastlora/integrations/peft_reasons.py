@@ -1,12 +1,14 @@
 """Whether a call of PEFT's ``lora.Linear`` can be served fused, with which tensors, and if not, the reason."""
 
+import warnings
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
-from fastlora.integrations.fsdp import is_frozen_view, unit_linear
+from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -109,6 +111,8 @@ def _linear_reason(role: str, linear: nn.Module) -> str | None:
 
 def _find_units(modules: tuple[nn.Module, ...]) -> Units | str:
     """The FSDP units among three layers that can be served, or why one of the three cannot be."""
+    if torch.compiler.is_compiling() and any(map(is_unit, modules)):  # no forward can be replaced within a trace
+        return "torch.compile over FSDP units of single layers"
     units, linears = [], []
     for role, module in zip(_ROLES, modules, strict=True):
         linear = unit_linear(module)
@@ -117,11 +121,17 @@ def _find_units(modules: tuple[nn.Module, ...]) -> Units | str:
         else:
             linear, reason = module, _linear_reason(role, module)
             if reason is not None:
-                return reason
+                return _warn_of_unit(role) if is_unit(module) else reason
         linears.append(linear)
-    if torch.compiler.is_compiling():  # their forwards cannot be replaced in the middle of a trace
-        return "torch.compile over FSDP units of single layers"
     return Units(units, linears)
+
+
+@lru_cache
+def _warn_of_unit(role: str) -> str:
+    """The reason, and once a warning: a whole model trains unfused for the way it was wrapped."""
+    reason = f"{role} is an FSDP unit with hooks of others, or of more than a plain nn.Linear"
+    warnings.warn(f"PEFT's forward serves LoRA layers whose {reason}; wrap blocks instead", stacklevel=2)
+    return reason
 
 
 def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
