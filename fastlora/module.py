@@ -84,8 +84,6 @@ class LoRALinear(nn.Linear):
         self.init = init
         self.scaling = alpha / (math.sqrt(r) if rslora else r)
         self.merged = False
-        # What unmerge() puts back. A buffer, so that it follows .to(); not persistent, so that no checkpoint holds it.
-        self.register_buffer("_base_weight", None, persistent=False)
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
         self.reset_lora_parameters()
@@ -230,7 +228,8 @@ class LoRALinear(nn.Linear):
                 "the layer is left unmerged: look for NaN or overflow in lora_A and lora_B"
             )
         if keep_base:
-            self._base_weight = stored(self, "weight").detach()
+            # What unmerge() puts back. A buffer follows .to(); one that is not persistent is in no checkpoint.
+            self.register_buffer("_base_weight", stored(self, "weight").detach(), persistent=False)
         store(self, "weight", merged)
         self.merged = True
 
@@ -245,14 +244,15 @@ class LoRALinear(nn.Linear):
             return
         if reason := unusable(self, MERGE_READS, writes="weight"):
             raise ValueError(reason)
-        base = self._base_weight
+        base = self._buffers.get("_base_weight")
         store(self, "weight", self._with_branch(-self.scaling) if base is None else base)
         self._drop_base()
         self.merged = False
 
     def _drop_base(self) -> None:
-        self._base_weight = None
-        forget(self, "_base_weight")
+        if "_base_weight" in self._buffers:
+            del self._base_weight
+            forget(self, "_base_weight")
 
     def unload(self) -> None:
         """Makes this object a plain ``nn.Linear`` with the weight that it has: to be called on a merged layer.
@@ -262,10 +262,12 @@ class LoRALinear(nn.Linear):
         """
         if not self.merged:
             raise ValueError("unload turns a merged layer into an nn.Linear; call merge() first")
-        forget(self, "lora_A", "lora_B", "_base_weight")
-        if getattr(vars(self).get("_old_forward"), "__func__", None) is LoRALinear.forward:  # accelerate's hooks
-            self._old_forward = nn.Linear.forward.__get__(self)
-        del self.lora_A, self.lora_B, self._base_weight
+        for name in ("forward", "_old_forward"):  # accelerate's hooks leave them on the object
+            if getattr(vars(self).get(name), "__func__", None) is LoRALinear.forward:
+                setattr(self, name, nn.Linear.forward.__get__(self))
+        self._drop_base()
+        del self.lora_A, self.lora_B
+        forget(self, "lora_A", "lora_B")
         own = vars(LoRALinear(1, 1, device="meta")).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
         for name in own & vars(self).keys():
             if name != "merged" or "forward" not in vars(self):  # a wrapper around the old forward reads `merged`
@@ -302,8 +304,9 @@ class LoRALinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def _branch_is_trained(self) -> bool:
+        """Whether B is not zero on a weight that has values; without reading what is sharded."""
         b = self.lora_B
-        return not (b.is_meta or is_dtensor(b)) and bool(b.detach().any())
+        return not (self.weight.is_meta or b.is_meta or is_dtensor(b)) and bool(b.detach().any())
 
     def extra_repr(self) -> str:
         """Sizes, rank, alpha and whatever differs from the defaults."""

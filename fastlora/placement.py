@@ -2,12 +2,12 @@
 
 accelerate's hooks (``cpu_offload``, ``disk_offload``, ``dispatch_model``, device maps) leave a parameter on "meta"
 between two calls and hold its value in ``weights_map``; what is written into the parameter is gone after the next call.
-FSDP1 and DeepSpeed ZeRO-3 leave parameters of another shape or without memory. All of it is recognised by attributes, so
+FSDP1 and DeepSpeed ZeRO-3 leave parameters of another shape or without memory. All of it is recognised by attributes:
 none of these libraries is imported.
 """
 
 from collections import ChainMap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,17 +78,20 @@ def unusable(layer: nn.Module, names: Iterable[str], writes: str | None = None, 
                 if replaced
                 else f"DeepSpeed ZeRO-3 partitions {name}: use deepspeed.zero.GatheredParameters around the call"
             )
-        emptied = not tensor.is_meta and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
-        if getattr(tensor, "_fsdp_flattened", False) and (replaced or emptied or not whole):
+        freed = not tensor.is_meta and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+        if freed or (getattr(tensor, "_fsdp_flattened", False) and (replaced or not whole)):
             return (
-                f"FSDP1 flattens {name}: {_UNMANAGED}"
+                f"FSDP1 holds the value of {name}: {_UNMANAGED}"
                 if replaced
-                else f"FSDP1 flattens {name}: use FullyShardedDataParallel.summon_full_params around the call"
+                else f"FSDP1 holds the value of {name}: use FullyShardedDataParallel.summon_full_params around the call"
             )
-        if not whole or emptied:
+        if not whole:
             return f"{name} is a placeholder of shape {list(tensor.shape)}, not {list(shapes[name])}: {_UNMANAGED}"
         if replaced and name not in layer._parameters:
-            return f"{name} is computed by a parametrization, which would undo it: remove the parametrization first"
+            return (
+                f"{name} is no parameter of the layer: FSDP1 or a parametrization holds its value, and would undo the "
+                f"change; remove the parametrization, or {_UNMANAGED}"
+            )
         if tensor.is_meta and not hooked and not allow_meta:
             return (
                 f"{name} is on the meta device, which holds no values: load them first; where a device map or an "
@@ -112,11 +115,14 @@ def require_values(
     Raises:
         ValueError: some are not; the message names the layers, the reason and the remedy.
     """
-    covered = {id(child) for module in model.modules() if _places_children(module) for child in module.modules()}
+    placed, flattened = _inside(model, _places_children), _inside(model, _flattens_children)
     reasons: dict[str, list[str]] = {}
     for path, layer in layers:
-        options = {**how, "allow_meta": how.get("allow_meta", False) and id(layer) not in covered}
-        if reason := unusable(layer, names, **options):
+        options = {**how, "allow_meta": how.get("allow_meta", False) and id(layer) not in placed}
+        reason = unusable(layer, names, **options)
+        if reason is None and "writes" in how and id(layer) in flattened:  # all parameters summoned, for the moment
+            reason = f"FSDP1 holds the value of {how['writes']}: {_UNMANAGED}"
+        if reason is not None:
             reasons.setdefault(reason, []).append(path or type(layer).__name__)
     if reasons:
         raise ValueError(f"cannot {action} " + "; ".join(f"{_listed(paths)}: {why}" for why, paths in reasons.items()))
@@ -133,6 +139,15 @@ def _offload_hook(module: nn.Module) -> Any:
         if getattr(each, "offload", False) is True and getattr(each, "weights_map", None) is not None:
             return each
     return None
+
+
+def _inside(model: nn.Module, manages: Callable[[nn.Module], bool]) -> set[int]:
+    """The ids of all modules below those that manage their children's parameters."""
+    return {id(child) for module in model.modules() if manages(module) for child in module.modules()}
+
+
+def _flattens_children(module: nn.Module) -> bool:
+    return any(base.__name__ == "FullyShardedDataParallel" for base in type(module).__mro__)
 
 
 def _places_children(module: nn.Module) -> bool:

@@ -12,9 +12,9 @@ _LIBRARIES = ("transformers", "accelerate", "diffusers", "huggingface_hub")
 _FUNCTIONS = ("save_pretrained", "save_model")
 _UNMERGED = (
     "the model is saved with its LoRA layers unmerged: from_pretrained restores the base weights alone and drops "
-    "lora_A and lora_B. For a model that reloads as trained, save what fastlora.merge_and_unload(model) returns; for the "
-    "adapter, call fastlora.save_adapter(model, directory). As a checkpoint to resume from, it loads into a model that "
-    "fastlora.inject has treated in the same way"
+    "lora_A and lora_B. For a model that reloads as trained, save what fastlora.merge_and_unload(model) returns; for "
+    "the adapter, call fastlora.save_adapter(model, directory). As a checkpoint to resume from, it loads into a model "
+    "that fastlora.inject has treated in the same way"
 )
 
 

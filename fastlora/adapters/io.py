@@ -42,8 +42,8 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         directory: made where it is missing.
 
     Raises:
-        ValueError: the model has no LoRA layer, or the values of one are not here (on "meta", sharded by FSDP1 or ZeRO-3,
-            offloaded by a hook of its parent).
+        ValueError: the model has no LoRA layer, or the values of one are not here (on "meta", sharded by FSDP1 or
+            ZeRO-3, offloaded by a hook of its parent).
         OSError: the directory cannot be written.
     """
     model = _unwrapped(model)
