@@ -3,7 +3,7 @@
 from fastlora import analysis, integrations
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
-from fastlora.model import inject, merge, trainable_parameters, unmerge
+from fastlora.model import inject, merge, merge_and_unload, trainable_parameters, unmerge
 from fastlora.module import LoRALinear
 from fastlora.ops import LoRALinearFunction, lora_linear
 
@@ -20,6 +20,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge",
+    "merge_and_unload",
     "reset_dispatch_counts",
     "save_adapter",
     "trainable_parameters",

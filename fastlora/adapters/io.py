@@ -28,6 +28,7 @@ from fastlora.adapters.files import (
 )
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
+from fastlora.placement import is_offloaded, require_values, store, stored
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -41,18 +42,20 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         directory: made where it is missing.
 
     Raises:
-        ValueError: the model has no LoRA layer.
+        ValueError: the model has no LoRA layer, or the values of one are not here (on "meta", sharded by FSDP1 or
+            ZeRO-3, offloaded by a hook of its parent).
         OSError: the directory cannot be written.
     """
     model = _unwrapped(model)
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer to save; call fastlora.inject first")
+    require_values(model, layers.items(), "save", ("lora_A", "lora_B"))
     _warn_of_unsaved(model)
     tensors = {}
     for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = whole_value(layer.lora_A)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = whole_value(layer.lora_B)
+        tensors[f"{PREFIX}{path}.lora_A.weight"] = whole_value(stored(layer, "lora_A"))
+        tensors[f"{PREFIX}{path}.lora_B.weight"] = whole_value(stored(layer, "lora_B"))
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)
@@ -99,6 +102,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         stored = read_header(file, directory / WEIGHTS_NAME)
         check_ranks(stored, config)
         layers = dict(lora_layers(model))
+        require_values(model, layers.items(), "load into", ("lora_A", "lora_B"), allow_meta=True)
         _check_fit(model, layers, stored)
         alphas = {path: alpha_of(path, config) for path in stored}
         if not layers:
@@ -244,7 +248,9 @@ def _create_layers(
 @torch.no_grad()
 def _copy(layer: LoRALinear, name: str, value: Tensor) -> None:
     parameter = getattr(layer, name)
-    if parameter.is_meta:  # nothing to copy into yet; the file's value becomes the parameter
+    if is_offloaded(layer):
+        store(layer, name, value.to(parameter.dtype))
+    elif parameter.is_meta:  # nothing to copy into yet; the file's value becomes the parameter
         setattr(layer, name, nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad))
     elif hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
