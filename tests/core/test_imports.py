@@ -9,19 +9,20 @@ import fastlora
 
 PACKAGE = Path(fastlora.__file__).parent
 
-# From the ground floor up. A name is a module or a package under fastlora/, "__init__" fastlora itself. A module imports
-# from its own layer and from lower ones, and nowhere is there a circle.
+# From the ground floor up. A name is a module or a package under fastlora/, "__init__" fastlora itself. A
+# module imports from its own layer and from lower ones; nowhere is there a circle.
 LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
-    ("checks", "rows", "saved", "outputs", "operands"),
+    ("checks", "rows", "saved", "saving", "heads", "outputs", "operands"),
     ("backends",),
     ("dispatch",),
     ("differentiable",),
     ("op_tools",),
     ("ops",),
     ("sharding",),
+    ("placement",),
     ("module",),
-    ("placement", "heads", "saving", "model"),
+    ("model",),
     ("adapters",),
     ("integrations", "analysis"),
     ("__init__",),
