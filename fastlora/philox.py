@@ -14,6 +14,7 @@ ELEMENTS_PER_CALL = 8
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+_STEPS = 1 << 16  # values of an element's random bits
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -29,13 +30,16 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def threshold(dropout_p: float) -> int:
-    """Elements whose 16 random bits are below this are dropped."""
-    return round(dropout_p * 65536)
+    """Elements whose 16 random bits are below this are dropped: p in steps of 1 / 65536. Only p = 1 drops them all,
+    for nothing could make up for it in the mean."""
+    return min(round(dropout_p * _STEPS), _STEPS - 1) if dropout_p < 1.0 else _STEPS
 
 
 def inverse_keep(dropout_p: float) -> float:
-    """What kept elements are scaled by: 1 / (1 - p), and 0 where nothing is kept."""
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    """What kept elements are scaled by: 1 / (share of the elements that ``threshold`` keeps), and 0 where it keeps
+    none. So the mean of a dropped-out element is the element itself, whatever p was rounded to."""
+    kept = _STEPS - threshold(dropout_p)
+    return _STEPS / kept if kept else 0.0
 
 
 def random_words(seed: int, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
@@ -65,7 +69,7 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
         bool tensor [m, k] on ``device``.
     """
     first_kept = threshold(dropout_p)
-    if first_kept == 1 << 16:
+    if first_kept == _STEPS:
         return torch.zeros(m, k, dtype=torch.bool, device=device)
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)

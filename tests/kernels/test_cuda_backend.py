@@ -161,6 +161,53 @@ def test_plans_that_cannot_be_launched_say_why():
         make(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
 
 
+def arguments(plan, **changes):
+    """Addresses that a plan of SIZES, with all gradients, can be launched with; None takes one out."""
+    matrices = {"u": 64, "v": 64, "a": 64, "b": 8, "c": 64, "x": 64, "saved": 8}
+    given = {name: (1 << 20, stride) for name, stride in matrices.items()}
+    given |= dict.fromkeys(("s", "grad_a", "grad_b", "grad_bias", "workspace"), 1 << 20)
+    if not plan.variant["backward"]:
+        given = {n: t for n, t in given.items() if n not in ("x", "saved", "grad_a", "grad_b", "grad_bias")}
+    return {name: value for name, value in {**given, **changes}.items() if value is not None}
+
+
+@needs_extension
+@pytest.mark.parametrize("backward", (False, True))
+def test_operands_that_no_kernel_can_read_are_refused(backward):
+    gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
+    plan = cuda._extension()[0].Plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
+    plan.parameters(**arguments(plan))
+    for name in arguments(plan):
+        with pytest.raises(ValueError, match=f"operand {name} is missing"):
+            plan.parameters(**arguments(plan, **{name: None}))
+    for changes, reason in (
+        ({"u": (1 << 20 | 8, 64)}, "u does not start on 16 bytes"),
+        ({"v": (1 << 20, 68)}, "v has rows of 64 elements 68 apart"),
+        ({"u": (1 << 20, 0)}, "they must not overlap"),
+        ({"u": (1 << 20, 56)}, "they must not overlap"),
+        ({"s": 1 << 20 | 4}, "s does not start on 16 bytes"),
+        ({"gradient_sums": 1 << 20}, "gradient_sums is given to a launch that has no use for it"),
+        ({"tile_parts": 1 << 20}, "tile_parts is given to a launch that has no use for it"),
+        ({"seed_address": 1 << 20}, "seed_address is given to a launch that has no use for it"),
+        ({"drop_threshold": 1}, "dropout is asked of a kernel without"),
+        ({"branch_scale": 2.0}, "only fp16 kernels scale the branch"),
+        ({"bias": 1 << 20} if backward else {"x": (1 << 20, 64)}, "is given to a launch that has no use for it"),
+        ({"bias": 1 << 20 | 2} if not backward else {"grad_a": 1 << 20 | 1}, "does not start on"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plan.parameters(**arguments(plan, **changes))
+
+
+@needs_extension
+def test_a_gradient_that_is_not_made_has_no_place_to_go():
+    make = cuda._extension()[0].Plan
+    plan = make(**{**SIZES, "backward": True}, block_m=64, block_n=128)
+    with pytest.raises(ValueError, match="operand x is given"):
+        plan.parameters(**arguments(plan, grad_a=None, grad_b=None, grad_bias=None))
+    with pytest.raises(ValueError, match="a forward makes no gradients"):
+        make(**SIZES, block_m=64, block_n=128, grad_a=True)
+
+
 @needs_extension
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 def test_the_extension_loads_without_a_driver_and_a_launch_says_what_is_missing():

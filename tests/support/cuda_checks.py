@@ -9,7 +9,7 @@ import torch
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
 from fastlora.philox import keep_mask
-from fastlora.problem import Needs
+from fastlora.problem import Needs, split_scaling
 from tests.emulator import LaunchOptions
 from tests.support import numerics
 from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable
@@ -68,7 +68,7 @@ def check_integers(
     dropped = case.x.double()
     if dropout:
         dropped = dropped * keep_mask(case.seed, case.dropout_p, *case.x.shape) * 2
-    assert torch.equal(s.double(), case.scaling * dropped @ case.lora_a.double().t())
+    assert torch.equal(s.double(), split_scaling(case.scaling, dtype).in_s * dropped @ case.lora_a.double().t())
     assert len(launch.stats) == 2, "one launch each way"
 
 

@@ -9,7 +9,7 @@ from tests.emulator.ptx import Block, Label, parse
 from tests.support import mutants
 from tests.support.mutants import Mutant
 
-CUDA_SOURCES = Path(__file__).parents[2] / "csrc"
+CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 # Pattern of the instruction, what stands in for it, what is taken out. A wait that is gone finds its condition true; a
 # semantics that is gone leaves a relaxed access.

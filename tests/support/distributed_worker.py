@@ -336,6 +336,10 @@ def shared_directory():
 
 
 def work(rank, directory):
+    run_scenarios(rank, directory, SCENARIOS)
+
+
+def run_scenarios(rank, directory, scenarios):
     """Runs every scenario and leaves each one's traceback, or nothing, in ``directory``."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -347,7 +351,7 @@ def work(rank, directory):
     )
     mesh = init_device_mesh("cpu", (WORLD,))
     outcomes = {}
-    for name, scenario in SCENARIOS.items():
+    for name, scenario in scenarios.items():
         try:
             scenario(mesh)
             outcomes[name] = ""

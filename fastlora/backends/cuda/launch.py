@@ -13,7 +13,7 @@ from torch import Tensor
 from fastlora import philox
 from fastlora.backends.configs import makes_s_beside
 from fastlora.backends.workspace import borrow_workspace
-from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec
+from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
 
 MAX_RANK = 256
 SMALL_TILE_RANK = 64  # tiles smaller than 128 x 256 are compiled up to this rank
@@ -160,9 +160,15 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _address(operand):
-    """A matrix as its address and row stride, a vector as its address; numbers are what they are."""
+    """A matrix as its address and row stride, a vector as its address; numbers are what they are.
+
+    Raises:
+        ValueError: the elements of a vector, or of a matrix's rows, do not lie one behind the other.
+    """
     if not isinstance(operand, Tensor):
         return operand
+    if operand.stride(-1) != 1 and operand.shape[-1] > 1:
+        raise ValueError(f"an operand of shape {tuple(operand.shape)} has strides {operand.stride()}, the last not 1")
     if operand.dim() < 2:
         return operand.data_ptr()
     return operand.data_ptr(), operand.stride(0) if operand.shape[0] > 1 else operand.shape[1]
@@ -211,12 +217,13 @@ def _forward(spec: LaunchSpec, plan, operands: ForwardOperands) -> tuple[Tensor,
     x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
     m, n, _, r = spec.sizes
     y, s = x.new_empty(m, n), x.new_empty(m, r)
+    scales = split_scaling(scaling, x.dtype)
     _run(
         plan,
         x,
         {
             "u": x, "v": weight, "a": lora_a.to(x.dtype), "b": lora_b.to(x.dtype), "bias": bias, "c": y,
-            "s": s.view(-1), "scale_s": scaling * philox.inverse_keep(dropout_p),
+            "s": s.view(-1), "scale_s": scales.in_s, "branch_scale": scales.on_branch,
             **_dropout_operands(dropout_p, seed),
         },
     )  # fmt: skip
@@ -243,7 +250,8 @@ def _backward(spec: LaunchSpec, plan, operands: BackwardOperands) -> Gradients:
         {
             "u": dy, "v": weight, "a": lora_a.to(dy.dtype), "b": lora_b.to(dy.dtype), "c": dx, "s": ds, "x": x,
             "saved": s, "grad_a": None if da is None else da.view(-1), "grad_b": None if db is None else db.view(-1),
-            "grad_bias": dbias, "scale_s": scaling, "fp32_grads": grad_dtype == torch.float32,
+            "grad_bias": dbias, "scale_s": scaling, "branch_scale": split_scaling(scaling, dy.dtype).on_branch,
+            "fp32_grads": grad_dtype == torch.float32,
             **_dropout_operands(dropout_p, seed),
         },
     )  # fmt: skip
