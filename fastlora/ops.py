@@ -5,10 +5,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fastlora import dispatch
 from fastlora.checks import check_arguments, check_dropout
-from fastlora.dispatch import Problem, backend_for, count_fallback, environment_backend, sole_backend
+from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.philox import draw_seed
-from fastlora.problem import Needs, Sizes
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 
 _library = torch.library.Library("fastlora", "DEF")
 _library.define(
@@ -23,54 +24,15 @@ _library.define(
 )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """As 2-D rows that are contiguous in themselves, without a copy where the strides allow: kernels take any row
-    stride, but unit inner ones."""
-    tensor = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _is_aligned(*tensors: Tensor | None) -> bool:
-    """Every tensor starts on 16 bytes and so does each of its rows."""
-    return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
-        for t in tensors
-        if t is not None and t.dim() == 2
-    )
-
-
-def _problem(rows: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *others: Tensor | None) -> Problem:
-    sizes = Sizes(rows.shape[0], *weight.shape, lora_a.shape[0])
-    on_gpu = rows.device.type == "cuda"
-    return Problem(sizes, rows.dtype, rows.device, on_gpu and _is_aligned(rows, weight, lora_a, lora_b, *others))
-
-
-def _lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
-    chosen = sole_backend(x, backend)
-    if chosen is None:
-        x, weight, lora_a, lora_b = map(_rows, (x, weight, lora_a, lora_b))
-        chosen = backend_for(_problem(x, weight, lora_a, lora_b), backend)
-    return chosen.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
-
-
-def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
-    chosen = sole_backend(dy, backend)
-    if chosen is None:
-        dy, weight, lora_a, lora_b = map(_rows, (dy, weight, lora_a, lora_b))
-        x = None if x is None else _rows(x)
-        chosen = backend_for(_problem(dy, weight, lora_a, lora_b, x), backend)
-    return chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
-
-
 def _lora_forward_op(*args):
     *operands, backend = args
-    y, s = _lora_forward(*operands, backend or environment_backend())
+    y, s = dispatch.forward(ForwardOperands(*operands), backend or environment_backend())
     return y, s.contiguous()  # as its fake says; the reference's may be a transposed view, as its dB is
 
 
 def _lora_backward_op(*args):
     *operands, needs, backend = args
-    gradients = _lora_backward(*operands, Needs(*needs), backend or environment_backend())
+    gradients = dispatch.backward(BackwardOperands(*operands), Needs(*needs), backend or environment_backend())
     return [gradient.contiguous() for gradient in gradients if gradient is not None]
 
 
@@ -108,10 +70,13 @@ class LoRALinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
-        forward = _lora_forward if _skips_ops(x) else torch.ops.fastlora.lora_forward.default
         is_flat = x.dim() == 2
         rows = x if is_flat else x.reshape(-1, x.shape[-1])
-        y, s = forward(rows, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
+        operands = ForwardOperands(rows, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+        if _skips_ops(x):
+            y, s = dispatch.forward(operands, backend)
+        else:
+            y, s = torch.ops.fastlora.lora_forward.default(*operands, backend)
         _, _, need_da, need_db, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if need_da else None, weight, lora_a, lora_b, s if need_db else None, seed)
         ctx.scaling, ctx.dropout_p, ctx.backend = scaling, dropout_p, backend
@@ -135,11 +100,11 @@ def _backward(ctx, dy):
         x = None if x is None else x.reshape(-1, x_shape[-1])
         dy = dy.reshape(-1, dy.shape[-1])
     needs = Needs(need_dx, need_da, need_db, need_dbias)
-    args = (dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs, ctx.backend)
+    operands = BackwardOperands(dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed)
     if _skips_ops(dy):
-        dx, da, db, dbias = _lora_backward(*args)
+        dx, da, db, dbias = dispatch.backward(operands, needs, ctx.backend)
     else:
-        computed = iter(torch.ops.fastlora.lora_backward.default(*args))
+        computed = iter(torch.ops.fastlora.lora_backward.default(*operands, needs, ctx.backend))
         dx, da, db, dbias = [next(computed) if need else None for need in needs]
     if x_shape is not None and dx is not None:
         dx = dx.view(x_shape)

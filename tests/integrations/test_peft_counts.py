@@ -14,7 +14,7 @@ from peft.tuners.lora.layer import Linear as StockLinear  # noqa: E402
 from peft.tuners.lora.layer import LoraLayer  # noqa: E402
 
 from fastlora.integrations.peft import FusedLinear, patch, register, unpatch, unserved  # noqa: E402
-from tests.integrations.test_peft import IDS, add_adapter, fallbacks, fused_calls, make_stock, randomise  # noqa: E402
+from tests.support.peft_models import IDS, add_adapter, fallbacks, fused_calls, make_stock, randomise  # noqa: E402
 
 IN_ATTENTION = "torch.nn.MultiheadAttention reads its weight and never calls it"
 IN_ENCODER = "torch.nn.TransformerEncoderLayer in eval mode reads its weight and does not call it"
