@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastlora.differentiable import drop_mask, dropped, gradients
+from fastlora.dispatch import count_fallback
 from fastlora.problem import Needs, split_scaling
 from fastlora.rows import flat, in_rows
 
@@ -32,6 +33,8 @@ def register_tools(library: torch.library.Library) -> None:
     torch.library.register_autograd(
         "fastlora::lora_backward", _second_gradients, setup_context=_save_operands, lib=library
     )
+    # The older kind of vmap: is_grads_batched, and functional.jacobian and hessian where they are vectorized.
+    library.impl("lora_backward", _backward_of_a_batch, "Batched")
     if _COUNTER in sys.modules:
         _register_flops(sys.modules[_COUNTER])
     else:
@@ -86,6 +89,11 @@ def _forward_in_aten(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, 
 def _backward_in_aten(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
     computed = in_rows(gradients, dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, Needs(*needs))
     return [gradient for gradient in computed if gradient is not None]
+
+
+def _backward_of_a_batch(*args):
+    count_fallback("vectorized backward")
+    return _backward_in_aten(*args)
 
 
 def _save_operands(ctx, inputs, output):

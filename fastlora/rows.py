@@ -1,5 +1,6 @@
 """Tensors of any number of dimensions as the rows that a LoRA layer is computed on."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +11,8 @@ from fastlora.problem import Gradients
 
 def flat(tensor: Tensor) -> Tensor:
     """[..., K] as [M, K]; also where K or M is 0, which ``reshape(-1, K)`` cannot divide by."""
-    return tensor.flatten(0, -2) if tensor.dim() > 1 else tensor.unsqueeze(0)
+    shape = tensor.shape
+    return tensor.reshape(math.prod(shape[:-1]), shape[-1])
 
 
 def in_rows(backward: Callable[..., Gradients], dy: Tensor, x: Tensor | None, weight: Tensor, *rest) -> Gradients:
