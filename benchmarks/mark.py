@@ -20,10 +20,10 @@ from torch.nn import functional
 
 from fastlora.bench.cases import GPU_HEADLINE, LayerCase
 from fastlora.bench.correctness import TOLERANCE, expected
-from fastlora.bench.environment import describe
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
 from fastlora.bench.timing import EventClock, HostClock, Timing, summarise
+from fastlora.environment import describe
 from fastlora.problem import Needs
 
 MARKS = {("forward", 16): 1.00, ("forward", 64): 1.03, ("backward", 16): 1.05, ("backward", 64): 1.10}

@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor
 
+from fastlora import dispatch
 from fastlora.checks import FROZEN_WEIGHT, as_number, check_arguments, check_dropout
 from fastlora.differentiable import FORWARD_MODE, TRACE, backward_reason, composed, linked, transform_reason
 from fastlora.differentiable import gradients as differentiable_gradients
-from fastlora.dispatch import Problem, backend_for, count_fallback, environment_backend, sole_backend
+from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.op_tools import register_tools
 from fastlora.philox import draw_seed
-from fastlora.problem import Needs, Sizes
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from fastlora.rows import flat, in_rows, on_jagged
 from fastlora.saved import saved_tensors
 
@@ -30,59 +31,24 @@ _library.define(
 )
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """As 2-D rows that are contiguous in themselves, without a copy where the strides allow: kernels take any row
-    stride, but unit inner ones."""
-    tensor = tensor.reshape(-1, tensor.shape[-1]) if tensor.dim() != 2 else tensor
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
-
-
-def _is_aligned(*tensors: Tensor | None) -> bool:
-    """Every tensor starts on 16 bytes and so does each of its rows."""
-    return all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
-        for t in tensors
-        if t is not None and t.dim() == 2
-    )
-
-
-def _problem(rows: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, *others: Tensor | None) -> Problem:
-    sizes = Sizes(rows.shape[0], *weight.shape, lora_a.shape[0])
-    on_gpu = rows.device.type == "cuda"
-    return Problem(sizes, rows.dtype, rows.device, on_gpu and _is_aligned(rows, weight, lora_a, lora_b, *others))
-
-
-def _lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
-    chosen = sole_backend(x, backend)
-    if chosen is None:
-        x, weight, lora_a, lora_b = map(_rows, (x, weight, lora_a, lora_b))
-        chosen = backend_for(_problem(x, weight, lora_a, lora_b), backend)
-    return chosen.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
-
-
-def _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
-    chosen = sole_backend(dy, backend)
-    if chosen is None:
-        dy, weight, lora_a, lora_b = map(_rows, (dy, weight, lora_a, lora_b))
-        x = None if x is None else _rows(x)
-        chosen = backend_for(_problem(dy, weight, lora_a, lora_b, x), backend)
-    return chosen.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
-
-
-def _forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
-    """Y [..., N] and S [M, R] of x [..., K]."""
+def _forward(x, *rest):
+    """Y [..., N] and S [M, R] of x [..., K]: ``ForwardOperands``, and the backend that is insisted on or None."""
+    *operands, backend = rest
     if x.dim() == 2:
-        return _lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
-    y, s = _lora_forward(flat(x), weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
+        return dispatch.forward(ForwardOperands(x, *operands), backend)
+    y, s = dispatch.forward(ForwardOperands(flat(x), *operands), backend)
     # A tracked view made in here could not be modified in place by what follows the layer.
-    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], weight.shape[0]]), s
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), s
 
 
-def _backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend):
-    """The gradients of ``_forward`` for dY [..., N]."""
-    if dy.dim() == 2:
-        return _lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend)
-    return in_rows(_lora_backward, dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, backend)
+def _backward_in_rows(*args):
+    *operands, needs, backend = args
+    return dispatch.backward(BackwardOperands(*operands), needs, backend)
+
+
+def _backward(dy, *rest):
+    """The gradients of ``_forward`` for dY [..., N]: ``BackwardOperands``, needs, and the backend or None."""
+    return _backward_in_rows(dy, *rest) if dy.dim() == 2 else in_rows(_backward_in_rows, dy, *rest)
 
 
 def _forward_op(*args):

@@ -10,11 +10,25 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora.philox import inverse_keep, keep_mask
-from fastlora.problem import Gradients, Needs
+from fastlora.problem import Gradients, Launcher, LaunchSpec, Needs
 
 _ROWS_AT_A_TIME = 1024  # that are widened to float32 at once
 # CPUs make a narrow S [M, R] of many rows up to twice as fast as Sᵀ; any other by rows, up to a third faster.
 _RANK_BY_ROWS, _FEW_ROWS = 16, 16
+
+
+def why_unsupported(spec: LaunchSpec) -> str | None:
+    """Why the reference cannot serve a call, or None."""
+    if spec.base_format != "dense" or spec.branch != "single":
+        return f"no code for a {spec.base_format} base weight with a {spec.branch} branch"
+    return None
+
+
+def prepare(spec: LaunchSpec) -> Launcher:
+    """What serves every call of this description."""
+    if spec.direction == "forward":
+        return lambda operands: lora_forward(*operands)
+    return lambda operands: lora_backward(*operands, spec.needs)
 
 
 def lora_forward(

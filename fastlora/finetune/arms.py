@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.io import save_adapter
-from fastlora.cli.errors import CommandError, first_line
+from fastlora.errors import CommandError, first_line
 from fastlora.finetune.loop import Arm, make_optimizer
 from fastlora.finetune.settings import Settings
 from fastlora.model import ALL_LINEAR, inject

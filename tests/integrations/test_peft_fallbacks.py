@@ -9,11 +9,12 @@ from torch import nn
 import fastlora
 
 peft = pytest.importorskip("peft")
+from peft.tuners.lora.layer import Linear as StockLinear  # noqa: E402
+
 from fastlora.integrations.peft import FusedLinear, patch, register, unserved  # noqa: E402
-from tests.integrations.test_peft import (  # noqa: E402
+from tests.support.peft_models import (  # noqa: E402
     IDS,
     Base,
-    StockLinear,
     assert_same_training_step,
     fallbacks,
     layer_of,

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda_resources, queue_order
+from benchmarks import cuda_resources
+from benchmarks.schedule import queue_order
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
-from fastlora.dispatch import Problem
-from fastlora.problem import Sizes
+from fastlora.problem import Aligned, LaunchSpec, Sizes
 
 SIZES = dict(backward=False, half=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)
 needs_extension = pytest.mark.skipif(cuda._extension()[0] is None, reason=f"{cuda._extension()[1]}")
 
 
-def problem(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, aligned=True) -> Problem:
-    return Problem(Sizes(m, n, k, r), dtype, torch.device("cuda", 0), aligned)
+def spec(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, direction="forward", **changes) -> LaunchSpec:
+    return LaunchSpec(direction, Sizes(m, n, k, r), dtype, (dtype, dtype), torch.device("cuda", 0), **changes)
 
 
 @pytest.mark.parametrize(
@@ -32,20 +32,20 @@ def problem(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, aligned=True) -> Probl
         ({"r": 1}, "rank 1 must be multiples of 8"),
         ({"n": 33}, "out_features 33"),
         ({"k": 100}, "in_features 100"),
-        ({"aligned": False}, "does not start on 16 bytes"),
+        ({"aligned": Aligned(True, True, True, False, True)}, "does not start on 16 bytes"),
         ({"m": 2**31}, "does not fit 32 bits"),
     ),
 )
 def test_refusals_name_their_reason(changes, reason):
-    assert reason in cuda.refuses(problem(**changes))
+    assert reason in cuda.why_not_compiled(spec(**changes))
 
 
 def test_tensors_elsewhere_are_refused(monkeypatch):
     """Where there is a GPU: a launch would take a CPU tensor's address for one of the GPU's."""
     monkeypatch.setattr(cuda, "unusable", lambda device=None: None)
-    assert cuda.supports(problem()) is None
-    on_cpu = problem()._replace(device=torch.device("cpu"))
-    assert cuda.supports(on_cpu) == "cuda: the tensors are on cpu"
+    assert cuda.why_unsupported(spec()) is None
+    on_cpu = spec()._replace(device=torch.device("cpu"))
+    assert cuda.why_unsupported(on_cpu) == "the tensors are on cpu"
 
 
 def test_each_device_is_asked_for_its_own_capability(monkeypatch):
@@ -57,8 +57,8 @@ def test_each_device_is_asked_for_its_own_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
     cuda.unusable.cache_clear()
     try:
-        assert "this device has 8.0" in cuda.supports(problem())
-        assert cuda.supports(problem()._replace(device=torch.device("cuda", 1))) is None
+        assert "this device has 8.0" in cuda.why_unsupported(spec())
+        assert cuda.why_unsupported(spec()._replace(device=torch.device("cuda", 1))) is None
     finally:
         cuda.unusable.cache_clear()
 
@@ -77,13 +77,13 @@ def test_slices_for_captured_launches_are_aligned_and_apart(monkeypatch):
 
 
 def test_nothing_is_refused_without_a_reason():
-    assert cuda.refuses(problem()) is None
-    assert cuda.refuses(problem(dtype=torch.float16, r=256, m=1)) is None
+    assert cuda.why_not_compiled(spec()) is None
+    assert cuda.why_not_compiled(spec(dtype=torch.float16, r=256, m=1)) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 def test_without_a_device_the_backend_says_so():
-    assert cuda.supports(problem()).startswith("cuda: ")
+    assert cuda.why_unsupported(spec())
 
 
 @pytest.mark.parametrize("n_sms", (1, 132))
@@ -114,7 +114,7 @@ def test_choices_of_tile():
 @pytest.mark.parametrize("tile", ((128, 256), (128, 128)))
 @pytest.mark.parametrize("m, ctas, group_m", ((128, 2, 2), (1300, 2, 4), (4096, 8, 6), (4100, 64, 16), (9000, 132, 16)))
 def test_the_queue_is_the_modelled_one(m, ctas, group_m, tile, fused):
-    """Tile by tile what benchmarks/queue_order.py says, so that the schedule model is one of these kernels."""
+    """Tile by tile what benchmarks/schedule/queue_order.py says, so that the schedule model is one of these kernels."""
     n, k, (block_m, block_n) = 1100, 520, tile
     n, cluster, grad_columns = n - n % 8, 2 if block_n == 256 else 1, 256 if block_n == 256 else 128
     plan = cuda._extension()[0].Plan(

@@ -11,6 +11,7 @@ from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, ladder_fo
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
+from tests.support import launches
 from tests.support.compile_target import (
     REGISTER_FILE,
     SHARED_MEMORY,
@@ -41,9 +42,11 @@ def compile_layer(monkeypatch, arch, direction, config, *, rank, dtype, dropout,
     dropout_p, seed = (0.1, torch.tensor(2**40)) if dropout else (0.0, None)
     with compile_for(arch) as driver:
         if direction == "forward":
-            triton_lora.lora_forward(x, weight, a, b, meta(n) if bias else None, 2.0, dropout_p, seed, config=config)
+            launches.forward(
+                triton_lora, x, weight, a, b, meta(n) if bias else None, 2.0, dropout_p, seed, config=config
+            )
         else:
-            triton_lora.lora_backward(dy, x, weight, a, b, s, 2.0, dropout_p, seed, needs, config=config)
+            launches.backward(triton_lora, dy, x, weight, a, b, s, 2.0, dropout_p, seed, needs, config=config)
     return driver.launched[-1].kernel, len(driver.launched)  # perhaps compiled by an earlier test
 
 

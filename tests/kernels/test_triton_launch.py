@@ -7,7 +7,7 @@ import torch
 
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
-from tests.support import numerics
+from tests.support import launches, numerics
 
 pytest.importorskip("triton")
 
@@ -42,8 +42,8 @@ def kernels(monkeypatch):
 def test_launches_are_made_on_the_tensors_device(kernels):
     """Triton takes the current device; a second GPU's tensors would meet the first one's stream."""
     c = numerics.draw_case(40, 48, 72, 8, torch.bfloat16)
-    _, s = triton_lora.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, 1.0, 0.0, None)
-    triton_lora.lora_backward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, 1.0, 0.0, None, Needs(*[True] * 4))
+    _, s = launches.forward(triton_lora, c.x, c.weight, c.lora_a, c.lora_b, c.bias, 1.0, 0.0, None)
+    launches.backward(triton_lora, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, 1.0, 0.0, None, Needs(*[True] * 4))
     for recorder in kernels.values():
         assert [device for device, *_ in recorder.launches] == [torch.device("cpu")]
 
@@ -54,9 +54,3 @@ def test_no_value_of_a_seed_is_compiled_for():
             pytest.skip("Triton interprets in this process")
         by_name = {param.name: param for param in kernel.params}
         assert all(by_name[name].do_not_specialize for name in ("seed", "n_words", "wave"))
-
-
-@pytest.mark.parametrize("rows, by_descriptor", ((torch.zeros(8, 64), True), (torch.zeros(1, 64).expand(8, 64), False)))
-def test_rows_that_overlap_get_no_descriptor(rows, by_descriptor):
-    """The driver wants a row stride of at least a row; an expanded gradient's is 0."""
-    assert triton_lora._descriptor_or_tensor(rows, [8, 16], arch=90)[1] is by_descriptor

@@ -11,7 +11,7 @@ from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
-from tests.support import numerics
+from tests.support import launches, numerics
 
 ALL = Needs(True, True, True, True)
 # Tiles so small that a small problem has several row groups, columns, parts and slices, and no smaller: the
@@ -39,9 +39,9 @@ def run(case: numerics.Case, needs: Needs = ALL, config: TileConfig | None = SMA
     if c.bias is None:
         needs = needs._replace(dbias=False)
     forward_args = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
-    y, s = triton_lora.lora_forward(*forward_args, config=config)
+    y, s = launches.forward(triton_lora, *forward_args, config=config)
     backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
-    gradients = triton_lora.lora_backward(*backward_args, config=config)
+    gradients = launches.backward(triton_lora, *backward_args, config=config)
     assert all(not buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
     return {"y": y, **{n: g for n, g in zip(gradients._fields, gradients, strict=True) if g is not None}}
 
@@ -121,7 +121,7 @@ def test_dropout_draws_the_reference_mask(device):
     x, eye = torch.ones(m, k, device=device), torch.eye(k, device=device)
     weight, b = torch.zeros(8, k, device=device), torch.zeros(8, k, device=device)
     args = (x, weight, eye, b, None, 1.0, p, torch.tensor(77))
-    _, s = triton_lora.lora_forward(*args, config=SMALL)
+    _, s = launches.forward(triton_lora, *args, config=SMALL)
     _, expected = reference.lora_forward(*args)
     assert torch.equal(s != 0, expected != 0)
     assert 0.3 < (s == 0).float().mean() < 0.5

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from benchmarks.peer_kernels import dropout, elementwise, gradient_pair, product, zeros
+from benchmarks.traffic.peer_kernels import dropout, elementwise, gradient_pair, product, zeros
 from fastlora.backends.configs import TileConfig
 from fastlora.philox import inverse_keep
 
