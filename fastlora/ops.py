@@ -100,7 +100,11 @@ def _save(ctx, s, x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, bac
 
 
 def _gradients(ctx, dy, skips_ops):
-    """What a node returns for x, weight, lora_a, lora_b and bias."""
+    """What a node returns for x, weight, lora_a, lora_b and bias, whatever autocast surrounds the call of backward."""
+    device_type = "cpu" if dy.is_cpu else dy.device.type
+    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+        with torch.autocast(device_type, enabled=False):
+            return _gradients(ctx, dy, skips_ops)
     need_dx, _, need_da, need_db, need_dbias, *_ = ctx.needs_input_grad
     x, weight, lora_a, lora_b, s, seed = saved_tensors(ctx)
     needs = Needs(need_dx, need_da, need_db, need_dbias)

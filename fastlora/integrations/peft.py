@@ -28,6 +28,8 @@ class FusedLinear(Linear):
     makes PEFT construct it.
     """
 
+    copy_input = False  # whether to save a copy of the input for the backward; see patch
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
         if args or (kwargs and any(value is not None for value in kwargs.values())):
@@ -37,13 +39,13 @@ class FusedLinear(Linear):
             if isinstance(served, _Parts):
                 served = _input_reason(self, served, x) or served
         if isinstance(served, _Parts):
-            return _fused_forward(served, x)
+            return _fused_forward(served, x, self.copy_input)
         if not torch.compiler.is_compiling():
             count_fallback(f"peft: {served}")
         return super().forward(x, *args, **kwargs)
 
 
-def patch(model: nn.Module, strict: bool = False) -> list[str]:
+def patch(model: nn.Module, strict: bool = False, copy_input: bool = False) -> list[str]:
     """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place.
 
     It works on what ``get_peft_model`` and ``from_pretrained`` return and on models inside trainers; ``unpatch``
@@ -53,6 +55,8 @@ def patch(model: nn.Module, strict: bool = False) -> list[str]:
     Args:
         model: any module that holds PEFT LoRA layers.
         strict: refuse a model in which some LoRA layer, as it is now, would run PEFT's own forward.
+        copy_input: save a copy of each layer's input for the backward, as PEFT does where it casts the input or drops
+            elements of it, so that a model may modify the input in place after the layer (``x += layer(x)``).
 
     Returns:
         Paths of the layers that are fused now.
@@ -73,6 +77,7 @@ def patch(model: nn.Module, strict: bool = False) -> list[str]:
     for name, module in layers.items():
         if type_reason(module) is None:
             module.__class__ = FusedLinear
+            module.copy_input = copy_input
             fused.append(name)
     return fused
 
@@ -83,6 +88,7 @@ def unpatch(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if type(module) is FusedLinear:
             module.__class__ = Linear
+            vars(module).pop("copy_input", None)
             names.append(name)
     return names
 
@@ -201,7 +207,7 @@ def _input_reason(layer: Linear, parts: _Parts, x: Tensor) -> str | None:
         return "lora_A and lora_B differ in dtype"
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         dtype = weight_dtype = torch.get_autocast_dtype(x.device.type)
         adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
     if dtype != weight_dtype or not (
@@ -211,7 +217,7 @@ def _input_reason(layer: Linear, parts: _Parts, x: Tensor) -> str | None:
     return None
 
 
-def _fused_forward(parts: _Parts, x: Tensor) -> Tensor:
+def _fused_forward(parts: _Parts, x: Tensor, copy_input: bool) -> Tensor:
     weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, training = parts
     if lora_bias is not None:
         side = lora_bias * scaling
@@ -219,7 +225,8 @@ def _fused_forward(parts: _Parts, x: Tensor) -> Tensor:
     if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
         lora_b, scaling = lora_b * scaling, 1.0
     call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-    return call(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, training=training)
+    options = {"dropout_p": dropout_p, "training": training, "copy_input": copy_input}
+    return call(x, weight, lora_a, lora_b, scaling, bias, **options)
 
 
 def _has_hooks(module: nn.Module) -> bool:
