@@ -38,6 +38,7 @@ def inject(
     dropout: float = 0.0,
     rslora: bool = False,
     init: str = "kaiming",
+    copy_input: bool = False,
     adapter_dtype: torch.dtype | None = None,
 ) -> list[str]:
     """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear`` and freezes every other parameter.
@@ -49,7 +50,7 @@ def inject(
     Args:
         model: any module; changed in place.
         target_modules: list of suffixes, a regular expression, or "all-linear".
-        r, alpha, dropout, rslora, init, adapter_dtype: as for ``LoRALinear.from_linear``.
+        r, alpha, dropout, rslora, init, copy_input, adapter_dtype: as for ``LoRALinear.from_linear``.
 
     Returns:
         The paths of the layers replaced by this call, in the model's order.
@@ -71,6 +72,7 @@ def inject(
                 "dropout": dropout,
                 "rslora": rslora,
                 "init": init,
+                "copy_input": copy_input,
                 "adapter_dtype": adapter_dtype,
             }
             for name in names
