@@ -139,7 +139,7 @@ def _exchange(directory: Path, stage: Path, names: list[str]) -> None:
     if len(names) == 1:  # one rename is enough
         os.replace(stage / _NEW / names[0], targets[names[0]])
         return
-    for name, path in targets.items():
+    for name in names:
         (stage / _OLD / name).parent.mkdir(parents=True, exist_ok=True)
     try:
         os.symlink(_NEW, stage / f"{_NOW}.{_NEW}")

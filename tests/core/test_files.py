@@ -1,4 +1,4 @@
-"""Files replaced as one: killed at every single step, failing at every single step, many writers and readers at once."""
+"""Files replaced as one: killed and failing at every single step, many writers and readers at once."""
 
 import os
 import subprocess
