@@ -188,9 +188,9 @@ def _warn_of_unsaved(model: nn.Module) -> None:
     ]
     if drawn:
         warnings.warn(
-            f"frozen, not in the adapter file, and in no checkpoint by all that is known: {listed(drawn)}; a model "
-            "that loads the adapter has other values there. Train and save them with inject(..., modules_to_save=[...]), or "
-            "save the whole model once and load the adapter into that",
+            f"frozen, not in the adapter file, and in no checkpoint by all that is known: {listed(drawn)}; "
+            "a model that loads the adapter has other values there. Train and save them with "
+            "inject(..., modules_to_save=[...]), or save the whole model once and load the adapter into that",
             stacklevel=3,
         )
 
