@@ -240,6 +240,7 @@ def test_a_failed_write_keeps_the_old_report(fastlora_cli, make_adapter, tmp_pat
     adapter, output = make_adapter("adapter"), tmp_path / "out"
     assert fastlora_cli("analyze", adapter, "--output", output).code == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
+    other = make_adapter("other", seed=3)
 
     def full_disk(path, data, write=Path.write_bytes):
         write(path, data[:10])
@@ -247,7 +248,7 @@ def test_a_failed_write_keeps_the_old_report(fastlora_cli, make_adapter, tmp_pat
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    result = fastlora_cli("analyze", make_adapter("other", seed=3), "--output", output)
+    result = fastlora_cli("analyze", other, "--output", output)
     assert result.code == 2 and "No space left" in result.err
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
