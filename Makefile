@@ -67,7 +67,7 @@ wheel: install  ## build the wheel into dist/
 
 # Nothing is installed where a torch is at hand: such a machine may have no network, and the checkout runs as it is.
 gpu: $(if $(filter yes,$(HAS_TORCH)),,install)  ## everything that wants a GPU, in ten minutes, into one folder
-	$(RUN) -m benchmarks.gpu_visit --output build/gpu
+	$(RUN) -m benchmarks.gpu --output build/gpu
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

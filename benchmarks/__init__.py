@@ -1,4 +1,9 @@
-"""Benchmarks of a checkout: pytest-benchmark cases, the schedule model, and the results they wrote.
+"""Benchmarks of a checkout: commands, each a module or a package here, and the results that they wrote.
 
 The harness itself is :mod:`fastlora.bench`, which an installed wheel has as well (``fastlora bench``).
 """
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parent.parent
-TABLE = Path(__file__).resolve().parent / "results" / "cuda_resources.json"
+from benchmarks import RESULTS, ROOT
+
+TABLE = RESULTS / "cuda_resources.json"
 # HGMMA: warpgroup products. UTMALDG, UTMASTG: the copy engine. USETMAXREG: registers change hands. LDL, STL: spills.
 COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "LDL", "STL")
 # Counted in innermost loops of products, where it waits for all memory of the GPU in front of every step's products.
@@ -44,7 +45,7 @@ def tool(name: str) -> str:
 def source_digest() -> str:
     """Changes with anything that the kernels are compiled from."""
     digest = hashlib.sha256()
-    for path in sorted((ROOT / "csrc").iterdir()):
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import click
 
-from benchmarks import saved_bytes, traffic_report
-from fastlora.bench.tables import MIB, Table, case_label, host_table, model_table, ratio_table
-from fastlora.cli.claims import claims_tables
+from benchmarks import ROOT, saved_bytes
+from benchmarks.traffic import report as traffic_report
+from fastlora.bench.claims import claims_tables
+from fastlora.bench.tables import case_label, host_table, model_table, ratio_table
 from fastlora.study.results import amplification_table, budget_table, ranks_table, similarity_table
+from fastlora.tables import MIB, Table
 
-ROOT = Path(__file__).resolve().parents[1]
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 

@@ -2,19 +2,19 @@
 
 import copy
 import json
-from importlib.metadata import version
-from pathlib import Path
 
 import click
 import peft
 import torch
 from torch import nn
 
+from benchmarks import RESULTS
 from fastlora.bench.memory import saved_bytes
-from fastlora.bench.tables import MIB, Table
+from fastlora.environment import package_versions
 from fastlora.integrations.peft import patch
+from fastlora.tables import MIB, Table
 
-RESULT = Path(__file__).parent / "results/saved_bytes.json"
+RESULT = RESULTS / "saved_bytes.json"
 SHAPE = {"m": 2048, "n": 1024, "k": 1024, "r": 16}
 KINDS = (  # of the base, of the adapters, and dropout
     ("bfloat16", "bfloat16", 0.0),
@@ -48,7 +48,7 @@ def count(base: str, adapters: str, dropout: float, shape: dict = SHAPE) -> dict
 
 
 def make_report() -> dict:
-    versions = {name: version(name) for name in ("torch", "peft")}
+    versions = package_versions(("torch", "peft"))
     rows = [count(*kind) for kind in KINDS]
     return {"command": "python -m benchmarks.saved_bytes", "versions": versions, "shape": SHAPE, "rows": rows}
 

@@ -42,6 +42,7 @@ Operands operands(const py::kwargs& arguments) {
   read(arguments, "seed_address", o.seed_address);
   read(arguments, "seed", o.seed);
   read(arguments, "scale_s", o.scale_s);
+  read(arguments, "branch_scale", o.branch_scale);
   read(arguments, "inverse_keep", o.inverse_keep);
   read(arguments, "drop_threshold", o.drop_threshold);
   read(arguments, "fp32_grads", o.fp32_grads);

@@ -102,7 +102,7 @@ __device__ __forceinline__ void store_gradient(const Consumer<T>& c, int first_c
   const Params& p = c.p;
   const int columns = kIsA ? p.n : p.k;  // n and k are C's: in_features and out_features
   const int64_t column_step = kIsA ? 1 : p.r, rank_step = kIsA ? p.n : 1;
-  const float scale = kIsA ? p.inverse_keep : 1.f;
+  const float scale = kIsA ? p.inverse_keep : kIsHalf<Element> ? p.branch_scale : 1.f;
   void* out = kIsA ? p.grad_a : p.grad_b;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {

@@ -52,6 +52,7 @@ struct Params {
   int fp32_grads;  // dA and dB are fp32, not the operands' type
   float scale_s, inverse_keep;
   uint32_t drop_threshold;
+  float branch_scale, inverse_branch_scale;  // a power of two on S*P^T; see Traits::kSplitsScale
 };
 
 // A compiled kernel, and what the host needs to know of its traits.
@@ -85,7 +86,8 @@ struct Operands {
   uintptr_t workspace = 0, gradient_sums = 0, tile_parts = 0;
   uintptr_t seed_address = 0;
   uint64_t seed = 0;
-  float scale_s = 0, inverse_keep = 1;
+  double scale_s = 0, branch_scale = 1;  // the scaling is their product; branch_scale, a power of two, is 1 but in fp16
+  double inverse_keep = 1;
   uint32_t drop_threshold = 0;
   bool fp32_grads = false;
 };
@@ -119,14 +121,18 @@ class Plan {
   // The tiles in the order in which they are claimed: (row block, column, part, gradient tile or -1), the cluster's.
   std::vector<std::array<int, 4>> queue() const;
 
-  // The kernel's parameters but for its tensor maps, which `maps` describes.
+  // The kernel's parameters but for its tensor maps, which `maps` describes. Throws std::invalid_argument where an
+  // operand is missing, is of no use, or lies in memory as no kernel can read it.
   Params parameters(const Operands& operands, std::vector<MapSpec>& maps) const;
   void launch(const Operands& operands, int device, uintptr_t stream) const;
   std::string describe() const;
 
  private:
+  void check_operands(const Operands& operands) const;
+
   const Variant* variant_;
   Params base_{};
+  bool makes_c_, grad_a_, grad_b_, grad_bias_;
   int ctas_;
   int64_t words_, gradient_floats_, part_floats_;
 };

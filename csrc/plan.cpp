@@ -24,6 +24,36 @@ const Variant* find_variant(bool backward, bool half, bool dropout, int block_m,
   return best;
 }
 
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument("fastlora: " + what);
+}
+
+// A kernel reads an operand where it needs one and nowhere else.
+void check_given(const char* name, bool given, bool needed) {
+  require(given || !needed, std::string("operand ") + name + " is missing");
+  require(needed || !given, std::string("operand ") + name + " is given to a launch that has no use for it");
+}
+
+void check_aligned(const char* name, uintptr_t address, uintptr_t bytes) {
+  require(address % bytes == 0, std::string(name) + " does not start on " + std::to_string(bytes) + " bytes");
+}
+
+// A matrix whose rows of `columns` elements the copy engine can address.
+void check_matrix(const char* name, const Matrix& matrix, bool needed, int64_t rows, int64_t columns) {
+  check_given(name, matrix.address, needed);
+  if (!matrix.address) return;
+  check_aligned(name, matrix.address, 16);
+  require((rows == 1 || matrix.stride >= columns) && matrix.stride > 0 && matrix.stride % 8 == 0 &&
+              matrix.stride < int64_t(1) << 39,
+          std::string(name) + " has rows of " + std::to_string(columns) + " elements " + std::to_string(matrix.stride) +
+              " apart: they must not overlap and must start on 16 bytes");
+}
+
+void check_vector(const char* name, uintptr_t address, bool needed, uintptr_t alignment) {
+  check_given(name, address, needed);
+  check_aligned(name, address, alignment);
+}
+
 }  // namespace
 
 const std::vector<Variant>& variants() { return mutable_variants(); }
@@ -37,7 +67,7 @@ bool MapSpec::operator==(const MapSpec& o) const {
 
 Plan::Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int64_t m, int64_t n, int64_t k, int64_t r,
            int group_m, int splits, bool fused, int ctas, bool makes_c, bool grad_a, bool grad_b, bool grad_bias)
-    : ctas_(ctas) {
+    : makes_c_(makes_c), grad_a_(grad_a), grad_b_(grad_b), grad_bias_(grad_bias), ctas_(ctas) {
   variant_ = find_variant(backward, half, dropout, block_m, block_n, r);
   const std::string what = std::string(backward ? "backward" : "forward") + ", tile " + std::to_string(block_m) + "x" +
                            std::to_string(block_n) + ", M=" + std::to_string(m) + " N=" + std::to_string(n) +
@@ -50,6 +80,7 @@ Plan::Plan(bool backward, bool half, bool dropout, int block_m, int block_n, int
   if (group_m <= 0 || ctas <= 0 || splits <= 0 || splits > ceil_div(int(k), 64) || (splits > 1 && !variant_->split)) {
     throw std::invalid_argument("fastlora: bad group_m, ctas or splits for " + what);
   }
+  require(backward || !(grad_a || grad_b || grad_bias), "a forward makes no gradients");
   const bool makes_s = makes_c || grad_a;
   const int columns_of_c = makes_c ? ceil_div(int(n), block_n) : 0;
   Params& p = base_;
@@ -87,7 +118,34 @@ std::vector<std::array<int, 4>> Plan::queue() const {
   return tiles;
 }
 
+void Plan::check_operands(const Operands& o) const {
+  const Params& p = base_;
+  const bool backward = variant_->backward, makes_s = makes_c_ || grad_a_;
+  const int64_t in = backward ? p.n : p.k, out = backward ? p.k : p.n;
+  check_matrix("u", o.u, true, p.m, p.k);
+  check_matrix("v", o.v, true, out, in);
+  check_matrix("a", o.a, true, p.r, in);
+  check_matrix("b", o.b, true, out, p.r);
+  check_matrix("c", o.c, makes_c_, p.m, p.n);
+  check_matrix("x", o.x, grad_a_, p.m, p.n);
+  check_matrix("saved", o.saved, grad_b_, p.m, p.r);
+  check_vector("bias", o.bias, o.bias && !backward, 16);
+  check_vector("s", o.s, makes_s, 16);
+  check_vector("grad_a", o.grad_a, grad_a_, o.fp32_grads ? 4 : 2);
+  check_vector("grad_b", o.grad_b, grad_b_, o.fp32_grads ? 4 : 2);
+  check_vector("grad_bias", o.grad_bias, grad_bias_, 2);
+  check_vector("workspace", o.workspace, true, 4);
+  check_vector("gradient_sums", o.gradient_sums, gradient_floats_ > 0, 16);
+  check_vector("tile_parts", o.tile_parts, part_floats_ > 0, 16);
+  check_vector("seed_address", o.seed_address, o.seed_address && variant_->dropout, 8);
+  require(!(o.seed_address && o.seed), "the seed is given by value and by address");
+  require(variant_->dropout || (o.drop_threshold == 0 && o.inverse_keep == 1 && o.seed == 0),
+          "dropout is asked of a kernel without");
+  require(variant_->half || o.branch_scale == 1, "only fp16 kernels scale the branch");
+}
+
 Params Plan::parameters(const Operands& o, std::vector<MapSpec>& maps) const {
+  check_operands(o);
   Params p = base_;
   const uint32_t chunk = variant_->rank < 64 ? variant_->rank : 64;
   auto add = [&](size_t offset, const Matrix& matrix, int64_t columns, int64_t rows, uint32_t box_columns,
@@ -124,8 +182,11 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& maps) const {
   p.seed = o.seed;
   p.has_bias = o.bias != 0;
   p.fp32_grads = o.fp32_grads;
-  p.scale_s = o.scale_s;
-  p.inverse_keep = o.inverse_keep;
+  // A kernel that splits the scaling applies 1 / (1 - p) by itself, in front of it.
+  p.scale_s = float(backward || variant_->half ? o.scale_s : o.scale_s * o.inverse_keep);
+  p.inverse_keep = float(o.inverse_keep);
+  p.branch_scale = float(o.branch_scale);
+  p.inverse_branch_scale = float(1 / o.branch_scale);
   p.drop_threshold = o.drop_threshold;
   return p;
 }

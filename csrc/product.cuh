@@ -109,11 +109,25 @@ __device__ __forceinline__ void multiply(Consumer<T>& c, TileInfo tile, float (&
     while (drawn < KeepBits<T>::kCalls) keep.append(c, row, column, drawn++);
   }
   // Where nothing looks at the sums before the expand step adds to them, the products stay in flight.
-  if constexpr (kSide || T::kSplit || kDraws) {
+  if constexpr (kSide || T::kSplit || kDraws || T::kSplitsScale) {
     wgmma_wait<0>();
     c.release_stage();
     if constexpr (kMain) pin(acc);
     if constexpr (kSide) pin(side);
+  }
+}
+
+// What S holds, before it is rounded, of a sum of U*D^T.
+template <class T>
+__device__ __forceinline__ float scale_s(const Params& p, float sum) {
+  if constexpr (!T::kSplitsScale) {
+    return sum * p.scale_s;
+  } else {
+    // S is infinite exactly where the sum itself would be in fp16, whatever its scale.
+    constexpr float kRoundsToInfinity = 65520.f;
+    float s = sum * p.inverse_keep;
+    if (fabsf(s) >= kRoundsToInfinity) s *= INFINITY;
+    return s * p.scale_s;
   }
 }
 
@@ -130,7 +144,7 @@ __device__ __forceinline__ void store_s(Consumer<T>& c, TileInfo tile, const flo
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* pair = side + i * 8 + j * 2;
-      s[i][j] = pack<Element>(pair[0] * c.p.scale_s, pair[1] * c.p.scale_s);
+      s[i][j] = pack<Element>(scale_s<T>(c.p, pair[0]), scale_s<T>(c.p, pair[1]));
       const int m = row + j % 2 * 8, r = i * 16 + j / 2 * 8 + c.fragment_column();
       if (c.group_n == 0 && m < c.p.m && r < c.p.r) {
         *reinterpret_cast<uint32_t*>(out + int64_t(m) * c.p.r + r) = s[i][j];
@@ -140,6 +154,16 @@ __device__ __forceinline__ void store_s(Consumer<T>& c, TileInfo tile, const flo
   if (c.group_n == 0) {
     fence_async_global();
     c.publish(flag_of<T>(c.p, tile.row));
+  }
+}
+
+// Zeroes the ranks of S past the last one. They are not zero where U is infinite: its product with D's zeros is NaN.
+template <class T>
+__device__ __forceinline__ void zero_padding_ranks(const Consumer<T>& c, uint32_t (&s)[T::kRank / 16][4]) {
+#pragma unroll
+  for (int i = 0; i < T::kRank / 16; ++i) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) s[i][j] = i * 16 + j / 2 * 8 < c.p.r ? s[i][j] : 0;
   }
 }
 
@@ -157,10 +181,21 @@ struct ExpandOperands {
   }
 };
 
+// Divides the accumulators by the branch's scale, a power of two; store_tile multiplies by it what is then
+// acc + S*P^T.
+template <class T>
+__device__ __forceinline__ void divide_by_branch_scale(const Consumer<T>& c, float (&acc)[T::kAccumulators]) {
+  if (c.p.branch_scale != 1.f) {
+#pragma unroll
+    for (int i = 0; i < T::kAccumulators; ++i) acc[i] *= c.p.inverse_branch_scale;
+  }
+}
+
 // acc += S*P^T, with S from shared memory, or from registers where `s` holds its fragments.
 template <class T>
 __device__ __forceinline__ void expand(Consumer<T>& c, float (&acc)[T::kAccumulators], const uint32_t (*s)[4]) {
   using Element = typename T::Element;
+  if constexpr (T::kSplitsScale) divide_by_branch_scale(c, acc);
 #pragma unroll 1
   for (int r = 0; r < (T::kFused ? 1 : c.p.r); r += T::kChunk) {
     const ExpandOperands<T> operands(c, c.wait_stage(), T::kColumns);
@@ -221,7 +256,10 @@ __device__ __forceinline__ void store_tile(Consumer<T>& c, TileInfo tile, int sl
         bias[i] = unpack<typename T::Element>(load_shared(c.shared.bias(slot) + column * 2));
       }
     }
-    store_slab(c, tile, j, [&](int i) { return acc[j * 32 + i] + (i % 2 ? bias[i / 4].y : bias[i / 4].x); });
+    store_slab(c, tile, j, [&](int i) {
+      const float of_bias = i % 2 ? bias[i / 4].y : bias[i / 4].x;
+      return T::kSplitsScale ? fmaf(acc[j * 32 + i], c.p.branch_scale, of_bias) : acc[j * 32 + i] + of_bias;
+    });
   }
 }
 
@@ -332,6 +370,7 @@ __device__ __forceinline__ void product_tile(Consumer<T>& c, TileInfo tile, int 
     multiply<true, true>(c, tile, acc, s_sum, keep);
     if (combine<true, true>(c, tile, acc, s_sum)) {
       store_s(c, tile, s_sum, s);
+      zero_padding_ranks(c, s);
       finish(c, tile, slot, acc, side, s, keep);
     }
   }

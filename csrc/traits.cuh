@@ -36,6 +36,9 @@ struct Traits {
   static constexpr bool kFused = kRank <= (kBlockN == 256 && kDropout && !kBackward ? 32 : 64);
   static constexpr int kChunk = kRank < 64 ? kRank : 64;  // ranks a step of the expand product
 
+  // A forward in fp16, whose range a scaling above 1 would exceed, splits the scaling between S and the branch.
+  static constexpr bool kSplitsScale = kIsHalf<Element> && !kBackward;
+
   // Registers of a thread: its part of a tile of C, or of whatever else is summed; and beside it its part of S, a slice
   // of dX's masked branch, or a second block of a gradient.
   static constexpr int kAccumulators = kColumns / 2;

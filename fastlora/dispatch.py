@@ -2,14 +2,16 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from fastlora.backends import reference
-from fastlora.problem import Sizes
+from fastlora.backends import reference, tuning
+from fastlora.operands import describe_backward, describe_forward
+from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, Needs
 
 BACKENDS = ("cuda", "triton", "reference")  # in order of preference on a GPU
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
@@ -18,41 +20,24 @@ _calls: Counter[str] = Counter()
 _fallbacks: Counter[str] = Counter()
 
 
-class Problem(NamedTuple):
-    """All that the choice of a backend depends on."""
+def backend_module(name: str) -> ModuleType:
+    """The module of a backend: ``why_unsupported(spec)`` and ``prepare(spec)``. Imported at first use, since Triton and
+    the compiled extension may be absent."""
+    if name == "cuda":
+        from fastlora.backends.cuda import launch
 
-    sizes: Sizes
-    dtype: torch.dtype
-    device: torch.device
-    aligned: bool  # every operand starts on 16 bytes and has rows of a multiple of 16 bytes
+        return launch
+    if name == "triton":
+        from fastlora.backends.triton import launch
 
-
-def _cuda_module():
-    from fastlora.backends.cuda import launch as cuda
-
-    return cuda
-
-
-def _triton_module():
-    from fastlora.backends.triton import launch as triton_lora
-
-    return triton_lora
+        return launch
+    return reference
 
 
-def _cuda_reason(problem: Problem) -> str | None:
-    return _cuda_module().supports(problem)
-
-
-def _triton_reason(problem: Problem) -> str | None:
-    unusable = triton_unusable()
-    return f"triton: {unusable}" if unusable else _triton_module().supports(problem)
-
-
-_REASONS: dict[str, Callable[[Problem], str | None]] = {
-    "cuda": _cuda_reason,
-    "triton": _triton_reason,
-    "reference": lambda problem: None,
-}
+def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
+    unusable = triton_unusable() if name == "triton" else None
+    reason = unusable or backend_module(name).why_unsupported(spec)
+    return f"{name}: {reason}" if reason else None
 
 
 @lru_cache(maxsize=1)
@@ -74,65 +59,112 @@ def triton_unusable() -> str | None:
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
-def select_backend(problem: Problem, requested: str | None) -> tuple[str, tuple[str, ...]]:
+def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[str, ...]]:
     """Chooses the backend of one call.
 
     Args:
-        problem: sizes, dtype, device and alignment of the call.
+        spec: the call's description.
         requested: a backend's name to insist on, or None for the best one.
 
     Returns:
-        The backend's name, and the reasons why each faster one was passed over.
+        The backend's name, and the reasons why each faster one was passed over. Empty calls have no launch to make:
+        they are the reference's, whatever is requested.
 
     Raises:
         ValueError: the requested backend does not exist or cannot serve this call; the message says why.
     """
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}")
+    if spec.is_empty:
+        return "reference", ()
     if requested is not None:
-        if requested not in BACKENDS:
-            raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}")
-        reason = _REASONS[requested](problem)
+        reason = _why_unsupported(requested, spec)
         if reason is not None:
             raise ValueError(f"backend {requested!r} cannot serve this call: {reason}")
         return requested, ()
-    if problem.device.type != "cuda":
+    if spec.device.type != "cuda":
         return "reference", ()
     passed_over = []
     for name in BACKENDS:
-        reason = _REASONS[name](problem)
+        reason = _why_unsupported(name, spec)
         if reason is None:
             break
         passed_over.append(reason)
     return name, tuple(passed_over)
 
 
-_select_cached = lru_cache(maxsize=4096)(select_backend)
+class _Route(NamedTuple):
+    """Who serves the calls of one description, with what, and why nobody faster."""
+
+    name: str
+    passed_over: tuple[str, ...]
+    launcher: Launcher
+
+
+@lru_cache(maxsize=4096)
+def _route(spec: LaunchSpec, requested: str | None) -> _Route:
+    name, passed_over = select_backend(spec, requested)
+    return _Route(name, passed_over, backend_module(name).prepare(spec))
+
+
+tuning.on_change(_route.cache_clear)
+
+
+def _counted(route: _Route) -> Launcher:
+    _calls[route.name] += 1
+    for reason in route.passed_over:
+        _fallbacks[reason] += 1
+    return route.launcher
+
+
+def _is_plain(tensor: Tensor, requested: str | None) -> bool:
+    """A call that only the reference could serve: a small layer on the CPU is spared its description."""
+    return tensor.is_cpu and (requested is None or requested == "reference")
+
+
+def forward(operands: ForwardOperands, requested: str | None) -> tuple[Tensor, Tensor]:
+    """Y [M, N] and S [M, R] by the backend that serves the call; counts it, and every fallback.
+
+    Raises:
+        ValueError: as for select_backend.
+    """
+    if _is_plain(operands[0], requested):
+        _calls["reference"] += 1
+        return reference.lora_forward(*operands)
+    operands, spec = describe_forward(operands)
+    return _counted(_route(spec, requested))(operands)
+
+
+def backward(operands: BackwardOperands, needs: Needs, requested: str | None) -> Gradients:
+    """The gradients that ``needs`` names, likewise."""
+    if _is_plain(operands[0], requested):
+        _calls["reference"] += 1
+        return reference.lora_backward(*operands, needs)
+    operands, spec = describe_backward(operands, needs)
+    return _counted(_route(spec, requested))(operands)
+
+
+def launch_forward(backend: ModuleType, operands: ForwardOperands, **choice: Any) -> tuple[Tensor, Tensor]:
+    """Y and S by a given backend, uncounted: for tests, tuning and benchmarks.
+
+    Args:
+        backend: a module with ``prepare``.
+        operands: of one call.
+        choice: what ``prepare`` uses instead of its own choice of a configuration.
+    """
+    operands, spec = describe_forward(operands)
+    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
+
+
+def launch_backward(backend: ModuleType, operands: BackwardOperands, needs: Needs, **choice: Any) -> Gradients:
+    """The gradients that ``needs`` names, likewise."""
+    operands, spec = describe_backward(operands, needs)
+    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
 
 
 def environment_backend() -> str | None:
     """The backend that the environment insists on, if any."""
     return os.environ.get(ENVIRONMENT_VARIABLE) or None
-
-
-def backend_for(problem: Problem, requested: str | None):
-    """The module whose ``lora_forward`` / ``lora_backward`` serve this call. Counts the call, and every fallback."""
-    name, passed_over = _select_cached(problem, requested)
-    _calls[name] += 1
-    for reason in passed_over:
-        _fallbacks[reason] += 1
-    if name == "cuda":
-        return _cuda_module()
-    if name == "triton":
-        return _triton_module()
-    return reference
-
-
-def sole_backend(tensor: torch.Tensor, requested: str | None):
-    """The reference, counted, where nothing else could serve the call and nothing else is asked for; None where there
-    is a choice to make. It spares a small layer on the CPU the description of its problem."""
-    if requested is not None or not tensor.is_cpu:
-        return None
-    _calls["reference"] += 1
-    return reference
 
 
 def count_fallback(reason: str) -> None:
@@ -157,7 +189,7 @@ def reset_dispatch_counts() -> None:
 def available_backends() -> dict[str, str]:
     """Each backend's name, and "usable" or the reason why it is not."""
     return {
-        "cuda": _cuda_module().unusable() or "usable",
+        "cuda": backend_module("cuda").unusable() or "usable",
         "triton": triton_unusable() or "usable",
         "reference": "usable",
     }

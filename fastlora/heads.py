@@ -91,6 +91,16 @@ def note_newly_drawn(model: nn.Module, known: Iterable[nn.Module]) -> None:
 def keep_marks(old: nn.Module, new: nn.Module) -> None:
     """A layer that replaces another has what was known of it."""
     setattr(new, _DRAWN, getattr(old, _DRAWN, False))
+    for name, parameter in old.named_parameters(recurse=False):
+        if getattr(parameter, "_is_hf_initialized", False):
+            getattr(new, name)._is_hf_initialized = True
+
+
+def clear_marks(model: nn.Module) -> None:
+    """The model is plain again: what trained whole is not saved with a later adapter."""
+    for module in model.modules():
+        for mark in (_SAVED, _DRAWN):
+            vars(module).pop(mark, None)
 
 
 def newly_drawn(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

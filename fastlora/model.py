@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fastlora.heads import (
+    clear_marks,
     is_head,
     keep_marks,
     lies_in,
@@ -16,7 +17,8 @@ from fastlora.heads import (
     note_newly_drawn,
     saved_modules,
 )
-from fastlora.module import LoRALinear, check_hyperparameters, weight_reason
+from fastlora.module import MERGE_READS, LoRALinear, check_hyperparameters, weight_reason
+from fastlora.placement import require_values
 
 ALL_LINEAR = "all-linear"
 _NAMES_SHOWN = 20
@@ -47,6 +49,7 @@ def inject(
     dropout: float = 0.0,
     rslora: bool = False,
     init: str = "kaiming",
+    copy_input: bool = False,
     adapter_dtype: torch.dtype | None = None,
     modules_to_save: Iterable[str] | None = None,
     **unknown,
@@ -61,7 +64,7 @@ def inject(
     Args:
         model: any module; changed in place.
         target_modules: list of suffixes, a regular expression, or "all-linear".
-        r, alpha, dropout, rslora, init, adapter_dtype: as for ``LoRALinear.from_linear``.
+        r, alpha, dropout, rslora, init, copy_input, adapter_dtype: as for ``LoRALinear.from_linear``.
         modules_to_save: modules that train whole and that ``save_adapter`` saves, such as the newly drawn head of a
             classifier. As in PEFT, every module whose path ends in one of these names is meant, and nothing in them
             gets a branch. Unlike in PEFT they train in place: the model keeps no copy of their old values.
@@ -91,6 +94,7 @@ def inject(
                 "dropout": dropout,
                 "rslora": rslora,
                 "init": init,
+                "copy_input": copy_input,
                 "adapter_dtype": adapter_dtype,
             }
             for name in names
@@ -197,24 +201,59 @@ def merge(model: nn.Module, safe: bool = False, keep_base: bool = True) -> None:
         keep_base: as for ``LoRALinear.merge``; False frees the frozen weights, for serving.
 
     Raises:
-        ValueError: the model has no LoRA layer, or ``safe`` and a merged weight is not finite (all such are named).
+        ValueError: the model has no LoRA layer; ``safe`` and a merged weight is not finite; or the values of a layer
+            are not here (sharded, offloaded by its parent, on "meta", computed), or it shares its weight. All such
+            layers are named, and nothing is merged.
     """
     layers = _require_layers(model)
+    unmerged = [(name, layer) for name, layer in layers if not layer.merged]
+    require_values(model, unmerged, "merge", MERGE_READS, writes="weight")
+    _require_own_weights(model, unmerged)
     if safe:
-        broken = [n for n, layer in layers if not layer.merged and not torch.isfinite(layer.merged_weight()).all()]
+        broken = [name for name, layer in unmerged if not torch.isfinite(layer.merged_weight()).all()]
         if broken:
             raise ValueError(
                 f"merging would give weights that are not finite in {', '.join(broken)}; nothing was merged: "
                 "look for NaN or overflow in their lora_A and lora_B"
             )
-    for _, layer in layers:
+    for _, layer in unmerged:
         layer.merge(keep_base=keep_base)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restores every merged weight. Raises ValueError where the model has no LoRA layer."""
-    for _, layer in _require_layers(model):
+    """Restores every merged weight.
+
+    Raises:
+        ValueError: the model has no LoRA layer, or the values of a merged one are not here, as in ``merge``.
+    """
+    merged = [(name, layer) for name, layer in _require_layers(model) if layer.merged]
+    require_values(model, merged, "unmerge", MERGE_READS, writes="weight")
+    for _, layer in merged:
         layer.unmerge()
+
+
+def merge_and_unload(model: nn.Module, safe: bool = False) -> nn.Module:
+    """Merges every branch and turns the LoRA layers back into plain ``nn.Linear``, as PEFT's method of that name does.
+
+    The layers stay the objects that they are, so all that holds on to them (several parents, hooks, device maps) sees
+    plain layers from then on. The state dict has the plain model's keys. Weights stay frozen; A and B are gone.
+
+    Args:
+        model: any module with LoRA layers, or one LoRA layer; changed in place.
+        safe: as for ``merge``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as for ``merge``.
+    """
+    layers = _require_layers(model)
+    merge(model, safe=safe, keep_base=False)
+    for _, layer in layers:
+        layer.unload()
+    clear_marks(model)
+    return model
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
@@ -236,6 +275,22 @@ def _require_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer; call fastlora.inject first")
     return layers
+
+
+def _require_own_weights(model: nn.Module, layers: list[tuple[str, LoRALinear]]) -> None:
+    """Merging replaces a parameter's data, which every module that shares the parameter would see."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{name}.{own}".lstrip("."))
+    tied = {name: others for name, layer in layers if len(others := holders[id(layer.weight)]) > 1}
+    if tied:
+        raise ValueError(
+            "cannot merge weights that are tied: "
+            + "; ".join(" and ".join(names) for names in tied.values())
+            + "; give the layer a weight of its own first"
+        )
 
 
 def _is_suffix(target: str, name: str) -> bool:
@@ -289,7 +344,9 @@ def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[st
     shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if shared:
         return f"{name}: its weight is tied to {', '.join(shared)}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+    forward = vars(module).get("forward")
+    wrapped = forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward  # as hooks leave it
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or wrapped:
         return (
             f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "
             "or put LoRA in first (tensor parallelism)"

@@ -1,10 +1,12 @@
-"""What one call of a LoRA layer is made of: its sizes, the gradients it wants, and what it returns.
+"""What one call of a LoRA layer is made of: operands, sizes, what it computes and returns, and the LaunchSpec that
+describes it to a backend.
 
 The ground floor: every other module may import this one, and it imports none of them.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,3 +63,83 @@ def split_scaling(scaling: float, dtype: torch.dtype) -> Scales:
     if abs(mantissa) == 0.5:  # a power of two: S takes exactly 1
         mantissa, exponent = 2 * mantissa, exponent - 1
     return Scales(mantissa, math.ldexp(1.0, exponent))
+
+
+class ForwardOperands(NamedTuple):
+    """What a forward reads. Y = x·weightᵀ + scaling·(drop(x)·lora_aᵀ)·lora_bᵀ + bias."""
+
+    x: Tensor  # [M, K]
+    weight: Tensor  # [N, K]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    bias: Tensor | None  # [N]
+    scaling: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+class BackwardOperands(NamedTuple):
+    """What a backward reads; x for dA alone, s for dB alone."""
+
+    dy: Tensor  # [M, N]
+    x: Tensor | None  # [M, K]
+    weight: Tensor  # [N, K]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    s: Tensor | None  # [M, R], what the forward returned
+    scaling: float
+    dropout_p: float
+    seed: Tensor | None
+
+
+class Aligned(NamedTuple):
+    """Which matrices start on 16 bytes, and so does each of their rows: what TMA and wide loads need."""
+
+    act: bool  # x forward, dY backward
+    weight: bool
+    lora_a: bool
+    lora_b: bool
+    saved_x: bool  # the backward's x
+
+
+Direction = Literal["forward", "backward"]
+
+
+class LaunchSpec(NamedTuple):
+    """One call, described once: all that the choice of a backend and of a kernel depends on, and nothing else.
+
+    direction: which of the two launches.
+    sizes: M, N, K, R.
+    dtype: of x, weight, bias and dY.
+    adapter_dtypes: of lora_a and lora_b: ``dtype``, or float32 over a 16-bit one.
+    device: where all operands are.
+    base_format: how the base weight lies in memory; "dense" is [N, K] in ``dtype``.
+    branch: which adapters a row sees; "single" is one for all rows.
+    dropout: whether the branch drops elements of x.
+    bias: whether there is a bias to add (forward).
+    needs: the gradients to compute (backward).
+    aligned: see Aligned.
+    tf32: whether torch allows TF32 in float32 products.
+    """
+
+    direction: Direction
+    sizes: Sizes
+    dtype: torch.dtype
+    adapter_dtypes: tuple[torch.dtype, torch.dtype]
+    device: torch.device
+    base_format: str = "dense"
+    branch: str = "single"
+    dropout: bool = False
+    bias: bool = False
+    needs: Needs = Needs(False, False, False, False)
+    aligned: Aligned = Aligned(True, True, True, True, True)
+    tf32: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to multiply, or nothing asked for: no launch would have work."""
+        return 0 in self.sizes[:3] or (self.direction == "backward" and not any(self.needs))
+
+
+# A call of a prepared kernel. Forward: operands -> (Y [M, N], S [M, R]); backward: operands -> Gradients.
+Launcher = Callable[[Any], Any]

@@ -29,6 +29,7 @@ from fastlora.files import write_files
 from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules, task_of
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
+from fastlora.placement import is_offloaded, require_values, store, stored
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -44,13 +45,15 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
         directory: made where it is missing.
 
     Raises:
-        ValueError: the model has no LoRA layer.
+        ValueError: the model has no LoRA layer, or the values of one are not here (on "meta", sharded by FSDP1 or
+            ZeRO-3, offloaded by a hook of its parent).
         OSError: the directory cannot be written.
     """
     model = _unwrapped(model)
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer to save; call fastlora.inject first")
+    require_values(model, layers.items(), "save", ("lora_A", "lora_B"))
     _warn_of_unsaved(model)
     tensors = _values(model, layers)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -85,6 +88,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         stored, stored_whole = read_header(file, directory / WEIGHTS_NAME, config)
         check_ranks(stored, config)
         layers = dict(lora_layers(model))
+        require_values(model, layers.items(), "load into", ("lora_A", "lora_B"), allow_meta=True)
         found = modules_ending_in(model, config["modules_to_save"]) if config["modules_to_save"] else []
         saved = dict(saved_modules(model)) | {name: model.get_submodule(name) for name in found}
         whole = _parameters_of(saved)
@@ -119,9 +123,11 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def whole_value(parameter: Tensor) -> Tensor:
-    """The unsharded, contiguous value on the CPU."""
+def whole_value(parameter: Tensor, name: str = "a parameter") -> Tensor:
+    """The unsharded, contiguous value on the CPU. Raises ValueError where there is none."""
     value = parameter.detach()
+    if value.is_meta:
+        raise ValueError(f"cannot save {name}: it is on the meta device, which holds no values; load them first")
     if hasattr(value, "full_tensor"):  # a DTensor; every process takes part
         value = value.full_tensor()
     return value.cpu().contiguous()
@@ -139,14 +145,14 @@ def _parameters_of(saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, st
 
 def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """The tensors of an adapter file, whole and on the CPU, each in memory of its own: a file has no ties."""
-    places = [(f"{path}.lora_{f}.weight", getattr(layer, f"lora_{f}")) for path, layer in layers.items() for f in "AB"]
-    for name, (module, attribute) in _parameters_of(dict(saved_modules(model))).items():
-        places.append((name, getattr(module, attribute)))
+    places = [(f"{path}.lora_{f}.weight", (layer, f"lora_{f}")) for path, layer in layers.items() for f in "AB"]
+    places += _parameters_of(dict(saved_modules(model))).items()
     values, first, storages, tied = {}, {}, set(), []
-    for name, tensor in places:
+    for name, (module, attribute) in places:
+        tensor = getattr(module, attribute)
         if first.setdefault(id(tensor), name) != name:
             tied.append(f"{name} to {first[id(tensor)]}")
-        value = whole_value(tensor)
+        value = whole_value(stored(module, attribute), name)
         storage = value.untyped_storage()
         if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:
             value = value.clone()
@@ -327,7 +333,9 @@ def _options(
 @torch.no_grad()
 def _copy(module: nn.Module, name: str, value: Tensor) -> None:
     parameter = getattr(module, name)
-    if parameter.is_meta:  # nothing to copy into yet; the file's value becomes the parameter
+    if is_offloaded(module) and parameter.is_meta:
+        store(module, name, value.to(parameter.dtype))
+    elif parameter.is_meta:  # nothing to copy into yet; the file's value becomes the parameter
         value = value.to(parameter.dtype)
         if isinstance(parameter, nn.Parameter):
             value = nn.Parameter(value, requires_grad=parameter.requires_grad)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from statistics import mean
 
-from fastlora.bench.tables import Table
+from fastlora.tables import Table
 
 NONE = "–"
 

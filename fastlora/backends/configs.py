@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+
+from fastlora.problem import Direction
 
 MAX_RANK = 256
 FUSED_RANK = 64  # up to here column 0 can make S beside its own tile; beyond, two accumulators do not fit
 LONGEST_WAIT = 0.015  # of a launch, for S: about what the schedule model can tell apart
 _LEAST_COLUMNS = 32  # a narrower product takes as long: its left operand has to be read all the same
-
-Direction = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)

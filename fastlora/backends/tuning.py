@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
 from functools import cache, lru_cache
 from pathlib import Path
@@ -145,10 +145,20 @@ def _choices_of(device_name: str) -> dict[str, TileConfig]:
     return load_choices(device_name, SHIPPED) | load_choices(device_name)
 
 
+_on_change: list[Callable[[], None]] = []
+
+
+def on_change(callback: Callable[[], None]) -> None:
+    """Has ``callback`` called whenever the choices may have changed: by what has kernels prepared from them."""
+    _on_change.append(callback)
+
+
 def forget_choices() -> None:
     """Makes the next look-up read the files again."""
     _choices_of.cache_clear()
     tuned_config.cache_clear()
+    for callback in _on_change:
+        callback()
 
 
 @lru_cache(maxsize=4096)

@@ -7,10 +7,10 @@ import torch
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import SEED, WrongResult, check_variant
 from fastlora.bench.cost import PASSES, pass_cost
-from fastlora.bench.environment import l2_bytes
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
 from fastlora.bench.peers import FROZEN, Layer, LayerTensors, Peer
 from fastlora.bench.timing import GRAPH_BELOW_US, Stage, captured, time_interleaved
+from fastlora.environment import l2_bytes
 
 CPU_CACHE_BYTES = 32 << 20
 MAX_SETS = 8

@@ -9,7 +9,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
-from fastlora.bench.tables import MIB, case_label
+from fastlora.bench.tables import case_label
+from fastlora.tables import MIB
 
 SIZE = (8.0, 5.0)
 DPI = 120

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 
 from fastlora.bench.cases import CPU_HEADLINE, DTYPES, LayerCase, preset_cases
-from fastlora.bench.environment import describe
 from fastlora.bench.host import measure_host
 from fastlora.bench.layer import measure_layer
 from fastlora.bench.models import decoder_case, finetune_case, measure_model
 from fastlora.bench.names import SECTIONS
 from fastlora.bench.peaks import larger_peaks, measure_peaks
 from fastlora.bench.peers import FASTLORA, FROZEN, ORDINARY, STORED_S, Peer, backend_peers
+from fastlora.environment import describe
 
 FORMAT = 1
 COMPILED = "compiled peft"

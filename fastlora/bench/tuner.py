@@ -12,8 +12,9 @@ from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import TOLERANCE, WrongResult
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
-from fastlora.bench.timing import EventClock, summarise
-from fastlora.problem import Needs
+from fastlora.bench.timing import EventClock, time_rounds
+from fastlora.dispatch import launch_backward, launch_forward
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 
 # What is tried around the best tile of the ladder, one field at a time.
 NEIGHBOURS = {
@@ -57,19 +58,17 @@ def around(config: TileConfig) -> list[TileConfig]:
     return [other for other in dict.fromkeys(changed) if other != config]
 
 
-def make_call(launchers, direction: str, tensors: LayerTensors, dropout_p: float, **config) -> Callable[[], tuple]:
-    """One launch of a direction over one set of inputs; ``config=`` where it is not the launchers' own choice."""
+def make_call(backend, direction: str, tensors: LayerTensors, dropout_p: float, **config) -> Callable[[], tuple]:
+    """One launch of a direction over one set of inputs; ``config=`` where it is not the backend's own choice."""
     t = tensors
     seed = torch.tensor(1, dtype=torch.int64) if dropout_p else None
+    shared = (SCALING, dropout_p, seed)
+    forward = ForwardOperands(t.x, t.weight, t.lora_a, t.lora_b, None, *shared)
     if direction == "forward":
-        return lambda: launchers.lora_forward(
-            t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, dropout_p, seed, **config
-        )
-    _, s = launchers.lora_forward(t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, dropout_p, seed)
-    needs = Needs(True, True, True, False)
-    return lambda: launchers.lora_backward(
-        t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, SCALING, dropout_p, seed, needs, **config
-    )
+        return lambda: launch_forward(backend, forward, **config)
+    _, s = launch_forward(backend, forward)
+    backward = BackwardOperands(t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, *shared)
+    return lambda: launch_backward(backend, backward, Needs(True, True, True, False), **config)
 
 
 def check_results(found: tuple, wanted: tuple, dtype: torch.dtype) -> None:
@@ -86,14 +85,14 @@ def check_results(found: tuple, wanted: tuple, dtype: torch.dtype) -> None:
             raise WrongResult(f"a result is off by {error:.2e} of its norm; rounding explains {TOLERANCE[dtype]:.0e}")
 
 
-def tune_case(case: LayerCase, direction: str, target, launchers, seconds: float, clock=None) -> Choice:
+def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, clock=None) -> Choice:
     """Finds the fastest configuration of one case: quick rounds over the table's ladder and then around its best, and a
     longer interleaved one over the best of all. A configuration whose results are wrong counts as one that fails.
 
     Args:
         case: the layer, with aligned rows; direction: "forward" or "backward".
         target: compute capability and multiprocessors of the GPU (``arch``, ``n_sms``).
-        launchers: a module with lora_forward and lora_backward that take ``config``.
+        backend: a module whose ``prepare`` takes ``config``.
         seconds: stop trying new configurations after this long.
         clock: EventClock by default.
 
@@ -113,7 +112,7 @@ def tune_case(case: LayerCase, direction: str, target, launchers, seconds: float
     def try_all(configs) -> list[Measured]:
         for config in configs:
             if config not in quick and (not quick or time.perf_counter() - started < seconds):
-                quick[config] = _measure_one(launchers, direction, sets, config, case, wanted, clock)
+                quick[config] = _measure_one(backend, direction, sets, config, case, wanted, clock)
         ran = (entry for entry in quick.values() if entry.error is None)
         return sorted(ran, key=lambda entry: entry.median_us)
 
@@ -122,36 +121,26 @@ def tune_case(case: LayerCase, direction: str, target, launchers, seconds: float
         raise RuntimeError(f"the table's choice for {case.label} {direction} does not run: {quick[table].error}")
     ran = try_all(around(ran[0].config))
     finalists = list(dict.fromkeys([table, *(entry.config for entry in ran[:SURVIVORS])]))
-    final = _measure_together(launchers, direction, sets, finalists, case.dropout, clock)
+    final = _measure_together(backend, direction, sets, finalists, case.dropout, clock)
     best = min(final, key=lambda entry: entry.median_us)
     if best.median_us > final[0].median_us * (1 - MIN_GAIN):
         best = final[0]
     return Choice(final[0], best, len(quick), sum(entry.error is not None for entry in quick.values()))
 
 
-def _measure_one(launchers, direction, sets, config, case, wanted, clock) -> Measured:
+def _measure_one(backend, direction, sets, config, case, wanted, clock) -> Measured:
     try:
-        found = make_call(launchers, direction, sets[0], case.dropout, config=config)()
+        found = make_call(backend, direction, sets[0], case.dropout, config=config)()
         check_results(found, wanted, case.torch_dtype)
-        return _measure_together(launchers, direction, sets, [config], case.dropout, clock, QUICK_ROUNDS)[0]
+        return _measure_together(backend, direction, sets, [config], case.dropout, clock, QUICK_ROUNDS)[0]
     except Exception as error:  # too many registers, too much shared memory: each compiler version says it differently
         return Measured(config, None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
-def _measure_together(launchers, direction, sets, configs, dropout_p, clock, rounds=FINAL_ROUNDS) -> list[Measured]:
+def _measure_together(backend, direction, sets, configs, dropout_p, clock, rounds=FINAL_ROUNDS) -> list[Measured]:
     """Medians of several configurations, in turn on rotating inputs."""
     calls = [
-        [make_call(launchers, direction, tensors, dropout_p, config=config) for tensors in sets] for config in configs
+        [make_call(backend, direction, tensors, dropout_p, config=config) for tensors in sets] for config in configs
     ]
-    samples: list[list] = [[] for _ in configs]
-    for index in range(rounds + 1):
-        for which, versions in enumerate(calls):
-            start = clock.mark()
-            versions[index % len(sets)]()
-            samples[which].append((start, clock.mark()))
-    clock.finish()
-    times = [[clock.elapsed_us(*marks) for marks in spans[1:]] for spans in samples]
-    return [
-        Measured(config, summarise(values, clock.method).median_us)
-        for config, values in zip(configs, times, strict=True)
-    ]
+    times = time_rounds(calls, clock, rounds, warm_up=1)
+    return [Measured(config, timing.median_us) for config, timing in zip(configs, times, strict=True)]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import check_writable, staged, write_bytes
+from fastlora.errors import CommandError, first_line
+from fastlora.outputs import check_writable, staged, write_bytes
 
 REQUIRED = ("tqdm", "matplotlib")
 FORMAT = "fastlora-analysis-1"

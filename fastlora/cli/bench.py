@@ -9,9 +9,9 @@ from pathlib import Path
 import click
 
 from fastlora.bench.names import PRESETS, SECTIONS
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import directory_for_results, reported_write_errors
 from fastlora.cli.progress import progress
+from fastlora.errors import CommandError, first_line
+from fastlora.outputs import directory_for_results, reported_write_errors
 
 CASE = "M,N,K,R[,P[,DTYPE]]"
 DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
@@ -85,7 +85,7 @@ def parse_case(text: str, dtype: str):
 
 
 def _run_claims(output: Path, device: str | None, steps: int) -> None:
-    from fastlora.cli.claims import claims_tables, measure_claims, write_claims
+    from fastlora.bench.claims import claims_tables, measure_claims, write_claims
     from fastlora.finetune.settings import Settings
 
     found = measure_claims(Settings(device=_device(device), steps=steps), click.echo)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fastlora.cli.errors import CommandError
+from fastlora.errors import CommandError
 from fastlora.finetune.settings import DTYPES, PROJECTIONS, Settings
 
 REQUIRED = ("transformers", "tqdm", "matplotlib", "safetensors")

@@ -1,6 +1,5 @@
 """`fastlora info`: what is installed, which devices there are, which backend can run here and why the others cannot."""
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -12,13 +11,6 @@ import click
 PACKAGES = ("fastlora", "torch", "triton", "numpy", "safetensors", "transformers", "peft")
 COMPILERS = ("nvcc", "c++")
 COMPILER_TIMEOUT_S = 20
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def compiler_version(name: str) -> str | None:
@@ -67,11 +59,12 @@ def collect() -> dict:
     import torch
 
     import fastlora
+    from fastlora.environment import package_versions
 
     return {
         "versions": {
             "python": platform.python_version(),
-            **{name: package_version(name) for name in PACKAGES},
+            **package_versions(PACKAGES),
             "CUDA of torch": torch.version.cuda,
             **{name: compiler_version(name) for name in COMPILERS},
         },

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from fastlora.cli.errors import CommandError
-from fastlora.cli.files import staged, write_bytes
 from fastlora.cli.finetune import REQUIRED, FiniteFloat, split_targets
+from fastlora.errors import CommandError
 from fastlora.finetune.settings import DTYPES
+from fastlora.outputs import staged, write_bytes
 from fastlora.study.plan import PRESETS, StudySettings
 
 DEFAULTS = StudySettings()

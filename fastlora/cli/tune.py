@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import reported_write_errors
 from fastlora.cli.progress import progress
+from fastlora.errors import CommandError, first_line
+from fastlora.outputs import reported_write_errors
 
 PRESET_HELP = "headline: 4096 x 4096 at R 16 and 64, large and small M; llama8b: its projections."
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastlora.cli.errors import CommandError
+from fastlora.errors import CommandError
 
 
 def read_text(paths: tuple[str, ...]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastlora
-from fastlora.cli.errors import CommandError
+from fastlora.errors import CommandError
 from fastlora.finetune.data import TokenBlocks, batch_at
 from fastlora.finetune.interrupt import Interruption
 from fastlora.finetune.memory import SavedTensors, count_bytes, peak_bytes, reset_peak

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fastlora.cli.errors import CommandError, first_line
+from fastlora.errors import CommandError, first_line
 from fastlora.finetune.settings import Settings
 from fastlora.model import merge, unmerge
 

@@ -1,6 +1,5 @@
 """What a finished run tells: a dictionary for JSON, lines for the terminal, a picture of the loss curves."""
 
-import importlib.metadata
 import io
 import math
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 import fastlora
+from fastlora.environment import package_versions
 from fastlora.finetune.arms import FASTLORA
 from fastlora.finetune.compare import Agreement
 from fastlora.finetune.data import TokenBlocks
@@ -17,9 +17,9 @@ from fastlora.finetune.memory import peak_method
 from fastlora.finetune.merging import MergeCheck
 from fastlora.finetune.settings import Settings
 from fastlora.model import TrainableParameters
+from fastlora.tables import MIB
 
 _PACKAGES = ("torch", "triton", "transformers", "peft")
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,8 @@ class Results:
 
 def versions() -> dict[str, str]:
     """Versions of what is installed of the packages that decide the numbers."""
-    found = {"fastlora": fastlora.__version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    installed = {name: number for name, number in package_versions(_PACKAGES).items() if number is not None}
+    return {"fastlora": fastlora.__version__, **installed}
 
 
 def as_dict(settings: Settings, model_label: str, blocks: TokenBlocks, results: Results) -> dict:
@@ -154,7 +149,7 @@ def _peak(name: str, value: int | None, full_peak: int | None) -> str:
 
 
 def _mib(count: int) -> str:
-    return f"{count / _MIB:,.0f} MiB"
+    return f"{count / MIB:,.0f} MiB"
 
 
 def _one_line(text: str) -> str:

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fastlora.cli.errors import CommandError
-from fastlora.cli.files import directory_for_results, staged, write_bytes
+from fastlora.errors import CommandError
 from fastlora.finetune import report as reporting
 from fastlora.finetune.arms import (
     PEFT,
@@ -30,6 +29,7 @@ from fastlora.finetune.models import check_tokens, find_model, load_model, posit
 from fastlora.finetune.settings import Settings
 from fastlora.finetune.state import FILE_NAME, SavedState, save_state
 from fastlora.model import trainable_parameters
+from fastlora.outputs import directory_for_results, staged, write_bytes
 
 DONE, DISAGREED, INTERRUPTED = 0, 1, 130
 

@@ -8,10 +8,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import replace_file
+from fastlora.errors import CommandError, first_line
 from fastlora.finetune.loop import Arm, Record
 from fastlora.finetune.settings import Settings
+from fastlora.outputs import replace_file
 
 FILE_NAME = "state.safetensors"
 FORMAT = "fastlora-finetune-1"

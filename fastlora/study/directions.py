@@ -9,7 +9,7 @@ from fastlora.adapters.files import AdapterLayer, read_adapter
 from fastlora.analysis import subspace_similarity
 from fastlora.analysis.layers import analyze_layers, layer_number, matrix_type
 from fastlora.analysis.tables import mean_of, middle, types_of
-from fastlora.cli.errors import CommandError, first_line
+from fastlora.errors import CommandError, first_line
 from fastlora.study.plan import KEPT_GROUP, Plan, RunSpec
 from fastlora.study.store import RunStore
 

@@ -5,7 +5,7 @@ import json
 from tqdm import tqdm
 
 from fastlora.analysis.layers import json_text, json_values
-from fastlora.bench.environment import describe
+from fastlora.environment import describe
 from fastlora.study.directions import measure_directions, parts
 from fastlora.study.pictures import study_pictures
 from fastlora.study.results import FORMAT, experiments_of, study_tables, summarize

@@ -5,8 +5,8 @@ from statistics import mean, stdev
 
 from fastlora.analysis import random_similarity
 from fastlora.analysis.tables import NONE, mean_of, number
-from fastlora.bench.tables import Table
 from fastlora.study.plan import BUDGET, KEPT_GROUP, RANKS, Plan, group_label
+from fastlora.tables import Table
 
 FORMAT = "fastlora-study-1"
 KEPT_LABEL = group_label(KEPT_GROUP)

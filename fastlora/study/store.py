@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import replace_file, reported_write_errors
+from fastlora.errors import CommandError, first_line
+from fastlora.outputs import replace_file, reported_write_errors
 from fastlora.study.plan import RunSpec, StudySettings
 
 HEADER = "runs.json"

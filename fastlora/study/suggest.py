@@ -1,8 +1,8 @@
 """A rank and targets for a budget, from the losses that a study has measured."""
 
-from fastlora.bench.tables import Table
-from fastlora.cli.errors import CommandError
+from fastlora.errors import CommandError
 from fastlora.study.results import gap_text, loss_text, paired_difference
+from fastlora.tables import Table
 
 SHOWN = 6
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fastlora.bench.environment import commit
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import check_writable, reported_write_errors
+from fastlora.environment import commit
+from fastlora.errors import CommandError, first_line
 from fastlora.finetune.arms import adapter_snapshot, fastlora_arm, save_arm
 from fastlora.finetune.data import TokenBlocks, make_blocks, read_text
 from fastlora.finetune.interrupt import Interruption
@@ -22,6 +21,7 @@ from fastlora.finetune.models import find_model, load_model
 from fastlora.finetune.report import versions
 from fastlora.finetune.settings import Settings
 from fastlora.model import match_targets
+from fastlora.outputs import check_writable, reported_write_errors
 from fastlora.study.plan import Plan, RunSpec, StudySettings, make_plan
 from fastlora.study.store import RunStore
 

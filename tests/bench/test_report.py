@@ -16,7 +16,8 @@ from fastlora.bench.models import ModelCase
 from fastlora.bench.peers import STORED_S, Peer
 from fastlora.bench.report import load_report, write_report
 from fastlora.bench.run import BenchOptions, Unfinished, run_bench, steps_of
-from fastlora.bench.tables import Table, model_table, ratio_table, report_tables, time_text
+from fastlora.bench.tables import model_table, ratio_table, report_tables
+from fastlora.tables import Table, time_text
 
 
 def absent(case, tensors):

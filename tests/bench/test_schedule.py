@@ -1,4 +1,4 @@
-"""The schedule model: queue orders, the memory it assumes, analytic cases, calibration and its command."""
+"""The schedule model: the queue, the memory it assumes, analytic cases, calibration and its command."""
 
 import json
 import math
@@ -7,37 +7,30 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import schedule_model
-from benchmarks.queue_order import ORDERS, Schedule, Tile, build_queue, cdiv, part_blocks
-from benchmarks.schedule import main
-from benchmarks.schedule_fit import Measured, as_launched, fit, read_measured
-from benchmarks.schedule_model import LABEL, Machine, Memory, Problem, frozen_baseline, simulate
-from benchmarks.schedule_sweep import best_by_class, sweep, write_sweep
+from benchmarks.schedule import model
+from benchmarks.schedule.__main__ import main
+from benchmarks.schedule.fit import Measured, as_launched, fit, read_measured
+from benchmarks.schedule.model import LABEL, Machine, Memory, Problem, frozen_baseline, simulate
+from benchmarks.schedule.queue_order import Schedule, Tile, build_queue, cdiv
+from benchmarks.schedule.sweep import best_by_class, sweep, write_sweep
 
 SMALL = Schedule(block_m=16, block_n=16, block_k=16, group_m=2, grad_columns=16)
 FEW_SMS = Machine(sm_count=3)
 
 
 def short(schedule):
-    return "-".join(str(getattr(schedule, name)) for name in ("order", "fused", "grad_blocks", "early_db", "group_m"))
+    return "-".join(str(getattr(schedule, name)) for name in ("fused", "group_m"))
 
 
 def schedules():
-    return [
-        replace(SMALL, order=order, fused=fused, grad_blocks=blocks, early_db=early, group_m=group)
-        for order in ORDERS
-        for fused in (True, False)
-        for blocks in (0, 1, 3)
-        for early in (False, True)
-        for group in (1, 2, 5)
-    ]
+    return [replace(SMALL, fused=fused, group_m=group) for fused in (True, False) for group in (1, 2, 3, 5)]
 
 
 @pytest.mark.parametrize("schedule", schedules(), ids=short)
 def test_every_tile_is_queued_once_and_waits_only_on_earlier_ones(schedule):
     rows, columns, shrink, grads = 5, 4, 1 if schedule.fused else 2, (3, 4)
     queue = build_queue(rows, columns, shrink, grads, schedule, wave=3)
-    parts = cdiv(rows, part_blocks(schedule))
+    parts = cdiv(rows, schedule.group_m)
     wanted = {Tile("shrink", m, n) for m in range(rows) for n in range(shrink)}
     wanted |= {Tile("plain", m, n) for m in range(rows) for n in range(shrink if schedule.fused else 0, columns)}
     wanted |= {Tile("dB", part, n) for part in range(parts) for n in range(grads[0])}
@@ -48,15 +41,15 @@ def test_every_tile_is_queued_once_and_waits_only_on_earlier_ones(schedule):
         if tile.kind == "plain":
             assert all(position[Tile("shrink", tile.block, n)] < index for n in range(shrink)), tile
         if tile.kind == "dA":
-            first = tile.block * part_blocks(schedule)
-            blocks = range(first, min(first + part_blocks(schedule), rows))
+            first = tile.block * schedule.group_m
+            blocks = range(first, min(first + schedule.group_m, rows))
             assert all(position[Tile("shrink", m, n)] < index for m in blocks for n in range(shrink)), tile
         if tile.kind in ("dA", "dB") and tile.block:
             assert position[Tile(tile.kind, tile.block - 1, tile.column)] < index, tile
 
 
-def test_wave_order_puts_the_next_groups_shrink_tiles_one_wave_before_the_end():
-    queue = build_queue(4, 3, 1, (0, 0), replace(SMALL, order="wave"), wave=2)
+def test_the_next_groups_shrink_tiles_come_one_wave_before_the_end():
+    queue = build_queue(4, 3, 1, (0, 0), SMALL, wave=2)
     shrink = [Tile("shrink", m, 0) for m in range(4)]
     plain = {(m, n): Tile("plain", m, n) for m in range(4) for n in (1, 2)}
     first = [plain[0, 1], plain[1, 1]]
@@ -66,9 +59,9 @@ def test_wave_order_puts_the_next_groups_shrink_tiles_one_wave_before_the_end():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("field, value", [("order", "best"), ("group_m", 0), ("grad_blocks", -1), ("cluster", 0)])
+@pytest.mark.parametrize("field, value", [("group_m", 0), ("grad_columns", -1), ("cluster", 0)])
 def test_a_schedule_that_cannot_be_is_refused(field, value):
-    with pytest.raises(ValueError, match=field if field != "order" else "unknown order"):
+    with pytest.raises(ValueError, match=field):
         Schedule(**{field: value})
 
 
@@ -135,20 +128,13 @@ def test_compute_bound_time_follows_the_flop_rate_and_memory_bound_time_the_band
 
 
 @pytest.mark.parametrize("schedule", schedules(), ids=short)
-@pytest.mark.parametrize("chain", [True, False])
-def test_every_order_finishes_and_costs_no_less_than_the_gemm(schedule, chain):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_every_schedule_finishes_and_costs_no_less_than_the_gemm(schedule, overlap):
     problem = Problem(75, 60, 50, 20, backward=True)
-    schedule = replace(schedule, chain=chain, shrink_width=8, overlap=chain)
+    schedule = replace(schedule, shrink_width=8, overlap=overlap)
     found = simulate(problem, schedule, FEW_SMS)
     assert found == simulate(problem, schedule, FEW_SMS)
     assert found.makespan > simulate(problem.frozen, schedule, FEW_SMS).makespan
-
-
-def test_heads_of_groups_stall_more_than_shrink_tiles_one_wave_ahead():
-    problem = Problem(8192, 4096, 4096, 16)
-    wave, head = (simulate(problem, Schedule(group_m=4, order=order)) for order in ("wave", "head"))
-    assert head.stall > wave.stall > 0
-    assert head.makespan > wave.makespan
 
 
 def test_idle_multiprocessors_make_s_for_free():
@@ -160,7 +146,7 @@ def test_idle_multiprocessors_make_s_for_free():
 
 def test_a_queue_with_a_tile_before_what_it_waits_for_deadlocks(monkeypatch):
     reverse = lambda *args: build_queue(*args)[::-1]  # noqa: E731 (one expression, used once)
-    monkeypatch.setattr(schedule_model, "build_queue", reverse)
+    monkeypatch.setattr(model, "build_queue", reverse)
     with pytest.raises(RuntimeError, match="deadlock"):
         simulate(Problem(64, 64, 64, 16), SMALL, Machine(sm_count=1))
 
@@ -255,11 +241,10 @@ def test_a_problem_without_size_is_refused():
         Problem(0, 16, 16, 1)
 
 
-def test_a_chain_of_parts_is_as_slow_as_its_flags_and_planes_are_not():
+def test_a_chain_of_parts_is_as_slow_as_its_flags():
     problem = Problem(16 * 16, 16, 16, 16, backward=True)
     slow_flags = Machine(sm_count=64, flag_latency=50e-6)
-    schedule = replace(SMALL, group_m=16, grad_blocks=1)
-    chained = simulate(problem, replace(schedule, chain=True), slow_flags)
-    planes = simulate(problem, replace(schedule, chain=False), slow_flags)
-    assert chained.makespan > 15 * 50 > planes.makespan
-    assert chained.stall > planes.stall
+    chained = simulate(problem, replace(SMALL, group_m=1), slow_flags)
+    single = simulate(problem, replace(SMALL, group_m=16), slow_flags)
+    assert chained.makespan > 15 * 50 > single.makespan
+    assert chained.stall > single.stall

@@ -18,6 +18,7 @@ from fastlora.backends.tuning import load_choices, save_choices, shape_class
 from fastlora.bench import tuner
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.timing import HostClock
+from fastlora.problem import LaunchSpec, Sizes
 
 DEVICE = "NVIDIA Imaginary 9000 (test)"
 KEY = shape_class("forward", 8192, 4096, 4096, 16, torch.bfloat16, False)
@@ -209,54 +210,55 @@ def test_a_call_gets_its_class_choice_or_none(monkeypatch):
     assert tuning.tuned_config("forward", cpu, 8192, 4096, 4096, 16, torch.bfloat16, False) is None
 
 
-@pytest.mark.parametrize("direction, columns, dropout", [("forward", 4096, False), ("backward", 4096, True)])
-def test_the_kernels_ask_for_the_users_choice(monkeypatch, direction, columns, dropout):
+@pytest.mark.parametrize("direction, dropout", [("forward", False), ("backward", True)])
+def test_the_kernels_take_the_users_choice(monkeypatch, direction, dropout):
     asked, chosen = [], replace(table_config(), group_m=3)
     monkeypatch.setattr(triton_lora, "tuned_config", lambda *what: asked.append(what) or chosen)
-    rows, weight = torch.empty(8192, columns, dtype=torch.bfloat16), torch.empty(4096, 4096, dtype=torch.bfloat16)
-    problem = (direction, 8192, 4096, 4096, 16)
-    assert triton_lora._choose(*problem, dropout, HOPPER, rows, weight) == chosen
-    assert asked == [(direction, rows.device, *problem[1:], torch.bfloat16, dropout)]
-    odd = torch.empty(8192, 4097, dtype=torch.bfloat16)[:, 1:]
-    assert triton_lora._choose(*problem, dropout, HOPPER, odd, weight) != chosen and len(asked) == 1
+    sizes, dtype = Sizes(8192, 4096, 4096, 16), torch.bfloat16
+    spec = LaunchSpec(direction, sizes, dtype, (dtype, dtype), torch.device("cpu"), dropout=dropout)
+    assert triton_lora._choose(spec, HOPPER) == chosen
+    assert asked == [(direction, spec.device, *sizes, dtype, dropout)]
+    odd = spec._replace(aligned=spec.aligned._replace(act=False))
+    assert triton_lora._choose(odd, HOPPER) != chosen and len(asked) == 1
 
 
-class FakeLaunchers:
-    """Launchers whose time is a function of the configuration, on a clock of their own; the ``wrong`` ones
-    halve the scaling."""
+class FakeBackend:
+    """A backend whose launches take a time that is a function of the configuration, on a clock of its own; the
+    ``wrong`` ones halve the scaling."""
 
     def __init__(self, seconds, wrong=()):
         self.seconds, self.wrong, self.now, self.launched = seconds, wrong, 0.0, []
 
-    def lora_forward(self, x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, config=None):
-        if config is not None:
-            self._run("forward", config)
-        scaling *= 0.5 if config in self.wrong else 1.0
-        return reference.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
+    def prepare(self, spec, config=None):
+        right = reference.prepare(spec)
 
-    def lora_backward(self, dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs, config=None):
-        assert tuple(needs) == (True, True, True, False) and s.shape == (x.shape[0], lora_a.shape[0])
-        self._run("backward", config)
-        scaling *= 0.5 if config in self.wrong else 1.0
-        return reference.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
+        def launch(operands):
+            if spec.direction == "backward":
+                assert tuple(spec.needs) == (True, True, True, False)
+                assert operands.s.shape == (operands.x.shape[0], operands.lora_a.shape[0])
+            if config is not None:
+                self._run(spec.direction, config)
+            return right(operands._replace(scaling=operands.scaling * (0.5 if config in self.wrong else 1.0)))
+
+        return launch
 
     def _run(self, direction, config):
         self.launched.append((direction, config))
         self.now += self.seconds(config)
 
     def clock(self):
-        launchers = self
+        backend = self
 
         class Clock(HostClock):
             def mark(self):
-                return launchers.now
+                return backend.now
 
         return Clock()
 
 
 def tune(seconds, direction="forward", budget=1e9, wrong=(), case=CASE):
-    launchers = FakeLaunchers(seconds, wrong)
-    return tuner.tune_case(case, direction, HOPPER, launchers, budget, launchers.clock()), launchers
+    backend = FakeBackend(seconds, wrong)
+    return tuner.tune_case(case, direction, HOPPER, backend, budget, backend.clock()), backend
 
 
 def ladder():

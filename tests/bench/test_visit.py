@@ -9,8 +9,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import gpu_visit, mark
-from benchmarks.gpu_visit import Step, main, plan, run_plan
+from benchmarks import ROOT, mark
+from benchmarks.gpu import visit
+from benchmarks.gpu.visit import Step, main, plan, run_plan
 from fastlora.backends import reference
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.layer import input_sets
@@ -72,14 +73,14 @@ def test_an_interrupted_visit_leaves_no_step_running(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return super().wait(timeout)
 
-    monkeypatch.setattr(gpu_visit.subprocess, "Popen", Interrupted)
+    monkeypatch.setattr(visit.subprocess, "Popen", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_plan([Step("endless", python("import time; time.sleep(60)"), 60)], tmp_path, budget=60)
     assert started[0].poll() is not None
 
 
 def test_an_earlier_visits_folder_is_set_aside(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_visit, "plan", lambda output, workers: [Step("only", python("pass"), 60)])
+    monkeypatch.setattr(visit, "plan", lambda output, workers: [Step("only", python("pass"), 60)])
     output = tmp_path / "gpu"
     output.mkdir()
     (output / "bench.json").write_text("of an earlier visit")
@@ -97,9 +98,9 @@ def test_an_earlier_visits_folder_is_set_aside(tmp_path, monkeypatch):
 def test_a_process_that_cannot_be_killed_does_not_hold_up_the_visit(tmp_path, monkeypatch):
     """As one that waits for the driver, which waits for a kernel that never ends."""
     killed = []
-    monkeypatch.setattr(gpu_visit.os, "killpg", lambda pid, signal: killed.append(pid))
+    monkeypatch.setattr(visit.os, "killpg", lambda pid, signal: killed.append(pid))
     for name in ("INTERRUPT_S", "GRACE_S"):
-        monkeypatch.setattr(gpu_visit, name, 0.2)
+        monkeypatch.setattr(visit, name, 0.2)
     steps = [Step("stuck", python("import time; time.sleep(20)"), 5), Step("next", python("pass"), 60)]
     stuck, following = run_plan(steps, tmp_path, budget=60)
     assert stuck.code is None and "does not end" in stuck.note and killed
@@ -126,34 +127,34 @@ def test_the_plan_tests_before_it_times_and_fits_its_commands(tmp_path):
     for step in steps:
         for argument in step.command:
             if argument.startswith("tests") or argument.endswith("setup.py"):
-                assert (gpu_visit.ROOT / argument).exists(), argument
+                assert (ROOT / argument).exists(), argument
 
 
 def test_the_visit_needs_no_network_and_nothing_installed(tmp_path):
     """`make gpu` installs nothing where there is a torch, and no step of the visit calls pip."""
     shown = subprocess.run(
         ["make", "--dry-run", "gpu", f"PYTHON={sys.executable}"],
-        cwd=gpu_visit.ROOT,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "benchmarks.gpu_visit" in shown and "pip" not in shown
+    assert "benchmarks.gpu" in shown and "pip" not in shown
     assert not any("pip" in argument.split() for step in plan(tmp_path, 4) for argument in step.command)
 
 
 def test_plugins_that_are_missing_are_done_without(monkeypatch):
-    assert {"-n", "--timeout"} <= set(gpu_visit.pytest_command(4, 100))
-    monkeypatch.setattr(gpu_visit.importlib.util, "find_spec", lambda name: None)
-    bare = gpu_visit.pytest_command(4, 100)
+    assert {"-n", "--timeout"} <= set(visit.pytest_command(4, 100))
+    monkeypatch.setattr(visit.importlib.util, "find_spec", lambda name: None)
+    bare = visit.pytest_command(4, 100)
     assert bare[:3] == (sys.executable, "-m", "pytest") and not {"-n", "--timeout"} & set(bare)
 
 
 def test_a_test_file_that_wants_a_missing_package_does_not_stop_the_others(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_visit, "ROOT", tmp_path)
+    monkeypatch.setattr(visit, "ROOT", tmp_path)
     (tmp_path / "test_a.py").write_text("import no_such_package_at_all")
     (tmp_path / "test_b.py").write_text("def test_it(): print('ran', flush=True)")
-    (outcome,) = run_plan([Step("tests", (*gpu_visit.pytest_command(1, 60), "-s", "."), 60)], tmp_path, budget=60)
+    (outcome,) = run_plan([Step("tests", (*visit.pytest_command(1, 60), "-s", "."), 60)], tmp_path, budget=60)
     assert outcome.code == 1 and "1 passed, 1 error" in (tmp_path / "tests.log").read_text()
 
 
@@ -187,5 +188,5 @@ def test_the_command_line_names_unknown_steps(tmp_path):
 
 @pytest.mark.parametrize("code, expected", [("pass", 0), ("raise SystemExit(5)", 1)])
 def test_the_exit_code_tells_whether_all_went_well(tmp_path, monkeypatch, code, expected):
-    monkeypatch.setattr(gpu_visit, "plan", lambda output, workers: [Step("only", python(code), 60)])
+    monkeypatch.setattr(visit, "plan", lambda output, workers: [Step("only", python(code), 60)])
     assert CliRunner().invoke(main, ["--output", str(tmp_path)]).exit_code == expected

@@ -86,6 +86,7 @@ def fastlora_cli(capfd: pytest.CaptureFixture) -> Callable[..., Result]:
     from fastlora.cli.main import main
 
     def call(*args: object) -> Result:
+        capfd.readouterr()  # what a fixture printed (a bar of transformers') is not the command's
         with pytest.raises(SystemExit) as exit_info:
             main([str(arg) for arg in args])
         streams = capfd.readouterr()

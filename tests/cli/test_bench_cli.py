@@ -11,9 +11,8 @@ import torch
 
 from fastlora.backends import tuning
 from fastlora.backends.configs import LADDERS, ladder_for
-from fastlora.bench import run, tuner
+from fastlora.bench import claims, run, tuner
 from fastlora.bench.correctness import WrongResult
-from fastlora.cli import claims
 from fastlora.finetune.settings import Settings
 
 

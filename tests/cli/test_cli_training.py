@@ -5,8 +5,8 @@ import errno
 import pytest
 import torch
 
-from fastlora.cli import files
-from fastlora.cli.errors import CommandError
+from fastlora import outputs
+from fastlora.errors import CommandError
 from fastlora.finetune.compare import LOSS_TOLERANCE, compare_losses
 from fastlora.finetune.data import batch_at, make_blocks, read_text
 from fastlora.finetune.full import measure_full_finetuning
@@ -172,9 +172,9 @@ def test_replace_file_keeps_the_old_content_on_failure(tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "replace", full)
+    monkeypatch.setattr(outputs.os, "replace", full)
     with pytest.raises(CommandError, match=f"cannot write {path}: No space left on device"):
-        files.replace_file(path, b"new")
+        outputs.replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -182,15 +182,15 @@ def test_replace_file_keeps_the_old_content_on_failure(tmp_path, monkeypatch):
 def test_staged_directory_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").write_text("")
-    replace = files.os.replace
+    replace = outputs.os.replace
 
     def replace_but_not_onto(source, target):
         if target == tmp_path / "adapter" and not str(source).endswith(".old"):
             raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr(files.os, "replace", replace_but_not_onto)
-    with pytest.raises(CommandError, match="Input/output error"), files.staged(tmp_path) as stage:
+    monkeypatch.setattr(outputs.os, "replace", replace_but_not_onto)
+    with pytest.raises(CommandError, match="Input/output error"), outputs.staged(tmp_path) as stage:
         (stage / "adapter").mkdir()
         (stage / "adapter" / "new").write_text("")
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["adapter", "adapter/old"]

@@ -11,7 +11,7 @@ import torch
 from benchmarks import readme_tables
 from fastlora.adapters.files import read_adapter
 from fastlora.analysis import subspace_similarity
-from fastlora.cli.errors import CommandError
+from fastlora.errors import CommandError
 from fastlora.finetune import loop
 from fastlora.study import pictures, trainer
 from fastlora.study import report as study_report

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fastlora.cli.errors import CommandError
+from fastlora.errors import CommandError
 from fastlora.study.plan import RunSpec, StudySettings, default_budget, make_plan, rank_for
 from fastlora.study.results import summarize
 from fastlora.study.store import RunStore

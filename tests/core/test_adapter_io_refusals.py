@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import fastlora.adapters.files
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.model import lora_layers
-from tests.core.test_adapter_io import CONFIG, WEIGHTS, make_model
+from tests.support.adapter_models import CONFIG, WEIGHTS, make_model
 
 
 def edit_config(directory, **fields):

@@ -5,24 +5,24 @@ import torch
 
 import fastlora
 from fastlora import dispatch
-from fastlora.dispatch import Problem, select_backend
-from fastlora.problem import Sizes
+from fastlora.dispatch import select_backend
+from fastlora.problem import LaunchSpec, Sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def problem(device=GPU, dtype=torch.bfloat16, sizes=(64, 64, 64, 8), aligned=True) -> Problem:
-    return Problem(Sizes(*sizes), dtype, device, aligned)
+def spec(device=GPU, dtype=torch.bfloat16, sizes=(64, 64, 64, 8), direction="forward", **changes) -> LaunchSpec:
+    return LaunchSpec(direction, Sizes(*sizes), dtype, (dtype, dtype), device, **changes)
 
 
 @pytest.fixture
 def reasons(monkeypatch):
     """Backends that serve everything; a test makes one refuse by setting its reason."""
     table = dict.fromkeys(dispatch.BACKENDS)
-    monkeypatch.setattr(dispatch, "_REASONS", {name: lambda p, name=name: table[name] for name in table})
-    dispatch._select_cached.cache_clear()
+    monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: table[name])
+    dispatch._route.cache_clear()
     yield table
-    dispatch._select_cached.cache_clear()
+    dispatch._route.cache_clear()
 
 
 @pytest.fixture
@@ -37,25 +37,25 @@ def layer_arguments(m=4, r=2):
 
 
 def test_the_fastest_backend_is_preferred(reasons):
-    assert select_backend(problem(), None) == ("cuda", ())
+    assert select_backend(spec(), None) == ("cuda", ())
     reasons["cuda"] = "cuda: rank 7 is not a multiple of 8"
-    assert select_backend(problem(), None) == ("triton", ("cuda: rank 7 is not a multiple of 8",))
+    assert select_backend(spec(), None) == ("triton", ("cuda: rank 7 is not a multiple of 8",))
     reasons["triton"] = "triton: rank 300 is above 256"
-    name, passed_over = select_backend(problem(), None)
+    name, passed_over = select_backend(spec(), None)
     assert name == "reference" and len(passed_over) == 2
 
 
 def test_cpu_tensors_take_the_reference_without_a_fallback(reasons):
-    assert select_backend(problem(device=CPU), None) == ("reference", ())
+    assert select_backend(spec(device=CPU), None) == ("reference", ())
 
 
 def test_a_requested_backend_is_taken_or_refused(reasons):
-    assert select_backend(problem(), "triton") == ("triton", ())
+    assert select_backend(spec(), "triton") == ("triton", ())
     reasons["triton"] = "triton: no CUDA device"
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call: triton: no CUDA device"):
-        select_backend(problem(), "triton")
+        select_backend(spec(), "triton")
     with pytest.raises(ValueError, match="unknown backend 'cublas'; choose one of cuda, triton, reference"):
-        select_backend(problem(), "cublas")
+        select_backend(spec(), "cublas")
 
 
 def test_forward_and_backward_are_counted(counts):
@@ -68,7 +68,8 @@ def test_fallbacks_are_counted_by_reason(counts, reasons):
     reasons["cuda"] = "cuda: not built"
     reasons["triton"] = "triton: dtype torch.float64"
     for _ in range(3):
-        assert dispatch.backend_for(problem(), None).__name__ == "fastlora.backends.reference"
+        assert dispatch._counted(dispatch._route(spec(), None)) and counts()["cuda"] == counts()["triton"] == 0
+    assert counts()["reference"] == 3
     assert counts()["fallbacks"] == {"cuda: not built": 3, "triton: dtype torch.float64": 3}
     dispatch.count_fallback("peft: merged")
     assert counts()["fallbacks"]["peft: merged"] == 1
@@ -86,9 +87,9 @@ def test_the_environment_variable_insists(counts, monkeypatch):
 def test_triton_refuses_what_it_cannot_compute():
     from fastlora.backends.triton import launch as triton_lora
 
-    assert triton_lora.supports(problem()) is None
-    assert "float64" in triton_lora.supports(problem(dtype=torch.float64))
-    assert "rank 257" in triton_lora.supports(problem(sizes=(1, 1, 1, 257)))
+    assert triton_lora.why_unsupported(spec()) is None
+    assert "float64" in triton_lora.why_unsupported(spec(dtype=torch.float64))
+    assert "rank 257" in triton_lora.why_unsupported(spec(sizes=(1, 1, 1, 257)))
 
 
 def test_available_backends_give_a_reason():

@@ -13,90 +13,20 @@ import fastlora
 peft = pytest.importorskip("peft")
 from peft.tuners.lora.layer import Linear as StockLinear  # noqa: E402
 
-from fastlora.integrations.peft import FusedLinear, patch, register, unpatch, unserved  # noqa: E402
+from fastlora.integrations.peft import FusedLinear, patch, unpatch, unserved  # noqa: E402
+from tests.support.peft_models import (  # noqa: E402
+    IDS,
+    Base,
+    add_adapter,
+    assert_same_training_step,
+    fallbacks,
+    fused_calls,
+    layer_of,
+    make_pair,
+    make_stock,
+)
 
 SIXTEEN_BIT = [torch.bfloat16, torch.float16]
-
-
-class Base(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(13, 18)
-        self.q_proj = nn.Linear(18, 18)
-        self.down = nn.Linear(18, 7, bias=False)
-
-    def forward(self, ids):
-        return self.down(torch.tanh(self.q_proj(self.embed(ids))))
-
-
-IDS = torch.arange(26).view(2, 13) % 13
-
-
-def make_stock(dtype=torch.float32, autocast_adapter_dtype=True, registered=False, seed=0, **config):
-    """A PEFT model whose branches are about as large as its frozen products."""
-    torch.manual_seed(seed)
-    lora_config = peft.LoraConfig(**{"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "down"], **config})
-    if registered:
-        register(lora_config)
-    model = peft.get_peft_model(Base().to(dtype), lora_config, autocast_adapter_dtype=autocast_adapter_dtype)
-    return randomise(model)
-
-
-def randomise(model, adapter="default", seed=5):
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if f"lora_B.{adapter}" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def add_adapter(model, name, **config):
-    torch.manual_seed(8)
-    model.add_adapter(name, peft.LoraConfig(**config))
-    randomise(model, name, seed=9)
-
-
-def layer_of(model):
-    return model.base_model.model.q_proj
-
-
-def make_pair(**kwargs):
-    """The same model twice: stock, and patched."""
-    stock = make_stock(**kwargs)
-    fused = copy.deepcopy(stock)
-    assert patch(fused) == ["base_model.model.q_proj", "base_model.model.down"]
-    fastlora.reset_dispatch_counts()
-    return stock, fused
-
-
-def fused_calls():
-    counts = fastlora.dispatch_counts()
-    return counts["cuda"] + counts["triton"] + counts["reference"]
-
-
-def fallbacks():
-    return {name.removeprefix("peft: "): n for name, n in fastlora.dispatch_counts()["fallbacks"].items()}
-
-
-def gradients(model, forward=lambda model: model(IDS)):
-    model.zero_grad()
-    output = forward(model)
-    output.float().pow(2).mean().backward()
-    return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_training_step(stock, fused, dtype=torch.float32):
-    """Outputs and gradients within a few roundings of each other, relative to the largest value of each tensor."""
-    expected, wanted = gradients(stock)
-    output, got = gradients(fused)
-    slack = 64 * torch.finfo(dtype).eps
-    assert output.dtype == expected.dtype and (output - expected).abs().max() <= slack * expected.abs().max()
-    assert got.keys() == wanted.keys() and got
-    for name, gradient in got.items():
-        assert gradient.dtype == wanted[name].dtype, name
-        assert (gradient - wanted[name]).abs().max() <= slack * wanted[name].abs().max(), name
-
-
 SERVED = {
     "plain": {},
     "rslora": {"use_rslora": True},

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from benchmarks.schedule_model import Machine, Problem, simulate
-from benchmarks.schedule_sweep import KERNELS, default_schedule
+from benchmarks.schedule.model import Machine, Problem, simulate
+from benchmarks.schedule.sweep import KERNELS, default_schedule
 from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, choose_config, ladder_for, makes_s_beside
 
 

@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import cuda_resources, queue_order
+from benchmarks import cuda_resources
+from benchmarks.schedule import queue_order
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
-from fastlora.dispatch import Problem
-from fastlora.problem import Sizes
+from fastlora.problem import Aligned, LaunchSpec, Sizes
 
 SIZES = dict(backward=False, half=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)
 needs_extension = pytest.mark.skipif(cuda._extension()[0] is None, reason=f"{cuda._extension()[1]}")
 
 
-def problem(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, aligned=True) -> Problem:
-    return Problem(Sizes(m, n, k, r), dtype, torch.device("cuda", 0), aligned)
+def spec(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, direction="forward", **changes) -> LaunchSpec:
+    return LaunchSpec(direction, Sizes(m, n, k, r), dtype, (dtype, dtype), torch.device("cuda", 0), **changes)
 
 
 @pytest.mark.parametrize(
@@ -32,20 +32,20 @@ def problem(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, aligned=True) -> Probl
         ({"r": 1}, "rank 1 must be multiples of 8"),
         ({"n": 33}, "out_features 33"),
         ({"k": 100}, "in_features 100"),
-        ({"aligned": False}, "does not start on 16 bytes"),
+        ({"aligned": Aligned(True, True, True, False, True)}, "does not start on 16 bytes"),
         ({"m": 2**31}, "does not fit 32 bits"),
     ),
 )
 def test_refusals_name_their_reason(changes, reason):
-    assert reason in cuda.refuses(problem(**changes))
+    assert reason in cuda.why_not_compiled(spec(**changes))
 
 
 def test_tensors_elsewhere_are_refused(monkeypatch):
     """Where there is a GPU: a launch would take a CPU tensor's address for one of the GPU's."""
     monkeypatch.setattr(cuda, "unusable", lambda device=None: None)
-    assert cuda.supports(problem()) is None
-    on_cpu = problem()._replace(device=torch.device("cpu"))
-    assert cuda.supports(on_cpu) == "cuda: the tensors are on cpu"
+    assert cuda.why_unsupported(spec()) is None
+    on_cpu = spec()._replace(device=torch.device("cpu"))
+    assert cuda.why_unsupported(on_cpu) == "the tensors are on cpu"
 
 
 def test_each_device_is_asked_for_its_own_capability(monkeypatch):
@@ -57,8 +57,8 @@ def test_each_device_is_asked_for_its_own_capability(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
     cuda.unusable.cache_clear()
     try:
-        assert "this device has 8.0" in cuda.supports(problem())
-        assert cuda.supports(problem()._replace(device=torch.device("cuda", 1))) is None
+        assert "this device has 8.0" in cuda.why_unsupported(spec())
+        assert cuda.why_unsupported(spec()._replace(device=torch.device("cuda", 1))) is None
     finally:
         cuda.unusable.cache_clear()
 
@@ -77,13 +77,13 @@ def test_slices_for_captured_launches_are_aligned_and_apart(monkeypatch):
 
 
 def test_nothing_is_refused_without_a_reason():
-    assert cuda.refuses(problem()) is None
-    assert cuda.refuses(problem(dtype=torch.float16, r=256, m=1)) is None
+    assert cuda.why_not_compiled(spec()) is None
+    assert cuda.why_not_compiled(spec(dtype=torch.float16, r=256, m=1)) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 def test_without_a_device_the_backend_says_so():
-    assert cuda.supports(problem()).startswith("cuda: ")
+    assert cuda.why_unsupported(spec())
 
 
 @pytest.mark.parametrize("n_sms", (1, 132))
@@ -114,7 +114,7 @@ def test_choices_of_tile():
 @pytest.mark.parametrize("tile", ((128, 256), (128, 128)))
 @pytest.mark.parametrize("m, ctas, group_m", ((128, 2, 2), (1300, 2, 4), (4096, 8, 6), (4100, 64, 16), (9000, 132, 16)))
 def test_the_queue_is_the_modelled_one(m, ctas, group_m, tile, fused):
-    """Tile by tile what benchmarks/queue_order.py says, so that the schedule model is one of these kernels."""
+    """Tile by tile what benchmarks/schedule/queue_order.py says, so that the schedule model is one of these kernels."""
     n, k, (block_m, block_n) = 1100, 520, tile
     n, cluster, grad_columns = n - n % 8, 2 if block_n == 256 else 1, 256 if block_n == 256 else 128
     plan = cuda._extension()[0].Plan(
@@ -159,6 +159,53 @@ def test_plans_that_cannot_be_launched_say_why():
         make(**{**SIZES, "k": 60}, block_m=64, block_n=128)
     with pytest.raises(ValueError, match="splits"):
         make(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
+
+
+def arguments(plan, **changes):
+    """Addresses that a plan of SIZES, with all gradients, can be launched with; None takes one out."""
+    matrices = {"u": 64, "v": 64, "a": 64, "b": 8, "c": 64, "x": 64, "saved": 8}
+    given = {name: (1 << 20, stride) for name, stride in matrices.items()}
+    given |= dict.fromkeys(("s", "grad_a", "grad_b", "grad_bias", "workspace"), 1 << 20)
+    if not plan.variant["backward"]:
+        given = {n: t for n, t in given.items() if n not in ("x", "saved", "grad_a", "grad_b", "grad_bias")}
+    return {name: value for name, value in {**given, **changes}.items() if value is not None}
+
+
+@needs_extension
+@pytest.mark.parametrize("backward", (False, True))
+def test_operands_that_no_kernel_can_read_are_refused(backward):
+    gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
+    plan = cuda._extension()[0].Plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
+    plan.parameters(**arguments(plan))
+    for name in arguments(plan):
+        with pytest.raises(ValueError, match=f"operand {name} is missing"):
+            plan.parameters(**arguments(plan, **{name: None}))
+    for changes, reason in (
+        ({"u": (1 << 20 | 8, 64)}, "u does not start on 16 bytes"),
+        ({"v": (1 << 20, 68)}, "v has rows of 64 elements 68 apart"),
+        ({"u": (1 << 20, 0)}, "they must not overlap"),
+        ({"u": (1 << 20, 56)}, "they must not overlap"),
+        ({"s": 1 << 20 | 4}, "s does not start on 16 bytes"),
+        ({"gradient_sums": 1 << 20}, "gradient_sums is given to a launch that has no use for it"),
+        ({"tile_parts": 1 << 20}, "tile_parts is given to a launch that has no use for it"),
+        ({"seed_address": 1 << 20}, "seed_address is given to a launch that has no use for it"),
+        ({"drop_threshold": 1}, "dropout is asked of a kernel without"),
+        ({"branch_scale": 2.0}, "only fp16 kernels scale the branch"),
+        ({"bias": 1 << 20} if backward else {"x": (1 << 20, 64)}, "is given to a launch that has no use for it"),
+        ({"bias": 1 << 20 | 2} if not backward else {"grad_a": 1 << 20 | 1}, "does not start on"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plan.parameters(**arguments(plan, **changes))
+
+
+@needs_extension
+def test_a_gradient_that_is_not_made_has_no_place_to_go():
+    make = cuda._extension()[0].Plan
+    plan = make(**{**SIZES, "backward": True}, block_m=64, block_n=128)
+    with pytest.raises(ValueError, match="operand x is given"):
+        plan.parameters(**arguments(plan, grad_a=None, grad_b=None, grad_bias=None))
+    with pytest.raises(ValueError, match="a forward makes no gradients"):
+        make(**SIZES, block_m=64, block_n=128, grad_a=True)
 
 
 @needs_extension

@@ -7,7 +7,7 @@ from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
 from fastlora.ops import lora_linear
 from fastlora.problem import Needs
-from tests.support import numerics
+from tests.support import launches, numerics
 from tests.support.cuda_emulation import run_layer
 
 pytestmark = pytest.mark.skipif(cuda.unusable() is not None, reason=f"CUDA kernels: {cuda.unusable()}")
@@ -60,12 +60,22 @@ def test_a_captured_graph_replays(poisoned):
     case = on_device(numerics.draw_integer_case(512, 264, 392, 16, torch.bfloat16))
     c = case
     arguments = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None)
-    y, s = cuda.lora_forward(*arguments)
+    y, s = launches.forward(cuda, *arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured, captured_s = cuda.lora_forward(*arguments)
-        gradients = cuda.lora_backward(
-            c.dy, c.x, c.weight, c.lora_a, c.lora_b, captured_s, c.scaling, 0.0, None, Needs(True, True, True, True)
+        captured, captured_s = launches.forward(cuda, *arguments)
+        gradients = launches.backward(
+            cuda,
+            c.dy,
+            c.x,
+            c.weight,
+            c.lora_a,
+            c.lora_b,
+            captured_s,
+            c.scaling,
+            0.0,
+            None,
+            Needs(True, True, True, True),
         )
     for _ in range(3):
         captured.fill_(float("nan"))

@@ -10,24 +10,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastlora.backends import workspace
 from fastlora.backends.configs import FUSED_RANK
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions
-from tests.kernels import test_cuda_kernels as cuda_values
-from tests.kernels import test_cuda_protocol as cuda_protocol
-from tests.kernels import test_triton_ptx as triton
-from tests.support import numerics
-from tests.support.cuda_emulation import unavailable
+from tests.support import cuda_checks, numerics
+from tests.support import triton_checks as triton
 
-pytestmark = [pytest.mark.sweep, triton.pytestmark]
-needs_cuda = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
+pytestmark = [pytest.mark.sweep, triton.needs_compiler, pytest.mark.usefixtures("own_workspace", "poisoned")]
 DTYPES = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
-
-
-@pytest.fixture(autouse=True)
-def own_workspace(monkeypatch, poisoned):
-    monkeypatch.setattr(workspace, "_by_stream", {})
 
 
 def random_options(generator: random.Random) -> LaunchOptions:
@@ -39,23 +29,23 @@ def random_options(generator: random.Random) -> LaunchOptions:
     )
 
 
-@needs_cuda
+@cuda_checks.needs_kernels
 @DTYPES
-@pytest.mark.parametrize("tile, dropout, rank", cuda_values.EVERY_KERNEL, ids=cuda_values.describe)
+@pytest.mark.parametrize("tile, dropout, rank", cuda_checks.EVERY_KERNEL, ids=cuda_checks.describe)
 def test_every_cuda_kernel_under_every_schedule(tile, dropout, rank, dtype):
     m = 3 * tile.block_m * (2 if tile.block_n == 256 else 1) + 8
-    cuda_protocol.check_schedules(tile, (m, 328, 264, rank), 0.3 * dropout, dtype)
+    cuda_checks.check_schedules(tile, (m, 328, 264, rank), 0.3 * dropout, dtype)
 
 
-@needs_cuda
+@cuda_checks.needs_kernels
 @pytest.mark.parametrize("seed", range(40))
 def test_cuda_kernels_at_random_sizes(seed):
     generator = random.Random(seed)
-    tile, dropout, rank = generator.choice(cuda_values.EVERY_KERNEL)
+    tile, dropout, rank = generator.choice(cuda_checks.EVERY_KERNEL)
     # At least a step of 64 for each of a contraction's parts.
     sizes = generator.randrange(1, 700), 8 * generator.randrange(24, 60), 8 * generator.randrange(24, 60), rank
     schedules = [random_options(generator) for _ in range(3)]
-    cuda_protocol.check_schedules(
+    cuda_checks.check_schedules(
         tile, sizes, 0.3 * dropout, generator.choice((torch.bfloat16, torch.float16)), schedules
     )
 

@@ -8,10 +8,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import traffic
-from benchmarks.peer_orders import ORDERS
+from benchmarks import ROOT
 from benchmarks.readme_tables import block_text
-from benchmarks.traffic_report import Claims, as_markdown, claims, excess, faults, frozen_rows, is_ours, key_of
+from benchmarks.traffic import __main__ as command
+from benchmarks.traffic import count as traffic
+from benchmarks.traffic.peer_orders import ORDERS
+from benchmarks.traffic.report import Claims, as_markdown, claims, excess, faults, frozen_rows, is_ours, key_of
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.triton import launch as triton_lora
 from tests.emulator import UninitialisedError
@@ -128,15 +130,15 @@ def test_memory_that_no_launch_wrote_is_not_counted_but_refused():
     ],
 )
 def test_a_shape_that_the_table_is_not_for_is_refused(options, message):
-    before = traffic.TABLE.stat().st_mtime_ns
-    result = CliRunner().invoke(traffic.main, options.split())
+    before = command.TABLE.stat().st_mtime_ns
+    result = CliRunner().invoke(command.main, options.split())
     assert result.exit_code == 2 and message in result.output
-    assert traffic.TABLE.stat().st_mtime_ns == before
+    assert command.TABLE.stat().st_mtime_ns == before
 
 
 @pytest.fixture(scope="module")
 def table():
-    return json.loads(traffic.TABLE.read_text())
+    return json.loads(command.TABLE.read_text())
 
 
 def test_the_table_holds_every_row_and_obeys_the_claims(table):
@@ -150,10 +152,8 @@ def test_the_table_holds_every_row_and_obeys_the_claims(table):
     }
     assert {key_of(row) for row in table["rows"]} == expected and len(table["rows"]) == len(expected)
     assert faults(table) == []
-    assert traffic.TABLE.with_suffix(".md").read_text() == as_markdown(table)
-    assert "| fastlora, dropout 0.1 | 1 + 1 | 0 | 1 (0) | 1 | 0 |" in block_text(
-        "traffic", str(traffic.TABLE), traffic.ROOT
-    )
+    assert command.TABLE.with_suffix(".md").read_text() == as_markdown(table)
+    assert "| fastlora, dropout 0.1 | 1 + 1 | 0 | 1 (0) | 1 | 0 |" in block_text("traffic", str(command.TABLE), ROOT)
     frozen = frozen_rows(table)
     for counted in table["rows"]:
         if not is_ours(counted) and counted["order"] != "frozen layer":

@@ -2,15 +2,18 @@
 
 import dataclasses
 import itertools
+import json
 import re
 
 import pytest
 import torch
+import triton
 
 from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, ladder_for
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
+from tests.support import launches
 from tests.support.compile_target import (
     REGISTER_FILE,
     SHARED_MEMORY,
@@ -41,9 +44,11 @@ def compile_layer(monkeypatch, arch, direction, config, *, rank, dtype, dropout,
     dropout_p, seed = (0.1, torch.tensor(2**40)) if dropout else (0.0, None)
     with compile_for(arch) as driver:
         if direction == "forward":
-            triton_lora.lora_forward(x, weight, a, b, meta(n) if bias else None, 2.0, dropout_p, seed, config=config)
+            launches.forward(
+                triton_lora, x, weight, a, b, meta(n) if bias else None, 2.0, dropout_p, seed, config=config
+            )
         else:
-            triton_lora.lora_backward(dy, x, weight, a, b, s, 2.0, dropout_p, seed, needs, config=config)
+            launches.backward(triton_lora, dy, x, weight, a, b, s, 2.0, dropout_p, seed, needs, config=config)
     return driver.launched[-1].kernel, len(driver.launched)  # perhaps compiled by an earlier test
 
 
@@ -127,6 +132,27 @@ def allow_tf32():
     before = torch.backends.cuda.matmul.allow_tf32
     yield lambda allowed: setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_hooks_are_given_what_can_be_stored(monkeypatch):
+    """Triton hands a hook each kernel's constants as JSON, from which ``preload`` compiles it elsewhere."""
+    hooked = []
+    for name in ("jit_cache_hook", "jit_post_compile_hook"):
+        monkeypatch.setattr(triton.knobs.runtime, name, lambda **found: hooked.append(found["compile"]))
+    config = TileConfig(16, 32, 64, 8, 4, 2)
+    names = {"forward": "lora_forward_kernel", "backward": "lora_backward_kernel"}
+    for direction, name in names.items():
+        kernel = getattr(triton_lora, name)
+        hooked.clear()
+        compile_layer(monkeypatch, 80, direction, config, rank=8, dtype=torch.float16, dropout=True)
+        before, after = hooked
+        assert before["key"] == after["key"] and json.loads(before["specialization_data"])
+        kernel.device_caches.pop(80)
+        with compile_for(80):
+            kernel.preload(before["specialization_data"])
+        hooked.clear()
+        compile_layer(monkeypatch, 80, direction, config, rank=8, dtype=torch.float16, dropout=True)
+        assert not hooked, "what was preloaded is compiled again"
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

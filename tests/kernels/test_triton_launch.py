@@ -1,5 +1,9 @@
 """The host's side of a Triton launch, as far as it can be seen without a device: the kernels are stood in for."""
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -7,7 +11,7 @@ import torch
 
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
-from tests.support import numerics
+from tests.support import launches, numerics
 
 pytest.importorskip("triton")
 
@@ -42,8 +46,8 @@ def kernels(monkeypatch):
 def test_launches_are_made_on_the_tensors_device(kernels):
     """Triton takes the current device; a second GPU's tensors would meet the first one's stream."""
     c = numerics.draw_case(40, 48, 72, 8, torch.bfloat16)
-    _, s = triton_lora.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, 1.0, 0.0, None)
-    triton_lora.lora_backward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, 1.0, 0.0, None, Needs(*[True] * 4))
+    _, s = launches.forward(triton_lora, c.x, c.weight, c.lora_a, c.lora_b, c.bias, 1.0, 0.0, None)
+    launches.backward(triton_lora, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, 1.0, 0.0, None, Needs(*[True] * 4))
     for recorder in kernels.values():
         assert [device for device, *_ in recorder.launches] == [torch.device("cpu")]
 
@@ -56,7 +60,33 @@ def test_no_value_of_a_seed_is_compiled_for():
         assert all(by_name[name].do_not_specialize for name in ("seed", "n_words", "wave"))
 
 
-@pytest.mark.parametrize("rows, by_descriptor", ((torch.zeros(8, 64), True), (torch.zeros(1, 64).expand(8, 64), False)))
-def test_rows_that_overlap_get_no_descriptor(rows, by_descriptor):
-    """The driver wants a row stride of at least a row; an expanded gradient's is 0."""
-    assert triton_lora._descriptor_or_tensor(rows, [8, 16], arch=90)[1] is by_descriptor
+INTERPRETED = """
+import json, torch, fastlora
+results = {}
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    torch.manual_seed(0)
+    x, weight, a, b = (torch.randn(*shape).to(dtype) for shape in ((40, 24), (16, 24), (3, 24), (16, 3)))
+    try:
+        y = fastlora.lora_linear(x, weight, a, b, 0.5, backend="triton")
+        exact = fastlora.lora_linear(*(t.double() for t in (x, weight, a, b)), 0.5)
+        results[str(dtype)] = (y.double() - exact).abs().max().item()
+    except ValueError as error:
+        results[str(dtype)] = str(error)
+print(json.dumps(results))
+"""
+
+
+def test_the_interpreter_gives_right_values_or_a_reason():
+    """As a user meets it, without the tests' repairs."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    found = json.loads(done.stdout)
+    for dtype in ("torch.float16", "torch.bfloat16"):
+        assert f"serves float32 alone, not {dtype}" in found[dtype] and "unset TRITON_INTERPRET" in found[dtype]
+    in_float32 = found["torch.float32"]
+    assert in_float32 < 1e-4 if isinstance(in_float32, float) else "install numpy<2.4" in in_float32

@@ -5,10 +5,10 @@ python -m pytest tests/kernels/test_triton_mutants.py -rP     prints the check t
 
 import pytest
 
-from tests.kernels import test_triton_ptx as proof
 from tests.support import defects
+from tests.support.triton_checks import needs_compiler
 
-pytestmark = proof.pytestmark
+pytestmark = needs_compiler
 
 
 @pytest.mark.parametrize("defect", defects.triton_planted(), ids=lambda defect: defect.name.replace(" ", "-"))

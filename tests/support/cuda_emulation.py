@@ -18,6 +18,7 @@ from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions, Struct, TensorMap, load_ptx
 from tests.emulator.conformance import coverage
+from tests.support import launches
 from tests.support.numerics import Case
 
 THREADS = 384
@@ -132,8 +133,10 @@ def run_layer(case: Case, tile: cuda.CudaTile, ctas: int, needs: Needs = Needs(T
     c = case
     needs = needs._replace(dbias=needs.dbias and c.bias is not None)
     shared = (c.scaling, c.dropout_p, c.seed)
-    y, s = cuda.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, tile=tile, ctas=ctas)
-    gradients = cuda.lora_backward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, needs, tile=tile, ctas=ctas)
+    y, s = launches.forward(cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, tile=tile, ctas=ctas)
+    gradients = launches.backward(
+        cuda, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, needs, tile=tile, ctas=ctas
+    )
     return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, s
 
 

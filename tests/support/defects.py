@@ -15,10 +15,8 @@ import torch
 
 from fastlora.backends import workspace
 from tests.emulator import EmulatorError, LaunchOptions, TrapError
-from tests.kernels import test_cuda_kernels as cuda_values
-from tests.kernels import test_cuda_protocol as cuda_protocol
-from tests.kernels import test_triton_ptx as triton
-from tests.support import deletions, mutants
+from tests.support import cuda_bugs, cuda_checks, deletions, mutants
+from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import ptx_of, variants_for
 from tests.support.numerics import poison
 
@@ -207,8 +205,8 @@ def _texts(check) -> list[str]:
 
 def cuda_planted() -> list[Defect]:
     return [
-        Defect(name, "csrc", (("planted", functools.partial(cuda_protocol.check_seeded, name)),))
-        for name in cuda_protocol.SEEDED_BUGS
+        Defect(name, "csrc", (("planted", functools.partial(cuda_bugs.check_seeded, name)),))
+        for name in cuda_bugs.SEEDED_BUGS
     ]
 
 
@@ -224,19 +222,19 @@ def _cuda_checks():
         tile, _, rank = layer
         return rank != 40, tile.block_m * tile.block_n
 
-    for tile, dropout, rank in sorted(cuda_values.EVERY_KERNEL, key=order):
-        name = f"integers {cuda_values.describe(tile)} R={rank} {cuda_values.describe(dropout)}"
-        options = _limited([cuda_values.schedule_of(tile, dropout, rank)])[0]
-        check = functools.partial(cuda_values.check_integers, tile, dropout, rank, options)
+    for tile, dropout, rank in sorted(cuda_checks.EVERY_KERNEL, key=order):
+        name = f"integers {cuda_checks.describe(tile)} R={rank} {cuda_checks.describe(dropout)}"
+        options = _limited([cuda_checks.schedule_of(tile, dropout, rank)])[0]
+        check = functools.partial(cuda_checks.check_integers, tile, dropout, rank, options)
         yield name, _kernels_of(tile, dropout, rank), check
-    for needs in cuda_values.SUBSETS:
+    for needs in cuda_checks.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
-        yield name, _kernels_of(cuda_values.WIDE, False, 16), functools.partial(cuda_values.check_needs, needs)
-    for tile, sizes in reversed(cuda_protocol.LAYERS):
+        yield name, _kernels_of(cuda_checks.WIDE, False, 16), functools.partial(cuda_checks.check_needs, needs)
+    for tile, sizes in reversed(cuda_checks.LAYERS):
         for dropout_p in (0.0, 0.3):
-            name = f"schedules {cuda_values.describe(tile)} {sizes} p={dropout_p}"
-            schedules = _limited(cuda_protocol.SCHEDULES)
-            check = functools.partial(cuda_protocol.check_schedules, tile, sizes, dropout_p, schedules=schedules)
+            name = f"schedules {cuda_checks.describe(tile)} {sizes} p={dropout_p}"
+            schedules = _limited(cuda_checks.SCHEDULES)
+            check = functools.partial(cuda_checks.check_schedules, tile, sizes, dropout_p, schedules=schedules)
             yield name, _kernels_of(tile, dropout_p > 0, sizes[3]), check
 
 
@@ -244,7 +242,7 @@ def _cuda_checks():
 def _cuda_sites() -> dict[tuple[str, str], dict[str, list[deletions.Deletion]]]:
     """For each statement that waits, fences or synchronises: its instructions, by kernel."""
     sites: dict[tuple[str, str], dict[str, list[deletions.Deletion]]] = {}
-    for variant in cuda_values.variants():
+    for variant in cuda_checks.variants():
         if variant["half"]:  # test_fp16_kernels_are_the_bf16_kernels compares them, instruction by instruction
             continue
         for deletion in deletions.find(ptx_of(variant["name"])):

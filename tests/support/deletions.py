@@ -9,7 +9,7 @@ from tests.emulator.ptx import Block, Label, parse
 from tests.support import mutants
 from tests.support.mutants import Mutant
 
-CUDA_SOURCES = Path(__file__).parent.parent / "csrc"
+CUDA_SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 
 # Pattern of the instruction, what stands in for it, what is taken out. A wait that is gone finds its condition true; a
 # semantics that is gone leaves a relaxed access.
@@ -116,10 +116,16 @@ def _ending(instruction: str):
 
 
 def source_line(place: str, directory: Path = CUDA_SOURCES) -> str:
-    """The text at the first "file:line" of a chain, or nothing."""
+    """The text at the first "file:line" of a chain, or nothing where the file is not one of ours.
+
+    Raises:
+        FileNotFoundError: the directory of the sources is not there.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no folder of sources at {directory}")
     name, _, line = place.split(" < ")[0].partition(":")
-    path = directory / name
-    return path.read_text().splitlines()[int(line) - 1].strip() if path.exists() else ""
+    path = next(directory.rglob(name), None)
+    return path.read_text().splitlines()[int(line) - 1].strip() if path else ""
 
 
 _TRITON_RULES = (

@@ -1,6 +1,7 @@
 """Copies of the Triton kernels with one defect each, to see the proof find it."""
 
 import importlib
+import importlib.util
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ MUTANTS = (
         "for k in range(0, shape.K, variant.tile.block_k):",
         "for k in range(0, shape.K - variant.tile.block_k, variant.tile.block_k):",
     ),
-    Mutant("S unscaled", "tiles", "(acc_s * scale_s)", "(acc_s * 1.0)"),
+    Mutant("S unscaled", "tiles", "acc_s *= scales.of_sum", "acc_s *= 1.0"),
     Mutant(
         "branch left out",
         "tiles",
@@ -141,7 +142,10 @@ def source(module: str) -> str:
 
 
 def load(mutant: Mutant) -> ModuleType:
-    """The mutant's own copy of fastlora.backends.triton.launch, made afresh. Raises ValueError as Mutant.apply."""
+    """The mutant's own copy of fastlora.backends.triton.launch, made afresh. Raises ValueError as Mutant.apply.
+
+    The files stay: Triton reads a kernel's source again when it compiles it.
+    """
     directory = Path(tempfile.mkdtemp(prefix="mutant_"))
     package = directory.name
     for name in MODULES:
@@ -152,8 +156,8 @@ def load(mutant: Mutant) -> ModuleType:
             text = text.replace(f"fastlora.backends.triton.{other}", f"{package}.{other}")
         (directory / f"{name}.py").write_text(text)
     (directory / "__init__.py").touch()
-    sys.path.insert(0, str(directory.parent))
-    try:
-        return importlib.import_module(f"{package}.launch")
-    finally:
-        sys.path.remove(str(directory.parent))
+    spec = importlib.util.spec_from_file_location(
+        package, directory / "__init__.py", submodule_search_locations=[str(directory)]
+    )
+    sys.modules[package] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{package}.launch")

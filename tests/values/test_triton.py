@@ -11,7 +11,7 @@ from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
-from tests.support import numerics
+from tests.support import float16_range, launches, numerics
 
 ALL = Needs(True, True, True, True)
 # Tiles so small that a small problem has several row groups, columns, parts and slices, and no smaller: the
@@ -39,9 +39,9 @@ def run(case: numerics.Case, needs: Needs = ALL, config: TileConfig | None = SMA
     if c.bias is None:
         needs = needs._replace(dbias=False)
     forward_args = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
-    y, s = triton_lora.lora_forward(*forward_args, config=config)
+    y, s = launches.forward(triton_lora, *forward_args, config=config)
     backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
-    gradients = triton_lora.lora_backward(*backward_args, config=config)
+    gradients = launches.backward(triton_lora, *backward_args, config=config)
     assert all(not buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
     return {"y": y, **{n: g for n, g in zip(gradients._fields, gradients, strict=True) if g is not None}}
 
@@ -109,6 +109,25 @@ def test_strided_rows_are_read_in_place(addressing, device):
     assert all(torch.equal(results[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("scaling", float16_range.SCALINGS)
+@pytest.mark.parametrize("regime", float16_range.REGIMES, ids=lambda regime: regime.name)
+def test_float16_overflows_where_the_composed_layer_does(regime, scaling, dropout_p, device):
+    case = float16_range.draw(regime, scaling, 97, 40, 136, 5, dropout_p)
+    on_device = {name: value.to(device) for name, value in vars(case).items() if torch.is_tensor(value)}
+    results = run(dataclasses.replace(case, **on_device))
+    float16_range.check({name: result.cpu() for name, result in results.items()}, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_of_dy_reach_dbias_as_infinities(dtype, device):
+    case = numerics.draw_case(97, 72, 104, 5, dtype, device=device)
+    case.dy[70, 3], case.dy[5, 40] = float("inf"), float("-inf")
+    dbias = run(case)["dbias"]
+    assert torch.equal(dbias.isinf().nonzero().flatten().cpu(), torch.tensor([3, 40])) and not dbias.isnan().any()
+    assert dbias[3] > 0 > dbias[40]
+
+
 def test_the_same_call_gives_the_same_bits(device):
     case = numerics.draw_case(130, 72, 88, 7, torch.bfloat16, dropout_p=0.1, device=device)
     first, second = run(case), run(case)
@@ -121,7 +140,7 @@ def test_dropout_draws_the_reference_mask(device):
     x, eye = torch.ones(m, k, device=device), torch.eye(k, device=device)
     weight, b = torch.zeros(8, k, device=device), torch.zeros(8, k, device=device)
     args = (x, weight, eye, b, None, 1.0, p, torch.tensor(77))
-    _, s = triton_lora.lora_forward(*args, config=SMALL)
+    _, s = launches.forward(triton_lora, *args, config=SMALL)
     _, expected = reference.lora_forward(*args)
     assert torch.equal(s != 0, expected != 0)
     assert 0.3 < (s == 0).float().mean() < 0.5

@@ -4,18 +4,16 @@ The only importer of the compiled extension."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastlora import philox
-from fastlora.backends import reference
 from fastlora.backends.configs import makes_s_beside
 from fastlora.backends.workspace import borrow_workspace
-from fastlora.dispatch import Problem
-from fastlora.problem import Gradients, Needs
+from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
 
 MAX_RANK = 256
 SMALL_TILE_RANK = 64  # tiles smaller than 128 x 256 are compiled up to this rank
@@ -111,28 +109,35 @@ def unusable(device: torch.device | None = None) -> str | None:
     return None
 
 
-def refuses(problem: Problem) -> str | None:
-    """Why these kernels do not compute a problem on any device, or None."""
-    m, n, k, r = problem.sizes
-    if problem.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {problem.dtype} is not float16 or bfloat16"
+def why_not_compiled(spec: LaunchSpec) -> str | None:
+    """Why these kernels do not compute such a call on any device, or None."""
+    m, n, k, r = spec.sizes
+    if spec.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {spec.dtype} is not float16 or bfloat16"
     if r > MAX_RANK:
         return f"rank {r} is above {MAX_RANK}"
     if n % 8 or k % 8 or r % 8:
         return f"out_features {n}, in_features {k} and rank {r} must be multiples of 8"
-    if not problem.aligned:
+    # Factors of another dtype are cast, and the cast is aligned.
+    if not all(spec.aligned._replace(**{name: True for name in _cast_factors(spec)})):
         return "an operand does not start on 16 bytes, or its rows do not"
     if max(m, n, k) >= 2**31 - 1024:
         return f"a dimension of {max(m, n, k)} does not fit 32 bits"
+    if spec.base_format != "dense" or spec.branch != "single":
+        return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
     return None
 
 
-def supports(problem: Problem) -> str | None:
+def _cast_factors(spec: LaunchSpec) -> tuple[str, ...]:
+    factors = zip(("lora_a", "lora_b"), spec.adapter_dtypes, strict=True)
+    return tuple(name for name, dtype in factors if dtype != spec.dtype)
+
+
+def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why these kernels cannot serve a call here, or None."""
-    if problem.device.type != "cuda":
-        return f"cuda: the tensors are on {problem.device}"
-    reason = unusable(problem.device) or refuses(problem)
-    return f"cuda: {reason}" if reason else None
+    if spec.device.type != "cuda":
+        return f"the tensors are on {spec.device}"
+    return unusable(spec.device) or why_not_compiled(spec)
 
 
 @lru_cache(maxsize=4096)
@@ -154,15 +159,16 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """Rows that do not overlap, as a copy engine needs them (an expanded gradient has a stride of 0)."""
-    return tensor if tensor.shape[0] <= 1 or tensor.stride(0) >= tensor.shape[1] else tensor.contiguous()
-
-
 def _address(operand):
-    """A matrix as its address and row stride, a vector as its address; numbers are what they are."""
+    """A matrix as its address and row stride, a vector as its address; numbers are what they are.
+
+    Raises:
+        ValueError: the elements of a vector, or of a matrix's rows, do not lie one behind the other.
+    """
     if not isinstance(operand, Tensor):
         return operand
+    if operand.stride(-1) != 1 and operand.shape[-1] > 1:
+        raise ValueError(f"an operand of shape {tuple(operand.shape)} has strides {operand.stride()}, the last not 1")
     if operand.dim() < 2:
         return operand.data_ptr()
     return operand.data_ptr(), operand.stride(0) if operand.shape[0] > 1 else operand.shape[1]
@@ -190,66 +196,45 @@ def _dropout_operands(dropout_p: float, seed: Tensor | None) -> dict[str, Tensor
     return operands | ({"seed": int(seed)} if seed.device.type == "cpu" else {"seed_address": seed.view(-1)})
 
 
-def lora_forward(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K]
-    lora_a: Tensor,  # [R, K]
-    lora_b: Tensor,  # [N, R]
-    bias: Tensor | None,  # [N]
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    tile: CudaTile | None = None,
-    ctas: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Y [M, N] and S [M, R] in one launch; see fastlora.backends.reference.lora_forward.
-
-    ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for each multiprocessor."""
-    (m, k), (n, r) = x.shape, lora_b.shape
-    if 0 in (m, n, k):
-        return reference.lora_forward(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed)
-    y, s = x.new_empty(m, n), x.new_empty(m, r)
-    ctas = ctas or _multiprocessors(x.device)
+def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = None) -> Launcher:
+    """What serves every call of this description. ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for
+    each multiprocessor."""
+    ctas = ctas or _multiprocessors(spec.device)
+    m, n, k, r = spec.sizes
+    columns, contracted = (n, k) if spec.direction == "forward" else (k, n)
+    tile = tile or choose_tile(m, columns, contracted, r, ctas)
+    needs = spec.needs
+    wanted = {"makes_c": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
     plan = _plan(
-        tile or choose_tile(m, n, k, r, ctas), ctas, (m, n, k, r), False, x.dtype == torch.float16, dropout_p > 0.0
-    )
-    if bias is not None and bias.data_ptr() % 16:
-        bias = bias.clone()
+        tile, ctas, (m, columns, contracted, r), spec.direction == "backward", spec.dtype == torch.float16,
+        spec.dropout, **(wanted if spec.direction == "backward" else {}),
+    )  # fmt: skip
+    return partial(_forward if spec.direction == "forward" else _backward, spec, plan)
+
+
+def _forward(spec: LaunchSpec, plan, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
+    """Y [M, N] and S [M, R] in one launch; see backends.reference."""
+    x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
+    m, n, _, r = spec.sizes
+    y, s = x.new_empty(m, n), x.new_empty(m, r)
+    scales = split_scaling(scaling, x.dtype)
     _run(
         plan,
         x,
         {
-            "u": _rows(x), "v": _rows(weight), "a": _rows(lora_a.to(x.dtype)), "b": _rows(lora_b.to(x.dtype)),
-            "bias": bias, "c": y, "s": s.view(-1), "scale_s": scaling * philox.inverse_keep(dropout_p),
+            "u": x, "v": weight, "a": lora_a.to(x.dtype), "b": lora_b.to(x.dtype), "bias": bias, "c": y,
+            "s": s.view(-1), "scale_s": scales.in_s, "branch_scale": scales.on_branch,
             **_dropout_operands(dropout_p, seed),
         },
     )  # fmt: skip
     return y, s
 
 
-def lora_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor | None,  # [M, K], read for dA alone
-    weight: Tensor,  # [N, K]
-    lora_a: Tensor,  # [R, K]
-    lora_b: Tensor,  # [N, R]
-    s: Tensor | None,  # [M, R], read for dB alone
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    needs: Needs,
-    tile: CudaTile | None = None,
-    ctas: int | None = None,
-) -> Gradients:
-    """The gradients that ``needs`` names in one launch; see fastlora.backends.reference.lora_backward."""
-    (m, n), (r, k) = dy.shape, lora_a.shape
-    if 0 in (m, n, k) or not any(needs):
-        return reference.lora_backward(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed, needs)
-    ctas = ctas or _multiprocessors(dy.device)
-    plan = _plan(
-        tile or choose_tile(m, k, n, r, ctas), ctas, (m, k, n, r), True, dy.dtype == torch.float16, dropout_p > 0.0,
-        makes_c=needs.dx, grad_a=needs.da, grad_b=needs.db, grad_bias=needs.dbias,
-    )  # fmt: skip
+def _backward(spec: LaunchSpec, plan, operands: BackwardOperands) -> Gradients:
+    """The gradients that the description needs in one launch; see backends.reference."""
+    dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
+    m, n, k, r = spec.sizes
+    needs = spec.needs
 
     def output(needed: bool, *shape: int, dtype: torch.dtype = dy.dtype) -> Tensor | None:
         return dy.new_empty(shape, dtype=dtype) if needed else None
@@ -263,10 +248,10 @@ def lora_backward(
         plan,
         dy,
         {
-            "u": _rows(dy), "v": _rows(weight), "a": _rows(lora_a.to(dy.dtype)), "b": _rows(lora_b.to(dy.dtype)),
-            "c": dx, "s": ds, "x": _rows(x) if needs.da else None, "saved": _rows(s) if needs.db else None,
-            "grad_a": None if da is None else da.view(-1), "grad_b": None if db is None else db.view(-1),
-            "grad_bias": dbias, "scale_s": scaling, "fp32_grads": grad_dtype == torch.float32,
+            "u": dy, "v": weight, "a": lora_a.to(dy.dtype), "b": lora_b.to(dy.dtype), "c": dx, "s": ds, "x": x,
+            "saved": s, "grad_a": None if da is None else da.view(-1), "grad_b": None if db is None else db.view(-1),
+            "grad_bias": dbias, "scale_s": scaling, "branch_scale": split_scaling(scaling, dy.dtype).on_branch,
+            "fp32_grads": grad_dtype == torch.float32,
             **_dropout_operands(dropout_p, seed),
         },
     )  # fmt: skip

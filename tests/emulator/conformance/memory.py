@@ -204,7 +204,10 @@ def _parameters():
     ld.param.v4.u32 {%r4, %r5, %r6, %r7}, [s+16];
     ld.param.b64 %rd2, [s+24];
     ld.param.f32 %f1, [s+28];
+    ld.param.v2.f32 {%f2, %f3}, [s+8];
     mov.b32 %r8, %f1;
+    mov.b32 %r10, %f2;
+    mov.b32 %r11, %f3;
     mov.u64 %rd3, s;
     cvta.param.u64 %rd4, %rd3;
     ld.b32 %r9, [%rd4+12];
@@ -212,17 +215,17 @@ def _parameters():
     @!%p1 bra $out;
 """
     stores = [("b32", "%r1"), ("b64", "%rd1"), ("v2.b32", "{%r2, %r3}"), ("v4.b32", "{%r4, %r5, %r6, %r7}")]
-    stores += [("b64", "%rd2"), ("b32", "%r8"), ("b32", "%r9")]
-    at = [0, 8, 16, 32, 48, 56, 60]
+    stores += [("b64", "%rd2"), ("b32", "%r8"), ("b32", "%r9"), ("v2.b32", "{%r10, %r11}")]
+    at = [0, 8, 16, 32, 48, 56, 60, 64]
     body += "".join(
         f"    st.global.{kind} [%rd0+{start}], {register};\n"
         for (kind, register), start in zip(stores, at, strict=True)
     )
-    expected = [7, 0, -3, -1, 11, 13, 0, 0, 17, 19, 23, 29, 23, 29, 29, 13]
+    expected = [7, 0, -3, -1, 11, 13, 0, 0, 17, 19, 23, 29, 23, 29, 29, 13, 11, 13]
     yield Case(
         "parameters by value",
         module(body + "$out:", {"y": "u64", "s": (32, 64)}),
-        {"y": torch.zeros(16, dtype=torch.int32), "s": struct.pack("<8i", *words)},
+        {"y": torch.zeros(18, dtype=torch.int32), "s": struct.pack("<8i", *words)},
         {"y": torch.tensor(expected, dtype=torch.int32)},
     )
 

@@ -1,4 +1,5 @@
-"""Options and parameters of the pytest-benchmark cases: ``pytest benchmarks/bench_layer.py --preset quick``."""
+"""Options and parameters of the pytest-benchmark cases:
+``pytest -c benchmarks/cases/pytest.ini benchmarks/cases/bench_layer.py --preset quick``."""
 
 import pytest
 import torch

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fastlora.cli.errors import CommandError, first_line
+from fastlora.errors import CommandError, first_line
 
 
 def check_writable(directory: Path) -> None:

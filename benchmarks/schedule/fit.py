@@ -5,8 +5,8 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.queue_order import cdiv
-from benchmarks.schedule_model import Machine, Problem, Schedule, frozen_baseline, simulate
+from benchmarks.schedule.model import Machine, Problem, Schedule, frozen_baseline, simulate
+from benchmarks.schedule.queue_order import cdiv
 from fastlora.backends.configs import makes_s_beside
 
 FITTED = ("flops", "dram_bandwidth", "tile_overhead")

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,10 +27,10 @@ def _output(command: list[str], directory: Path | None = None) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def package_versions() -> dict[str, str | None]:
+def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
     """Installed versions; None for what is not installed."""
-    found = {}
-    for name in PACKAGES:
+    found: dict[str, str | None] = {}
+    for name in names:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -39,7 +40,7 @@ def package_versions() -> dict[str, str | None]:
 
 def commit() -> str | None:
     """The checkout's commit, with "+changes" where tracked files differ from it; None for an installed wheel."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return None
     head = _output(["git", "rev-parse", "--short=12", "HEAD"], root)

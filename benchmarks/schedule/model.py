@@ -1,4 +1,4 @@
-"""Discrete-event model of the one-launch schedule: what a queue order, a group size or a gradient split should cost.
+"""Discrete-event model of the one-launch schedule: what a group size, or who makes S, should cost.
 
 It models: CTAs that claim tiles in queue order; loads one chunk of K ahead of the product; an LRU L2 over those chunks
 with write-back; first-come-first-served DRAM and L2 bandwidth and a per-SM load bandwidth; flags, and the fixed-order
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
-from benchmarks.queue_order import Schedule, Tile, build_queue, cdiv, part_blocks
+from benchmarks.schedule.queue_order import Schedule, Tile, build_queue, cdiv
 
 LABEL = "model, not a measurement"
 MAX_STEPS = 24_000  # K chunks grow until one run has about this many events, so that most shapes take seconds
@@ -168,7 +168,6 @@ class Simulation:
         self.order = count()
         self.signals: dict[tuple, float] = {}
         self.waiting: dict[tuple, list] = defaultdict(list)
-        self.planes: dict[tuple, int] = defaultdict(int)
 
     def run(self) -> Outcome:
         for sm in range(self.machine.sm_count):
@@ -294,13 +293,13 @@ class Simulation:
     def _gradient(self, sm: int, tile: Tile) -> Generator:
         """Sums over a part of M, then adds the part to the others'."""
         schedule, machine = self.schedule, self.machine
-        first = tile.block * part_blocks(schedule)
+        first = tile.block * schedule.group_m
         total = self.problem.k if tile.kind == "dA" else self.problem.n
         width = min(schedule.grad_columns, total - tile.column * schedule.grad_columns)
         seconds = 2 * schedule.block_m * schedule.grad_columns * max(self.rank, machine.shrink_floor) / self.sm_flops
         if self.problem.dropout and tile.kind == "dA":
             seconds += schedule.block_m * schedule.grad_columns * machine.philox
-        for block in range(first, min(first + part_blocks(schedule), self.rows)):
+        for block in range(first, min(first + schedule.group_m, self.rows)):
             rows = min(schedule.block_m, self.problem.m - block * schedule.block_m)
             left, right = rows * width * 2, rows * self.rank * 2
             if tile.kind == "dA":
@@ -314,7 +313,7 @@ class Simulation:
                 loads.append((("saved S", block), right, False))
             yield self._load(sm, loads, left + right, seconds, first=block == first)
         size = width * self.rank * 4
-        yield from (self._add_part if schedule.chain else self._leave_plane)(sm, tile, size)
+        yield from self._add_part(sm, tile, size)
         self.busy[sm] += machine.tile_overhead
 
     def _chunks(self, column: int) -> range:
@@ -336,19 +335,6 @@ class Simulation:
             yield self.busy[sm]
         self._signal((*key, tile.block), self.now + self.machine.flag_latency)
 
-    def _leave_plane(self, sm: int, tile: Tile, size: int) -> Generator:
-        """Writes this part's plane; the last part to arrive reads and adds them all."""
-        key = (tile.kind, tile.column)
-        yield self.busy[sm]
-        self.busy[sm] = self.memory.access(self.now, [((*key, tile.block), size, True)], size)
-        yield self.busy[sm]
-        parts = cdiv(self.rows, part_blocks(self.schedule))
-        self.planes[key] += 1
-        if self.planes[key] == parts:
-            yield self.now + self.machine.flag_latency
-            planes = [((*key, part), size, False) for part in range(parts)]
-            self.busy[sm] = self.memory.access(self.now, planes, size * parts)
-
 
 def simulate(problem: Problem, schedule: Schedule, machine: Machine | None = None) -> Outcome:
     """Runs one launch through the model."""
@@ -359,6 +345,6 @@ def frozen_baseline(problem: Problem, schedule: Schedule, machine: Machine | Non
     """The same GEMM without the branch at the group size that suits it best: what the branch is compared with."""
     groups = (1, 2, 4, 8, 16, 32)
     return min(
-        (simulate(problem.frozen, replace(schedule, group_m=g, order="head"), machine) for g in groups),
+        (simulate(problem.frozen, replace(schedule, group_m=g), machine) for g in groups),
         key=lambda outcome: outcome.makespan,
     )

@@ -1,47 +1,37 @@
-"""What every order of a LoRA layer's work reads, writes and multiplies, counted on the kernels' own PTX.
-
-    python -m benchmarks.traffic          rewrites results/traffic.json and .md (a minute on a CPU)
-    python -m benchmarks.traffic --check  counts again and compares with the table
-    python -m benchmarks.traffic --m 384 --n 640 --k 256 --r 8 --output DIR     another shape, elsewhere
+"""Counts what every order of a LoRA layer's work reads, writes and multiplies, on the kernels' own PTX.
 
 The emulator of tests/emulator runs the compiled kernels and counts the bytes that cross between the grid and each
 tensor, the matrix instructions and the barriers. Ours are the launchers' real launches; other packages' orders are
-those of benchmarks/peer_orders.py, from plain kernels with the same tile. Every row's results are checked against fp64
-before its counters count. Traffic between L2 and the multiprocessors is what is counted; time is not.
+those of peer_orders.py, from plain kernels with the same tile. Every row's results are checked against fp64 before its
+counters count. Traffic between L2 and the multiprocessors is what is counted; time is not.
 """
 
-import importlib.metadata
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from unittest import mock
 
-import click
 import torch
 
-from benchmarks.peer_orders import ORDERS, Order
-from benchmarks.traffic_report import as_markdown, faults, key_of
+from benchmarks.traffic.peer_orders import ORDERS, Order
+from benchmarks.traffic.report import key_of
 from fastlora.backends import workspace
-from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig
+from fastlora.backends.configs import LADDERS, TileConfig
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
+from fastlora.environment import package_versions
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions, LaunchStats, load_ptx
-from tests.support import cuda_emulation, numerics, triton_emulation
+from tests.support import cuda_emulation, launches, numerics, triton_emulation
 from tests.support.compile_target import Launch, compile_for
-
-TABLE = Path(__file__).resolve().parent / "results" / "traffic.json"
 
 SHAPE = {"m": 512, "n": 512, "k": 384, "r": 16}
 DROPOUT = 0.1
 NEEDS = Needs(True, True, True, False)  # the bias of a fine-tuned layer is frozen
-OPTIONS = LaunchOptions(
-    resident=1
-)  # a CTA (or cluster) at a time: no wait polls, so that counters are the kernel's own
+# A CTA (or cluster) at a time: no wait polls, so that counters are the kernel's own.
+OPTIONS = LaunchOptions(resident=1)
 
 # Kernel arguments by the names of the mathematics.
 _PARTIAL = {"partial_a_ptr": "partial sums", "partial_b_ptr": "partial sums", "gradient_sums": "partial sums"}
@@ -113,7 +103,7 @@ class _PeerRun:
 
 
 def count_peer(order: Order, case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict, dict]:
-    """Counters of both directions of an order of benchmarks/peer_orders.py, whose results are checked."""
+    """Counters of both directions of an order of peer_orders.py, whose results are checked."""
     inputs = {"X": case.x, "W0": case.weight, "A": case.lora_a, "B": case.lora_b, "dY": case.dy}
     run = _PeerRun(list(inputs.values()))
     with compile_for(arch, run):
@@ -145,9 +135,9 @@ def count_triton(case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict
         mock.patch.object(triton_lora, "target_of", lambda device: target),
         triton_emulation.emulated(arch, OPTIONS) as stats,
     ):
-        y, s = triton_lora.lora_forward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, config=tile)
+        y, s = launches.forward(triton_lora, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, config=tile)
         forward = [(launch, _TRITON) for launch in stats]
-        grads = triton_lora.lora_backward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, NEEDS, config=tile)
+        grads = launches.backward(triton_lora, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, NEEDS, config=tile)
     numerics.assert_accurate({"y": y, "dx": grads.dx, "da": grads.da, "db": grads.db}, case)
     return summed(forward), summed([(launch, _TRITON) for launch in stats[len(forward) :]])
 
@@ -229,59 +219,13 @@ def count(group: Group, shape: dict[str, int], only: tuple[str, float] | None = 
 
 def make_table(shape: dict[str, int]) -> dict:
     """Counts everything."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    versions = package_versions(("torch", "triton"))
     rows = [row for group in groups() for row in count(group, shape)]
     options = "" if shape == SHAPE else "".join(f" --{name} {size}" for name, size in shape.items())
     return {"command": f"python -m benchmarks.traffic{options}", "versions": versions, "shape": shape, "rows": rows}
-
-
-def check_shape(m: int, n: int, k: int, r: int) -> None:
-    """
-    Raises:
-        click.UsageError: not a shape that every row can have, or one at which passes are not whole.
-    """
-    if n % 8 or k % 8 or r % 8:
-        raise click.UsageError(f"--n {n}, --k {k} and --r {r} must be multiples of 8: the CUDA kernels want that")
-    if m % 64:
-        raise click.UsageError(f"--m {m} must be a multiple of 64: of a tile's rows past the end kernels read others")
-    if r > FUSED_RANK:
-        raise click.UsageError(f"--r {r} is above {FUSED_RANK}: beyond, no kernel makes S beside its own product")
 
 
 def differences(table: dict, again: dict) -> list[str]:
     """Which rows of a table are not those counted again."""
     old, new = ({key_of(row): row for row in each["rows"]} for each in (table, again))
     return [f"{key}: differs" for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-
-
-@click.command(help=__doc__)
-@click.option("--m", type=click.IntRange(1), default=SHAPE["m"], show_default=True, help="Tokens.")
-@click.option("--n", type=click.IntRange(8), default=SHAPE["n"], show_default=True, help="out_features.")
-@click.option("--k", type=click.IntRange(8), default=SHAPE["k"], show_default=True, help="in_features.")
-@click.option("--r", type=click.IntRange(8), default=SHAPE["r"], show_default=True, help="Rank.")
-@click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder of traffic.json and .md.")
-@click.option("--check", is_flag=True, help="Write nothing; exit code 1 where the table is not what is counted now.")
-def main(m: int, n: int, k: int, r: int, output: Path | None, check: bool) -> None:
-    shape = {"m": m, "n": n, "k": k, "r": r}
-    check_shape(**shape)
-    if shape != SHAPE and output is None:
-        raise click.UsageError("another shape needs --output: benchmarks/results holds the default one")
-    reason = cuda_emulation.unavailable()
-    if reason:
-        raise click.ClickException(f"the CUDA kernels' rows need the extension and its PTX: {reason}")
-    path = output / TABLE.name if output else TABLE
-    old = json.loads(path.read_text()) if check else None
-    table = make_table(shape)
-    problems = faults(table)
-    if check:
-        problems += differences(old, table)
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table, indent=1) + "\n")
-        path.with_suffix(".md").write_text(as_markdown(table))
-    click.echo("\n".join(problems) or f"{len(table['rows'])} rows")
-    raise SystemExit(bool(problems))
-
-
-if __name__ == "__main__":
-    main()

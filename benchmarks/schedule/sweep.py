@@ -1,4 +1,4 @@
-"""Runs the schedule model over shapes and queue orders, and writes which order suits which shape class."""
+"""Runs the schedule model over shapes and schedules, and writes which schedule suits which shape class."""
 
 import json
 import math
@@ -9,9 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from benchmarks.queue_order import Schedule
-from benchmarks.schedule_fit import Fit, as_launched
-from benchmarks.schedule_model import LABEL, Machine, Problem, frozen_baseline, simulate
+from benchmarks.schedule.fit import Fit, as_launched
+from benchmarks.schedule.model import LABEL, Machine, Problem, frozen_baseline, simulate
+from benchmarks.schedule.queue_order import Schedule
 from fastlora.backends.configs import LADDERS
 from fastlora.backends.cuda import launch as cuda
 
@@ -43,24 +43,10 @@ KERNELS = {
 SHIPPED = {"overlapped stores, multicast": "CUDA", "serial tiles": "Triton"}  # which of our kernels are so
 
 
-def forward_schedules(kernel: Schedule) -> list[Schedule]:
-    """Group sizes in the default order, and at the middle ones the other orders and shrink tiles that make S alone."""
+def schedules(kernel: Schedule) -> list[Schedule]:
+    """Group sizes, and at the middle ones shrink tiles that make S alone."""
     groups = [replace(kernel, group_m=g) for g in (4, 8, 16, 32)]
-    orders = [replace(kernel, group_m=g, order=o) for g in (8, 16) for o in ("head", "all")]
-    return groups + orders + [replace(kernel, group_m=g, fused=False) for g in (8, 16)]
-
-
-def backward_schedules(kernel: Schedule) -> list[Schedule]:
-    """As forward, and the gradient splits at the middle group sizes."""
-    splits = [
-        replace(kernel, group_m=g, grad_blocks=blocks, early_db=early, chain=chain)
-        for g in (8, 16)
-        for blocks in (0, 4)
-        for early in (False, True)
-        for chain in (True, False)
-    ]
-    splits += [replace(kernel, group_m=g, grad_blocks=4, early_db=True, fused=False) for g in (8, 16)]
-    return list(dict.fromkeys(forward_schedules(kernel) + splits))
+    return groups + [replace(kernel, group_m=g, fused=False) for g in (8, 16)]
 
 
 def default_schedule(kernel: str, problem: Problem, machine: Machine) -> Schedule:
@@ -94,7 +80,7 @@ def sweep(machine: Machine, layers=LAYERS, tokens=TOKENS, ranks=RANKS, progress:
     rows = []
     for name, backward, (n, k), m, r in tqdm(points, disable=not progress, unit="point"):
         kernel = KERNELS[name]
-        for schedule in (backward_schedules if backward else forward_schedules)(kernel):
+        for schedule in schedules(kernel):
             ratios = []
             for tokens_near in neighbours(m):
                 problem = Problem(tokens_near, n, k, r, backward)
@@ -120,11 +106,8 @@ def sweep(machine: Machine, layers=LAYERS, tokens=TOKENS, ranks=RANKS, progress:
 
 
 def describe(schedule: dict) -> str:
-    """The queue's parameters in words."""
-    words = [f"GROUP_M {schedule['group_m']}", schedule["order"]]
-    words += [f"parts of {schedule['grad_blocks']} blocks"] * bool(schedule["grad_blocks"])
-    words += ["dB early"] * schedule["early_db"] + ["planes"] * (not schedule["chain"])
-    return ", ".join(words + ["S alone"] * (not schedule["fused"]))
+    """The schedule's parameters in words."""
+    return f"GROUP_M {schedule['group_m']}" + ", S alone" * (not schedule["fused"])
 
 
 def best_by_class(rows: list[dict]) -> dict[tuple, list[tuple[float, dict]]]:
@@ -172,7 +155,7 @@ def _mean_of(ranked: list[tuple[float, dict]], **wanted) -> str:
 def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command: str) -> str:
     """The tables of schedule.md."""
     lines = [
-        f"# Queue order and granularity ({LABEL})",
+        f"# Row groups and who makes S ({LABEL})",
         "",
         f"Written by `{command}`. Ratios are the launch's makespan over that of the same GEMM without the branch at",
         f"its own best group size: geometric mean over {len(LAYERS)} layers and over M × {NEIGHBOURS}.",
@@ -183,7 +166,7 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         "",
         f"## Defaults ({LABEL})",
         "",
-        "What the kernels are launched with: order wave, a whole group a gradient part, S by the rule of",
+        "What the kernels are launched with: their group size, and S by the rule of",
         "`fastlora.backends.configs.makes_s_beside`, against the best schedule of the sweep for each layer by itself.",
         "",
         *defaults_table(rows, machine),
@@ -192,14 +175,13 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         for direction in ("forward", "backward"):
             lines += ["", f"## {kernel}, {direction} ({LABEL})", ""]
             lines += [
-                "| M | R | best | ratio | 2nd | order wave | head | all | S alone | G 4 | G 8 | G 16 | G 32 |",
-                "|" + "---|" * 13,
+                "| M | R | best | ratio | 2nd | S beside | S alone | G 4 | G 8 | G 16 | G 32 |",
+                "|" + "---|" * 11,
             ]
             for (name, way, m, r), ranked in best_by_class(rows).items():
                 if (name, way) == (kernel, direction):
-                    cells = [_mean_of(ranked, order=order, fused=True) for order in ("wave", "head", "all")]
-                    cells.append(_mean_of(ranked, fused=False))
-                    cells += [_mean_of(ranked, order="wave", group_m=group, fused=True) for group in (4, 8, 16, 32)]
+                    cells = [_mean_of(ranked, fused=fused) for fused in (True, False)]
+                    cells += [_mean_of(ranked, group_m=group, fused=True) for group in (4, 8, 16, 32)]
                     first, second = ranked[:2]
                     cells = [describe(first[1]), f"{first[0]:.3f}", f"{describe(second[1])}: {second[0]:.3f}", *cells]
                     lines.append(f"| {m} | {r} | {' | '.join(cells)} |")

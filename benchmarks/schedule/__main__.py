@@ -10,12 +10,11 @@ from pathlib import Path
 
 import click
 
-from benchmarks.queue_order import ORDERS, Schedule
-from benchmarks.schedule_fit import fit, read_measured
-from benchmarks.schedule_model import LABEL, Machine, Problem, frozen_baseline, simulate
-from benchmarks.schedule_sweep import calibration_text, sweep, write_sweep
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks import RESULTS
+from benchmarks.schedule.fit import fit, read_measured
+from benchmarks.schedule.model import LABEL, Machine, Problem, frozen_baseline, simulate
+from benchmarks.schedule.queue_order import Schedule
+from benchmarks.schedule.sweep import calibration_text, sweep, write_sweep
 
 
 @click.command(context_settings={"show_default": True})
@@ -27,13 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 @click.option("--block-m", default=128, type=click.IntRange(1))
 @click.option("--block-n", default=256, type=click.IntRange(1))
 @click.option("--group-m", default=16, type=click.IntRange(1), help="Row blocks per group.")
-@click.option("--order", default="wave", type=click.Choice(ORDERS), help="Where the shrink tiles go.")
-@click.option(
-    "--grad-blocks", default=0, type=click.IntRange(0), help="Row blocks per gradient part; 0: a whole group."
-)
 @click.option("--fused/--alone", default=True, help="Whether a shrink tile also makes its tile of the output.")
-@click.option("--early-db/--late-db", default=False, help="dB tiles right after their group's shrink tiles.")
-@click.option("--chain/--planes", default=True, help="How the parts of a gradient are added.")
 @click.option("--overlap/--serial", default=True, help="Whether a tile's store overlaps the next tile.")
 @click.option("--cluster", default=2, type=click.IntRange(1), help="CTAs that share each load of V.")
 @click.option(

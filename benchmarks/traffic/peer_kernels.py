@@ -1,4 +1,4 @@
-"""Plain kernels of our own, from which benchmarks/peer_orders.py puts together what other packages do.
+"""Plain kernels of our own, from which peer_orders.py puts together what other packages do.
 
 A tiled product with what their kernels add to it, one elementwise kernel, dropout with a stored mask, and the pair of
 products that LoRAFusion sums with atomics. They exist to be counted, not to be fast.

@@ -1,4 +1,4 @@
-"""What the counters of benchmarks/traffic.py say: in passes over X and dY, and as tables.
+"""What the counters of count.py say: in passes over X and dY, and as tables.
 
 A pass over a matrix is its size in bytes. A tiled product reads its left operand once for every column of tiles; so
 many passes are its own, and the frozen layer's row, with the same tile, says how many. What a low-rank branch costs is
@@ -7,7 +7,7 @@ what a row reads beyond that.
 
 from dataclasses import dataclass
 
-from fastlora.bench.tables import Table
+from fastlora.tables import Table
 
 ELEMENT = 2  # bytes: every row is bf16
 FROZEN = "frozen layer"
@@ -196,7 +196,7 @@ Counted by the emulator on the kernels' own PTX; `{command}` makes this page and
 [traffic.json](traffic.json), in which every tensor of every row is on its own. torch {torch}, triton {triton}. Every
 row's Y, dX, dA and dB passed the error rule of `tests/support/numerics.py`. fastlora's rows are the launchers' own,
 the others are each package's order of products and passes from plain kernels of our own with the same tile
-(`benchmarks/peer_orders.py`), adapters in bf16.
+(`benchmarks/traffic/peer_orders.py`), adapters in bf16.
 
 - X, forward: passes over X (or its dropped copy) beyond those of the frozen layer's product, which reads X once for
   every column of tiles. 0: S costs no pass over X. In brackets, here and in the next two columns, where they are fewer:

@@ -1,6 +1,6 @@
 """Ten minutes on a machine with a GPU: build, test on hardware, measure, tune; everything under one folder.
 
-    python -m benchmarks.gpu_visit --output gpu-visit
+    python -m benchmarks.gpu --output gpu-visit
 
 Needs Python, torch with CUDA, Triton, click, pytest, ninja and nvcc; no network, and nothing installed: the checkout is
 used as it is. Every step runs in a process of its own with a time limit, writes its log, and cannot stop the others;
@@ -22,7 +22,8 @@ from pathlib import Path
 
 import click
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks import ROOT
+
 CLI = (sys.executable, "-c", "from fastlora.cli.main import main; main()")
 BUILD = "from benchmarks.cuda_resources import load_setup; print('built', load_setup().build_in_place())"
 # Small layers on every tile: the checkers slow kernels down by orders of magnitude.
@@ -194,9 +195,3 @@ def main(output: Path, minutes: float, workers: int, only: tuple[str, ...]) -> N
     outcomes = run_plan([step for step in steps if not only or step.name in only], output, minutes * 60)
     click.echo(f"everything is under {output}")
     sys.exit(0 if all(outcome.code == 0 for outcome in outcomes) else 1)
-
-
-if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell started this with SIGINT ignored
-        signal.signal(number, signal.default_int_handler)
-    main()

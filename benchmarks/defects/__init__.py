@@ -1,0 +1,1 @@
+"""Which check finds which planted defect: ``python -m benchmarks.defects``."""

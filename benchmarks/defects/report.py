@@ -1,0 +1,70 @@
+"""The findings as Markdown: ``results/defects.md``."""
+
+from collections import Counter
+from itertools import groupby
+
+
+def report(rows: list[dict]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "# Which check finds which defect",
+        "",
+        "`python -m benchmarks.defects`: the defects of `tests/support/defects.py` by the checks of `make test`.",
+        "",
+        "| defects | all | found | redundant | missed |",
+        "|---|---|---|---|---|",
+    ]
+    by_group = {group: list(each) for group, each in groupby(rows, key=lambda row: row["group"])}
+    for group, each in by_group.items():
+        found = sum(row["found"] is not None for row in each)
+        redundant = sum(row["found"] is None and row["reason"] is not None for row in each)
+        lines.append(f"| {group} | {len(each)} | {found} | {redundant} | {len(each) - found - redundant} |")
+    lines += ["", "What found them:", ""]
+    for group, each in by_group.items():
+        counts = Counter(row["found"] for row in each if row["found"]).most_common()
+        lines.append(f"- {group}: " + ", ".join(f"{check} {n}" for check, n in counts))
+    for group, each in by_group.items():
+        lines += ["", f"## {group}", ""]
+        lines += _compiled(each) if "compiled" in group else _table(each)
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+
+
+def _table(rows: list[dict]) -> list[str]:
+    lines = ["| defect | where | found by | in |", "|---|---|---|---|"]
+    for row in rows:
+        found = row["found"] or ("nothing: " + row["reason"] if row["reason"] else "**nothing**")
+        lines.append(f"| {_cell(row['defect'])} | {row['place']} | {found} | {row.get('by', '')} |")
+    return lines
+
+
+_REDUNDANT = """\
+Single instructions out of the PTX that Triton makes of bf16 layers in multiples of 16. What the sources ask for is
+found (their barrier in `gradient_tile` in other kernels than these, see "Triton: deletions"). Of what the compiler
+adds, some is redundant: it runs, and without it no test fails, nor any of further launches at random sizes and
+under random schedules. The race detector compares every access with all those before it, so what such an
+instruction orders others order as well. Most are barriers in a row, one before each step that a single thread takes
+(a TMA copy, an mbarrier's initialisation or its end); the rest are a wgmma.fence for registers that nothing has
+touched since the last wgmma, a wait for groups that have been waited for, or the end of a group that is waited for
+together with the next."""
+
+
+def _compiled(rows: list[dict]) -> list[str]:
+    """By kernel and kind of instruction: hundreds, most of them the compiler's."""
+    lines = [_REDUNDANT, "", "| kernel | deleted | all | found | redundant | found by |", "|---|---|---|---|---|---|"]
+
+    def key(row):
+        kernel, _, rest = row["defect"].partition(": ")
+        return kernel, rest.partition(", PTX line")[0]
+
+    for (kernel, what), each in groupby(sorted(rows, key=key), key=key):
+        each = list(each)
+        counts = Counter(row["found"] or "**nothing**" for row in each if row["found"] or not row["reason"])
+        found = sum(row["found"] is not None for row in each)
+        redundant = sum(row["found"] is None and row["reason"] is not None for row in each)
+        names = ", ".join(f"{check} {n}" for check, n in counts.most_common())
+        lines.append(f"| {kernel} | `{what}` | {len(each)} | {found} | {redundant} | {names} |")
+    return lines

@@ -1,0 +1,1 @@
+"""The visit to a machine with a GPU: ``python -m benchmarks.gpu``."""

@@ -1,0 +1,89 @@
+"""The order in which a one-launch kernel's tiles are claimed.
+
+A queue is a list of :class:`Tile`; a CTA claims the next one as soon as it is free. A tile may wait only on tiles in
+front of it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+class Tile(NamedTuple):
+    """One entry of the queue.
+
+    kind: "shrink" (makes columns of S, and its tile of C where shrink tiles are fused), "plain" (a tile of C), "dA" or
+        "dB" (a gradient tile).
+    block: row block of C; for a gradient tile its part of M, a row group.
+    column: column block of C; for a gradient tile the block of K (dA) or N (dB).
+    """
+
+    kind: str
+    block: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Tile sizes and row groups of one kernel. The order is the kernels' own: see :func:`build_queue`.
+
+    Args:
+        block_m, block_n, block_k: the tile of C and the K step, in elements.
+        group_m: row blocks per group; a group's tiles are claimed column by column.
+        grad_columns: columns of X or dY that one gradient tile covers.
+        fused: whether a shrink tile is a tile of C with a second accumulator for all of S's columns, or makes S alone.
+        shrink_width: columns of S that a tile which makes S alone makes; a larger rank takes several of them. (Several
+            fused ones per row block would wait for each other, the first for a later one.)
+        overlap: whether the loads of the next tile start during the last steps of this one and its store is
+            asynchronous (a producer warp and TMA stores), or every tile fills and drains the pipeline itself.
+        cluster: CTAs along M that share each load of V (multicast).
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    block_k: int = 64
+    group_m: int = 16
+    fused: bool = True
+    shrink_width: int = 64
+    grad_columns: int = 256
+    overlap: bool = True
+    cluster: int = 2
+
+    def __post_init__(self):
+        for name in ("block_m", "block_n", "block_k", "group_m", "shrink_width", "grad_columns", "cluster"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, int], schedule: Schedule, wave: int):
+    """The queue of one launch.
+
+    Args:
+        rows, columns: row and column blocks of C.
+        shrink: columns of shrink tiles; 0 without a side branch.
+        grad_columns: (blocks of N for dB, blocks of K for dA); (0, 0) in a forward pass.
+        schedule: group size, and who makes S.
+        wave: number of CTAs.
+
+    Returns:
+        A list of Tile: S_0, then for each row group g its other tiles, with S_{g+1} put in ``wave`` tiles before their
+        end, then the gradient tiles of the part of M that the group is, dB's first.
+    """
+    starts = range(0, rows, schedule.group_m)
+    groups = [range(start, min(start + schedule.group_m, rows)) for start in starts]
+    columns_b, columns_a = grad_columns
+    shrinks = [[Tile("shrink", m, n) for n in range(shrink) for m in group] for group in groups]
+    first = shrink if schedule.fused else 0
+    queue = list(shrinks[0])
+    for part, group in enumerate(groups):
+        plain = [Tile("plain", m, n) for n in range(first, columns) for m in group]
+        following = shrinks[part + 1] if part + 1 < len(groups) else []
+        cut = max(0, len(plain) - wave)
+        queue += plain[:cut] + following + plain[cut:]
+        queue += [Tile("dB", part, column) for column in range(columns_b)]
+        queue += [Tile("dA", part, column) for column in range(columns_a)]
+    return queue

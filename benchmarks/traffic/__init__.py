@@ -1,0 +1,1 @@
+"""Bytes that a LoRA layer moves, counted without a clock: ``python -m benchmarks.traffic``."""

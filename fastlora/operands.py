@@ -1,0 +1,84 @@
+"""Operands in the form that kernels take, and the LaunchSpec that describes them.
+
+Empty inputs, strides and alignment are settled here, once for every backend: a matrix has unit inner strides and rows
+that do not overlap, a vector and the saved S are contiguous. What already has that form is passed on as it is.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlora.problem import Aligned, BackwardOperands, ForwardOperands, LaunchSpec, Needs, Sizes
+
+_ALIGNMENT = 16  # bytes: TMA and 128-bit loads
+
+
+def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, LaunchSpec]:
+    """The operands of a forward as kernels take them, and the call's description."""
+    x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
+    x, weight, lora_a, lora_b = as_rows(x), as_rows(weight), as_rows(lora_a), as_rows(lora_b)
+    bias = None if bias is None else _as_vector(bias)
+    spec = LaunchSpec(
+        "forward",
+        Sizes(x.shape[0], *weight.shape, lora_a.shape[0]),
+        x.dtype,
+        (lora_a.dtype, lora_b.dtype),
+        x.device,
+        dropout=dropout_p > 0.0,
+        bias=bias is not None,
+        aligned=Aligned(is_aligned(x), is_aligned(weight), is_aligned(lora_a), is_aligned(lora_b), True),
+        tf32=uses_tf32(x.dtype),
+    )
+    return ForwardOperands(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed), spec
+
+
+def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[BackwardOperands, LaunchSpec]:
+    """The operands of a backward as kernels take them, and the call's description."""
+    dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
+    dy, weight, lora_a, lora_b = as_rows(dy), as_rows(weight), as_rows(lora_a), as_rows(lora_b)
+    x = as_rows(x) if needs.da and x is not None else None
+    # Hooks on saved tensors (offloading, compression) may give S back with other strides.
+    s = s.contiguous() if needs.db and s is not None else None
+    spec = LaunchSpec(
+        "backward",
+        Sizes(dy.shape[0], *weight.shape, lora_a.shape[0]),
+        dy.dtype,
+        (lora_a.dtype, lora_b.dtype),
+        dy.device,
+        dropout=dropout_p > 0.0,
+        needs=needs,
+        aligned=Aligned(
+            is_aligned(dy), is_aligned(weight), is_aligned(lora_a), is_aligned(lora_b), x is None or is_aligned(x)
+        ),
+        tf32=uses_tf32(dy.dtype),
+    )
+    return BackwardOperands(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed), spec
+
+
+def as_rows(matrix: Tensor) -> Tensor:
+    """A 2-D tensor with unit inner strides and rows that do not overlap (an expanded gradient's do), without a copy
+    where it has them."""
+    rows, columns = matrix.shape
+    if matrix.stride(1) == 1 and (rows <= 1 or matrix.stride(0) >= columns):
+        return matrix
+    return matrix.contiguous()
+
+
+def _as_vector(vector: Tensor) -> Tensor:
+    """A contiguous 1-D tensor that starts on 16 bytes."""
+    vector = vector.contiguous()
+    return vector if vector.data_ptr() % _ALIGNMENT == 0 else vector.clone()
+
+
+def is_aligned(matrix: Tensor) -> bool:
+    """Whether a matrix starts on 16 bytes and so does each of its rows."""
+    return matrix.data_ptr() % _ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % _ALIGNMENT == 0
+
+
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch's own products of a dtype would use TF32 on a GPU. Where old and new ways of setting it are mixed,
+    torch 2.9 and later raise on a read of ``allow_tf32``; earlier versions have nothing else to read."""
+    if dtype != torch.float32:
+        return False
+    flags = torch.backends.cuda.matmul
+    precision = getattr(flags, "fp32_precision", None)
+    return flags.allow_tf32 if precision is None else precision == "tf32"
