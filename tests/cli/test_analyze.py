@@ -299,7 +299,8 @@ def test_whatever_names_layers_and_folders_bear(fastlora_cli, tmp_path, folder):
     assert result.code == 0, result.err
     assert set(report_of(output)) == {f"layers.{i}.{name}" for i, name in enumerate(NAMES)}
     pictures = list(output.glob("similarity_*.png"))
-    assert len(pictures) == len(NAMES) and all(path.read_bytes().startswith(PNG) for path in pictures)
+    kinds = {name.rpartition(".")[2] for name in NAMES}
+    assert len(pictures) == len(kinds) == len(NAMES) - 1 and all(path.read_bytes().startswith(PNG) for path in pictures)
     table = (output / "analysis.md").read_text()
     assert "| co$t$ |" in table and "| nul\\x00 |" in table and "| line\\nfeed |" in table
     assert len(table.split("## ")[2].splitlines()) == len(NAMES) + 6
