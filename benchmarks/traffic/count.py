@@ -6,10 +6,13 @@ those of peer_orders.py, from plain kernels with the same tile. Every row's resu
 counters count. Traffic between L2 and the multiprocessors is what is counted; time is not.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from unittest import mock
 
 import torch
@@ -217,10 +220,17 @@ def count(group: Group, shape: dict[str, int], only: tuple[str, float] | None = 
             yield {"group": group.name, "order": order, "dropout": p, "forward": forward, "backward": backward}
 
 
-def make_table(shape: dict[str, int]) -> dict:
-    """Counts everything."""
+def _count_group(number: int, shape: dict[str, int]) -> list[dict]:
+    """The rows of a group, by its number: a group itself holds functions, which go into no other process."""
+    return list(count(groups()[number], shape))
+
+
+def make_table(shape: dict[str, int], jobs: int = 1) -> dict:
+    """Counts everything, in so many processes."""
     versions = package_versions(("torch", "triton"))
-    rows = [row for group in groups() for row in count(group, shape)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        counted = list(pool.map(_count_group, range(len(groups())), repeat(shape)))
+    rows = [row for group in counted for row in group]
     options = "" if shape == SHAPE else "".join(f" --{name} {size}" for name, size in shape.items())
     return {"command": f"python -m benchmarks.traffic{options}", "versions": versions, "shape": shape, "rows": rows}
 
