@@ -5,6 +5,7 @@ from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
 from fastlora.model import inject, merge, merge_and_unload, trainable_parameters, unmerge
 from fastlora.module import LoRALinear
+from fastlora.op_tools import decompositions
 from fastlora.ops import LoRALinearFunction, lora_linear
 
 __version__ = "0.1.0"
@@ -14,6 +15,7 @@ __all__ = [
     "LoRALinearFunction",
     "analysis",
     "available_backends",
+    "decompositions",
     "dispatch_counts",
     "inject",
     "integrations",

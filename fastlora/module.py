@@ -36,6 +36,8 @@ class LoRALinear(nn.Linear):
             all of it.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
         init: "kaiming" (A as ``nn.Linear`` starts its weight) or "gaussian" (A normal, std 1 / r). B starts at zero.
+        copy_input: save a copy of the input for the backward, so that the input may be modified in place after the
+            layer (``x += layer(x)``). Otherwise the input itself is saved.
         device: where the parameters live. On "meta" nothing is drawn; see ``reset_parameters``.
         dtype: dtype of all parameters.
 
@@ -67,6 +69,7 @@ class LoRALinear(nn.Linear):
         dropout: float = 0.0,
         rslora: bool = False,
         init: str = "kaiming",
+        copy_input: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -78,11 +81,12 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.r = int(r)
-        self.alpha = alpha
+        self.alpha = alpha if isinstance(alpha, int | float) else float(alpha)  # a Fraction, a numpy scalar
         self.dropout = float(dropout)
         self.rslora = rslora
         self.init = init
-        self.scaling = alpha / (math.sqrt(r) if rslora else r)
+        self.copy_input = bool(copy_input)
+        self.scaling = self.alpha / (math.sqrt(self.r) if rslora else self.r)
         self.merged = False
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
@@ -97,13 +101,14 @@ class LoRALinear(nn.Linear):
         dropout: float = 0.0,
         rslora: bool = False,
         init: str = "kaiming",
+        copy_input: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRALinear":
         """Puts a branch on an existing layer, whose weight and bias it shares: same storage, device, dtype and mode.
 
         Args:
             linear: a plain ``nn.Linear`` with a dense floating-point weight; left as it is.
-            r, alpha, dropout, rslora, init: as for the class.
+            r, alpha, dropout, rslora, init, copy_input: as for the class.
             adapter_dtype: dtype of A and B; the weight's own by default. float32 over a 16-bit weight is trained
                 without casting the input up.
 
@@ -130,6 +135,7 @@ class LoRALinear(nn.Linear):
             dropout=dropout,
             rslora=rslora,
             init=init,
+            copy_input=copy_input,
             device="meta",
             dtype=weight.dtype,
         )
@@ -179,7 +185,8 @@ class LoRALinear(nn.Linear):
         else:  # torch's parametrizations make properties of them
             weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
         call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-        return call(x, weight, lora_a, lora_b, self.scaling, bias, dropout_p=self.dropout, training=self.training)
+        options = {"dropout_p": self.dropout, "training": self.training, "copy_input": self.copy_input}
+        return call(x, weight, lora_a, lora_b, self.scaling, bias, **options)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module. What replaces the weight or a frozen bias (torch's parallel styles do) is frozen, too."""
@@ -315,6 +322,8 @@ class LoRALinear(nn.Linear):
             text += f", dropout={self.dropout}"
         if self.rslora:
             text += ", rslora=True"
+        if self.copy_input:
+            text += ", copy_input=True"
         return text + (", merged=True" if self.merged else "")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from fastlora.cli.errors import CommandError, first_line
-from fastlora.cli.files import directory_for_results, reported_write_errors
+from fastlora.errors import CommandError, first_line
+from fastlora.outputs import directory_for_results, reported_write_errors
 
 REQUIRED = ("transformers", "safetensors")
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json")

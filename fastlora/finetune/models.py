@@ -1,5 +1,6 @@
 """Loading a language model and its tokenizer: a directory, a GGUF file, a hub name, or the packaged SmolLM2."""
 
+import copy
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -180,3 +181,9 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose tensors are the model's: adapters do not touch frozen weights."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

@@ -55,7 +55,7 @@ class Patched(list):
         return self.summary
 
 
-def patch(model: nn.Module, strict: bool = False) -> Patched:
+def patch(model: nn.Module, strict: bool = False, copy_input: bool = False) -> Patched:
     """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place.
 
     It works on what ``get_peft_model`` and ``from_pretrained`` return, on models inside trainers and on models that
@@ -66,6 +66,8 @@ def patch(model: nn.Module, strict: bool = False) -> Patched:
     Args:
         model: any module that holds PEFT LoRA layers.
         strict: refuse a model in which some LoRA layer, as it is now, would run PEFT's own forward.
+        copy_input: save a copy of each layer's input for the backward, as PEFT does where it casts the input or drops
+            elements of it, so that a model may modify the input in place after the layer (``x += layer(x)``).
 
     Returns:
         Paths of the layers for which a call would be served fused now, given an input of the base weight's dtype:
@@ -83,10 +85,10 @@ def patch(model: nn.Module, strict: bool = False) -> Patched:
         listing = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"{len(refused)} of {len(layers)} LoRA layers cannot be served fused: {listing}")
     for found in layers:
-        found.fuse()
+        found.fuse(copy_input)
     for home in _homes(model):
         _remove_watches(home)
-        home.register_forward_pre_hook(_Watch(home))
+        home.register_forward_pre_hook(_Watch(home, copy_input))
     return Patched([found.name for found in layers if found.name not in refused], refused)
 
 
@@ -135,10 +137,10 @@ class _Found(NamedTuple):
         reason = type_reason(self.layer) or call_reason(self.layer)
         return _FAST_PATH if reason is None and self.encoder is not None and not self.encoder.training else reason
 
-    def fuse(self) -> None:
+    def fuse(self, copy_input: bool) -> None:
         # A hook inside an encoder layer would end its fast path, and with it the support of nested tensors.
         if self.is_called:
-            fuse(self.layer, may_hook=self.encoder is None)
+            fuse(self.layer, copy_input=copy_input, may_hook=self.encoder is None)
 
 
 def _lora_layers(model: nn.Module) -> list[_Found]:
@@ -165,8 +167,8 @@ def _reasons(layers: list[_Found]) -> dict[str, str]:
 class _Watch:
     """Forward pre-hook of a model that adapters were put into: patches what further adapters have added since."""
 
-    def __init__(self, home: nn.Module):
-        self.configs = list(home.peft_config.values())
+    def __init__(self, home: nn.Module, copy_input: bool):
+        self.configs, self.copy_input = list(home.peft_config.values()), copy_input
 
     def __call__(self, home: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling():
@@ -176,7 +178,7 @@ class _Watch:
             return
         self.configs = list(configs)
         for found in _lora_layers(home):
-            found.fuse()
+            found.fuse(self.copy_input)
 
 
 def _is(one: object, other: object) -> bool:

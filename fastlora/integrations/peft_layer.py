@@ -21,6 +21,8 @@ class FusedLinear(Linear):
     makes PEFT construct it.
     """
 
+    copy_input = False  # whether to save a copy of the input for the backward; see patch
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
         if args or (kwargs and any(value is not None for value in kwargs.values())):
@@ -30,7 +32,7 @@ class FusedLinear(Linear):
             if isinstance(served, Parts):
                 served = input_reason(self, served, x) or served
         if isinstance(served, Parts):
-            return _fused_forward(served, x)
+            return _fused_forward(served, x, self.copy_input)
         if isinstance(served, Units):
             return _forward_within(self, served, x)
         if not torch.compiler.is_compiling():
@@ -48,11 +50,12 @@ def type_reason(layer: LoraLayer) -> str | None:
     return None
 
 
-def fuse(layer: LoraLayer, may_hook: bool = True) -> None:
+def fuse(layer: LoraLayer, copy_input: bool = False, may_hook: bool = True) -> None:
     """Makes a layer a ``FusedLinear`` if it can be one; any other layer's calls are counted from now on, by a hook."""
     if type_reason(layer) is None:
         _stop_counting(layer)
         swap_class(layer, FusedLinear)
+        layer.copy_input = copy_input
     elif may_hook and class_beneath(layer) is not FusedLinear and count_call not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(count_call)
 
@@ -63,6 +66,7 @@ def restore(layer: LoraLayer) -> bool:
     if class_beneath(layer) is not FusedLinear:
         return False
     swap_class(layer, Linear)
+    vars(layer).pop("copy_input", None)
     return True
 
 
@@ -79,7 +83,7 @@ def _stop_counting(layer: LoraLayer) -> None:
         del hooks[key]
 
 
-def _fused_forward(parts: Parts, x: Tensor) -> Tensor:
+def _fused_forward(parts: Parts, x: Tensor, copy_input: bool) -> Tensor:
     weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, training = parts
     if lora_bias is not None:
         side = lora_bias * scaling
@@ -87,7 +91,8 @@ def _fused_forward(parts: Parts, x: Tensor) -> Tensor:
     if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
         lora_b, scaling = lora_b * scaling, 1.0
     call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-    return call(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, training=training)
+    options = {"dropout_p": dropout_p, "training": training, "copy_input": copy_input}
+    return call(x, weight, lora_a, lora_b, scaling, bias, **options)
 
 
 def _forward_within(layer: Linear, units: Units, x: Tensor) -> Tensor:
@@ -97,7 +102,7 @@ def _forward_within(layer: Linear, units: Units, x: Tensor) -> Tensor:
         parts = inspect(layer, units.linears)
         reason = parts if isinstance(parts, str) else input_reason(layer, parts, x)
         if reason is None:
-            return _fused_forward(parts, x)
+            return _fused_forward(parts, x, layer.copy_input)
         count_fallback(f"peft: {reason}")
         return _stock_forward(layer, units.linears, x)
 

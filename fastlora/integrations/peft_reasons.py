@@ -158,7 +158,7 @@ def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: 
         return "lora_A and lora_B differ in dtype"
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
-    if device_type != "meta" and torch.is_autocast_enabled(device_type):
+    if device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type):
         dtype = weight_dtype = torch.get_autocast_dtype(device_type)
         adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
     if dtype != weight_dtype or not (
