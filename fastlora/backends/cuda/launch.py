@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora import philox
-from fastlora.backends.configs import makes_s_beside
+from fastlora.backends.configs import fuses_shrink
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
 
@@ -28,7 +28,7 @@ class CudaTile:
     group_m: row blocks that share a stretch of the queue, so that their rows stay in L2.
     splits: parts that the contraction of each tile is cut into.
     fused: whether S is made beside the first column's tiles, from what they read anyway, or by short tiles of its own
-        (which ranks above 64 always take); see fastlora.backends.configs.makes_s_beside, which choose_tile asks.
+        (which ranks above 64 always take); see fastlora.backends.configs.fuses_shrink, which choose_tile asks.
     """
 
     block_m: int
@@ -57,7 +57,7 @@ _COMBINE_BYTES_PER_CLOCK = 40
 @lru_cache(maxsize=4096)
 def choose_tile(m: int, n: int, k: int, r: int, n_sms: int) -> CudaTile:
     """The tile for C [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest, and who
-    makes S, as makes_s_beside says."""
+    makes S, as fuses_shrink says."""
     wide = SHORT_WIDE_TILE if m <= SHORT_ROWS else WIDE_TILE
     if r > SMALL_TILE_RANK:
         return wide
@@ -67,7 +67,7 @@ def choose_tile(m: int, n: int, k: int, r: int, n_sms: int) -> CudaTile:
     # Of equals (memory decides), the smallest: its rows past the end cost least.
     tile = min(candidates, key=lambda tile: (_estimated_clocks(tile, m, n, k, n_sms), tile.block_m * tile.block_n))
     n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
-    return replace(tile, fused=makes_s_beside(r, tile.block_n, n_tiles, n_sms))
+    return replace(tile, fused=fuses_shrink(r, tile.block_n, n_tiles, n_sms))
 
 
 def _estimated_clocks(tile: CudaTile, m: int, n: int, k: int, n_sms: int) -> float:
