@@ -12,6 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,7 +23,7 @@ from fastlora.bench.cases import GPU_HEADLINE, LayerCase
 from fastlora.bench.correctness import TOLERANCE, expected
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
-from fastlora.bench.timing import EventClock, HostClock, Timing, summarise
+from fastlora.bench.timing import EventClock, HostClock, time_rounds
 from fastlora.environment import describe
 from fastlora.problem import Needs
 
@@ -89,19 +90,6 @@ def largest_error(launch: Launch, tensors: LayerTensors) -> float:
     return max(((found[n].double() - wanted[n]).norm() / wanted[n].norm()).item() for n in found)
 
 
-def time_in_turn(calls: list[Callable[[LayerTensors], object]], sets: list[LayerTensors], rounds: int) -> list[Timing]:
-    """Times calls A B A B …, each round on the next set of inputs."""
-    clock, marks = EventClock() if sets[0].x.is_cuda else HostClock(), [[] for _ in calls]
-    for index in range(WARM_UP_ROUNDS + rounds):
-        for call, spans in zip(calls, marks, strict=True):
-            start = clock.mark()
-            call(sets[index % len(sets)])
-            if index >= WARM_UP_ROUNDS:
-                spans.append((start, clock.mark()))
-    clock.finish()
-    return [summarise([clock.elapsed_us(*span) for span in spans], clock.method) for spans in marks]
-
-
 def measure(direction: str, name: str, launch: Launch, case: LayerCase, sets: list[LayerTensors], rounds: int) -> dict:
     """One row: the variant's times, cuBLAS's, and their ratio; or why there are none."""
     row = {"pass": direction, "variant": name, **asdict(case), "mark": MARKS[direction, case.r]}
@@ -110,7 +98,9 @@ def measure(direction: str, name: str, launch: Launch, case: LayerCase, sets: li
         row["error"] = error
         if not error <= TOLERANCE[case.torch_dtype]:
             return {**row, "failure": f"wrong: off by {error:.2e} of its norm"}
-        ours, base = time_in_turn([launch, lambda t: frozen(direction, t)], sets, rounds)
+        calls = [[partial(call, tensors) for tensors in sets] for call in (launch, partial(frozen, direction))]
+        clock = EventClock() if sets[0].x.is_cuda else HostClock()
+        ours, base = time_rounds(calls, clock, rounds, WARM_UP_ROUNDS)
     except (RuntimeError, ValueError) as problem:
         return {**row, "failure": " ".join(str(problem).split())[:300]}
     return {**row, **asdict(ours), "frozen_us": base.median_us, "ratio": ours.median_us / base.median_us}

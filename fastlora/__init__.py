@@ -3,8 +3,9 @@
 from fastlora import analysis, integrations
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
-from fastlora.model import inject, merge, trainable_parameters, unmerge
+from fastlora.model import inject, merge, merge_and_unload, trainable_parameters, unmerge
 from fastlora.module import LoRALinear
+from fastlora.op_tools import decompositions
 from fastlora.ops import LoRALinearFunction, lora_linear
 
 __version__ = "0.1.0"
@@ -14,12 +15,14 @@ __all__ = [
     "LoRALinearFunction",
     "analysis",
     "available_backends",
+    "decompositions",
     "dispatch_counts",
     "inject",
     "integrations",
     "load_adapter",
     "lora_linear",
     "merge",
+    "merge_and_unload",
     "reset_dispatch_counts",
     "save_adapter",
     "trainable_parameters",

@@ -1,13 +1,29 @@
 """The one place that validates the arguments of a LoRA layer. Everything below it may take them for granted."""
 
+from numbers import Real
+
 import torch
 from torch import Tensor
+
+FROZEN_WEIGHT = "weight requires a gradient, which a LoRA layer never computes: weight.requires_grad_(False)"
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 def _describe(name: str, tensor: Tensor) -> str:
     return f"{name} {list(tensor.shape)}"
+
+
+def as_number(name: str, value: Real) -> float:
+    """``value`` as a float.
+
+    Raises:
+        TypeError: it is no real number. A tensor is none: the layer would compute no gradient of it.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        hint = "; multiply lora_b by it" if isinstance(value, Tensor) else ""
+        raise TypeError(f"{name} must be a number, got a {type(value).__name__}{hint}")
+    return float(value)
 
 
 def check_dropout(dropout_p: float) -> None:
@@ -44,13 +60,15 @@ def _check_types(dtype: torch.dtype, weight: Tensor, lora_a: Tensor, lora_b: Ten
     if dtype not in _DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {dtype}")
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        wide = torch.float64 in (dtype, weight.dtype)
         raise TypeError(
-            f"x is {dtype}, weight {weight.dtype}{'' if bias is None else f', bias {bias.dtype}'}: "
-            "cast them to one dtype, or run under torch.autocast"
+            f"x is {dtype}, weight {weight.dtype}{'' if bias is None else f', bias {bias.dtype}'}: cast them to one "
+            + ("dtype; torch.autocast leaves float64 alone" if wide else "dtype, or run under torch.autocast")
         )
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
         if adapter.dtype != dtype and not (adapter.dtype == torch.float32 and dtype.itemsize == 2):
-            raise TypeError(f"{name} is {adapter.dtype}; over a {dtype} layer it must be {dtype} or float32")
+            allowed = f"{dtype} or float32" if dtype.itemsize == 2 else dtype
+            raise TypeError(f"{name} is {adapter.dtype}; over a {dtype} layer it must be {allowed}")
 
 
 def _shape_error(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> str:

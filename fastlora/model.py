@@ -7,10 +7,22 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fastlora.module import LoRALinear, check_hyperparameters, weight_reason
+from fastlora.heads import (
+    clear_marks,
+    is_head,
+    keep_marks,
+    lies_in,
+    mark_saved,
+    modules_ending_in,
+    note_newly_drawn,
+    saved_modules,
+)
+from fastlora.module import MERGE_READS, LoRALinear, check_hyperparameters, weight_reason
+from fastlora.placement import require_values
 
 ALL_LINEAR = "all-linear"
 _NAMES_SHOWN = 20
+_PEFT_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "init_lora_weights": "init"}
 # What compilation, data-parallel and checkpointing wrappers insert into module paths.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Modules that have taken charge of the parameters that they found, and would neither shard nor synchronise new ones.
@@ -37,18 +49,25 @@ def inject(
     dropout: float = 0.0,
     rslora: bool = False,
     init: str = "kaiming",
+    copy_input: bool = False,
     adapter_dtype: torch.dtype | None = None,
+    modules_to_save: Iterable[str] | None = None,
+    **unknown,
 ) -> list[str]:
     """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear`` and freezes every other parameter.
 
     Targets are matched as PEFT does: a list holds names or dotted suffixes of module paths, a string is a regular
-    expression that must match a whole path. "all-linear" stands for every plain ``nn.Linear`` but the output head of a
-    transformers model. Layers that carry a branch already keep it. Nothing changes unless every target can be served.
+    expression that must match a whole path. "all-linear" stands for every plain ``nn.Linear`` but the output heads of a
+    transformers model (lm_head, score, classifier, qa_outputs, ...), which PEFT leaves out, too. Layers that carry a
+    branch already keep it. Nothing changes unless every target can be served.
 
     Args:
         model: any module; changed in place.
         target_modules: list of suffixes, a regular expression, or "all-linear".
-        r, alpha, dropout, rslora, init, adapter_dtype: as for ``LoRALinear.from_linear``.
+        r, alpha, dropout, rslora, init, copy_input, adapter_dtype: as for ``LoRALinear.from_linear``.
+        modules_to_save: modules that train whole and that ``save_adapter`` saves, such as the newly drawn head of a
+            classifier. As in PEFT, every module whose path ends in one of these names is meant, and nothing in them
+            gets a branch. Unlike in PEFT they train in place: the model keeps no copy of their old values.
 
     Returns:
         The paths of the layers replaced by this call, in the model's order.
@@ -56,11 +75,16 @@ def inject(
     Raises:
         ValueError: a target matches nothing (the message names what would match); a match is not a plain ``nn.Linear``,
             shares its weight with another module, carries hooks or is sharded already; a hyperparameter is out of
-            range.
-        TypeError: ``target_modules`` is neither a string nor a list of strings, or r is not an integer.
+            range; ``modules_to_save`` names no module, or one that shares a parameter with another or has a branch.
+        TypeError: ``target_modules`` is neither a string nor a list of strings, or r is not an integer; an argument has
+            PEFT's name for it.
     """
+    for name in unknown:
+        hint = f"; here it is called {_PEFT_NAMES[name]!r}" if name in _PEFT_NAMES else ""
+        raise TypeError(f"inject() got an unexpected keyword argument {name!r}{hint}")
     check_hyperparameters(r, alpha, dropout, init)
-    names = match_targets(model, target_modules)
+    saved = _match_saved(model, modules_to_save)
+    names = match_targets(model, target_modules, saved)
     replace_linears(
         model,
         {
@@ -70,23 +94,44 @@ def inject(
                 "dropout": dropout,
                 "rslora": rslora,
                 "init": init,
+                "copy_input": copy_input,
                 "adapter_dtype": adapter_dtype,
             }
             for name in names
         },
+        saved,
     )
     return names
 
 
-def match_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list[str]:
-    """The paths that ``inject`` would replace, in the model's order; raises as it does for a target without a match."""
+def _match_saved(model: nn.Module, names: Iterable[str] | None) -> list[str]:
+    names = [] if names is None else names if isinstance(names, str) else list(names)
+    if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"modules_to_save must be a list of strings, got {names!r}")
+    unknown = [name for name in names if not modules_ending_in(model, [name])]
+    if unknown:
+        children = ", ".join(name for name, _ in model.named_children())
+        raise ValueError(
+            f"modules_to_save {', '.join(map(repr, unknown))} match no module of {type(model).__name__}, "
+            f"which is made of {children}"
+        )
+    return modules_ending_in(model, names) if names else []
+
+
+def match_targets(model: nn.Module, target_modules: str | Iterable[str], saved: Iterable[str] = ()) -> list[str]:
+    """The paths that ``inject`` would replace, in the model's order; raises as it does for a target without a match.
+
+    Args:
+        saved: paths of modules that are going to train whole, beside those that do.
+    """
     if not isinstance(target_modules, str):
         targets = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
         if not all(isinstance(target, str) for target in targets):
             raise TypeError(f"target_modules must be a string or a list of strings, got {target_modules!r}")
         target_modules = targets
-    modules = {name: module for name, module in model.named_modules() if name}
-    if not modules:
+    whole = [*saved, *(name for name, _ in saved_modules(model))]
+    modules = {name: module for name, module in model.named_modules() if name and not lies_in(name, whole)}
+    if not list(model.children()):
         raise ValueError(f"{type(model).__name__} has no submodules to replace; LoRALinear.from_linear wraps one layer")
     if isinstance(target_modules, str):
         if target_modules.lower() == ALL_LINEAR:
@@ -110,8 +155,9 @@ def match_targets(model: nn.Module, target_modules: str | Iterable[str]) -> list
     return [name for name in matched if not isinstance(modules[name], LoRALinear)]
 
 
-def replace_linears(model: nn.Module, options: dict[str, dict]) -> None:
-    """Replaces layers by path, each with its own ``from_linear`` options, after checking that all can be; then freezes.
+def replace_linears(model: nn.Module, options: dict[str, dict], saved: Iterable[str] = ()) -> None:
+    """Replaces layers by path, each with its own ``from_linear`` options, after checking that all can be; then freezes
+    all else but the modules at the paths ``saved``, which train whole from then on.
 
     Raises:
         ValueError: as for ``inject``; the model is unchanged then.
@@ -121,10 +167,17 @@ def replace_linears(model: nn.Module, options: dict[str, dict]) -> None:
     problems = [problem for name in options if (problem := _refusal(name, modules, owners))]
     if problems:
         raise ValueError("cannot put LoRA on " + "; ".join(problems))
+    saved = list(saved)
+    problems = [problem for name in saved if (problem := _saved_refusal(name, modules, owners, saved))]
+    if problems:
+        raise ValueError("cannot train and save the whole of " + "; ".join(problems))
+    note_newly_drawn(model, known=(layer for _, layer in lora_layers(model)))
     layers = {name: LoRALinear.from_linear(modules[name], **kwargs) for name, kwargs in options.items()}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
+        keep_marks(modules[name], layer)
         setattr(modules[parent], child, layer)
+    mark_saved(modules[name] for name in saved)
     _freeze_all_but_adapters(model)
 
 
@@ -148,24 +201,59 @@ def merge(model: nn.Module, safe: bool = False, keep_base: bool = True) -> None:
         keep_base: as for ``LoRALinear.merge``; False frees the frozen weights, for serving.
 
     Raises:
-        ValueError: the model has no LoRA layer, or ``safe`` and a merged weight is not finite (all such are named).
+        ValueError: the model has no LoRA layer; ``safe`` and a merged weight is not finite; or the values of a layer
+            are not here (sharded, offloaded by its parent, on "meta", computed), or it shares its weight. All such
+            layers are named, and nothing is merged.
     """
     layers = _require_layers(model)
+    unmerged = [(name, layer) for name, layer in layers if not layer.merged]
+    require_values(model, unmerged, "merge", MERGE_READS, writes="weight")
+    _require_own_weights(model, unmerged)
     if safe:
-        broken = [n for n, layer in layers if not layer.merged and not torch.isfinite(layer.merged_weight()).all()]
+        broken = [name for name, layer in unmerged if not torch.isfinite(layer.merged_weight()).all()]
         if broken:
             raise ValueError(
                 f"merging would give weights that are not finite in {', '.join(broken)}; nothing was merged: "
                 "look for NaN or overflow in their lora_A and lora_B"
             )
-    for _, layer in layers:
+    for _, layer in unmerged:
         layer.merge(keep_base=keep_base)
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restores every merged weight. Raises ValueError where the model has no LoRA layer."""
-    for _, layer in _require_layers(model):
+    """Restores every merged weight.
+
+    Raises:
+        ValueError: the model has no LoRA layer, or the values of a merged one are not here, as in ``merge``.
+    """
+    merged = [(name, layer) for name, layer in _require_layers(model) if layer.merged]
+    require_values(model, merged, "unmerge", MERGE_READS, writes="weight")
+    for _, layer in merged:
         layer.unmerge()
+
+
+def merge_and_unload(model: nn.Module, safe: bool = False) -> nn.Module:
+    """Merges every branch and turns the LoRA layers back into plain ``nn.Linear``, as PEFT's method of that name does.
+
+    The layers stay the objects that they are, so all that holds on to them (several parents, hooks, device maps) sees
+    plain layers from then on. The state dict has the plain model's keys. Weights stay frozen; A and B are gone.
+
+    Args:
+        model: any module with LoRA layers, or one LoRA layer; changed in place.
+        safe: as for ``merge``.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: as for ``merge``.
+    """
+    layers = _require_layers(model)
+    merge(model, safe=safe, keep_base=False)
+    for _, layer in layers:
+        layer.unload()
+    clear_marks(model)
+    return model
 
 
 def trainable_parameters(model: nn.Module) -> TrainableParameters:
@@ -189,13 +277,28 @@ def _require_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
     return layers
 
 
+def _require_own_weights(model: nn.Module, layers: list[tuple[str, LoRALinear]]) -> None:
+    """Merging replaces a parameter's data, which every module that shares the parameter would see."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(f"{name}.{own}".lstrip("."))
+    tied = {name: others for name, layer in layers if len(others := holders[id(layer.weight)]) > 1}
+    if tied:
+        raise ValueError(
+            "cannot merge weights that are tied: "
+            + "; ".join(" and ".join(names) for names in tied.values())
+            + "; give the layer a weight of its own first"
+        )
+
+
 def _is_suffix(target: str, name: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
 def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in modules.items() if _is_plain_linear(module) and module is not head]
+    return [name for name, module in modules.items() if _is_plain_linear(module) and not is_head(model, name)]
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
@@ -212,10 +315,16 @@ def _linear_names(modules: dict[str, nn.Module]) -> str:
 
 
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """Every path under which each parameter is found, by its id."""
+    """A path for every place that holds each parameter, by its id. A block with several parents is one place; a layer
+    that is itself a child of several parents is several, since each parent has to be given its replacement."""
     owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for parent_name, parent in (("", None), *model.named_modules()):
+        children = {"": model} if parent is None else parent._modules
+        for child_name, child in children.items():
+            path = f"{parent_name}.{child_name}".strip(".")
+            for name, parameter in child._parameters.items() if child is not None else ():
+                if parameter is not None:
+                    owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
     return owners
 
 
@@ -226,13 +335,8 @@ def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[st
         return f"{name}: Conv1D keeps its weight as [in, out]; use fastlora.integrations.peft for such models"
     if type(module) is not nn.Linear:
         return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        ancestor = type(modules[".".join(parts[:depth])])
-        if any(base.__name__ in _MANAGERS for base in ancestor.__mro__):
-            return (
-                f"{name}: {ancestor.__name__} manages the parameters around it; put LoRA in first, then wrap or shard"
-            )
+    if (manager := _manager(name, modules)) is not None:
+        return f"{name}: {manager} manages the parameters around it; put LoRA in first, then wrap or shard"
     if id(module.weight) not in owners:
         return f"{name}: its weight is no parameter (pruning, weight norm and the like compute it)"
     if weight_reason(module.weight):
@@ -240,7 +344,9 @@ def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[st
     shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if shared:
         return f"{name}: its weight is tied to {', '.join(shared)}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or "forward" in vars(module):
+    forward = vars(module).get("forward")
+    wrapped = forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward  # as hooks leave it
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or wrapped:
         return (
             f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "
             "or put LoRA in first (tensor parallelism)"
@@ -254,8 +360,37 @@ def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[st
     return None
 
 
+def _manager(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """The class of what has taken charge of the parameters at this path."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        ancestor = type(modules[".".join(parts[:depth])])
+        if any(base.__name__ in _MANAGERS for base in ancestor.__mro__):
+            return ancestor.__name__
+    return None
+
+
+def _saved_refusal(
+    name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]], saved: list[str]
+) -> str | None:
+    """Why the module of this name cannot train and be saved whole, or None."""
+    module = modules[name]
+    if any(isinstance(child, LoRALinear) for child in module.modules()):
+        return f"{name}: it carries a branch already; name it in the call that injects, or save it without"
+    parameters = list(module.parameters())
+    if not all(parameter.is_floating_point() for parameter in parameters):
+        return f"{name}: it has parameters that are not floating-point and cannot train"
+    tied = sorted({o for p in parameters for o in owners.get(id(p), ()) if not lies_in(o, saved)})
+    if tied:
+        return f"{name}: it shares a parameter with {', '.join(tied)}; name both modules, or untie them first"
+    if (manager := _manager(name, modules)) is not None:
+        return f"{name}: {manager} manages the parameters around it; inject first, then wrap or shard"
+    return None
+
+
 def _freeze_all_but_adapters(model: nn.Module) -> None:
     adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    adapters |= {id(p) for _, module in saved_modules(model) for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:
             parameter.requires_grad_(False)

@@ -1,6 +1,7 @@
 """``LoRALinear``: an ``nn.Linear`` with a frozen weight and a trainable low-rank branch."""
 
 import math
+import warnings
 from numbers import Integral, Real
 
 import torch
@@ -8,10 +9,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.ops import lora_linear
+from fastlora.placement import forget, store, stored, unusable
+from fastlora.saving import plain_saver, warn_unmerged
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 INITS = ("kaiming", "gaussian")
 WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MERGED_MARK = "merged"  # key in the state dict of a merged layer
+MERGE_READS = ("weight", "lora_A", "lora_B")
+_PLAIN_UNDER_BRANCH = (
+    "a state dict without lora_A and lora_B was loaded into layers whose branch is not zero, and the branch stays: "
+    "where the state dict is of a merged model, the branch now counts twice"
+)
 
 
 class LoRALinear(nn.Linear):
@@ -27,6 +36,8 @@ class LoRALinear(nn.Linear):
             all of it.
         rslora: scale by alpha / sqrt(r) instead of alpha / r.
         init: "kaiming" (A as ``nn.Linear`` starts its weight) or "gaussian" (A normal, std 1 / r). B starts at zero.
+        copy_input: save a copy of the input for the backward, so that the input may be modified in place after the
+            layer (``x += layer(x)``). Otherwise the input itself is saved.
         device: where the parameters live. On "meta" nothing is drawn; see ``reset_parameters``.
         dtype: dtype of all parameters.
 
@@ -58,6 +69,7 @@ class LoRALinear(nn.Linear):
         dropout: float = 0.0,
         rslora: bool = False,
         init: str = "kaiming",
+        copy_input: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -69,14 +81,13 @@ class LoRALinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.r = int(r)
-        self.alpha = alpha
+        self.alpha = alpha if isinstance(alpha, int | float) else float(alpha)  # a Fraction, a numpy scalar
         self.dropout = float(dropout)
         self.rslora = rslora
         self.init = init
-        self.scaling = alpha / (math.sqrt(r) if rslora else r)
+        self.copy_input = bool(copy_input)
+        self.scaling = self.alpha / (math.sqrt(self.r) if rslora else self.r)
         self.merged = False
-        # What unmerge() puts back. A buffer, so that it follows .to(); not persistent, so that no checkpoint holds it.
-        self.register_buffer("_base_weight", None, persistent=False)
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
         self.reset_lora_parameters()
@@ -90,13 +101,14 @@ class LoRALinear(nn.Linear):
         dropout: float = 0.0,
         rslora: bool = False,
         init: str = "kaiming",
+        copy_input: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> "LoRALinear":
         """Puts a branch on an existing layer, whose weight and bias it shares: same storage, device, dtype and mode.
 
         Args:
             linear: a plain ``nn.Linear`` with a dense floating-point weight; left as it is.
-            r, alpha, dropout, rslora, init: as for the class.
+            r, alpha, dropout, rslora, init, copy_input: as for the class.
             adapter_dtype: dtype of A and B; the weight's own by default. float32 over a 16-bit weight is trained
                 without casting the input up.
 
@@ -123,6 +135,7 @@ class LoRALinear(nn.Linear):
             dropout=dropout,
             rslora=rslora,
             init=init,
+            copy_input=copy_input,
             device="meta",
             dtype=weight.dtype,
         )
@@ -172,7 +185,8 @@ class LoRALinear(nn.Linear):
         else:  # torch's parametrizations make properties of them
             weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
         call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-        return call(x, weight, lora_a, lora_b, self.scaling, bias, dropout_p=self.dropout, training=self.training)
+        options = {"dropout_p": self.dropout, "training": self.training, "copy_input": self.copy_input}
+        return call(x, weight, lora_a, lora_b, self.scaling, bias, **options)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module. What replaces the weight or a frozen bias (torch's parallel styles do) is frozen, too."""
@@ -185,15 +199,20 @@ class LoRALinear(nn.Linear):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W + scaling·B·A [out_features, in_features], computed in float32 at least and rounded once to W's dtype."""
-        compute = torch.promote_types(self.weight.dtype, torch.float32)
-        weight, a, b = self.weight.to(compute), self.lora_A.to(compute), self.lora_B.to(compute)
-        return torch.addmm(weight, b, a, alpha=self.scaling).to(self.weight.dtype)
+        return self._with_branch(self.scaling)
+
+    def _with_branch(self, factor: float) -> Tensor:
+        weight, a, b = (stored(self, name) for name in MERGE_READS)
+        compute = torch.promote_types(weight.dtype, torch.float32)
+        merged = torch.addmm(weight.to(compute), b.to(compute), a.to(compute), alpha=factor)
+        return merged.to(weight.dtype)
 
     @torch.no_grad()
     def merge(self, safe: bool = False, keep_base: bool = True) -> None:
         """Adds the branch to the weight, so that the forward is one ``F.linear``. A merged layer is left as it is.
 
-        The merged weight is a new tensor: a weight shared with another layer keeps its value there.
+        The merged weight is a new tensor: a weight shared with another layer keeps its value there. A layer that
+        accelerate has offloaded is merged in accelerate's map, in CPU memory; its files on disk stay as they are.
 
         Args:
             safe: refuse a result that is not finite, and leave the layer as it was.
@@ -201,15 +220,13 @@ class LoRALinear(nn.Linear):
                 released (to serve only, say), and ``unmerge`` subtracts the branch, which is exact to rounding.
 
         Raises:
-            ValueError: ``safe`` and the merged weight has elements that are not finite; or the weight is sharded.
+            ValueError: ``safe`` and the merged weight has elements that are not finite; or the weight is sharded,
+                computed, or a placeholder.
         """
         if self.merged:
             return
-        if is_dtensor(self.weight):
-            raise ValueError(
-                "the weight is sharded (a DTensor), and others hold on to its shards: "
-                "gather the state dict, load it into a model that is not sharded and merge that"
-            )
+        if reason := unusable(self, MERGE_READS, writes="weight"):
+            raise ValueError(reason)
         merged = self.merged_weight()
         if safe and not torch.isfinite(merged).all():
             count = int((~torch.isfinite(merged)).sum())
@@ -218,28 +235,85 @@ class LoRALinear(nn.Linear):
                 "the layer is left unmerged: look for NaN or overflow in lora_A and lora_B"
             )
         if keep_base:
-            self._base_weight = self.weight.data
-        self.weight.data = merged
+            # What unmerge() puts back. A buffer follows .to(); one that is not persistent is in no checkpoint.
+            self.register_buffer("_base_weight", stored(self, "weight").detach(), persistent=False)
+        store(self, "weight", merged)
         self.merged = True
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Restores the frozen weight. A layer that is not merged is left as it is."""
+        """Restores the frozen weight. A layer that is not merged is left as it is.
+
+        Raises:
+            ValueError: the weight has been sharded or became a placeholder since it was merged.
+        """
         if not self.merged:
             return
-        if self._base_weight is not None:
-            self.weight.data, self._base_weight = self._base_weight, None
-        else:
-            compute = torch.promote_types(self.weight.dtype, torch.float32)
-            weight, a, b = self.weight.to(compute), self.lora_A.to(compute), self.lora_B.to(compute)
-            self.weight.data = torch.addmm(weight, b, a, alpha=-self.scaling).to(self.weight.dtype)
+        if reason := unusable(self, MERGE_READS, writes="weight"):
+            raise ValueError(reason)
+        base = self._buffers.get("_base_weight")
+        store(self, "weight", self._with_branch(-self.scaling) if base is None else base)
+        self._drop_base()
         self.merged = False
 
+    def _drop_base(self) -> None:
+        if "_base_weight" in self._buffers:
+            del self._base_weight
+            forget(self, "_base_weight")
+
+    def unload(self) -> None:
+        """Makes this object a plain ``nn.Linear`` with the weight that it has: to be called on a merged layer.
+
+        Raises:
+            ValueError: the layer is not merged.
+        """
+        if not self.merged:
+            raise ValueError("unload turns a merged layer into an nn.Linear; call merge() first")
+        for name in ("forward", "_old_forward"):  # accelerate's hooks leave them on the object
+            if getattr(vars(self).get(name), "__func__", None) is LoRALinear.forward:
+                setattr(self, name, nn.Linear.forward.__get__(self))
+        self._drop_base()
+        del self.lora_A, self.lora_B
+        forget(self, "lora_A", "lora_B")
+        own = vars(LoRALinear(1, 1, device="meta")).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
+        for name in own & vars(self).keys():
+            if name != "merged" or "forward" not in vars(self):  # a wrapper around the old forward reads `merged`
+                del self.__dict__[name]
+        self.__class__ = nn.Linear
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """A merged layer's entries are marked, or those of nn.Linear where they are written for from_pretrained."""
+        first = not any(key.endswith("lora_A") for key in destination)  # one warning a state dict is enough
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        saver = plain_saver()
+        if self.merged and saver is None:
+            destination[prefix + MERGED_MARK] = torch.ones((), dtype=torch.bool)
+        elif self.merged:
+            for name in ("lora_A", "lora_B"):
+                destination.pop(prefix + name, None)
+        elif saver is not None and first:
+            warn_unmerged(saver)
+
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        if self.merged and any(prefix + name in state_dict for name in self._parameters):
-            errors.append(f"{prefix.rstrip('.') or 'the layer'} is merged; call unmerge() before loading parameters")
+        layer = prefix.rstrip(".") or "the layer"
+        given = {name for name in (*self._parameters, MERGED_MARK) if prefix + name in state_dict}
+        if self.merged and given:
+            errors.append(f"{layer} is merged; call unmerge() before loading parameters")
             return
+        if MERGED_MARK in given:
+            errors.append(
+                f"{layer}: the state dict is of a merged layer, whose weight holds the branch already, and lora_A and "
+                "lora_B would add it again; take the state dict after unmerge(), or load an adapter file"
+            )
+            return
+        if "weight" in given and not given & {"lora_A", "lora_B"} and self._branch_is_trained():
+            warnings.warn(_PLAIN_UNDER_BRANCH, stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def _branch_is_trained(self) -> bool:
+        """Whether B is not zero on a weight that has values; without reading what is sharded."""
+        b = self.lora_B
+        return not (self.weight.is_meta or b.is_meta or is_dtensor(b)) and bool(b.detach().any())
 
     def extra_repr(self) -> str:
         """Sizes, rank, alpha and whatever differs from the defaults."""
@@ -248,6 +322,8 @@ class LoRALinear(nn.Linear):
             text += f", dropout={self.dropout}"
         if self.rslora:
             text += ", rslora=True"
+        if self.copy_input:
+            text += ", copy_input=True"
         return text + (", merged=True" if self.merged else "")
 
 

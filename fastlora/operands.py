@@ -26,7 +26,7 @@ def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, Launch
         dropout=dropout_p > 0.0,
         bias=bias is not None,
         aligned=Aligned(is_aligned(x), is_aligned(weight), is_aligned(lora_a), is_aligned(lora_b), True),
-        tf32=_tf32(x),
+        tf32=uses_tf32(x.dtype),
     )
     return ForwardOperands(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed), spec
 
@@ -49,7 +49,7 @@ def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[Backwar
         aligned=Aligned(
             is_aligned(dy), is_aligned(weight), is_aligned(lora_a), is_aligned(lora_b), x is None or is_aligned(x)
         ),
-        tf32=_tf32(dy),
+        tf32=uses_tf32(dy.dtype),
     )
     return BackwardOperands(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed), spec
 
@@ -74,5 +74,11 @@ def is_aligned(matrix: Tensor) -> bool:
     return matrix.data_ptr() % _ALIGNMENT == 0 and matrix.stride(0) * matrix.element_size() % _ALIGNMENT == 0
 
 
-def _tf32(rows: Tensor) -> bool:
-    return rows.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+def uses_tf32(dtype: torch.dtype) -> bool:
+    """Whether torch's own products of a dtype would use TF32 on a GPU. Where old and new ways of setting it are mixed,
+    torch 2.9 and later raise on a read of ``allow_tf32``; earlier versions have nothing else to read."""
+    if dtype != torch.float32:
+        return False
+    flags = torch.backends.cuda.matmul
+    precision = getattr(flags, "fp32_precision", None)
+    return flags.allow_tf32 if precision is None else precision == "tf32"

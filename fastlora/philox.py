@@ -14,6 +14,7 @@ ELEMENTS_PER_CALL = 8
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
+_STEPS = 1 << 16  # values of an element's random bits
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -29,16 +30,19 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def threshold(dropout_p: float) -> int:
-    """Elements whose 16 random bits are below this are dropped."""
-    return round(dropout_p * 65536)
+    """Elements whose 16 random bits are below this are dropped: p in steps of 1 / 65536. Only p = 1 drops them all,
+    for nothing could make up for it in the mean."""
+    return min(round(dropout_p * _STEPS), _STEPS - 1) if dropout_p < 1.0 else _STEPS
 
 
 def inverse_keep(dropout_p: float) -> float:
-    """What kept elements are scaled by: 1 / (1 - p), and 0 where nothing is kept."""
-    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+    """What kept elements are scaled by: 1 / (share of the elements that ``threshold`` keeps), and 0 where it keeps
+    none. So the mean of a dropped-out element is the element itself, whatever p was rounded to."""
+    kept = _STEPS - threshold(dropout_p)
+    return _STEPS / kept if kept else 0.0
 
 
-def random_words(seed: int, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
+def random_words(seed: int | Tensor, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
     """Philox-4x32 of 64-bit counters [n] (int64) under a 64-bit key: [n, 4] words of 32 bits, in int64."""
     c0, c1 = counter & _LOW, counter >> 32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
@@ -65,11 +69,13 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
         bool tensor [m, k] on ``device``.
     """
     first_kept = threshold(dropout_p)
-    if first_kept == 1 << 16:
+    if first_kept == _STEPS:
         return torch.zeros(m, k, dtype=torch.bool, device=device)
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
     # Both halves of each word, low half first, as signed numbers, which a flipped top bit puts in the unsigned order.
-    halves = random_words(int(seed), counter).to(torch.int32).view(torch.int16)
+    # In a graph that is being traced the seed has no value yet; everywhere else numbers are faster than tensors.
+    key = seed if isinstance(seed, Tensor) and type(seed) is not Tensor else int(seed)
+    halves = random_words(key, counter).to(torch.int32).view(torch.int16)
     keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
     return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]

@@ -14,7 +14,8 @@ An operand that is placed otherwise is redistributed first; A and B are small. A
 import torch
 from torch import Tensor
 
-from fastlora.ops import composed, lora_linear
+from fastlora.differentiable import composed
+from fastlora.ops import lora_linear
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -32,6 +33,7 @@ def lora_linear_sharded(
     *,
     dropout_p: float = 0.0,
     training: bool = True,
+    copy_input: bool = False,
 ) -> Tensor:
     """``lora_linear`` on DTensors; plain A, B and bias count as replicated.
 
@@ -42,7 +44,7 @@ def lora_linear_sharded(
         x: DTensor [..., in_features].
         weight: DTensor [out_features, in_features] on the same mesh, frozen.
         lora_a, lora_b, bias: as for ``lora_linear``, DTensors on that mesh or plain tensors.
-        scaling, dropout_p, training: as for ``lora_linear``.
+        scaling, dropout_p, training, copy_input: as for ``lora_linear``.
 
     Returns:
         DTensor [..., out_features]; where the weight is sharded by columns it holds partial sums.
@@ -101,6 +103,7 @@ def lora_linear_sharded(
         local(lora_b, 2),
         scaling,
         None if bias is None or summed else local(bias, 3),
+        copy_input=copy_input,
     )
     shape = (*x.shape[:-1], weight.shape[0])
     y = DTensor.from_local(y, mesh, placements[4], run_check=False, shape=torch.Size(shape), stride=_strides(shape))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.traffic.peer_kernels import dropout, elementwise, gradient_pair, product, zeros
 from fastlora.backends.configs import TileConfig
+from fastlora.bench import orders
 from fastlora.philox import inverse_keep
 
 Tensors = dict[str, Tensor]
@@ -65,56 +66,63 @@ def eager_backward(layer, made: Tensors, tile: TileConfig) -> Tensors:
     return grads
 
 
-def unsloth_forward(layer, tile: TileConfig) -> Tensors:
-    """Unsloth's LoRA_W: ``addmm_`` onto the base product.
+class Launches:
+    """The operations of :mod:`fastlora.bench.orders` as launches of plain kernels; keeps every matrix by its name."""
 
-    Source: unslothai/unsloth, kernels/fast_lora.py (``matmul_lora``, ``LoRA_W``).
-    """
-    made = {"Y": product(layer.x, layer.weight.t(), tile), "S": product(layer.x, layer.lora_a.t(), tile)}
-    product(made["S"], layer.lora_b.t(), tile, alpha=layer.scaling, onto=made["Y"])
-    return made
+    def __init__(self, layer, tile: TileConfig):
+        self.layer, self.tile, self.made = layer, tile, {}
+
+    def product(self, name: str, left: Tensor, right: Tensor, alpha: float = 1.0, like: Tensor | None = None) -> Tensor:
+        self.made[name] = product(left, right, self.tile, alpha=alpha)
+        return self.made[name]
+
+    def add_product(self, onto: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+        product(left, right, self.tile, alpha=alpha, onto=onto)
+
+    def product_and_branch(self, name, left, right, branch, scale: float, mask: Tensor | None) -> Tensor:
+        self.made[name] = product(left, right, self.tile, branch=branch, branch_scale=scale, mask=mask)
+        return self.made[name]
+
+    def dropout(self, x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+        if not p:
+            return x, None
+        self.made["drop(X)"], self.made["mask"] = dropout(x, p, self.layer.seed, self.tile)
+        return self.made["drop(X)"], self.made["mask"]
+
+    def gradient_pair(self, dy: Tensor, s: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """By atomics into zeroed fp32."""
+        sums = {"fp32 dB": zeros(b.shape[0], b.shape[1], like=dy), "fp32 dS": zeros(*s.shape, like=dy)}
+        gradient_pair(dy, s, b, scale, self.tile, tuple(sums.values()))
+        rounded = {name.removeprefix("fp32 "): elementwise(total, dtype=dy.dtype) for name, total in sums.items()}
+        self.made |= {**sums, **rounded}
+        return rounded["dB"], rounded["dS"]
+
+
+def unsloth_forward(layer, tile: TileConfig) -> Tensors:
+    launches = Launches(layer, tile)
+    orders.unsloth_forward(launches, layer.x, layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
+    return launches.made
 
 
 def unsloth_backward(layer, made: Tensors, tile: TileConfig) -> Tensors:
-    """S is made again, dY·B twice."""
-    grads = {"dS": product(layer.dy, layer.lora_b, tile)}
-    grads["dA"] = product(grads["dS"].t(), layer.x, tile, alpha=layer.scaling)
-    grads["S again"] = product(layer.x, layer.lora_a.t(), tile)
-    grads["dB"] = product(layer.dy.t(), grads["S again"], tile, alpha=layer.scaling)
-    grads["dX"] = product(layer.dy, layer.weight, tile)
-    grads["dS again"] = product(layer.dy, layer.lora_b, tile)
-    product(grads["dS again"], layer.lora_a, tile, alpha=layer.scaling, onto=grads["dX"])
-    return grads
+    launches = Launches(layer, tile)
+    orders.unsloth_backward(launches, layer.dy, layer.x, layer.weight, layer.lora_a, layer.lora_b, layer.scaling)
+    return launches.made
 
 
 def lorafusion_forward(layer, tile: TileConfig) -> Tensors:
-    """LoRAFusion's split around a stored S; without dropout, whose kernels they skip, the same from X itself.
-
-    Source: CentML/lorafusion, ops/lora_v1.py; Zhu et al., "LoRAFusion: Efficient LoRA Fine-Tuning for LLMs", 2025.
-    """
-    made, dropped = {}, layer.x
-    if layer.dropout_p:
-        made["drop(X)"], made["mask"] = dropout(layer.x, layer.dropout_p, layer.seed, tile)
-        dropped = made["drop(X)"]
-    made["S"] = product(dropped, layer.lora_a.t(), tile)
-    branch = (made["S"], layer.lora_b.t())
-    made["Y"] = product(layer.x, layer.weight.t(), tile, branch=branch, branch_scale=layer.scaling)
-    return made
+    launches = Launches(layer, tile)
+    operands = (layer.x, layer.weight, layer.lora_a, layer.lora_b, layer.scaling, layer.dropout_p)
+    orders.lorafusion_forward(launches, *operands)
+    return launches.made
 
 
 def lorafusion_backward(layer, made: Tensors, tile: TileConfig) -> Tensors:
-    """dB and dS from one reading of dY, by atomics into zeroed fp32; dX with its branch in one kernel."""
-    (m, n), r = layer.dy.shape, layer.lora_a.shape[0]
-    sums = {"fp32 dB": zeros(n, r, like=layer.dy), "fp32 dS": zeros(m, r, like=layer.dy)}
-    gradient_pair(layer.dy, made["S"], layer.lora_b, layer.scaling, tile, tuple(sums.values()))
-    dtype = layer.dy.dtype
-    grads = {**sums, "dB": elementwise(sums["fp32 dB"], dtype=dtype), "dS": elementwise(sums["fp32 dS"], dtype=dtype)}
-    grads["dA"] = product(grads["dS"].t(), made.get("drop(X)", layer.x), tile)
-    grads["dX"] = product(
-        layer.dy, layer.weight, tile,
-        branch=(grads["dS"], layer.lora_a), branch_scale=inverse_keep(layer.dropout_p), mask=made.get("mask"),
-    )  # fmt: skip
-    return grads
+    launches = Launches(layer, tile)
+    kept = (made.get("drop(X)", layer.x), made.get("mask"), made["S"])
+    scales = (layer.scaling, inverse_keep(layer.dropout_p))
+    orders.lorafusion_backward(launches, layer.dy, *kept, layer.weight, layer.lora_a, layer.lora_b, *scales)
+    return launches.made
 
 
 ORDERS = {

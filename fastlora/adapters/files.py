@@ -4,12 +4,17 @@ import json
 import math
 import os
 import re
+import reprlib
+import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from fastlora.adapters.patterns import Patterns
+from fastlora.files import read_together
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
@@ -18,6 +23,9 @@ PREFIX = "base_model.model."
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 10
+# An adapter of 70,000 experts stays below these by half; what is larger is not read.
+MAX_CONFIG, MAX_HEADER = 16 << 20, 32 << 20  # bytes
+_MAX_SAVED_NAMES = 1000
 # Fields that change what an adapter computes, and the values under which it is plain LoRA on linear layers.
 _PLAIN = {
     "bias": ("none",),
@@ -25,7 +33,6 @@ _PLAIN = {
     "use_dora": (False,),
     "lora_bias": (False,),
     "use_qalora": (False,),
-    "modules_to_save": (None, []),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
     "layer_replication": (None,),
@@ -35,6 +42,37 @@ _PLAIN = {
     "velora_config": (None,),
     "monteclora_config": (None,),
     "kasa_config": (None,),
+    "ensure_weight_tying": (False,),
+    "megatron_config": (None, {}),
+}
+# Fields that change nothing in an adapter that is plain by the others: where it comes from, how it was started, where.
+_HARMLESS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "loftq_config",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_ga_config",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
 }
 # Starts that leave the base weights as they are; the others (PiSSA, OLoRA, ...) subtract from them at every load.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal", None)
@@ -59,6 +97,7 @@ class AdapterLayer(NamedTuple):
 def read_adapter(directory: str | os.PathLike) -> dict[str, AdapterLayer]:
     """Reads an adapter that ``save_adapter`` or PEFT wrote, without a model: its layers by path, on the CPU.
 
+    Modules that were saved whole are left out.
     The layers are in the order of their numbers, 2 before 10, which the file does not keep.
 
     Raises:
@@ -66,10 +105,10 @@ def read_adapter(directory: str | os.PathLike) -> dict[str, AdapterLayer]:
         ValueError: the files are damaged or are no plain LoRA on linear layers.
     """
     directory = Path(directory)
-    config = read_config(directory)
     layers = {}
-    with open_weights(directory) as file:
-        stored = read_header(file, directory / WEIGHTS_NAME)
+    config, file = open_adapter(directory)
+    with file:
+        stored, _ = read_header(file, directory / WEIGHTS_NAME, config)
         check_ranks(stored, config)
         for path in sorted(stored, key=_by_number):
             a, b = (file.get_tensor(f"{PREFIX}{path}.lora_{factor}.weight") for factor in "AB")
@@ -81,9 +120,15 @@ def _by_number(path: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in path.split(".")]
 
 
+def open_adapter(directory: Path):
+    """The configuration and the open weights of one save, also where another process saves at the same time."""
+    paths = [directory / CONFIG_NAME, directory / WEIGHTS_NAME]
+    return read_together(paths, lambda: (read_config(directory), open_weights(directory)))
+
+
 def alpha_of(path: str, config: dict[str, Any]) -> float:
     """The alpha that the configuration gives a layer."""
-    return pattern_value(config["alpha_pattern"], path, config["lora_alpha"])
+    return config["alpha_pattern"].value(path, config["lora_alpha"])
 
 
 def scaling_of(alpha: float, rank: int, config: dict[str, Any]) -> float:
@@ -95,35 +140,63 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise FileNotFoundError(f"no {CONFIG_NAME} in {directory}: not an adapter directory")
+    with open(path, "rb") as file:
+        data = file.read(MAX_CONFIG + 1)
+    if len(data) > MAX_CONFIG:
+        raise ValueError(f"{path} is larger than {MAX_CONFIG:,} bytes: no adapter's configuration")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(data)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply for an adapter's configuration") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{path} describes no LoRA adapter: peft_type is {kind!r}")
-    odd = [f"{k}={config[k]!r}" for k, plain in _PLAIN.items() if k in config and config[k] not in plain]
+        raise ValueError(f"{path} describes no LoRA adapter: peft_type is {_shown(kind)}")
+    odd = [f"{k}={_shown(config[k])}" for k, plain in _PLAIN.items() if k in config and config[k] not in plain]
     if config.get("init_lora_weights", True) not in _PLAIN_INITS:
-        odd.append(f"init_lora_weights={config['init_lora_weights']!r} (it changes the base weights)")
+        odd.append(f"init_lora_weights={_shown(config['init_lora_weights'])} (it changes the base weights)")
+    # What a later PEFT may have added: off where it is empty, else something that would be lost here.
+    unknown = [k for k, value in config.items() if value and k not in _HARMLESS and k not in _PLAIN]
+    odd += [f"{_shown(key)[1:-1]}={_shown(config[key])} (unknown here)" for key in unknown]
     if odd:
-        raise ValueError(f"{path} is not plain LoRA on linear layers: {', '.join(odd)}; load it with PEFT")
+        raise ValueError(f"{path} is not plain LoRA on linear layers: {listed(odd)}; load it with PEFT")
     for field, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
         value = config.setdefault(field, default)
         if not _is_number(value):
-            raise ValueError(f"{path}: {field} must be a number, got {value!r}")
+            raise ValueError(f"{path}: {field} must be a number, got {_shown(value)}")
     if not 0.0 <= config["lora_dropout"] <= 1.0:
         raise ValueError(f"{path}: lora_dropout must be between 0 and 1, got {config['lora_dropout']}")
     if not isinstance(config.setdefault("use_rslora", False), bool):
-        raise ValueError(f"{path}: use_rslora must be true or false, got {config['use_rslora']!r}")
+        raise ValueError(f"{path}: use_rslora must be true or false, got {_shown(config['use_rslora'])}")
     for field in ("rank_pattern", "alpha_pattern"):
         config[field] = config.get(field) or {}
         if not isinstance(config[field], dict) or not all(map(_is_number, config[field].values())):
-            raise ValueError(f"{path}: {field} must map module paths to numbers, got {config[field]!r}")
+            raise ValueError(f"{path}: {field} must map module paths to numbers, got {_shown(config[field])}")
+        try:
+            config[field] = Patterns(config[field])
+        except ValueError as error:
+            raise ValueError(f"{path}: {field}: {error}") from error
+    saved = config["modules_to_save"] = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
+        raise ValueError(f"{path}: modules_to_save must be a list of module names, got {_shown(saved)}")
+    if len(saved) > _MAX_SAVED_NAMES:
+        raise ValueError(f"{path}: modules_to_save has {len(saved)} names, {_MAX_SAVED_NAMES} are the most")
     return config
 
 
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long or deep."""
+    return reprlib.repr(value)
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond floating point
+        return False
 
 
 def open_weights(directory: Path):
@@ -135,21 +208,35 @@ def open_weights(directory: Path):
                 f"convert it where you trust it: load it with PEFT and save_pretrained(safe_serialization=True)"
             )
         raise FileNotFoundError(f"no {WEIGHTS_NAME} in {directory}")
+    with open(path, "rb") as file:
+        start = file.read(8)
+    size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    if size > MAX_HEADER:
+        raise ValueError(
+            f"{path} is damaged or is not a safetensors file: its header claims {size:,} bytes, "
+            f"{MAX_HEADER:,} are the most"
+        )
     try:
         return safe_open(path, framework="pt", device="cpu")
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or is not a safetensors file: {error}") from error
 
 
-def read_header(file, path: Path) -> dict[str, StoredShapes]:
-    """Shapes by layer path, from the header alone."""
+def read_header(file, path: Path, config: dict[str, Any]) -> tuple[dict[str, StoredShapes], dict[str, tuple]]:
+    """From the header alone: shapes by layer path, and shapes of the parameters of modules that were saved whole."""
+    names = tuple(config["modules_to_save"])
+    saved: dict[str, tuple[int, ...]] = {}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     dtypes: dict[str, torch.dtype] = {}
     unexpected, wrong_dtype = [], []
     for key in file.keys():  # noqa: SIM118  (the handle is not iterable)
         match = _KEY.fullmatch(key)
         if match is None:
-            unexpected.append(key)
+            parameter = key.removeprefix(PREFIX)
+            if key.startswith(PREFIX) and _lies_in_one(parameter, names):
+                saved[parameter] = tuple(file.get_slice(key).get_shape())
+            else:
+                unexpected.append(key)
             continue
         view = file.get_slice(key)
         dtype = _DTYPES.get(view.get_dtype())
@@ -166,34 +253,28 @@ def read_header(file, path: Path) -> dict[str, StoredShapes]:
         problems.append(f"missing: {listed(halves)}")
     if wrong_dtype:
         problems.append(f"dtype not one of {', '.join(_DTYPES)}: {listed(wrong_dtype)}")
-    if not shapes and not problems:
+    if not shapes and not saved and not problems:
         problems.append("it holds no tensors")
     if problems:
         raise ValueError(f"{path} does not hold plain LoRA weights; {'; '.join(problems)}")
-    return {name: StoredShapes(found["A"], found["B"], dtypes[name]) for name, found in shapes.items()}
+    layers = {name: StoredShapes(found["A"], found["B"], dtypes[name]) for name, found in shapes.items()}
+    return layers, saved
+
+
+def _lies_in_one(parameter: str, names: tuple[str, ...]) -> bool:
+    """Whether a module above the parameter is one of these, by PEFT's rule: its path ends in the name."""
+    return any(parameter[: dot.start()].endswith(names) for dot in re.finditer(r"\.", parameter)) if names else False
 
 
 def check_ranks(stored: dict[str, StoredShapes], config: dict[str, Any]) -> None:
     """A and B of each layer agree with each other and with the configured rank."""
     wrong = []
     for path, (a, b, _) in stored.items():
-        rank = pattern_value(config["rank_pattern"], path, config["r"])
+        rank = config["rank_pattern"].value(path, config["r"])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != rank or a[0] < 1:
             wrong.append(f"{path}: lora_A {list(a)}, lora_B {list(b)}, configured rank {rank}")
     if wrong:
         raise ValueError(f"ranks do not agree: {listed(wrong, '; ')}")
-
-
-def pattern_value(pattern: dict[str, Any], path: str, default: Any) -> Any:
-    """PEFT's rule: the first key that, as a regular expression, matches the end of the path from a dot on."""
-    for key, value in pattern.items():
-        try:
-            found = re.match(rf"(.*\.)?({key})$", path)
-        except re.error as error:
-            raise ValueError(f"{CONFIG_NAME}: pattern key {key!r} is not a regular expression: {error}") from error
-        if found:
-            return value
-    return default
 
 
 def listed(names: list[str], separator: str = ", ") -> str:

@@ -21,60 +21,46 @@ from fastlora.adapters.files import (
     alpha_of,
     check_ranks,
     listed,
-    open_weights,
-    read_config,
+    open_adapter,
     read_header,
     scaling_of,
 )
+from fastlora.files import write_files
+from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules, task_of
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
+from fastlora.placement import is_offloaded, require_values, store, stored
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Writes the A and B of every ``LoRALinear`` of a model, and a configuration that PEFT reads.
+    """Writes the A and B of every ``LoRALinear`` of a model, the modules that it saves whole, and a configuration that
+    PEFT reads.
 
-    Each file is written beside its place and renamed into it once complete, so an interrupted call or a full disk
-    leaves what was there before. With more than one process, all call it and rank 0 writes.
+    Both files are replaced as one: an interrupted call, a killed process or a full disk leaves the old adapter or the
+    new one. With more than one process, all call it and rank 0 writes. What an adapter file cannot hold and the result
+    depends on is named in a warning: other parameters that train, and heads that no checkpoint holds.
 
     Args:
         model: a model that ``inject`` or ``load_adapter`` has treated; merged or not makes no difference.
         directory: made where it is missing.
 
     Raises:
-        ValueError: the model has no LoRA layer.
+        ValueError: the model has no LoRA layer, or the values of one are not here (on "meta", sharded by FSDP1 or
+            ZeRO-3, offloaded by a hook of its parent).
         OSError: the directory cannot be written.
     """
     model = _unwrapped(model)
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer to save; call fastlora.inject first")
+    require_values(model, layers.items(), "save", ("lora_A", "lora_B"))
     _warn_of_unsaved(model)
-    tensors = {}
-    for path, layer in layers.items():
-        tensors[f"{PREFIX}{path}.lora_A.weight"] = whole_value(layer.lora_A)
-        tensors[f"{PREFIX}{path}.lora_B.weight"] = whole_value(layer.lora_B)
+    tensors = _values(model, layers)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
-    directory = Path(directory)
     config = json.dumps(_config_of(model, layers), indent=2, sort_keys=True) + "\n"
     payload = {WEIGHTS_NAME: serialize(tensors, metadata={"format": "pt"}), CONFIG_NAME: config.encode()}
-    made = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = {name: directory / f".{name}.{os.getpid()}.tmp" for name in payload}
-    try:
-        for name, data in payload.items():
-            with open(temporary[name], "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in payload:
-            os.replace(temporary[name], directory / name)
-    except BaseException:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        if made and not any(directory.iterdir()):
-            directory.rmdir()
-        raise
+    write_files(directory, payload)
 
 
 def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
@@ -82,8 +68,9 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
 
     A model without LoRA layers gets them where the file has them, with the ranks of its tensors and the configuration's
     alpha and dropout. A model that has LoRA layers must have the same ones; it takes over the values and the alpha, and
-    keeps its dtypes and dropout. Configuration and header (names, shapes, dtypes, ranks) are checked first: nothing is
-    read, allocated or changed before all of it fits.
+    keeps its dtypes and dropout. Modules that were saved whole take over their values in place, and train from then
+    on. Configuration and header (names, shapes, dtypes, ranks) are checked first: nothing is read, allocated or changed
+    before all of it fits. Both files are of one save, also while another process saves.
 
     Returns:
         Paths of the loaded layers.
@@ -91,20 +78,31 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     Raises:
         FileNotFoundError: no adapter there, or only a pickled one, which is never opened.
         ValueError: the files are damaged or are no plain LoRA on linear layers, or do not fit the model; the message
-            lists what is missing, unexpected or mismatched.
+            lists what is missing, unexpected or mismatched. A configuration that is huge, deep or makes matching its
+            patterns take long, a header that claims more than a header has.
+        OSError: the files are replaced all the time while they are read.
     """
     directory, given, model = Path(directory), model, _unwrapped(model)
-    config = read_config(directory)
-    with open_weights(directory) as file:
-        stored = read_header(file, directory / WEIGHTS_NAME)
+    config, file = open_adapter(directory)
+    with file:
+        stored, stored_whole = read_header(file, directory / WEIGHTS_NAME, config)
         check_ranks(stored, config)
         layers = dict(lora_layers(model))
-        _check_fit(model, layers, stored)
+        require_values(model, layers.items(), "load into", ("lora_A", "lora_B"), allow_meta=True)
+        found = modules_ending_in(model, config["modules_to_save"]) if config["modules_to_save"] else []
+        saved = dict(saved_modules(model)) | {name: model.get_submodule(name) for name in found}
+        whole = _parameters_of(saved)
+        _check_fit(model, layers, stored, whole, stored_whole)
+        _check_tied(layers, whole, file)
         alphas = {path: alpha_of(path, config) for path in stored}
-        if not layers:
-            if any(isinstance(module, DistributedDataParallel) for module in given.modules()):
-                raise ValueError("DistributedDataParallel would not see new parameters: load the adapter, then wrap")
-            layers = _create_layers(model, stored, alphas, config)
+        new = [name for name in found if not lies_in(name, [marked for marked, _ in saved_modules(model)])]
+        if (new or not layers) and any(isinstance(module, DistributedDataParallel) for module in given.modules()):
+            raise ValueError("DistributedDataParallel would not see new parameters: load the adapter, then wrap")
+        options = {} if layers else _options(model, stored, alphas, config)
+        replace_linears(model, options, new)
+        layers = dict(lora_layers(model))
+        for name, (module, attribute) in whole.items():
+            _copy(module, attribute, file.get_tensor(PREFIX + name))
         for path, layer in layers.items():
             _copy(layer, "lora_A", file.get_tensor(f"{PREFIX}{path}.lora_A.weight"))
             _copy(layer, "lora_B", file.get_tensor(f"{PREFIX}{path}.lora_B.weight"))
@@ -125,19 +123,76 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def whole_value(parameter: Tensor) -> Tensor:
-    """The unsharded, contiguous value on the CPU."""
+def whole_value(parameter: Tensor, name: str = "a parameter") -> Tensor:
+    """The unsharded, contiguous value on the CPU. Raises ValueError where there is none."""
     value = parameter.detach()
+    if value.is_meta:
+        raise ValueError(f"cannot save {name}: it is on the meta device, which holds no values; load them first")
     if hasattr(value, "full_tensor"):  # a DTensor; every process takes part
         value = value.full_tensor()
     return value.cpu().contiguous()
 
 
+def _parameters_of(saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, str]]:
+    """What the state dicts of modules hold, by path: the module that owns it, and its name there."""
+    found = {}
+    for path, root in saved.items():
+        for key in root.state_dict(keep_vars=True):
+            owner, _, attribute = key.rpartition(".")
+            found[canonical_name(f"{path}.{key}")] = (root.get_submodule(owner), attribute)
+    return found
+
+
+def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
+    """The tensors of an adapter file, whole and on the CPU, each in memory of its own: a file has no ties."""
+    places = [(f"{path}.lora_{f}.weight", (layer, f"lora_{f}")) for path, layer in layers.items() for f in "AB"]
+    places += _parameters_of(dict(saved_modules(model))).items()
+    values, first, storages, tied = {}, {}, set(), []
+    for name, (module, attribute) in places:
+        tensor = getattr(module, attribute)
+        if first.setdefault(id(tensor), name) != name:
+            tied.append(f"{name} to {first[id(tensor)]}")
+        value = whole_value(stored(module, attribute), name)
+        storage = value.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() != value.nbytes:
+            value = value.clone()
+        storages.add(storage.data_ptr())
+        values[PREFIX + name] = value
+    if tied:
+        warnings.warn(
+            f"an adapter file has no ties, and holds a copy for each of these: {listed(tied)}; "
+            "a model into which it is loaded keeps its own ties, or has to be tied again",
+            stacklevel=3,
+        )
+    return values
+
+
 def _warn_of_unsaved(model: nn.Module) -> None:
+    whole = [name for name, _ in saved_modules(model)]
     adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in adapters]
+    others = [
+        canonical_name(name)
+        for name, p in model.named_parameters()
+        if p.requires_grad and id(p) not in adapters and not lies_in(name, whole)
+    ]
     if others:
-        warnings.warn(f"an adapter file holds A and B alone; these train too: {listed(others)}", stacklevel=3)
+        warnings.warn(
+            f"an adapter file holds A and B alone; these train too: {listed(others)}; "
+            "inject(..., modules_to_save=[...]) saves whole modules",
+            stacklevel=3,
+        )
+    drawn = [
+        canonical_name(name)
+        for name, module in newly_drawn(model)
+        if not lies_in(name, whole) and not all(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+    if drawn:
+        warnings.warn(
+            f"frozen, not in the adapter file, and in no checkpoint by all that is known: {listed(drawn)}; "
+            "a model that loads the adapter has other values there. Train and save them with "
+            "inject(..., modules_to_save=[...]), or save the whole model once and load the adapter into that",
+            stacklevel=3,
+        )
 
 
 def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
@@ -150,9 +205,10 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
     dropout = _most_common([layer.dropout for layer in layers.values()])
     rank, alpha = _most_common(list(ranks.values())), _most_common(list(alphas.values()))
     base = getattr(model, "config", None)
+    saved = [canonical_name(name) for name, _ in saved_modules(model)]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if type(model).__name__.endswith("ForCausalLM") else None,
+        "task_type": _task_type(model, saved),
         "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
         "inference_mode": True,
         "r": rank,
@@ -166,8 +222,15 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_dora": False,
-        "modules_to_save": None,
+        "modules_to_save": saved or None,
     }
+
+
+def _task_type(model: nn.Module, saved: list[str]) -> str | None:
+    """PEFT's name of the task. For some, PEFT expects certain modules in the file, if the model has them."""
+    task, heads = task_of(model)
+    expected = [canonical_name(name) for name in modules_ending_in(model, heads)] if heads else []
+    return task if all(lies_in(name, saved) for name in expected) else None
 
 
 def _most_common(values: list) -> Any:
@@ -188,8 +251,15 @@ def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
     return sorted(leaves if meant == set(layers) else layers)
 
 
-def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], stored: dict[str, StoredShapes]) -> None:
-    """The stored layers against the model's: its LoRA layers where it has any, else its linear layers."""
+def _check_fit(
+    model: nn.Module,
+    layers: dict[str, LoRALinear],
+    stored: dict[str, StoredShapes],
+    whole: dict[str, tuple[nn.Module, str]],
+    stored_whole: dict[str, tuple[int, ...]],
+) -> None:
+    """The stored layers against the model's: its LoRA layers where it has any, else its linear layers. And what was
+    saved whole against what the modules of the model hold."""
     problems = []
     if layers:
         expected = {p: ((m.r, m.in_features), (m.out_features, m.r)) for p, m in layers.items()}
@@ -215,15 +285,35 @@ def _check_fit(model: nn.Module, layers: dict[str, LoRALinear], stored: dict[str
         for path, (a, b) in expected.items()
         if path in stored and (stored[path].a_shape, stored[path].b_shape) != (a, b)
     ]
+    if missing := [name for name in whole if name not in stored_whole]:
+        problems.append(f"missing from the file: {listed(missing)}")
+    if unexpected := [name for name in stored_whole if name not in whole]:
+        problems.append(f"saved whole, and not in the model: {listed(unexpected)}")
+    for name, shape in stored_whole.items():
+        if name in whole and (own := tuple(getattr(*whole[name]).shape)) != shape:
+            mismatched.append(f"{name}: file {list(shape)}, model {list(own)}")
     if mismatched:
         problems.append(f"shapes differ: {listed(mismatched, '; ')}")
     if problems:
         raise ValueError(f"the adapter does not fit {type(model).__name__}; {'; '.join(problems)}")
 
 
-def _create_layers(
+def _check_tied(layers: dict[str, LoRALinear], whole: dict[str, tuple[nn.Module, str]], file) -> None:
+    """Raises where one tensor of the model would be given two values."""
+    tensors = {f"{path}.lora_{f}.weight": getattr(layer, f"lora_{f}") for path, layer in layers.items() for f in "AB"}
+    tensors |= {name: getattr(module, attribute) for name, (module, attribute) in whole.items()}
+    places: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        places.setdefault(id(tensor), []).append(name)
+    for first, *others in places.values():
+        for other in others:
+            if not torch.equal(file.get_tensor(PREFIX + first), file.get_tensor(PREFIX + other)):
+                raise ValueError(f"{first} and {other} are one tensor in the model, and differ in the file: untie them")
+
+
+def _options(
     model: nn.Module, stored: dict[str, StoredShapes], alphas: dict[str, float], config: dict[str, Any]
-) -> dict[str, LoRALinear]:
+) -> dict[str, dict]:
     modules = {canonical_name(name): (name, module) for name, module in model.named_modules()}
     options = {}
     for path, (a_shape, _, dtype) in stored.items():
@@ -237,15 +327,19 @@ def _create_layers(
             "rslora": bool(config.get("use_rslora", False)),
             "adapter_dtype": torch.float32 if widen else None,
         }
-    replace_linears(model, options)
-    return dict(lora_layers(model))
+    return options
 
 
 @torch.no_grad()
-def _copy(layer: LoRALinear, name: str, value: Tensor) -> None:
-    parameter = getattr(layer, name)
-    if parameter.is_meta:  # nothing to copy into yet; the file's value becomes the parameter
-        setattr(layer, name, nn.Parameter(value.to(parameter.dtype), requires_grad=parameter.requires_grad))
+def _copy(module: nn.Module, name: str, value: Tensor) -> None:
+    parameter = getattr(module, name)
+    if is_offloaded(module) and parameter.is_meta:
+        store(module, name, value.to(parameter.dtype))
+    elif parameter.is_meta:  # nothing to copy into yet; the file's value becomes the parameter
+        value = value.to(parameter.dtype)
+        if isinstance(parameter, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        setattr(module, name, value)
     elif hasattr(parameter, "device_mesh"):
         from torch.distributed.tensor import distribute_tensor
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora.philox import inverse_keep, keep_mask
-from fastlora.problem import Gradients, Launcher, LaunchSpec, Needs
+from fastlora.problem import Gradients, Launcher, LaunchSpec, Needs, split_scaling
 
 _ROWS_AT_A_TIME = 1024  # that are widened to float32 at once
 # CPUs make a narrow S [M, R] of many rows up to twice as fast as Sᵀ; any other by rows, up to a third faster.
@@ -41,15 +41,21 @@ def lora_forward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns Y [M, N] and S [M, R], both in x's dtype; ``scaling`` and 1/(1-p) go into S before it is rounded."""
+    """Returns Y [M, N] and S [M, R], both in x's dtype. What ``split_scaling`` gives S of the scaling, and 1/(1-p), go
+    into S before it is rounded."""
     lora_a, lora_b = _cast(lora_a, x.dtype), _cast(lora_b, x.dtype)
-    seen = x
+    seen, kept_scale = x, 1.0
     if dropout_p > 0.0:
         seen = x.masked_fill(_drop_mask(seed, dropout_p, x.shape[0], weight), 0.0)
-        scaling *= inverse_keep(dropout_p)
-    s = _shrink(seen, lora_a, scaling)
+        kept_scale = inverse_keep(dropout_p)
+    in_s, on_branch = split_scaling(scaling, x.dtype)
+    s = _shrink(seen, lora_a, in_s * kept_scale)
+    if x.dtype == torch.float16 and in_s != 1.0:
+        # |in_s| < 1 must not hide an overflow that the composed layer has.
+        unscaled = _shrink(seen, lora_a, kept_scale)
+        s = torch.where(unscaled.isinf(), unscaled * in_s, s)
     y = linear(x, weight, bias)
-    y.addmm_(s, lora_b.t())
+    y.addmm_(s, lora_b.t(), alpha=on_branch)
     return y, s
 
 
@@ -65,27 +71,29 @@ def lora_backward(
     seed: Tensor | None,
     needs: Needs,
 ) -> Gradients:
-    """Returns dX [M, K] and dbias [N] in x's dtype, dA [R, K] and dB [N, R] in their parameters'."""
+    """Returns dX [M, K] and dbias [N] in x's dtype, dA [R, K] and dB [N, R] in their parameters'. ``s`` is the
+    forward's, and dS takes the scaling before it is rounded."""
     need_dx, need_da, need_db, need_dbias = needs
     dx = da = db = dbias = drop = None
+    kept_scale = 1.0
     if dropout_p > 0.0 and (need_dx or need_da):
         drop = _drop_mask(seed, dropout_p, dy.shape[0], weight)
-        scaling *= inverse_keep(dropout_p)
+        kept_scale = inverse_keep(dropout_p)
     a, b_t = _cast(lora_a, dy.dtype), lora_b.t()
     if need_dx or need_da:
-        ds = _shrink(dy, _cast(b_t, dy.dtype))  # [M, R], without the scaling
+        ds = _shrink(dy, _cast(b_t, dy.dtype), scaling)  # [M, R]
     if need_dx:
         dx = torch.mm(dy, weight)
         if drop is None:
-            dx.addmm_(ds, a, alpha=scaling)
+            dx.addmm_(ds, a)
         else:
             side = torch.mm(ds, a)
-            dx.add_(side.masked_fill_(drop, 0.0), alpha=scaling)
+            dx.add_(side.masked_fill_(drop, 0.0), alpha=kept_scale)
     if need_da:
         dropped = x if drop is None else x.masked_fill(drop, 0.0)
-        da = _gradient(ds.t(), dropped, scaling, lora_a)
+        da = _gradient(ds.t(), dropped, kept_scale, lora_a)
     if need_db:
-        db = _gradient(s.t(), dy, 1.0, b_t).t()
+        db = _gradient(s.t(), dy, split_scaling(scaling, dy.dtype).on_branch, b_t).t()
     if need_dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)

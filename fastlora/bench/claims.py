@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastlora.bench.models import shared_copy
 from fastlora.bench.timing import time_calls
 from fastlora.environment import describe
 from fastlora.finetune.arms import fastlora_arm
 from fastlora.finetune.data import TokenBlocks, make_blocks, read_text
 from fastlora.finetune.interrupt import Interruption
 from fastlora.finetune.loop import Arm, Record, held_out_loss, make_optimizer, train
-from fastlora.finetune.models import check_device, find_model, load_model
+from fastlora.finetune.models import check_device, find_model, load_model, shared_copy
 from fastlora.finetune.settings import Settings
 from fastlora.model import merge, trainable_parameters
 from fastlora.tables import Table, mib, time_text

@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fastlora.bench import orders
+
 
 def eager(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float) -> Tensor:
     """Plain composition of ``F.linear``, differentiated by autograd: x [M, K] -> [M, N]."""
@@ -16,60 +18,65 @@ def eager(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: fl
     return F.linear(x, weight) + F.linear(F.linear(dropped, lora_a), lora_b) * scaling
 
 
-class UnslothOrder(torch.autograd.Function):
-    """Unsloth's LoRA_W: ``addmm_`` onto the base product; S is computed again in backward. No dropout.
+class Aten:
+    """ATen's products, as packages call them: fused kernels of theirs are ``addmm_`` here."""
 
-    Source: unslothai/unsloth, kernels/fast_lora.py (``matmul_lora``, ``LoRA_W``). 3 products forward, 7 backward.
-    """
+    @staticmethod
+    def product(name: str, left: Tensor, right: Tensor, alpha: float = 1.0, like: Tensor | None = None) -> Tensor:
+        return left @ right if like is None else torch.addmm(like, left, right, alpha=alpha, beta=0)
+
+    @staticmethod
+    def add_product(onto: Tensor, left: Tensor, right: Tensor, alpha: float) -> None:
+        onto.addmm_(left, right, alpha=alpha)
+
+    @staticmethod
+    def product_and_branch(
+        name, left, right, branch: tuple[Tensor, Tensor], scale: float, mask: Tensor | None
+    ) -> Tensor:
+        out = left @ right
+        if mask is None:
+            return out.addmm_(*branch, alpha=scale)
+        return out.addcmul_(branch[0] @ branch[1], mask.to(out.dtype), value=scale)
+
+    @staticmethod
+    def dropout(x: Tensor, p: float) -> tuple[Tensor, Tensor | None]:
+        return torch.native_dropout(x, p, True) if p else (x, None)
+
+    @staticmethod
+    def gradient_pair(dy: Tensor, s: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return torch.addmm(b, dy.t(), s, alpha=scale, beta=0), torch.addmm(s, dy, b, alpha=scale, beta=0)
+
+
+class UnslothOrder(torch.autograd.Function):
+    """:func:`fastlora.bench.orders.unsloth_forward`; S is computed again in backward. No dropout."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, scaling):
-        y = F.linear(x, weight)
-        y.addmm_(x @ lora_a.t(), lora_b.t(), alpha=scaling)
         ctx.save_for_backward(x, weight, lora_a, lora_b)
         ctx.scaling = scaling
-        return y
+        return orders.unsloth_forward(Aten, x, weight, lora_a, lora_b, scaling)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b = ctx.saved_tensors
-        s = ctx.scaling
-        da = torch.addmm(lora_a, (dy @ lora_b).t(), x, alpha=s, beta=0)
-        db = torch.addmm(lora_b, dy.t(), x @ lora_a.t(), alpha=s, beta=0)
-        dx = dy @ weight
-        dx.addmm_(dy @ lora_b, lora_a, alpha=s)
+        dx, da, db = orders.unsloth_backward(Aten, dy, *ctx.saved_tensors, ctx.scaling)
         return dx, None, da, db, None
 
 
 class LoRAFusionOrder(torch.autograd.Function):
-    """LoRAFusion's split around a stored S: dropped X, mask and S are kept; products that it fuses are ``addmm_`` here.
-
-    Source: CentML/lorafusion, ops/lora_v1.py; Zhu et al., "LoRAFusion: Efficient LoRA Fine-Tuning for LLMs", 2025.
-    """
+    """:func:`fastlora.bench.orders.lorafusion_forward`: dropped X, mask and S are kept."""
 
     @staticmethod
     def forward(ctx, x, weight, lora_a, lora_b, scaling, dropout_p):
-        dropped, mask = torch.native_dropout(x, dropout_p, True) if dropout_p else (x, None)
-        s = dropped @ lora_a.t()
-        y = F.linear(x, weight)
-        y.addmm_(s, lora_b.t(), alpha=scaling)
-        ctx.save_for_backward(dropped, weight, lora_a, lora_b, s, mask)
-        ctx.scaling, ctx.dropout_p = scaling, dropout_p
+        y, dropped, mask, s = orders.lorafusion_forward(Aten, x, weight, lora_a, lora_b, scaling, dropout_p)
+        ctx.save_for_backward(dropped, mask, s, weight, lora_a, lora_b)
+        ctx.scaling, ctx.inverse_keep = scaling, 1 / (1 - dropout_p)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        dropped, weight, lora_a, lora_b, s, mask = ctx.saved_tensors
-        db = torch.addmm(lora_b, dy.t(), s, alpha=ctx.scaling, beta=0)
-        ds = torch.addmm(s, dy, lora_b, alpha=ctx.scaling, beta=0)
-        da = ds.t() @ dropped
-        dx = dy @ weight
-        if mask is None:
-            dx.addmm_(ds, lora_a)
-        else:
-            dx.addcmul_(ds @ lora_a, mask.to(dx.dtype), value=1 / (1 - ctx.dropout_p))
+        dx, da, db = orders.lorafusion_backward(Aten, dy, *ctx.saved_tensors, ctx.scaling, ctx.inverse_keep)
         return dx, None, da, db, None, None
 
 

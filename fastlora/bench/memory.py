@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from fastlora.finetune.memory import SavedTensors
+
 
 @contextmanager
 def _profiled(*activities: ProfilerActivity, memory: bool = False) -> Iterator[profile]:
@@ -27,19 +29,10 @@ def _profiled(*activities: ProfilerActivity, memory: bool = False) -> Iterator[p
 
 def saved_bytes(forward: Callable[[], Tensor], held_anyway: Iterable[Tensor]) -> int:
     """Bytes that autograd keeps for backward: unique storages, without those of ``held_anyway`` (the parameters)."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in held_anyway}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedTensors(held_anyway) as saved:
         output = forward()
     del output
-    return sum(storages.values())
+    return saved.bytes
 
 
 def allocation_peak(step: Callable[[], None], device: str) -> int:

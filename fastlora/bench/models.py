@@ -1,6 +1,5 @@
 """Adapters in context: one decoder layer, and a whole fine-tuning step of a model of the demo model's shape."""
 
-import copy
 import itertools
 import re
 import zlib
@@ -16,6 +15,7 @@ from fastlora.bench.decompositions import eager
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
 from fastlora.bench.peers import SCALING
 from fastlora.bench.timing import Stage, time_interleaved
+from fastlora.finetune.models import shared_copy
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # An error of one layer passes through a few more roundings here.
@@ -96,12 +96,6 @@ def build_model(case: ModelCase, device: str) -> nn.Module:
     )
     torch.manual_seed(0)
     return LlamaForCausalLM(config).to(device=device, dtype=case.dtype).requires_grad_(False)
-
-
-def shared_copy(model: nn.Module) -> nn.Module:
-    """A copy of the modules over the same parameters and buffers."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _with_eager(model: nn.Module, case: ModelCase) -> nn.Module:

@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -11,6 +12,7 @@ GRAPH_BELOW_US = 300.0  # a step whose floor is shorter than this may be bound b
 MIN_ROUNDS = 5
 MAX_ROUNDS = 200
 WARM_UP_CALLS = 3
+Name = TypeVar("Name")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,12 @@ class Stage:
     method: str | None = None  # how it is timed, where that is not the clock's own way
 
 
+def turns(names: Iterable[Name], index: int) -> list[Name]:
+    """Who runs in a round: all in turn, every other round backwards. What follows what changes, so that no variant
+    always inherits a warm cache."""
+    return list(names)[:: 1 if index % 2 == 0 else -1]
+
+
 def time_interleaved(
     variants: dict[str, list[Stage]], device: str, seconds: float, warm_up: int = WARM_UP_CALLS
 ) -> dict[str, dict[str, Timing]]:
@@ -93,11 +101,9 @@ def time_interleaved(
             _run(stages[call % len(stages)], clock)
     clock.finish()
     marks: dict[str, list] = {name: [] for name in variants}
-    order = list(variants)
     started = time.perf_counter()
     for index in range(MAX_ROUNDS):
-        # Every other round backwards: what follows what changes, so that no variant always inherits a warm cache.
-        for name in order if index % 2 == 0 else reversed(order):
+        for name in turns(variants, index):
             stages = variants[name]
             marks[name].append(_run(stages[index % len(stages)], clock))
         if index % MIN_ROUNDS == MIN_ROUNDS - 1:
@@ -115,6 +121,24 @@ def time_interleaved(
         }
         result[name] = {which: summarise(samples, method) for which, samples in spans.items()}
     return result
+
+
+def time_rounds(
+    calls: Sequence[Sequence[Callable[[], object]]], clock: HostClock | EventClock, rounds: int, warm_up: int
+) -> list[Timing]:
+    """Times calls in turn for a number of rounds; the first ``warm_up`` rounds are more and are not counted.
+
+    Args:
+        calls: for each, its versions, one a set of inputs: each round takes the next.
+    """
+    marks: list[list[tuple]] = [[] for _ in calls]
+    for index in range(warm_up + rounds):
+        for which in turns(range(len(calls)), index):
+            start = clock.mark()
+            calls[which][index % len(calls[which])]()
+            marks[which].append((start, clock.mark()))
+    clock.finish()
+    return [summarise([clock.elapsed_us(*span) for span in spans[warm_up:]], clock.method) for spans in marks]
 
 
 def _run(stage: Stage, clock: HostClock | EventClock) -> tuple:
@@ -168,7 +192,7 @@ def time_calls(
             call()
     started = time.perf_counter()
     for index in range(MAX_ROUNDS):
-        for name in list(variants) if index % 2 == 0 else reversed(variants):
+        for name in turns(variants, index):
             call = variants[name]
             if device == "cuda":
                 torch.cuda.synchronize()

@@ -12,7 +12,7 @@ from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import TOLERANCE, WrongResult
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
-from fastlora.bench.timing import EventClock, summarise
+from fastlora.bench.timing import EventClock, time_rounds
 from fastlora.dispatch import launch_backward, launch_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 
@@ -142,15 +142,5 @@ def _measure_together(backend, direction, sets, configs, dropout_p, clock, round
     calls = [
         [make_call(backend, direction, tensors, dropout_p, config=config) for tensors in sets] for config in configs
     ]
-    samples: list[list] = [[] for _ in configs]
-    for index in range(rounds + 1):
-        for which, versions in enumerate(calls):
-            start = clock.mark()
-            versions[index % len(sets)]()
-            samples[which].append((start, clock.mark()))
-    clock.finish()
-    times = [[clock.elapsed_us(*marks) for marks in spans[1:]] for spans in samples]
-    return [
-        Measured(config, summarise(values, clock.method).median_us)
-        for config, values in zip(configs, times, strict=True)
-    ]
+    times = time_rounds(calls, clock, rounds, warm_up=1)
+    return [Measured(config, timing.median_us) for config, timing in zip(configs, times, strict=True)]

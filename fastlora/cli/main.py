@@ -9,6 +9,7 @@ import click
 COMMANDS = {
     "info": "fastlora.cli.info:info",
     "finetune": "fastlora.cli.finetune:finetune",
+    "merge": "fastlora.cli.merge:merge",
     "bench": "fastlora.cli.bench:bench",
     "tune": "fastlora.cli.tune:tune",
     "analyze": "fastlora.cli.analyze:analyze",

@@ -1,6 +1,5 @@
 """The models that train: fastlora's layers in the base model, and PEFT's for comparison, from the same start."""
 
-import copy
 import importlib
 import importlib.util
 import re
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from fastlora.adapters.io import save_adapter
 from fastlora.errors import CommandError, first_line
 from fastlora.finetune.loop import Arm, make_optimizer
+from fastlora.finetune.models import shared_copy
 from fastlora.finetune.settings import Settings
 from fastlora.model import ALL_LINEAR, inject
 
@@ -49,7 +49,7 @@ def fastlora_arm(base: nn.Module, settings: Settings) -> Arm:
         arm = peft_arm(base, settings)
         patch(arm.model)
         return Arm(FASTLORA, arm.model, arm.optimizer)
-    model = _shared_copy(base)
+    model = shared_copy(base)
     torch.manual_seed(settings.seed)
     try:
         inject(
@@ -83,7 +83,7 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
         target_modules=_targets(settings),
         task_type="CAUSAL_LM",
     )
-    model = _shared_copy(base)
+    model = shared_copy(base)
     torch.manual_seed(settings.seed)
     with warnings.catch_warnings():
         # PEFT asks transformers for an attribute that newer versions of it rename.
@@ -97,12 +97,6 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
 
 def _targets(settings: Settings) -> str | list[str]:
     return ALL_LINEAR if settings.targets == (ALL_LINEAR,) else list(settings.targets)
-
-
-def _shared_copy(model: nn.Module) -> nn.Module:
-    """A copy whose modules are its own and whose tensors are the model's: adapters do not touch frozen weights."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def adapter_snapshot(arm: Arm) -> dict[str, Tensor]:

@@ -74,7 +74,8 @@ def free_memory(device: torch.device) -> int:
 class SavedTensors:
     """While entered, counts the bytes that autograd keeps for backward, each storage once.
 
-    Storages of the given tensors (parameters, which exist anyway) do not count.
+    Storages of the given tensors (parameters, which exist anyway) do not count. What was saved must live until it has
+    been counted: an address that is used twice counts once.
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
@@ -84,6 +85,7 @@ class SavedTensors:
 
     @property
     def bytes(self) -> int:
+        """What was saved so far."""
         return sum(self._storages.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:

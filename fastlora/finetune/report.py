@@ -17,9 +17,9 @@ from fastlora.finetune.memory import peak_method
 from fastlora.finetune.merging import MergeCheck
 from fastlora.finetune.settings import Settings
 from fastlora.model import TrainableParameters
+from fastlora.tables import MIB
 
 _PACKAGES = ("torch", "triton", "transformers", "peft")
-_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def _peak(name: str, value: int | None, full_peak: int | None) -> str:
 
 
 def _mib(count: int) -> str:
-    return f"{count / _MIB:,.0f} MiB"
+    return f"{count / MIB:,.0f} MiB"
 
 
 def _one_line(text: str) -> str:

@@ -1,7 +1,11 @@
 """Ways into existing training code. Each page below runs as it stands; a test runs it.
 
 **PEFT and transformers' Trainer: one line.** Everything else of PEFT (several adapters, switching, merging, saving)
-stays what it was; ``strict=True`` refuses a model in which some layer would not be fused.
+stays what it was. ``patch`` returns the layers that are fused as things stand; printed, its result says what becomes of
+the others ("14 of 16 LoRA layers fused; 2 by PEFT's forward: ..."). Each call of a LoRA layer that PEFT serves itself,
+of whatever class (embeddings, experts, quantised bases), is counted by reason, except within a graph of
+``torch.compile`` and within ``torch.nn.TransformerEncoderLayer``, whose fast path no hook may stop. ``strict=True``
+refuses a model in which some layer would not be fused.
 
 ```python
 import fastlora
@@ -36,7 +40,11 @@ fastlora.save_adapter(model, directory)
 ```
 
 **FSDP2.** Put LoRA in first, then shard: blocks, LoRA layers or leaves. Under ``torchrun`` this is one of several
-processes.
+processes. A patched PEFT model stays fused in whatever way FSDP wraps it: FSDP2 over blocks, whole models, LoRA layers
+or single ``lora_A`` and ``lora_B``; FSDP1 over blocks or whole models with ``use_orig_params=True``; both with PEFT's
+own ``fsdp_auto_wrap_policy``. PEFT's forward serves, counted and with one warning, a unit that holds more than a plain
+``nn.Linear`` or has hooks besides FSDP's; and, counted nowhere, units of single layers within a graph of
+``torch.compile``.
 
 ```python
 import fastlora

@@ -1,247 +1,214 @@
 """PEFT models on fastlora's kernels: one line, ``patch(model)``, and everything else stays PEFT's.
 
 The adapters, their names, files, merging and switching remain PEFT's own; only the forward of its ``lora.Linear``
-changes, and only where the fused layer computes the same thing. Any other call goes to PEFT's forward and is counted,
-by reason, in ``fastlora.dispatch_counts()["fallbacks"]``.
+changes, and only where the fused layer computes the same thing. Any other call of any LoRA layer, of whatever class,
+goes to PEFT's forward and is counted, by reason, in ``fastlora.dispatch_counts()["fallbacks"]``. Calls within a graph
+of ``torch.compile`` are served alike, but what falls back there is not counted.
 """
 
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora import LoraConfig
-from peft.tuners.lora.layer import Linear, LoraLayer
-from torch import Tensor, nn
+from peft import PeftModel
+from peft.tuners.lora import LoraConfig, LoraModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
 
-from fastlora.dispatch import count_fallback
-from fastlora.ops import lora_linear
-from fastlora.sharding import is_dtensor, lora_linear_sharded
+from fastlora.integrations.peft_layer import FusedLinear, fuse, restore, type_reason
+from fastlora.integrations.peft_reasons import call_reason
 
-_PLAIN_TENSORS = (nn.Parameter, Tensor)
-# Tensors that stand in for plain ones while torch.export or torch.func look at a model.
-_TRACING_TENSORS = ("FakeTensor", "FunctionalTensor")
+__all__ = ["FusedLinear", "Patched", "patch", "register", "unpatch", "unserved"]
+
+_NEVER_CALLED = "torch.nn.MultiheadAttention reads its weight and never calls it"
+_FAST_PATH = "torch.nn.TransformerEncoderLayer in eval mode reads its weight and does not call it"
+_NAMES_SHOWN = 3
 
 
-class FusedLinear(Linear):
-    """PEFT's ``lora.Linear`` with a fused forward for one active plain adapter over a frozen dense ``nn.Linear``.
+class Patched(list):
+    """Paths of the layers that a call would be served fused for now; printed, it says what becomes of the others.
 
-    Same constructor, attributes, state dict and methods. ``patch`` turns existing layers into this class, ``register``
-    makes PEFT construct it.
+    Attributes:
+        unserved: every other LoRA layer's path, with the reason why PEFT's own forward serves it.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
-        if args or (kwargs and any(value is not None for value in kwargs.values())):
-            served = "adapter_names" if kwargs.get("adapter_names") is not None else "extra forward arguments"
-        else:
-            served = _inspect(self)
-            if isinstance(served, _Parts):
-                served = _input_reason(self, served, x) or served
-        if isinstance(served, _Parts):
-            return _fused_forward(served, x)
-        if not torch.compiler.is_compiling():
-            count_fallback(f"peft: {served}")
-        return super().forward(x, *args, **kwargs)
+    def __init__(self, served: list[str], unserved: dict[str, str]):
+        super().__init__(served)
+        self.unserved = unserved
+
+    @property
+    def summary(self) -> str:
+        """For example "14 of 16 LoRA layers fused; 2 by PEFT's forward: DoraLinearVariant (2): a.q_proj, b.q_proj"."""
+        text = f"{len(self)} of {len(self) + len(self.unserved)} LoRA layers fused"
+        if not self.unserved:
+            return text
+        names: dict[str, list[str]] = {}
+        for name, reason in self.unserved.items():
+            names.setdefault(reason, []).append(name)
+        parts = [
+            f"{reason} ({len(group)}): {', '.join(group[:_NAMES_SHOWN])}{', …' if len(group) > _NAMES_SHOWN else ''}"
+            for reason, group in names.items()
+        ]
+        return f"{text}; {len(self.unserved)} by PEFT's forward: {'; '.join(parts)}"
+
+    def __repr__(self) -> str:
+        return self.summary
 
 
-def patch(model: nn.Module, strict: bool = False) -> list[str]:
+def patch(model: nn.Module, strict: bool = False, copy_input: bool = False) -> Patched:
     """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place.
 
-    It works on what ``get_peft_model`` and ``from_pretrained`` return and on models inside trainers; ``unpatch``
-    reverts it. Call it before ``fully_shard`` or a wrapper that replaces ``forward``, and again where ``add_adapter``
-    has put LoRA on further layers, which are stock ones.
+    It works on what ``get_peft_model`` and ``from_pretrained`` return, on models inside trainers and on models that
+    ``fully_shard`` has sharded; ``unpatch`` reverts it. A layer whose state keeps it from being served now (merged,
+    disabled, several active adapters) is served as soon as its state allows. Layers that ``add_adapter`` makes later
+    are turned when the model is called next, except within a graph of ``torch.compile``: patch again before that.
 
     Args:
         model: any module that holds PEFT LoRA layers.
         strict: refuse a model in which some LoRA layer, as it is now, would run PEFT's own forward.
+        copy_input: save a copy of each layer's input for the backward, as PEFT does where it casts the input or drops
+            elements of it, so that a model may modify the input in place after the layer (``x += layer(x)``).
 
     Returns:
-        Paths of the layers that are fused now.
+        Paths of the layers for which a call would be served fused now, given an input of the base weight's dtype:
+        a list, with the other layers and their reasons in ``unserved`` and in its printed form.
 
     Raises:
         ValueError: the model has no PEFT LoRA layer; or ``strict`` and some layer cannot be served, in which case all
             such layers are listed with their reasons and nothing is changed.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = _lora_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no PEFT LoRA layer; call peft.get_peft_model first")
-    if strict:
-        refused = unserved(model)
-        if refused:
-            listing = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-            raise ValueError(f"{len(refused)} of {len(layers)} LoRA layers cannot be served fused: {listing}")
-    fused = []
-    for name, module in layers.items():
-        if type_reason(module) is None:
-            module.__class__ = FusedLinear
-            fused.append(name)
-    return fused
+    refused = _reasons(layers)
+    if strict and refused:
+        listing = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+        raise ValueError(f"{len(refused)} of {len(layers)} LoRA layers cannot be served fused: {listing}")
+    for found in layers:
+        found.fuse(copy_input)
+    for home in _homes(model):
+        _remove_watches(home)
+        home.register_forward_pre_hook(_Watch(home, copy_input))
+    return Patched([found.name for found in layers if found.name not in refused], refused)
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Turns every ``FusedLinear`` back into PEFT's own class, in place. Returns the paths of the layers it changed."""
-    names = []
-    for name, module in model.named_modules():
-        if type(module) is FusedLinear:
-            module.__class__ = Linear
-            names.append(name)
-    return names
+    """Turns every ``FusedLinear`` back into PEFT's own class, in place, and ends the counting of all other layers.
+
+    Returns:
+        The paths of the layers whose class it changed.
+    """
+    for home in _homes(model):
+        _remove_watches(home)
+    return [found.name for found in _lora_layers(model) if restore(found.layer)]
 
 
 def register(lora_config: LoraConfig) -> LoraConfig:
-    """Makes ``get_peft_model`` construct ``FusedLinear`` layers. The entry is not saved with the configuration.
+    """Makes ``get_peft_model`` construct what ``patch`` would make of each layer. The entry is not saved with the
+    configuration.
 
-    Quantised and other special layers, which subclass ``nn.Linear``, still get the classes that PEFT has for them.
+    Quantised and other special layers still get the classes that PEFT, or another entry, has for them.
 
     Returns:
         The configuration given, changed.
     """
-    lora_config._register_custom_module({nn.Linear: _construct})
+    others = {} if lora_config._custom_modules is None else lora_config._custom_modules
+    lora_config._custom_modules = {nn.Module: _construct, **others}  # the first entry that fits decides
     return lora_config
 
 
 def unserved(model: nn.Module) -> dict[str, str]:
-    """Every PEFT LoRA layer that, as it is now, would run PEFT's own forward, with the reason."""
-    reasons = {}
-    for name, module in model.named_modules():
+    """Every PEFT LoRA layer that, as it is now, would run PEFT's own forward (or none), with the reason."""
+    return _reasons(_lora_layers(model))
+
+
+class _Found(NamedTuple):
+    """A LoRA layer of a model and what torch's own modules around it do with it."""
+
+    name: str
+    layer: LoraLayer
+    is_called: bool
+    encoder: nn.TransformerEncoderLayer | None
+
+    def reason(self) -> str | None:
+        """Why a call would not be served fused now, or None."""
+        if not self.is_called:
+            return _NEVER_CALLED
+        reason = type_reason(self.layer) or call_reason(self.layer)
+        return _FAST_PATH if reason is None and self.encoder is not None and not self.encoder.training else reason
+
+    def fuse(self, copy_input: bool) -> None:
+        # A hook inside an encoder layer would end its fast path, and with it the support of nested tensors.
+        if self.is_called:
+            fuse(self.layer, copy_input=copy_input, may_hook=self.encoder is None)
+
+
+def _lora_layers(model: nn.Module) -> list[_Found]:
+    found, uncalled, encoders = [], set(), {}
+    for name, module in model.named_modules():  # a parent comes before its children
+        if _is_torchs_own(module, nn.MultiheadAttention):
+            uncalled.add(module.out_proj)
+        if _is_torchs_own(module, nn.TransformerEncoderLayer):
+            encoders.update(dict.fromkeys(module.modules(), module))
         if isinstance(module, LoraLayer):
-            reason = type_reason(module) or call_reason(module)
-            if reason is not None:
-                reasons[name] = reason
-    return reasons
+            found.append(_Found(name, module, module not in uncalled, encoders.get(module)))
+    return found
 
 
-def type_reason(layer: LoraLayer) -> str | None:
-    """Why ``patch`` leaves this LoRA layer alone whatever its state, or None."""
-    if type(layer) not in (Linear, FusedLinear):
-        return f"a {type(layer).__module__}.{type(layer).__name__}, not a stock lora.Linear"
-    if "forward" in vars(layer):
-        return "its forward was replaced on the instance"
-    return None
+def _is_torchs_own(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
-def call_reason(layer: Linear) -> str | None:
-    """Why this layer's next call would not be fused, or None: everything that does not depend on the input."""
-    found = _inspect(layer)
-    return found if isinstance(found, str) else None
+def _reasons(layers: list[_Found]) -> dict[str, str]:
+    reasons = {found.name: found.reason() for found in layers}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-class _Parts(NamedTuple):
-    """What one fused call uses. Looked up at every call: PEFT replaces weights and changes scalings in place."""
+class _Watch:
+    """Forward pre-hook of a model that adapters were put into: patches what further adapters have added since."""
 
-    weight: Tensor  # [N, K]
-    bias: Tensor | None  # [N]
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    lora_bias: Tensor | None  # [N]
-    scaling: float | Tensor
-    dropout_p: float
-    training: bool
+    def __init__(self, home: nn.Module, copy_input: bool):
+        self.configs, self.copy_input = list(home.peft_config.values()), copy_input
 
-
-def _inspect(layer: Linear) -> _Parts | str:
-    """The parts of a layer that can be served fused, or the reason why it cannot."""
-    if layer._disable_adapters:
-        return "adapters disabled"
-    if layer.merged_adapters:
-        return "merged"
-    modules = layer._modules  # nn.Module's own lookup takes longer than all these checks
-    lora_a = modules["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in lora_a]
-    if len(active) != 1:
-        return f"{len(active)} active adapters"
-    (adapter,) = active
-    if adapter in layer.lora_variant:
-        return type(layer.lora_variant[adapter]).__name__
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out"
-    base, a, b = modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter]
-    reason = _linear_reason("base_layer", base) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
-    if reason is not None:
-        return reason
-    weight = base.weight
-    if weight.requires_grad:
-        return "the base weight trains"
-    dropout = modules["lora_dropout"]._modules[adapter]
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"lora_dropout is a {type(dropout).__name__}"
-    if _has_hooks(dropout):
-        return "hooks on lora_dropout"
-    p = dropout.p if type(dropout) is nn.Dropout else 0.0
-    return _Parts(weight, base.bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+    def __call__(self, home: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            return
+        configs = getattr(home, "peft_config", {}).values()  # PEFT deletes it with the last adapter
+        if len(configs) == len(self.configs) and all(map(_is, configs, self.configs)):
+            return
+        self.configs = list(configs)
+        for found in _lora_layers(home):
+            found.fuse(self.copy_input)
 
 
-def _linear_reason(role: str, linear: nn.Module) -> str | None:
-    """Why a layer cannot be replaced by a product with its weight, or None."""
-    if type(linear) is not nn.Linear:
-        return f"{role} is a {type(linear).__name__}"
-    if _has_hooks(linear):
-        return f"hooks on {role}"
-    weight = linear.weight
-    if not (_is_plain(weight) or is_dtensor(weight)):
-        return f"{role} holds a {type(weight).__name__}"
-    return None
+def _is(one: object, other: object) -> bool:
+    return one is other
 
 
-def _input_reason(layer: Linear, parts: _Parts, x: Tensor) -> str | None:
-    """Why this input cannot be served fused by parts that can, or None."""
-    weight, lora_a, lora_b = parts.weight, parts.lora_a, parts.lora_b
-    if is_dtensor(weight):
-        if not is_dtensor(x):
-            return "DTensor base, plain input"
-        if parts.dropout_p and parts.training:
-            return "dropout over DTensors"
-    elif is_dtensor(lora_a) or is_dtensor(lora_b):
-        return "DTensor adapter, plain base"
-    elif not _is_plain(x):
-        return f"the input is a {type(x).__name__}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func transform"
-    dtype, weight_dtype, adapter_dtype = x.dtype, weight.dtype, lora_a.dtype
-    if adapter_dtype != lora_b.dtype:
-        return "lora_A and lora_B differ in dtype"
-    if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
-        return "input casting disabled"
-    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
-        dtype = weight_dtype = torch.get_autocast_dtype(x.device.type)
-        adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
-    if dtype != weight_dtype or not (
-        adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype.itemsize == 2)
-    ):
-        return f"{dtype} input, {weight_dtype} base, {adapter_dtype} adapter"
-    return None
+def _homes(model: nn.Module) -> list[nn.Module]:
+    """The models that PEFT has put adapters into: it leaves their configurations there."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(vars(module).get("peft_config"), dict)
+        and not isinstance(module, (BaseTuner, PeftModel, nn.TransformerEncoderLayer))
+    ]
 
 
-def _fused_forward(parts: _Parts, x: Tensor) -> Tensor:
-    weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, training = parts
-    if lora_bias is not None:
-        side = lora_bias * scaling
-        bias = (side if bias is None else bias + side).to(weight.dtype)
-    if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
-        lora_b, scaling = lora_b * scaling, 1.0
-    call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-    return call(x, weight, lora_a, lora_b, scaling, bias, dropout_p=dropout_p, training=training)
+def _remove_watches(home: nn.Module) -> None:
+    hooks = home._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _Watch)]:
+        del hooks[key]
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether something (tensor parallelism, sharding, offload, the user) relies on this module being called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return type(tensor) in _PLAIN_TENSORS or type(tensor).__name__ in _TRACING_TENSORS
-
-
-def _construct(target: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> FusedLinear | None:
-    """The factory behind ``register``; None hands the target on to PEFT's own dispatchers."""
-    base = target.get_base_layer() if hasattr(target, "get_base_layer") else target
-    config = kwargs.get("config")
-    transposed = getattr(config, "fan_in_fan_out", False) or kwargs.get("fan_in_fan_out", False)
-    if type(base) is not nn.Linear or not _is_plain(base.weight) or transposed or kwargs.get("parameter_name"):
-        return None
-    return FusedLinear(target, adapter_name, *args, **kwargs)
+def _construct(target: nn.Module, adapter_name: str, *, config: LoraConfig, **kwargs: Any) -> nn.Module:
+    """The factory behind ``register``: PEFT's own choice of a class, then what ``patch`` makes of it."""
+    mapping = config._custom_modules
+    config._custom_modules = {kind: factory for kind, factory in mapping.items() if factory is not _construct}
+    try:
+        layer = LoraModel._create_new_module(config, adapter_name, target, **kwargs)
+    finally:
+        config._custom_modules = mapping
+    if isinstance(layer, LoraLayer):
+        fuse(layer)
+    return layer

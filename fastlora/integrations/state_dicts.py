@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters.io import whole_value
 from fastlora.model import lora_layers
+from fastlora.placement import is_offloaded, require_values, store, stored
 
 # What follows a module's path in the names of its A and B. loralib names them as this package does.
 LAYOUTS = {
@@ -33,15 +34,16 @@ def adapter_state_dict(model: nn.Module, layout: str = "fastlora") -> dict[str, 
         Name -> tensor on the CPU. None of these layouts holds alpha: note it beside.
 
     Raises:
-        ValueError: an unknown layout, or a model without LoRA layers.
+        ValueError: an unknown layout, a model without LoRA layers, or with layers whose values are not here.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     prefix, name_a, name_b = LAYOUTS[layout]
+    require_values(model, lora_layers(model), "read", ("lora_A", "lora_B"))
     state = {}
     for path, layer in lora_layers(model):
-        state[f"{prefix}{path}.{name_a}"] = whole_value(layer.lora_A)
-        state[f"{prefix}{path}.{name_b}"] = whole_value(layer.lora_B)
+        state[f"{prefix}{path}.{name_a}"] = whole_value(stored(layer, "lora_A"))
+        state[f"{prefix}{path}.{name_b}"] = whole_value(stored(layer, "lora_B"))
     if not state:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer; call fastlora.inject first")
     return state
@@ -82,6 +84,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> li
     if problems or not layers:
         listing = "; ".join(problems) or "it has no LoRALinear layer"
         raise ValueError(f"the adapter does not fit {type(model).__name__}: {listing}")
-    for target, value in found.items():
-        targets[target].copy_(value)
+    require_values(model, layers.items(), "load into", ("lora_A", "lora_B"))
+    for (path, factor), value in found.items():
+        if is_offloaded(layers[path]):
+            store(layers[path], f"lora_{factor}", value.to(targets[path, factor].dtype))
+        else:
+            targets[path, factor].copy_(value)
     return list(layers)

@@ -4,13 +4,13 @@ import copy
 import json
 import os
 import struct
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import fastlora.adapters.io
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.model import inject, lora_layers, merge
 from tests.support.adapter_models import CONFIG, IDS, WEIGHTS, Model, make_model, start_branches
@@ -225,16 +225,7 @@ def test_a_failed_save_changes_nothing(tmp_path, monkeypatch, stage, present):
         raise DiskFull("no space left on device")
 
     if stage == "write":
-        opened = open
-
-        def short_write(path, mode="r", **kwargs):
-            file = opened(path, mode, **kwargs)
-            if "w" in mode and CONFIG in str(path):
-                file.close()
-                fail()
-            return file
-
-        monkeypatch.setattr(fastlora.adapters.io, "open", short_write, raising=False)
+        monkeypatch.setattr(Path, "write_bytes", lambda path, data: fail() if CONFIG in str(path) else len(data))
     elif stage == "fsync":
         monkeypatch.setattr(os, "fsync", fail)
     else:

@@ -97,7 +97,6 @@ def test_every_problem_is_listed(saved):
         ({"peft_type": "IA3"}, "no LoRA adapter: peft_type is 'IA3'"),
         ({"use_dora": True}, "not plain LoRA on linear layers: use_dora=True; load it with PEFT"),
         ({"lora_bias": True, "bias": "all"}, "bias='all', lora_bias=True"),
-        ({"modules_to_save": ["head"]}, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .it changes the base weights"),
         ({"r": "2"}, "r must be a number"),
         ({"r": 3}, "ranks do not agree.*configured rank 3"),

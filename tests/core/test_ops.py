@@ -37,7 +37,9 @@ def test_opcheck(dtype, adapter_dtype):
 
 
 @pytest.mark.parametrize("shape", [(12,), (0, 12), (2, 0, 12), (7, 12), (2, 3, 4, 12)], ids=str)
-def test_shapes(shape):
+@pytest.mark.parametrize("skips_ops", [True, False])
+def test_shapes(shape, skips_ops, monkeypatch):
+    monkeypatch.setattr(fastlora.ops, "_skips_ops", lambda tensor: skips_ops)
     weight, x, a, b, bias = leaves(shape)
     y = lora_linear(x, weight, a, b, 1.7, bias)
     expected = composition(x, weight, a, b, bias)
@@ -104,13 +106,6 @@ def test_backward_twice_over_a_retained_graph():
     first = torch.autograd.grad(y.sum(), (x, a, b, bias), retain_graph=True)
     second = torch.autograd.grad(y.sum(), (x, a, b, bias))
     assert all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
-
-
-def test_double_backward_raises():
-    weight, x, a, b, _ = leaves()
-    (gradient,) = torch.autograd.grad(lora_linear(x, weight, a, b, 1.7).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 def test_functional_transforms_are_served_by_torch():

@@ -60,6 +60,16 @@ def test_seed_follows_the_generator():
     assert first[0] != first[1]
 
 
+@pytest.mark.parametrize("p", (0.0, 1e-6, 1e-5, 0.1, 0.2, 0.5, 0.9, 0.999, 0.9999, 0.99999, 0.9999999))
+def test_the_mean_of_a_dropped_out_element_is_the_element(p):
+    """Exactly, over the 65536 values of its random bits, though p is rounded to one of them."""
+    kept = 65536 - philox.threshold(p)
+    assert kept * philox.inverse_keep(p) == pytest.approx(65536, rel=1e-15)
+    assert abs(kept / 65536 - (1 - p)) < 1 / 65536
+
+
 def test_scale_of_kept_elements():
-    assert philox.inverse_keep(0.2) == 1.25
-    assert philox.inverse_keep(1.0) == 0.0
+    assert philox.inverse_keep(0.0) == 1.0
+    assert philox.inverse_keep(0.25) == 4 / 3
+    assert philox.inverse_keep(0.2) == pytest.approx(1.25, rel=1e-5)
+    assert philox.inverse_keep(1.0) == 0.0 and philox.threshold(1.0) == 65536

@@ -94,7 +94,7 @@ class Buffers:
             if max(start, other.host) < min(start + size, other.host + other.size) and not other.row_stride:
                 raise LaunchError(f"{name} overlaps {other.name} in part: pass the larger one first")
         offset = tensor.storage_offset() * tensor.element_size() % _ALLOCATION_ALIGNMENT
-        row_bytes, row_stride = _rows(tensor)
+        row_bytes, row_stride = _rows(name, tensor)
         self.list.append(
             Buffer(
                 name,
@@ -131,10 +131,21 @@ def _extent(tensor):
     return (last + 1) * tensor.element_size()
 
 
-def _rows(tensor):
-    """Bytes of a row and from row to row, where rows have gaps between them; else zeros."""
-    gaps = tensor.dim() == 2 and tensor.stride(1) == 1 and tensor.shape[0] > 1 and tensor.stride(0) > tensor.shape[1]
-    return (tensor.shape[1] * tensor.element_size(), tensor.stride(0) * tensor.element_size()) if gaps else (0, 0)
+def _rows(name, tensor):
+    """Bytes of a row and from row to row, where rows have gaps between them; else zeros. Of a vector whose elements
+    have gaps between them each element is a row."""
+    strides = zip(tensor.stride(), tensor.shape, strict=True)
+    run, distance, rows = 1, 0, 1  # elements of a row, from row to row where there are gaps, and number of rows
+    for stride, extent in sorted((s, e) for s, e in strides if s and e > 1) if tensor.numel() else ():
+        if not distance and stride <= run:
+            run += (extent - 1) * stride
+        elif not distance:
+            distance, rows = stride, extent
+        elif stride % distance == 0 and stride <= rows * distance:
+            rows += (extent - 1) * stride // distance
+        else:
+            raise LaunchError(f"{name} has gaps of two sizes, which cannot be checked: strides {tensor.stride()}")
+    return run * tensor.element_size() * bool(distance), distance * tensor.element_size()
 
 
 def pack_arguments(entry, args, buffers):

@@ -183,6 +183,26 @@ def test_strided_rows_have_bounds_of_their_own():
             read(offset)
 
 
+def test_elements_with_gaps_have_bounds_of_their_own():
+    """A vector that is a column of a matrix, and every other arrangement at equal distances."""
+    storage = torch.arange(64, dtype=torch.int32).view(4, 16)
+    body = pointers("x", "y") + "\n    ld.global.b32 %r1, [%rd0+{offset}];\n    st.global.b32 [%rd1], %r1;"
+
+    def read(x, offset):
+        y = torch.zeros(1, dtype=torch.int32)
+        load_ptx(module(body.format(offset=offset), {"x": "u64", "y": "u64"})).launch(None, 1, 1, {"x": x, "y": y})
+        return y[0]
+
+    assert read(storage[:, 3], 64) == 16 + 3 and read(storage[0, ::4], 16) == 4 and read(storage[:, ::4], 80) == 20
+    blocks = storage.view(4, 4, 4)[:, :, :2]  # two dimensions at one distance
+    assert read(blocks, 4) == 1 and read(blocks, 64) == 16
+    for x, offset in ((storage[:, 3], 4), (storage[0, ::4], 8), (storage[:, ::4], 12), (blocks, 8), (blocks, 76)):
+        with pytest.raises(BoundsError):
+            read(x, offset)
+    with pytest.raises(LaunchError, match="gaps of two sizes"):
+        read(storage[:, :12:4], 0)
+
+
 def test_neighbouring_tensors_do_not_hide_an_overrun():
     storage = torch.zeros(64, dtype=torch.int32)
     body = pointers("x", "y") + "\n    ld.global.b32 %r1, [%rd0+128];\n    st.global.b32 [%rd1], %r1;"

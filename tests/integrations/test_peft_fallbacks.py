@@ -11,7 +11,7 @@ import fastlora
 peft = pytest.importorskip("peft")
 from peft.tuners.lora.layer import Linear as StockLinear  # noqa: E402
 
-from fastlora.integrations.peft import FusedLinear, patch, register, unserved  # noqa: E402
+from fastlora.integrations.peft import patch, register, unserved  # noqa: E402
 from tests.support.peft_models import (  # noqa: E402
     IDS,
     Base,
@@ -60,8 +60,7 @@ def test_what_cannot_be_served_runs_as_in_peft(reason):
     else:
         assert_same_training_step(stock, fused)
     assert fallbacks() == {reason: 1}
-    if "dtype" not in reason:
-        assert unserved(fused) == {"base_model.model.q_proj": reason}
+    assert unserved(fused) == {"base_model.model.q_proj": reason}
 
 
 def test_input_casting_disabled():
@@ -84,7 +83,7 @@ def test_dtypes_that_do_not_fit_raise_what_stock_raises():
     assert fallbacks() == {"torch.float32 input, torch.bfloat16 base, torch.float32 adapter": 1}
 
 
-def test_functorch_transforms_and_double_backward():
+def test_functorch_transforms():
     stock, fused = make_pair()
     x = torch.randn(4, 18)
     per_sample = [
@@ -93,10 +92,6 @@ def test_functorch_transforms_and_double_backward():
     ]
     torch.testing.assert_close(*per_sample)
     assert fallbacks() == {"torch.func transform": 1}
-    x.requires_grad_(True)
-    (dx,) = torch.autograd.grad(layer_of(fused)(x).pow(2).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|differentiable twice|does not require grad"):
-        dx.sum().backward()
 
 
 def test_strict_raises_with_the_list():
@@ -109,7 +104,7 @@ def test_strict_raises_with_the_list():
     with pytest.raises(ValueError, match=message):
         patch(model, strict=True)
     assert type(layer_of(model)) is StockLinear
-    assert patch(model) == ["base_model.model.q_proj", "base_model.model.down"]
+    assert patch(model) == ["base_model.model.down"]
     assert len(patch(make_stock(), strict=True)) == 2
 
 
@@ -124,7 +119,7 @@ def test_patching_what_has_no_lora_or_a_replaced_forward():
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_conv1d_and_special_linears_keep_their_classes():
+def test_conv1d_and_special_linears_are_pefts():
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
 
     def build(registered):
@@ -133,11 +128,10 @@ def test_conv1d_and_special_linears_keep_their_classes():
         base = nn.ModuleDict({"c_attn": conv1d(6, 4), "out": nn.MultiheadAttention(4, 1)})
         return randomise(peft.get_peft_model(base, register(config) if registered else config))
 
-    stock, registered = build(False), build(True)
-    patch(stock)
+    stock, patched, registered = build(False), build(False), build(True)
+    assert not patch(patched) and set(unserved(registered).values()) == set(unserved(patched).values())
     x = torch.randn(3, 4)
-    assert type(registered.base_model.model["c_attn"]) is StockLinear
-    fastlora.reset_dispatch_counts()
-    torch.testing.assert_close(stock.base_model.model["c_attn"](x), registered.base_model.model["c_attn"](x))
-    assert fallbacks() == {"fan_in_fan_out": 1}
-    assert all(type(m) is not FusedLinear for m in registered.modules())
+    for model in (patched, registered):
+        fastlora.reset_dispatch_counts()
+        torch.testing.assert_close(model.base_model.model["c_attn"](x), stock.base_model.model["c_attn"](x))
+        assert fallbacks() == {"fan_in_fan_out": 1}

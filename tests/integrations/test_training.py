@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.backends import reference
+from fastlora.finetune.memory import SavedTensors
 from fastlora.model import inject
 from fastlora.module import LoRALinear
 
@@ -267,18 +268,9 @@ def test_frozen_inputs_cost_no_gradient(monkeypatch):
 
 def saved_bytes(function, parameters):
     """Bytes that autograd keeps for the backward of ``function()``, each storage once, parameters apart."""
-    held = {parameter.untyped_storage().data_ptr() for parameter in parameters}
-    storages = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor  # holding it, so that no address is used twice
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with SavedTensors(parameters) as saved:
         output = function()
-    return sum(storages.values()), output
+    return saved.bytes, output
 
 
 M, K, N, R = 64, 96, 80, 8

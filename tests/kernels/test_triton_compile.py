@@ -2,10 +2,12 @@
 
 import dataclasses
 import itertools
+import json
 import re
 
 import pytest
 import torch
+import triton
 
 from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, ladder_for
 from fastlora.backends.target import Target
@@ -130,6 +132,27 @@ def allow_tf32():
     before = torch.backends.cuda.matmul.allow_tf32
     yield lambda allowed: setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
     torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def test_hooks_are_given_what_can_be_stored(monkeypatch):
+    """Triton hands a hook each kernel's constants as JSON, from which ``preload`` compiles it elsewhere."""
+    hooked = []
+    for name in ("jit_cache_hook", "jit_post_compile_hook"):
+        monkeypatch.setattr(triton.knobs.runtime, name, lambda **found: hooked.append(found["compile"]))
+    config = TileConfig(16, 32, 64, 8, 4, 2)
+    names = {"forward": "lora_forward_kernel", "backward": "lora_backward_kernel"}
+    for direction, name in names.items():
+        kernel = getattr(triton_lora, name)
+        hooked.clear()
+        compile_layer(monkeypatch, 80, direction, config, rank=8, dtype=torch.float16, dropout=True)
+        before, after = hooked
+        assert before["key"] == after["key"] and json.loads(before["specialization_data"])
+        kernel.device_caches.pop(80)
+        with compile_for(80):
+            kernel.preload(before["specialization_data"])
+        hooked.clear()
+        compile_layer(monkeypatch, 80, direction, config, rank=8, dtype=torch.float16, dropout=True)
+        assert not hooked, "what was preloaded is compiled again"
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -1,5 +1,9 @@
 """The host's side of a Triton launch, as far as it can be seen without a device: the kernels are stood in for."""
 
+import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -54,3 +58,35 @@ def test_no_value_of_a_seed_is_compiled_for():
             pytest.skip("Triton interprets in this process")
         by_name = {param.name: param for param in kernel.params}
         assert all(by_name[name].do_not_specialize for name in ("seed", "n_words", "wave"))
+
+
+INTERPRETED = """
+import json, torch, fastlora
+results = {}
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    torch.manual_seed(0)
+    x, weight, a, b = (torch.randn(*shape).to(dtype) for shape in ((40, 24), (16, 24), (3, 24), (16, 3)))
+    try:
+        y = fastlora.lora_linear(x, weight, a, b, 0.5, backend="triton")
+        exact = fastlora.lora_linear(*(t.double() for t in (x, weight, a, b)), 0.5)
+        results[str(dtype)] = (y.double() - exact).abs().max().item()
+    except ValueError as error:
+        results[str(dtype)] = str(error)
+print(json.dumps(results))
+"""
+
+
+def test_the_interpreter_gives_right_values_or_a_reason():
+    """As a user meets it, without the tests' repairs."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )
+    found = json.loads(done.stdout)
+    for dtype in ("torch.float16", "torch.bfloat16"):
+        assert f"serves float32 alone, not {dtype}" in found[dtype] and "unset TRITON_INTERPRET" in found[dtype]
+    in_float32 = found["torch.float32"]
+    assert in_float32 < 1e-4 if isinstance(in_float32, float) else "install numpy<2.4" in in_float32

@@ -95,7 +95,7 @@ MUTANTS = (
         "for k in range(0, shape.K, variant.tile.block_k):",
         "for k in range(0, shape.K - variant.tile.block_k, variant.tile.block_k):",
     ),
-    Mutant("S unscaled", "tiles", "(acc_s * scale_s)", "(acc_s * 1.0)"),
+    Mutant("S unscaled", "tiles", "acc_s *= scales.of_sum", "acc_s *= 1.0"),
     Mutant(
         "branch left out",
         "tiles",

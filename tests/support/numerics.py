@@ -120,7 +120,7 @@ def _bounds(case: Case) -> dict[str, Tensor]:
     if case.dropout_p > 0.0:
         keep = keep_mask(case.seed, case.dropout_p, *x.shape, x.device) * inverse_keep(case.dropout_p)
         dropped = x * keep
-    s, ds = case.scaling * dropped @ a.T, case.scaling * dy @ b
+    s, ds = abs(c.scaling) * dropped @ a.T, abs(c.scaling) * dy @ b
     (m, k), n = x.shape, w.shape[0]
     bias = 0.0 if c.bias is None else c.bias.abs()
     return {

@@ -11,7 +11,7 @@ from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
-from tests.support import launches, numerics
+from tests.support import float16_range, launches, numerics
 
 ALL = Needs(True, True, True, True)
 # Tiles so small that a small problem has several row groups, columns, parts and slices, and no smaller: the
@@ -107,6 +107,25 @@ def test_strided_rows_are_read_in_place(addressing, device):
     results = run(type(case)(**{**vars(case), **strided}))
     expected = run(case)
     assert all(torch.equal(results[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("scaling", float16_range.SCALINGS)
+@pytest.mark.parametrize("regime", float16_range.REGIMES, ids=lambda regime: regime.name)
+def test_float16_overflows_where_the_composed_layer_does(regime, scaling, dropout_p, device):
+    case = float16_range.draw(regime, scaling, 97, 40, 136, 5, dropout_p)
+    on_device = {name: value.to(device) for name, value in vars(case).items() if torch.is_tensor(value)}
+    results = run(dataclasses.replace(case, **on_device))
+    float16_range.check({name: result.cpu() for name, result in results.items()}, case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_of_dy_reach_dbias_as_infinities(dtype, device):
+    case = numerics.draw_case(97, 72, 104, 5, dtype, device=device)
+    case.dy[70, 3], case.dy[5, 40] = float("inf"), float("-inf")
+    dbias = run(case)["dbias"]
+    assert torch.equal(dbias.isinf().nonzero().flatten().cpu(), torch.tensor([3, 40])) and not dbias.isnan().any()
+    assert dbias[3] > 0 > dbias[40]
 
 
 def test_the_same_call_gives_the_same_bits(device):

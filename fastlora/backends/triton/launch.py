@@ -1,5 +1,8 @@
 """The Triton backend: a whole LoRA layer in one launch forward and one launch backward."""
 
+from functools import lru_cache
+from importlib.metadata import version
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +14,7 @@ from fastlora.backends.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_c
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton.schedule import N_COUNTERS, claim, leave, locate, wait_for
 from fastlora.backends.triton.tiles import (
+    BranchScales,
     Dropout,
     Gradient,
     Matrix,
@@ -19,10 +23,11 @@ from fastlora.backends.triton.tiles import (
     Variant,
     gradient_tile,
     low_rank_tile,
+    variant_of,
 )
 from fastlora.backends.tuning import tuned_config
 from fastlora.backends.workspace import borrow_workspace
-from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec
+from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
 
 # Arguments whose values Triton must not compile for: every sixteenth seed would bring a compilation into training.
 UNSPECIALISED = ("seed", "n_words", "wave")
@@ -42,17 +47,19 @@ def _dropout(seed, threshold, inverse_keep):
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def lora_forward_kernel(
     x, w, a, b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, n_words, wave,
-    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, seed, threshold, variant: tl.constexpr,
+    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed, threshold,
+    plain_variant: tl.constexpr,
 ):  # fmt: skip
-    """Y = X·W0ᵀ + S·Bᵀ + bias and S = scale_s·drop(X)·Aᵀ."""
+    """Y = X·W0ᵀ + on_branch·S·Bᵀ + bias and S = scale_s·in_s·drop(X)·Aᵀ; the two are None where they are 1."""
+    variant: tl.constexpr = variant_of(plain_variant)
     n_rows = tl.cdiv(M, variant.tile.block_m)
     n_columns = tl.cdiv(N, variant.tile.block_n) + variant.s_columns
     dropout = _dropout(seed, threshold, 1.0)
     row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, wave, variant.tile.group_m)
     low_rank_tile(
         Matrix(x, stride_xm), Matrix(w, stride_wn), Matrix(a, stride_ar), Matrix(b_ptr, stride_bn), bias_ptr,
-        Matrix(y_ptr, N), Matrix(s_ptr, R), workspace_ptr + N_COUNTERS, row, column, Shape(M, N, K, R), scale_s,
-        dropout, variant,
+        Matrix(y_ptr, N), Matrix(s_ptr, R), workspace_ptr + N_COUNTERS, row, column, Shape(M, N, K, R),
+        BranchScales(scale_s, in_s, on_branch), dropout, variant,
     )  # fmt: skip
     leave(workspace_ptr, n_words, 1024)
 
@@ -61,14 +68,15 @@ def lora_forward_kernel(
 def lora_backward_kernel(
     dy, w, b, dy_ptr, x_ptr, a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
     partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, wave,
-    stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, inverse_keep, seed, threshold,
-    CHAINED: tl.constexpr, variant: tl.constexpr,
+    stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, on_branch, inverse_keep, seed, threshold,
+    CHAINED: tl.constexpr, plain_variant: tl.constexpr,
 ):  # fmt: skip
-    """dX = dY·W0 + mask∘(dS·A)/(1-p), dS = scaling·dY·B, dA = dSᵀ·drop(X), dB = dYᵀ·S, dbias = Σ_m dY.
+    """dX = dY·W0 + mask∘(dS·A)/(1-p), dS = scaling·dY·B, dA = dSᵀ·drop(X), dB = on_branch·dYᵀ·S, dbias = Σ_m dY.
 
     A gradient whose pointer is None is not wanted, and no tile is queued for it. dX contracts N: variant.tile.block_k
     runs along N and block_n along K. dY comes as operand of dX (perhaps a TMA descriptor) and as a pointer.
     """
+    variant: tl.constexpr = variant_of(plain_variant)
     n_rows = tl.cdiv(M, variant.tile.block_m)
     n_columns = 0
     if dx_ptr is not None:
@@ -86,6 +94,9 @@ def lora_backward_kernel(
     counts_b_ptr = flags_ptr + n_rows
     counts_a_ptr = counts_b_ptr + tiles_b
     dropout = _dropout(seed, threshold, inverse_keep)
+    scale_b = 1.0
+    if on_branch is not None:
+        scale_b = on_branch
     row, column, group, gradient = locate(
         claim(workspace_ptr), n_rows, n_columns, tiles_b + tiles_a, wave, variant.tile.group_m
     )
@@ -95,14 +106,14 @@ def lora_backward_kernel(
         if ds_ptr is not None:
             low_rank_tile(
                 Matrix(dy, stride_dym), Matrix(w, stride_wn), Matrix(b, stride_bn), Matrix(a_ptr, stride_ar), None,
-                Matrix(dx_ptr, K), Matrix(ds_ptr, R), flags_ptr, row, column, Shape(M, K, N, R), scaling, dropout,
-                variant,
+                Matrix(dx_ptr, K), Matrix(ds_ptr, R), flags_ptr, row, column, Shape(M, K, N, R),
+                BranchScales(scaling, None, None), dropout, variant,
             )  # fmt: skip
     elif gradient < tiles_b:
         if db_ptr is not None or dbias_ptr is not None:
             gradient_tile(
                 Matrix(dy_ptr, stride_dym), Matrix(s_ptr, R), Gradient(partial_b_ptr, db_ptr, R, 1),
-                Gradient(partial_bias_ptr, dbias_ptr, 1, 1), counts_b_ptr, gradient, part, N, R, 1.0, dropout,
+                Gradient(partial_bias_ptr, dbias_ptr, 1, 1), counts_b_ptr, gradient, part, N, R, scale_b, dropout,
                 CHAINED, False, variant,
             )  # fmt: skip
     else:
@@ -121,11 +132,45 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {spec.dtype} is not float16, bfloat16 or float32"
+    if triton.knobs.runtime.interpret and (reason := _interpreter_reason(spec.dtype)):
+        return reason
     if spec.sizes.r > MAX_RANK:
         return f"rank {spec.sizes.r} is above {MAX_RANK}"
     if spec.base_format != "dense" or spec.branch != "single":
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
     return None
+
+
+def _interpreter_reason(dtype: torch.dtype) -> str | None:
+    """Why Triton's interpreter cannot serve a dtype, or None. It keeps bfloat16 as integers, and says nothing."""
+    if dtype != torch.float32:
+        return (
+            f"its interpreter (TRITON_INTERPRET=1) serves float32 alone, not {dtype}, for its bfloat16 results"
+            " are wrong; use float32, or unset TRITON_INTERPRET"
+        )
+    if not _interpreter_loops():
+        return (
+            f"the interpreter (TRITON_INTERPRET=1) of Triton {triton.__version__} fails with NumPy"
+            f" {version('numpy')}; install numpy<2.4, or unset TRITON_INTERPRET"
+        )
+    return None
+
+
+@triton.jit
+def _count_kernel(counter_ptr, n):
+    for i in range(n):
+        tl.store(counter_ptr, i + 1)
+
+
+@lru_cache(maxsize=1)
+def _interpreter_loops() -> bool:
+    """Whether the interpreter can run a loop over a kernel's argument (Triton 3.6 with NumPy 2.4 cannot)."""
+    counter = torch.zeros(1, dtype=torch.int32)
+    try:
+        _count_kernel[(1,)](counter, 3)
+    except Exception:
+        return False
+    return counter.item() == 3
 
 
 def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
@@ -166,10 +211,10 @@ class _Prepared:
             tma=has_tma and spec.aligned.act and spec.aligned.weight,
             tma_d=has_tma and shrink_aligned,
             even_k=contracted % config.block_k == 0,
-            # float32 products are float32 products, unless torch was told otherwise.
-            precision="tf32" if spec.tf32 else "ieee",
+            tf32=spec.tf32,
             wgmma=target.arch == 90,
         )
+        self.plain_variant = self.variant.as_plain()
         self.wave = target.n_sms * config.programs_per_sm
         self.n_rows = triton.cdiv(spec.sizes.m, config.block_m)
         # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
@@ -204,8 +249,8 @@ class _Forward(_Prepared):
                 self.matrix(lora_a, [variant.block_r, config.block_k], variant.tma_d),
                 lora_b, bias, y, s, borrow_workspace(self.n_words, x.device), m, n, k, r, self.n_words, self.wave,
                 x.stride(0), weight.stride(0), lora_a.stride(0), lora_b.stride(0),
-                scaling * philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-                variant=variant, **self.options,
+                *_forward_scales(scaling, dropout_p, x.dtype), _seed_argument(seed), philox.threshold(dropout_p),
+                plain_variant=self.plain_variant, **self.options,
             )  # fmt: skip
         return y, s
 
@@ -249,10 +294,24 @@ class _Backward(_Prepared):
                 dy, x, lora_a, s, dx, ds, da, db, dbias, partial_a, partial_b, partial_bias,
                 borrow_workspace(self.n_words, dy.device), m, n, k, r, self.n_words, self.wave,
                 dy.stride(0), x.stride(0) if needs.da else 0, weight.stride(0), lora_a.stride(0), lora_b.stride(0),
-                scaling, philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-                CHAINED=chained, variant=variant, **self.options,
+                scaling, _scale_of_branch(scaling, dy.dtype), philox.inverse_keep(dropout_p), _seed_argument(seed),
+                philox.threshold(dropout_p), CHAINED=chained, plain_variant=self.plain_variant, **self.options,
             )  # fmt: skip
         return Gradients(dx, da, db, dbias)
+
+
+def _scale_of_branch(scaling: float, dtype: torch.dtype) -> float | None:
+    """What multiplies S·Bᵀ and dYᵀ·S; None, which compiles to nothing, for 1."""
+    on_branch = split_scaling(scaling, dtype).on_branch
+    return None if on_branch == 1.0 else on_branch
+
+
+def _forward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tuple[float, float | None, float | None]:
+    """BranchScales of the forward."""
+    of_sum = philox.inverse_keep(dropout_p)
+    if dtype != torch.float16:
+        return scaling * of_sum, None, None
+    return of_sum, split_scaling(scaling, dtype).in_s, _scale_of_branch(scaling, dtype)
 
 
 def _seed_argument(seed: Tensor | None) -> Tensor | int | None:

@@ -1,6 +1,6 @@
 """The tiles of a LoRA layer: the product with its low-rank branch, and the gradients of A and B."""
 
-from dataclasses import dataclass
+import dataclasses
 from typing import Any, NamedTuple
 
 import triton
@@ -14,14 +14,16 @@ PHILOX_ROUNDS = tl.constexpr(philox.ROUNDS)
 PER_CALL = tl.constexpr(philox.ELEMENTS_PER_CALL)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is fixed when a kernel is compiled.
+    """What is fixed when a kernel is compiled. Kernels take it ``as_plain``, for Triton's hooks and ``preload``
+    keep a kernel's constants as JSON. (Texts in it Triton would take for attributes of arguments.)
 
     forward: the operands lie in memory as the forward has them; else as dX does (see low_rank_tile).
     fused: column 0 makes S beside a tile of the product, not alone.
     tma, tma_d: U and V (D) are TMA descriptors, not pointers.
     even_k: the contracted dimension is a multiple of block_k.
+    tf32: float32 products are products of TF32.
     wgmma: compiled for Hopper, whose products read registers while the program runs on.
     """
 
@@ -33,13 +35,28 @@ class Variant:
     tma: bool
     tma_d: bool
     even_k: bool
-    precision: str
+    tf32: bool
     wgmma: bool
 
     @property
     def s_columns(self) -> int:
         """Columns of the queue that hold no tile of the product."""
         return 0 if self.fused else 1
+
+    @property
+    def precision(self) -> str:
+        """tl.dot's name for it."""
+        return "tf32" if self.tf32 else "ieee"
+
+    def as_plain(self) -> tuple:
+        """The fields in their order, the tile's as a tuple within."""
+        return dataclasses.astuple(self)
+
+
+@triton.constexpr_function
+def variant_of(plain):
+    """The Variant that was made plain."""
+    return Variant(TileConfig(*plain[0]), *plain[1:])
 
 
 class Matrix(NamedTuple):
@@ -53,6 +70,16 @@ class Dropout(NamedTuple):
     seed: Any
     threshold: Any
     inverse_keep: Any
+
+
+class BranchScales(NamedTuple):
+    """The scaling of the branch. ``of_sum`` multiplies the fp32 sums of S. Float16 alone knows the others, see
+    fastlora.problem.split_scaling: ``in_s`` multiplies what then is not beyond its range, and ``on_branch`` S·Pᵀ; it is
+    None where it is 1."""
+
+    of_sum: Any
+    in_s: Any
+    on_branch: Any
 
 
 class Shape(NamedTuple):
@@ -92,8 +119,8 @@ def load_block(matrix, offs_row, offs_col, n_rows, n_cols, EVEN_ROWS: tl.constex
 
 
 @triton.jit
-def low_rank_tile(u, v, d, p, bias_ptr, c, s, flags_ptr, row, column, shape, scale_s, dropout, variant: tl.constexpr):
-    """One tile of C = U·Vᵀ + S·Pᵀ [M, N], contracting K. Column 0 makes S = scale_s·U·Dᵀ [M, R] for its row block.
+def low_rank_tile(u, v, d, p, bias_ptr, c, s, flags_ptr, row, column, shape, scales, dropout, variant: tl.constexpr):
+    """One tile of C = U·Vᵀ + S·Pᵀ [M, N], contracting K. Column 0 makes S = U·Dᵀ [M, R], scaled, for its row block.
 
     Forward: U = X, V = W0 [N, K], D = A [R, K], P = B [N, R].
     dX:      U = dY, V = W0ᵀ, D = Bᵀ, P = Aᵀ. They lie in memory as W0 [K, N], B [K, R] and A [R, N], by this function's
@@ -104,18 +131,20 @@ def low_rank_tile(u, v, d, p, bias_ptr, c, s, flags_ptr, row, column, shape, sca
     """
     if variant.fused:
         if column == 0:
-            acc = _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant)
+            acc = _make_s(u, v, d, s, flags_ptr, row, shape, scales, dropout, variant)
         else:
             acc = _multiply(u, v, row, column, shape, variant)
             wait_for(flags_ptr + row, 1)
-        _finish_tile(acc, p, bias_ptr, c, s, row, column * variant.tile.block_n, shape, dropout, variant)
+        first_n = column * variant.tile.block_n
+        _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, scales.on_branch, dropout, variant)
     else:
         if column == 0:
-            _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant)
+            _make_s(u, v, d, s, flags_ptr, row, shape, scales, dropout, variant)
         elif c.data is not None:
             acc = _multiply(u, v, row, column - 1, shape, variant)
             wait_for(flags_ptr + row, 1)
-            _finish_tile(acc, p, bias_ptr, c, s, row, (column - 1) * variant.tile.block_n, shape, dropout, variant)
+            first_n = (column - 1) * variant.tile.block_n
+            _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, scales.on_branch, dropout, variant)
 
 
 @triton.jit
@@ -177,8 +206,8 @@ def _multiply(u, v, row, n, shape, variant: tl.constexpr):
 
 
 @triton.jit
-def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.constexpr):
-    """Stores a row block of S = scale_s·U·Dᵀ and raises its flag. Returns, where fused, tile 0 of U·Vᵀ, made in the
+def _make_s(u, v, d, s, flags_ptr, row, shape, scales, dropout, variant: tl.constexpr):
+    """Stores a row block of S = U·Dᵀ, scaled, and raises its flag. Returns, where fused, tile 0 of U·Vᵀ, made in the
     same pass over U."""
     BLOCK_M: tl.constexpr = variant.tile.block_m
     BLOCK_N: tl.constexpr = variant.tile.block_n
@@ -208,27 +237,34 @@ def _make_s(u, v, d, s, flags_ptr, row, shape, scale_s, dropout, variant: tl.con
         acc_s = acc_s.T
     s_ptrs = s.data + offs_m[:, None].to(tl.int64) * s.stride + offs_r[None, :]
     mask = (offs_m < shape.M)[:, None] & (offs_r < shape.R)[None, :]
-    tl.store(s_ptrs, (acc_s * scale_s).to(s.data.dtype.element_ty), mask=mask)
+    acc_s *= scales.of_sum
+    if scales.in_s is not None:
+        # Infinite where the composed layer's x·Aᵀ is, which a factor below 1 would hide, and nowhere else.
+        rounded = acc_s.to(s.data.dtype.element_ty).to(tl.float32)
+        acc_s = tl.where(tl.abs(rounded) == float("inf"), rounded, acc_s) * scales.in_s
+    tl.store(s_ptrs, acc_s.to(s.data.dtype.element_ty), mask=mask)
     publish(flags_ptr + row)
     return acc
 
 
 @triton.jit
-def _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, dropout, variant: tl.constexpr):
-    """Adds S·Pᵀ and the bias to the columns of C from ``first_n`` on and stores them. The branch of dX, which dropout
-    masks before it may be added, is made slice_n columns at a time: it needs registers of its own."""
+def _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, on_branch, dropout, variant: tl.constexpr):
+    """Adds on_branch·S·Pᵀ and the bias to the columns of C from ``first_n`` on and stores them. The branch of dX, which
+    dropout masks before it may be added, is made slice_n columns at a time: it needs registers of its own."""
     BLOCK_N: tl.constexpr = acc.shape[1]
     MASKED: tl.constexpr = variant.dropout and not variant.forward
     if MASKED and variant.tile.slice_n < BLOCK_N:
         left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, BLOCK_N // 2)), (0, 2, 1)))
-        _finish_tile(left, p, bias_ptr, c, s, row, first_n, shape, dropout, variant)
-        _finish_tile(right, p, bias_ptr, c, s, row, first_n + BLOCK_N // 2, shape, dropout, variant)
+        _finish_tile(left, p, bias_ptr, c, s, row, first_n, shape, on_branch, dropout, variant)
+        _finish_tile(right, p, bias_ptr, c, s, row, first_n + BLOCK_N // 2, shape, on_branch, dropout, variant)
     else:
         BLOCK_R: tl.constexpr = variant.block_r
         STEP_R: tl.constexpr = min(BLOCK_R, 64)
         offs_m = row * variant.tile.block_m + tl.arange(0, variant.tile.block_m)
         offs_n = first_n + tl.arange(0, BLOCK_N)
         branch = tl.zeros_like(acc) if MASKED else acc
+        if on_branch is not None:  # a power of two: exact, and cheaper than an accumulator of the branch's own
+            branch *= tl.div_rn(1.0, on_branch)
         for r in tl.range(0, shape.R, STEP_R, num_stages=1):
             offs_r = r + tl.arange(0, STEP_R)
             s_block = load_block(s, _rows(row, shape.M, variant), offs_r, 0, shape.R, True, False)
@@ -240,6 +276,8 @@ def _finish_tile(acc, p, bias_ptr, c, s, row, first_n, shape, dropout, variant: 
         if MASKED:
             keep = keep_mask(dropout, offs_m, first_n, shape.N, BLOCK_N)
             branch = acc + tl.where(keep, branch * dropout.inverse_keep, 0.0)
+        if on_branch is not None:
+            branch *= on_branch
         if bias_ptr is not None:
             branch += tl.load(bias_ptr + offs_n, mask=offs_n < shape.N, other=0.0)[None, :].to(tl.float32)
         c_ptrs = c.data + offs_m[:, None].to(tl.int64) * c.stride + offs_n[None, :]
@@ -292,7 +330,8 @@ def gradient_tile(
     mask = mask_n[:, None] & (offs_r < R)[None, :]
     acc = tl.zeros((BLOCK_R, BLOCK_N) if TRANSPOSED else (BLOCK_N, BLOCK_R), tl.float32)
     # With wgmma, Σ_m L[m, n] is column 0 of a product with [1, 0, 0, ...]: if L were read into registers beside dB's
-    # product, Triton 3.6 would pipeline it with a buffer too few, and overwrite it while wgmma reads it.
+    # product, Triton 3.6 would pipeline it with a buffer too few, and overwrite it while wgmma reads it. The other
+    # columns are NaN where L holds an infinity.
     ones = tl.zeros((BLOCK_M, 16), left.data.dtype.element_ty) + (tl.arange(0, 16) == 0)[None, :]
     acc_sum = tl.zeros((BLOCK_N, 16) if WGMMA else (BLOCK_N,), tl.float32)
     for m in tl.range(part.first_row, part.end_row, BLOCK_M):
@@ -314,7 +353,7 @@ def gradient_tile(
     if TRANSPOSED:
         acc = acc.T
     if WGMMA:
-        acc_sum = tl.sum(acc_sum, axis=1)
+        acc_sum = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], acc_sum, 0.0), axis=1)
     if CHAINED and part.index > 0:
         wait_for(count_ptr + tile, part.index)
         if product.ptr is not None:

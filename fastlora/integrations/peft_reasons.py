@@ -1,0 +1,183 @@
+"""Whether a call of PEFT's ``lora.Linear`` can be served fused, with which tensors, and if not, the reason."""
+
+import warnings
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear, LoraLayer
+from torch import Tensor, nn
+
+from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
+from fastlora.sharding import is_dtensor
+
+_PLAIN_TENSORS = (nn.Parameter, Tensor)
+# Tensors that stand in for plain ones while torch.export or torch.func look at a model.
+_TRACING_TENSORS = ("FakeTensor", "FunctionalTensor")
+_ROLES = ("base_layer", "lora_A", "lora_B")
+
+
+class Parts(NamedTuple):
+    """What one fused call uses. Looked up at every call: PEFT replaces weights and changes scalings in place."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    lora_bias: Tensor | None  # [N]
+    scaling: float | Tensor
+    dropout_p: float
+    training: bool
+
+
+class Units(NamedTuple):
+    """Where some of base_layer, lora_A and lora_B are FSDP units: the fused call has to run within their calls."""
+
+    modules: list[nn.Module]
+    linears: list[nn.Linear]  # all three, beneath their units
+
+
+def state_reason(layer: LoraLayer) -> str | None:
+    """Why a LoRA layer of any class computes no branch at all, or None."""
+    if layer._disable_adapters:
+        return "adapters disabled"
+    if layer.merged_adapters:
+        return "merged"
+    adapters = layer.lora_A.keys() | layer.lora_embedding_A.keys()
+    return None if adapters.intersection(layer.active_adapters) else "0 active adapters"
+
+
+def call_reason(layer: Linear) -> str | None:
+    """Why this layer's next call would not be fused, or None, for an input of the base weight's dtype."""
+    found = inspect(layer)
+    if isinstance(found, Parts):
+        return _dtype_reason(layer, found, found.weight.dtype, found.weight.device.type)
+    return None if isinstance(found, Units) else found
+
+
+def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Units | str:
+    """The parts of a layer that can be served fused; or units to serve it within; or the reason why it cannot be.
+
+    Args:
+        layer: the layer to be called.
+        linears: those of its FSDP units, once the call is within theirs.
+    """
+    if layer._disable_adapters:
+        return "adapters disabled"
+    if layer.merged_adapters:
+        return "merged"
+    modules = layer._modules  # nn.Module's own lookup takes longer than all these checks
+    lora_a = modules["lora_A"]._modules
+    active = [name for name in layer.active_adapters if name in lora_a]
+    if len(active) != 1:
+        return f"{len(active)} active adapters"
+    (adapter,) = active
+    if adapter in layer.lora_variant:
+        return type(layer.lora_variant[adapter]).__name__
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    dropout = modules["lora_dropout"]._modules[adapter]
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"lora_dropout is a {type(dropout).__name__}"
+    if _has_hooks(dropout):
+        return "hooks on lora_dropout"
+    base, a, b = linears or (modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter])
+    if linears is None and (
+        _linear_reason("base_layer", base) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
+    ):
+        return _find_units((base, a, b))
+    weight, bias = base.weight, base.bias
+    if weight.requires_grad:
+        if not is_frozen_view(base, "weight"):
+            return "the base weight trains"
+        weight = weight.detach()
+        if bias is not None and bias.requires_grad and is_frozen_view(base, "bias"):
+            bias = bias.detach()
+    p = dropout.p if type(dropout) is nn.Dropout else 0.0
+    return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+
+
+def _linear_reason(role: str, linear: nn.Module) -> str | None:
+    """Why a layer cannot be replaced by a product with its weight, or None."""
+    if type(linear) is not nn.Linear:
+        return f"{role} is a {type(linear).__name__}"
+    if _has_hooks(linear):
+        return f"hooks on {role}"
+    weight = linear.weight
+    if not (_is_plain(weight) or is_dtensor(weight)):
+        return f"{role} holds a {type(weight).__name__}"
+    return None
+
+
+def _find_units(modules: tuple[nn.Module, ...]) -> Units | str:
+    """The FSDP units among three layers that can be served, or why one of the three cannot be."""
+    if torch.compiler.is_compiling() and any(map(is_unit, modules)):  # no forward can be replaced within a trace
+        return "torch.compile over FSDP units of single layers"
+    units, linears = [], []
+    for role, module in zip(_ROLES, modules, strict=True):
+        linear = unit_linear(module)
+        if linear is not None:
+            units.append(module)
+        else:
+            linear, reason = module, _linear_reason(role, module)
+            if reason is not None:
+                return _warn_of_unit(role) if is_unit(module) else reason
+        linears.append(linear)
+    return Units(units, linears)
+
+
+@lru_cache
+def _warn_of_unit(role: str) -> str:
+    """The reason, and once a warning: a whole model trains unfused for the way it was wrapped."""
+    reason = f"{role} is an FSDP unit with hooks of others, or of more than a plain nn.Linear"
+    warnings.warn(f"PEFT's forward serves LoRA layers whose {reason}; wrap blocks instead", stacklevel=2)
+    return reason
+
+
+def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
+    """Why this input cannot be served fused by parts that can, or None."""
+    weight, lora_a, lora_b = parts.weight, parts.lora_a, parts.lora_b
+    if is_dtensor(weight):
+        if not is_dtensor(x):
+            return "DTensor base, plain input"
+        if parts.dropout_p and parts.training:
+            return "dropout over DTensors"
+    elif is_dtensor(lora_a) or is_dtensor(lora_b):
+        return "DTensor adapter, plain base"
+    elif not _is_plain(x):
+        return f"the input is a {type(x).__name__}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func transform"
+    return _dtype_reason(layer, parts, x.dtype, x.device.type)
+
+
+def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: str) -> str | None:
+    """Why an input of this dtype cannot be served fused, or None."""
+    weight_dtype, adapter_dtype = parts.weight.dtype, parts.lora_a.dtype
+    if adapter_dtype != parts.lora_b.dtype:
+        return "lora_A and lora_B differ in dtype"
+    if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
+        return "input casting disabled"
+    if device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        dtype = weight_dtype = torch.get_autocast_dtype(device_type)
+        adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
+    if dtype != weight_dtype or not (
+        adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype.itemsize == 2)
+    ):
+        return f"{dtype} input, {weight_dtype} base, {adapter_dtype} adapter"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether something (tensor parallelism, sharding, offload, the user) relies on this module being called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in _PLAIN_TENSORS or type(tensor).__name__ in _TRACING_TENSORS
