@@ -118,8 +118,8 @@ def triton_compiled() -> list[Defect]:
     defects = []
     for arch in triton.ARCHITECTURES:
         for what, sizes, check in (
-            ("S beside C", triton.BESIDE_SIZES, _integers),
-            ("S alone", triton.ALONE_SIZES, _integers),
+            ("fused shrink", triton.FUSED_SIZES, _integers),
+            ("separate shrink", triton.SEPARATE_SIZES, _integers),
             ("dropout", triton.MASKED_SIZES, _dropped),
         ):
             tests = [(str(each), check(each, arch)) for each in sizes]

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fastlora.backends.configs import makes_s_beside
+from fastlora.backends.configs import fuses_shrink
 from fastlora.backends.cuda.extension import variants
 
 
@@ -16,7 +16,7 @@ class CudaTile:
     group_m: row blocks of a group, which share a stretch of the queue, so that their rows stay in L2.
     splits: of the contraction of each tile; their sums are added in order.
     fused: whether S is made fused with the first column's tiles, from what they read anyway, or in short separate
-        tiles; see fastlora.backends.configs.makes_s_beside.
+        tiles; see fastlora.backends.configs.fuses_shrink.
     """
 
     block_m: int
@@ -52,7 +52,7 @@ def choose_tile(
 ) -> CudaTile:
     """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
 
-    S is fused where makes_s_beside says so and the kernel of this direction, with or without dropout, can do it.
+    S is fused where fuses_shrink says so and the kernel of this direction, with or without dropout, can do it.
 
     Raises:
         RuntimeError: the extension is not built.
@@ -70,7 +70,7 @@ def choose_tile(
         candidates, key=lambda each: (_estimated_clocks(*each, m, n, k, n_sms), each[0].block_m * each[0].block_n)
     )
     n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
-    return replace(tile, fused=kernel["fuses"] and makes_s_beside(r, tile.block_n, n_tiles, n_sms))
+    return replace(tile, fused=kernel["fuses"] and fuses_shrink(r, tile.block_n, n_tiles, n_sms))
 
 
 def kernels(r: int, *, dropout: bool, backward: bool, dtype: str = "bfloat16") -> list[dict[str, Any]]:
