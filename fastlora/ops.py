@@ -14,7 +14,7 @@ from fastlora.op_tools import register_tools
 from fastlora.philox import draw_seed
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from fastlora.rows import flat, in_rows, on_jagged
-from fastlora.saved import saved_tensors
+from fastlora.saved_tensors import saved_tensors
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
