@@ -46,7 +46,7 @@ class Named {
     const std::set<std::string> known(known_.begin(), known_.end());
     for (const auto& item : given_) {
       const auto name = item.first.cast<std::string>();
-      if (!known.count(name)) throw py::type_error(std::string(function_) + "() knows no argument '" + name + "'");
+      if (!known.count(name)) throw py::type_error(std::string(function_) + "() has no argument '" + name + "'");
     }
   }
 
@@ -90,7 +90,7 @@ Problem problem(const py::kwargs& given) {
   return p;
 }
 
-// Which operands a launch needs, its plan knows: it refuses a missing one.
+// All optional here: the plan checks which operands a launch needs.
 Operands operands(const char* function, const py::kwargs& given) {
   Operands o;
   Named named(function, given);

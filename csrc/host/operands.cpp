@@ -17,7 +17,7 @@ void require(bool holds, const std::string& what) {
 void check_given(const char* name, bool given, bool needed) {
   if (given == needed) return;
   throw OperandNameError(std::string("fastlora: operand ") + name +
-                         (needed ? " is missing" : " is given to a launch that has no use for it"));
+                         (needed ? " is missing" : " is given to a launch that does not use it"));
 }
 
 void check_aligned(const char* name, uintptr_t address, uintptr_t bytes) {

@@ -44,7 +44,7 @@ struct Operands {
   bool fp32_grads = false;
 };
 
-// An operand is not given that a launch needs, or one is that it has no use for.
+// A needed operand is missing, or an operand is given that the launch does not use.
 struct OperandNameError : std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };

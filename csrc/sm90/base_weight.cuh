@@ -1,5 +1,5 @@
-// Policy: the base weight. It says how many bytes of a stage a tile's columns take, how a step of them is copied there,
-// and which descriptor the base product reads them by.
+// Policy: the base weight. It defines how many bytes of a stage a tile's columns occupy, how a step of them is copied
+// there, and by which descriptor the base product reads them.
 //
 // Today's one: 16-bit elements, as they lie in memory. The next one (packed 4 bit, int8 or fp8 with scales) goes here:
 // a struct with the same members, whose kConverts is true and whose convert() the consumers run between wait_stage()

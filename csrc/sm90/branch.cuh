@@ -1,4 +1,4 @@
-// Policy: the low-rank branch. It says which boxes of the two factors a tile reads, and what S holds of a sum.
+// Policy: the low-rank branch. It defines which boxes of the two factors a tile reads, and how a sum is scaled into S.
 //
 // Today's one: one adapter for all rows, all ranks for all columns. The next one (an adapter by row segment, several
 // stacked) goes here: a struct with the same members whose coordinates depend on the tile; KernelTraits::Branch names
@@ -55,7 +55,7 @@ struct SingleAdapter {
                      : swizzled_operand<kRankSpan>(address);
   }
 
-  // What S holds, before it is rounded, of a sum of act*down^T.
+  // An element of S, before it is rounded, from its sum of act*down^T.
   __device__ __forceinline__ static float scale(const Params& params, float sum) {
     if constexpr (!kSplitsScaling) {
       return sum * params.scale_in_s;

@@ -1,4 +1,4 @@
-// The expand product, and the policy that says what is stored of a tile: from accumulators, branch and column.
+// The expand product, and the policy that defines what is stored of a tile: from accumulators, branch and column.
 //
 // Today's two: acc + bias, and acc + mask * branch (dX with dropout). A policy is a struct whose run() finishes a tile
 // whose base product is in the accumulators. The next one (a scale for each column) goes here; KernelTraits::Epilogue
@@ -60,7 +60,7 @@ __device__ __forceinline__ void expand(Consumer<Traits>& c, float (&acc)[Traits:
 }
 
 // Rounds 64 columns and stores them through a staging buffer; the copy proceeds asynchronously. `value(i)` is number i
-// of the thread's 32 values.
+// of the thread's values.
 template <class Traits, class Value>
 __device__ __forceinline__ void store_slice(Consumer<Traits>& c, TileInfo tile, int j, Value value) {
   using Element = typename Traits::Element;
@@ -69,7 +69,7 @@ __device__ __forceinline__ void store_slice(Consumer<Traits>& c, TileInfo tile, 
   if (c.thread == 0) tma_store_wait_read<Traits::kStagingBuffers - 1>();
   c.sync_warpgroup();
 #pragma unroll
-  for (int i = 0; i < 32; i += 8) {
+  for (int i = 0; i < Traits::kSliceAccumulators; i += 8) {
     store_matrix(chunk_address(staging, block_row, i / 4 + lane / 16), pack<Element>(value(i), value(i + 1)),
                  pack<Element>(value(i + 2), value(i + 3)), pack<Element>(value(i + 4), value(i + 5)),
                  pack<Element>(value(i + 6), value(i + 7)));
@@ -125,8 +125,8 @@ struct BiasEpilogue {
       }
       store_slice(c, tile, j, [&](int i) {
         const float of_bias = i % 2 ? bias[i / 4].y : bias[i / 4].x;
-        return Traits::kSplitsScaling ? fmaf(acc[j * 32 + i], c.params.scale_on_branch, of_bias)
-                                      : acc[j * 32 + i] + of_bias;
+        return Traits::kSplitsScaling ? fmaf(acc[j * Traits::kSliceAccumulators + i], c.params.scale_on_branch, of_bias)
+                                      : acc[j * Traits::kSliceAccumulators + i] + of_bias;
       });
     }
   }
@@ -140,17 +140,18 @@ struct MaskedBranchEpilogue {
                                              float (&acc)[Traits::kAccumulators],
                                              float (&extra_acc)[Traits::kExtraAccumulators], const uint32_t (*s)[4],
                                              const KeepBits<Traits>& keep) {
-    if constexpr (Traits::kExtraAccumulators == 32) {
+    if constexpr (Traits::kExtraAccumulators == Traits::kSliceAccumulators) {
       store_masked(c, tile, acc, extra_acc, s, keep);
     } else {
-      float branch[32];
+      float branch[Traits::kSliceAccumulators];
       store_masked(c, tile, acc, branch, s, keep);
     }
   }
 
  private:
   __device__ __forceinline__ static void store_masked(Consumer<Traits>& c, TileInfo tile,
-                                                      const float (&acc)[Traits::kAccumulators], float (&branch)[32],
+                                                      const float (&acc)[Traits::kAccumulators],
+                                                      float (&branch)[Traits::kSliceAccumulators],
                                                       const uint32_t (*s)[4], const KeepBits<Traits>& keep) {
     using Element = typename Traits::Element;
     using Branch = typename Traits::Branch;
@@ -182,7 +183,7 @@ struct MaskedBranchEpilogue {
       }
       store_slice(c, tile, j, [&](int i) {
         const float kept = keep.words[j] >> i & 1 ? branch[i] : 0.f;
-        return fmaf(kept, c.params.inverse_keep, acc[j * 32 + i]);
+        return fmaf(kept, c.params.inverse_keep, acc[j * Traits::kSliceAccumulators + i]);
       });
     }
   }

@@ -148,7 +148,7 @@ __device__ __forceinline__ bool reduce_splits(Consumer<Traits>& c, TileInfo tile
   if constexpr (Traits::kSplits) {
     const Schedule& schedule = c.params.schedule;
     const int column =
-        kBase ? tile.column : schedule.columns - 1;  // the last number is free where column 0 makes S alone
+        kBase ? tile.column : schedule.columns - 1;  // the last number is free where S has separate tiles
     const int index = tile.row * schedule.columns + column, last = schedule.splits - 1;
     int* splits_done = c.reduction_flag(schedule.gradient_tiles + index);
     auto partials_of = [&](int split) {

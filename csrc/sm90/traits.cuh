@@ -67,6 +67,7 @@ struct KernelTraits {
   // of dX's masked branch, or a gradient tile's second block.
   static constexpr int kAccumulators = kColumns / 2;
   static constexpr int kShrinkAccumulators = kRank / 2;
+  static constexpr int kSliceAccumulators = kBox / 2;
   static constexpr int kExtraAccumulators = kFuses ? kShrinkAccumulators : 1;
   static constexpr int kSplitPartials = kAccumulators + kShrinkAccumulators;  // of a split tile, kept in memory
 
@@ -82,8 +83,8 @@ struct KernelTraits {
   static constexpr int kActBytes = kBlockM * kSwizzleSpan, kDownBytes = Branch::kDownBytes;
   static constexpr int kWeightOffset = kActBytes, kFusedDownOffset = kWeightOffset + BaseWeight::kStageBytes;
   static constexpr int kStageBytes = kFusedDownOffset + (kFuses ? kDownBytes : 0);
-  // A tile that makes S alone reads so little a step that the pipeline could not hide its loads: it takes two steps a
-  // stage, where they fit into the weight's place. Steps past the end are zero on both sides.
+  // A shrink tile reads so little a step that the pipeline could not hide its loads: it loads two steps into a stage,
+  // where they fit into the weight's place. Steps past the end are zero on both sides.
   static constexpr int kShrinkSteps = !kSplits && 2 * (kActBytes + kDownBytes) <= kStageBytes ? 2 : 1;
   static constexpr int kShrinkDownOffset =
       kShrinkSteps == 1 ? (kFuses ? kFusedDownOffset : kWeightOffset) : kShrinkSteps * kActBytes;

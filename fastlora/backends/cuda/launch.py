@@ -155,7 +155,7 @@ def _backward(spec: LaunchSpec, plan, operands: BackwardOperands) -> Gradients:
     def output(needed: bool, *shape: int, dtype: torch.dtype = dy.dtype) -> Tensor | None:
         return dy.new_empty(shape, dtype=dtype) if needed else None
 
-    # Gradients leave in one type; a layer whose adapters differ in theirs has one of them cast.
+    # Both gradients are stored in one dtype; if the adapters differ in theirs, one of them is cast.
     grad_dtype = dy.dtype if lora_a.dtype == lora_b.dtype == dy.dtype else torch.float32
     dx, ds = output(needs.dx, m, k), output(needs.dx or needs.da, m * r)
     da, db = output(needs.da, r, k, dtype=grad_dtype), output(needs.db, n, r, dtype=grad_dtype)
