@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 
 FROZEN_WEIGHT = "weight requires a gradient, which a LoRA layer never computes: weight.requires_grad_(False)"
+_FROZEN_IN_FUNC = (
+    "torch.func differentiates every parameter that it is given, here the frozen weight, too, and a LoRA layer never "
+    "computes its gradient: give torch.func.grad the parameters that train. Opacus gives it all of a layer that it has "
+    "no rule for: use PEFT's own layers with it, without fastlora"
+)
 
 _DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+def frozen_weight_reason(weight: Tensor) -> str:
+    """What a caller whose weight requires a gradient has to do."""
+    return _FROZEN_IN_FUNC if torch._C._functorch.is_functorch_wrapped_tensor(weight) else FROZEN_WEIGHT
 
 
 def _describe(name: str, tensor: Tensor) -> str:

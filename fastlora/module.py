@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastlora.ops import lora_linear
 from fastlora.placement import forget, store, stored, unusable
-from fastlora.saving import plain_saver, warn_unmerged
+from fastlora.save_pretrained import plain_saver, warn_unmerged
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 INITS = ("kaiming", "gaussian")

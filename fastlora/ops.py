@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora import dispatch
-from fastlora.checks import FROZEN_WEIGHT, as_number, check_arguments, check_dropout
+from fastlora.checks import FROZEN_WEIGHT, as_number, check_arguments, check_dropout, frozen_weight_reason
 from fastlora.differentiable import FORWARD_MODE, TRACE, backward_reason, composed, linked, transform_reason
 from fastlora.differentiable import gradients as differentiable_gradients
 from fastlora.dispatch import count_fallback, environment_backend
@@ -14,7 +14,7 @@ from fastlora.op_tools import register_tools
 from fastlora.philox import draw_seed
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from fastlora.rows import flat, in_rows, on_jagged
-from fastlora.saved import saved_tensors
+from fastlora.saved_tensors import saved_tensors
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -235,7 +235,7 @@ def lora_linear(
         check_arguments(x, weight, lora_a, lora_b, bias)
     check_dropout(dropout_p)
     if trains and weight.requires_grad:
-        raise ValueError(FROZEN_WEIGHT)
+        raise ValueError(frozen_weight_reason(weight))
     if not training:
         dropout_p = 0.0
     if backend is None and not compiles:

@@ -13,7 +13,7 @@ from benchmarks.schedule.fit import Fit, as_launched
 from benchmarks.schedule.model import LABEL, Machine, Problem, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import Schedule
 from fastlora.backends.configs import TILE_TABLES
-from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.cuda.tiles import group_size
 
 # (N, K): the projections of Llama-3.1-8B, the square ones of 70B, and a small square.
 LAYERS = ((1024, 1024), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -51,8 +51,8 @@ def schedules(kernel: Schedule) -> list[Schedule]:
 
 def default_schedule(kernel: str, problem: Problem, machine: Machine) -> Schedule:
     """What our kernels of this kind are launched with, where their tile is the model's: their very own rules."""
-    wide = cuda.SHORT_WIDE_TILE if problem.m <= cuda.SHORT_ROWS else cuda.WIDE_TILE
-    group_m = wide.group_m if SHIPPED[kernel] == "CUDA" else TILE_TABLES["hopper"][0].group_m
+    clusters = KERNELS[kernel].cluster
+    group_m = group_size(clusters, problem.m) if SHIPPED[kernel] == "CUDA" else TILE_TABLES["hopper"][0].group_m
     return as_launched(problem, replace(KERNELS[kernel], group_m=group_m), machine)
 
 

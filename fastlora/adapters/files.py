@@ -20,11 +20,11 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight")
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight", re.DOTALL)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 10
 # An adapter of 70,000 experts stays below these by half; what is larger is not read.
-MAX_CONFIG, MAX_HEADER = 16 << 20, 32 << 20  # bytes
+MAX_CONFIG, MAX_HEADER = 8 << 20, 32 << 20  # bytes
 _MAX_SAVED_NAMES = 1000
 # Fields that change what an adapter computes, and the values under which it is plain LoRA on linear layers.
 _PLAIN = {

@@ -11,6 +11,7 @@ from typing import Any
 from fastlora.adapters.automata import Automaton
 
 _MAX_WORK = 1_000_000
+_MAX_NAMES, _MAX_OTHERS = 200_000, 1000
 _NAME = re.compile(r"(\^?)((?:[\w./-]|\\[./-])*)\$?", re.ASCII)
 _Names = dict[int, dict[tuple[int, ...], dict[str, int]]]  # by length, by where the dots are, by the rest: key's number
 
@@ -21,7 +22,8 @@ class Patterns:
     PEFT's rule: the first key that, as a regular expression, matches the end of the path from a dot on.
 
     Raises:
-        ValueError: as ``Automaton``; from a look-up, all keys together take too long. The message names the key.
+        ValueError: as ``Automaton``; there are too many keys; from a look-up, all keys together take too long. The
+            message names the key.
     """
 
     def __init__(self, pattern: Mapping[str, Any]) -> None:
@@ -30,9 +32,15 @@ class Patterns:
         self._paths: _Names = {}  # keys that begin with ^
         self._others: list[tuple[int, str, Automaton]] = []
         self._work = 0
+        if len(pattern) > _MAX_NAMES:
+            raise ValueError(f"it has {len(pattern):,} pattern keys, {_MAX_NAMES:,} are the most")
         for number, key in enumerate(pattern):
             name = _NAME.fullmatch(key)
             if name is None:
+                if len(self._others) == _MAX_OTHERS:
+                    raise ValueError(
+                        f"it has more than {_MAX_OTHERS} pattern keys that are no names; write out the names"
+                    )
                 self._others.append((number, key, Automaton(key)))
                 continue
             text, dots = _name_and_dots(name[2])
@@ -77,6 +85,8 @@ def _name_and_dots(key: str) -> tuple[str, tuple[int, ...]]:
 
 
 def _masked(text: str, dots: tuple[int, ...]) -> str:
+    if all(text[place] == "." for place in dots):  # nearly always
+        return text
     characters = list(text)
     for place in dots:
         characters[place] = "."

@@ -14,7 +14,9 @@ from fastlora.analysis.spectra import effective_rank, spectrum
 from fastlora.analysis.subspaces import random_similarity, subspace_similarity
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
-_FLAT_LIST = re.compile(r"\[[^\[\]{}\"]*\]")
+_FLAT_LIST = re.compile(
+    r"\"(?:[^\"\\]|\\.)*\"|\[[^\[\]{}\"]*\]"
+)  # a string, which stays as it is, or a list of numbers
 
 
 def matrix_type(path: str) -> str:
@@ -101,4 +103,9 @@ def json_values(value: object) -> object:
 def json_text(value: object) -> str:
     """The value, as `json_values` has it, in indented JSON; a list of numbers takes one line."""
     text = json.dumps(json_values(value), indent=1, allow_nan=False)
-    return _FLAT_LIST.sub(lambda found: "[" + ", ".join(found[0][1:-1].replace(",", " ").split()) + "]", text) + "\n"
+    return _FLAT_LIST.sub(_on_one_line, text) + "\n"
+
+
+def _on_one_line(found: re.Match) -> str:
+    text = found[0]
+    return text if text.startswith('"') else "[" + ", ".join(text[1:-1].replace(",", " ").split()) + "]"

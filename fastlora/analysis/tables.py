@@ -16,6 +16,12 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if math.isfinite(value) else "∞"
 
 
+def shown(name: str, most: int = 120) -> str:
+    """A name of others in a table or a title: on one line, printable, its middle left out where it is long."""
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in name)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 :]}"
+
+
 def types_of(rows: list[dict]) -> dict[str, list[dict]]:
     """The layers of each matrix type, in the order in which the types first occur."""
     found: dict[str, list[dict]] = {}
@@ -64,7 +70,7 @@ def layer_table(rows: list[dict]) -> Table:
     lines = []
     for row in rows:
         place = NONE if row["layer"] is None else str(row["layer"])
-        cells = [place, row["type"], "×".join(map(str, row["shape"])), str(row["rank"])]
+        cells = [place, shown(row["type"]), "×".join(map(str, row["shape"])), str(row["rank"])]
         lines.append(cells + [number(value(row)) for _, value in columns])
     head = ["layer", "type", "N×K", "r", *(name for name, _ in columns)]
     return Table("Layers", _note(rows), head, lines)
@@ -76,7 +82,7 @@ def type_table(rows: list[dict]) -> Table:
     lines = []
     for kind, members in types_of(rows).items():
         ranks = sorted({row["rank"] for row in members})
-        cells = [kind, str(len(members)), ", ".join(map(str, ranks))]
+        cells = [shown(kind), str(len(members)), ", ".join(map(str, ranks))]
         lines.append(cells + [number(mean_of([value(row) for row in members])) for _, value in columns])
     head = ["type", "layers", "r", *(name for name, _ in columns)]
     return Table("Matrix types, means over their layers", _note(rows), head, lines)

@@ -1,6 +1,7 @@
 """`fastlora analyze`: what a trained adapter does, layer by layer, as tables, JSON and pictures."""
 
 import importlib.util
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import click
 
 from fastlora.errors import CommandError, first_line
-from fastlora.outputs import check_writable, staged, write_bytes
+from fastlora.outputs import check_writable, staged
 
 REQUIRED = ("tqdm", "matplotlib")
 FORMAT = "fastlora-analysis-1"
@@ -149,7 +150,7 @@ def _weights(name: str, layers: dict) -> dict:
 def _write(report: dict, output: Path) -> None:
     from fastlora.analysis.layers import json_text
     from fastlora.analysis.plots import amplification_png, spectra_png
-    from fastlora.analysis.tables import layer_table, type_table
+    from fastlora.analysis.tables import layer_table, shown, type_table
 
     rows = report["layers"]
     tables = [type_table(rows), layer_table(rows)]
@@ -161,14 +162,14 @@ def _write(report: dict, output: Path) -> None:
     if report["against"] is not None:
         files |= _similarity_files(report)
     pictures = [f"![{name}]({name})" for name in files if name.endswith(".png")]
-    text = [f"# What {report['adapter']} learned", "", f"`{report['command']}`", "", *pictures, ""]
+    text = [f"# What {shown(report['adapter'])} learned", "", f"`{shown(report['command'], 2000)}`", "", *pictures, ""]
     files["analysis.md"] = "\n".join([*text, *(table.to_markdown() for table in tables)]).encode()
     with staged(output) as stage:
         for name, data in files.items():
-            write_bytes(stage / name, data)
+            (stage / name).write_bytes(data)
     for table in tables:
         click.echo(table.to_markdown())
-    click.echo(f"Wrote {', '.join(files)} in {output}")
+    click.echo(f"Wrote {', '.join(files)} in {shown(str(output))}")
 
 
 def _similarity_files(report: dict) -> dict[str, bytes]:
@@ -188,7 +189,10 @@ def _similarity_files(report: dict) -> dict[str, bytes]:
         if len(alike) > 1:
             panels.append((f"A, mean over {len(alike)} layers", np.mean(alike, axis=0)))
         title = f"φ(i, j) of {kind}: {_short(report['adapter'])} (i) against {_short(report['against'])} (j)"
-        files[f"similarity_{kind}.png"] = similarity_png(title, panels)
+        name = re.sub(r"[^\w.-]", "_", kind)[:50]  # as many characters of four bytes as a file name may have
+        while f"similarity_{name}.png" in files:
+            name += "_"
+        files[f"similarity_{name}.png"] = similarity_png(title, panels)
     return files
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import torch
 import fastlora
 from fastlora.adapters.files import read_adapter
 from fastlora.analysis import amplification, subspace_similarity
-from fastlora.cli import analyze
 
 PNG = b"\x89PNG"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -240,14 +240,15 @@ def test_a_failed_write_keeps_the_old_report(fastlora_cli, make_adapter, tmp_pat
     adapter, output = make_adapter("adapter"), tmp_path / "out"
     assert fastlora_cli("analyze", adapter, "--output", output).code == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
+    other = make_adapter("other", seed=3)
 
-    def full_disk(path, data):
-        path.write_bytes(data[:10])
+    def full_disk(path, data, write=Path.write_bytes):
+        write(path, data[:10])
         if path.suffix == ".md":
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(analyze, "write_bytes", full_disk)
-    result = fastlora_cli("analyze", make_adapter("other", seed=3), "--output", output)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    result = fastlora_cli("analyze", other, "--output", output)
     assert result.code == 2 and "No space left" in result.err
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
@@ -256,3 +257,60 @@ def test_output_that_cannot_be_written(fastlora_cli, make_adapter, tmp_path):
     (tmp_path / "file").write_text("")
     result = fastlora_cli("analyze", make_adapter("adapter"), "--output", tmp_path / "file")
     assert result.code == 2 and "cannot write" in result.error_line
+
+
+NAMES = [
+    "co$t$",
+    "nul\0",
+    "a/b",
+    "..",
+    "x" * 300,
+    "漢" * 100,
+    "line\nfeed",
+    "pi|pe",
+    "\x1b[31m",
+    "x[1,2]",
+    "`",
+    "",
+    "\\$",
+    "co_t_",
+]
+
+
+def write_adapter(directory, names):
+    """An adapter whose layers have these names, which no module of torch may have; PEFT's format allows them."""
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    torch.manual_seed(0)
+    tensors = {}
+    for i, name in enumerate(names):
+        tensors[f"base_model.model.layers.{i}.{name}.lora_A.weight"] = torch.randn(2, 5)
+        tensors[f"base_model.model.layers.{i}.{name}.lora_B.weight"] = torch.randn(4, 2)
+    save_file(tensors, directory / WEIGHTS)
+    (directory / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 3}))
+    return directory
+
+
+@pytest.mark.parametrize("folder", ["co$t $x^\nb", "x" * 200, "\udcff"], ids=["dollar", "long", "bytes"])
+def test_whatever_names_layers_and_folders_bear(fastlora_cli, tmp_path, folder):
+    adapter = write_adapter(tmp_path / folder.replace("\udcff", "b"), NAMES)  # safetensors wants UTF-8
+    output = tmp_path / f"out{folder[:100]}"
+    compared = ["--against", adapter] if "$" in folder else []  # a picture a type: once is enough
+    result = fastlora_cli("analyze", adapter, *compared, "--output", output)
+    assert result.code == 0, result.err
+    assert set(report_of(output)) == {f"layers.{i}.{name}" for i, name in enumerate(NAMES)}
+    pictures = list(output.glob("similarity_*.png"))
+    kinds = {name.rpartition(".")[2] for name in NAMES}
+    assert len(pictures) == (len(kinds) if compared else 0) and len(kinds) == len(NAMES) - 1
+    assert all(path.read_bytes().startswith(PNG) for path in pictures)
+    table = (output / "analysis.md").read_text()
+    assert "| co$t$ |" in table and "| nul\\x00 |" in table and "| line\\nfeed |" in table
+    assert len(table.split("## ")[2].splitlines()) == len(NAMES) + 6
+
+
+def test_more_types_than_a_picture_holds(fastlora_cli, tmp_path):
+    adapter = write_adapter(tmp_path / "adapter", [f"expert_{i}" for i in range(60)])
+    result = fastlora_cli("analyze", adapter, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert len(report_of(tmp_path / "out")) == 60

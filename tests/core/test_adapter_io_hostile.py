@@ -34,7 +34,7 @@ def assert_refused_in_time(directory, message):
             with pytest.raises(ValueError, match=message) as caught:
                 read(directory)
             assert time.process_time() - start < 1 and len(str(caught.value)) < 1500
-        assert tracemalloc.get_traced_memory()[1] < 16 * MAX_CONFIG
+        assert tracemalloc.get_traced_memory()[1] < 32 * MAX_CONFIG
     finally:
         tracemalloc.stop()
 
@@ -135,15 +135,15 @@ models = {r: make_model(r=r, alpha=r * 3, seed=r) for r in (2, 5)}
 expected = {r: model.layers[1][0].lora_A for r, model in models.items()}
 save_adapter(models[2], directory)
 seen = set()
-for attempt in range(60):
+for attempt in range(40):
     child = os.fork()
     while child == 0:
-        for model in models.values():
+        for model in list(models.values())[:: (-1) ** attempt]:
             save_adapter(model, directory)
     for _ in range(2):  # while it saves
         layer = read_adapter(directory)["layers.1.0"]
         assert layer.scaling == 3 and torch.equal(layer.lora_a, expected[layer.lora_a.shape[0]])
-    time.sleep(torch.rand(()).item() * 0.03)
+    time.sleep(torch.rand(()).item() * 0.1)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     config = json.load(open(f"{directory}/adapter_config.json"))  # as PEFT reads
@@ -156,7 +156,7 @@ save_adapter(models[2], directory)
 
 
 def test_an_adapter_is_of_one_save_whoever_is_killed_when(tmp_path):
-    """60 kills at random; after each, this library and PEFT's way of reading find one save."""
+    """40 kills at random; after each, this library and PEFT's way of reading find one save."""
     run = subprocess.run([sys.executable, "-c", SAVER, str(tmp_path)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]

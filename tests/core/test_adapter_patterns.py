@@ -110,3 +110,11 @@ def test_many_names_are_looked_up_and_many_expressions_refused_in_time():
 
 def test_only_the_end_of_a_path_from_a_dot_on_matches():
     assert [Automaton("b+").matches(text)[0] for text in ("b", "a.b", "ab", "b.a", "a.bb")] == [1, 1, 0, 0, 1]
+
+
+@pytest.mark.parametrize("kind", ["x{}", "x{}.*", "(x{})+", "x{}|y"])
+def test_keys_that_are_too_many(kind):
+    start = time.process_time()
+    with pytest.raises(ValueError, match="keys"):
+        Patterns({kind.format(i): 1 for i in range(210_000)})
+    assert time.process_time() - start < 1

@@ -322,3 +322,85 @@ def test_training_lowers_the_loss_and_moves_only_the_adapters():
     assert losses[-1] < 0.75 * losses[0]
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, state[name])}
     assert moved == {f"{name}.lora_{factor}" for name in names for factor in "AB"}
+
+
+def test_torch_func_over_a_frozen_weight_says_so():
+    """What Opacus does with a layer that it has no rule for."""
+    model = make_model()
+    inject(model, ["up"], r=2)
+    parameters = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="torch.func differentiates every parameter .* Opacus"):
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (IDS,)).sum())(parameters)
+    trained = {name: p for name, p in parameters.items() if "lora_" in name}
+    gradients = torch.func.grad(lambda p: torch.func.functional_call(model, p, (IDS,)).square().sum())(trained)
+    model(IDS).square().sum().backward()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("lora_alpha", "alpha"), ("lora_dropout", "dropout"), ("use_rslora", "rsl")]
+)
+def test_peft_s_names_of_arguments_are_told_ours(theirs, ours):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{theirs}'; here it is called '{ours}"):
+        inject(make_model(), ["up"], **{theirs: 1})
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rank'$"):
+        inject(make_model(), ["up"], rank=1)
+
+
+class Shares(nn.Module):
+    """One block under two parents, as models that repeat their layers have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleDict({"block": Block()})
+        self.second = nn.ModuleDict({"block": self.first["block"]})
+
+    def forward(self, x):
+        return self.second["block"](self.first["block"](x))
+
+
+def test_a_block_with_several_parents_is_adapted_once_as_by_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = Shares().double()
+    x = torch.randn(3, 6).double()
+    stock = peft.get_peft_model(
+        copy.deepcopy(base), peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "up"])
+    )
+    for name, parameter in stock.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    stock.save_pretrained(tmp_path)
+    model = copy.deepcopy(base)
+    names = inject(model, ["q_proj", "up"], r=2, alpha=6)
+    assert names == stock.base_model.targeted_module_names == ["first.block.q_proj", "first.block.up"]
+    assert model.second["block"].up is model.first["block"].up
+    load_adapter(model, tmp_path)
+    torch.testing.assert_close(model(x), stock(x))
+    model(x).sum().backward()
+    stock(x).sum().backward()
+    gradients = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
+    for name in names:
+        a = model.get_submodule(name).lora_A
+        torch.testing.assert_close(a.grad, gradients[f"base_model.model.{name}.lora_A.default.weight"])
+    save_adapter(model, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours")
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_tied_factors_save_with_a_message(tmp_path):
+    model = start_branches(make_model())
+    inject(model, ["up"], r=2)
+    start_branches(model)
+    model.blocks[1].up.lora_A = model.blocks[0].up.lora_A
+    with pytest.warns(UserWarning, match="holds a copy for each of these: blocks.1.up.lora_A.weight to blocks.0.up"):
+        save_adapter(model, tmp_path)
+    other = make_model()
+    load_adapter(other, tmp_path)
+    assert torch.equal(other(IDS), model(IDS))
+    load_adapter(model, tmp_path)  # tied already, and one value
+    other.blocks[1].up.lora_A.data.add_(1)
+    save_adapter(other, tmp_path)
+    with pytest.raises(ValueError, match="are one tensor in the model, and differ in the file"):
+        load_adapter(model, tmp_path)

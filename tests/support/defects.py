@@ -244,7 +244,7 @@ def _cuda_sites() -> dict[tuple[str, str], dict[str, list[deletions.Deletion]]]:
     """For each statement that waits, fences or synchronises: its instructions, by kernel."""
     sites: dict[tuple[str, str], dict[str, list[deletions.Deletion]]] = {}
     for variant in cuda_checks.variants():
-        if variant["half"]:  # test_fp16_kernels_are_the_bf16_kernels compares them, instruction by instruction
+        if variant["dtype"] == "float16":  # test_fp16_kernels_follow_the_protocol_of_the_bf16_kernels compares them
             continue
         for deletion in deletions.find(ptx_of(variant["name"])):
             by_kernel = sites.setdefault((deletion.statement, deletion.what), {})
