@@ -88,12 +88,13 @@ def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[tuple[str,
 
 def triton_planted() -> list[Defect]:
     """Under every schedule."""
-    plain = ("sm_80 integers", _integers((136, 72, 80, 8), 80))
-    dropout = ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES))
-    return [
-        _with_mutant(mutant, f"{mutant.module}.py", [dropout if mutant.dropout else plain])
-        for mutant in mutants.MUTANTS
-    ]
+    checks = {
+        "integers": ("sm_80 integers", _integers((136, 72, 80, 8), 80)),
+        "dropout": ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES)),
+        "float16": ("sm_80 float16 range", functools.partial(triton.check_float16_range, -100.7, 0.0, 80)),
+        "infinities": ("sm_90 infinities", functools.partial(triton.check_infinities, 90)),
+    }
+    return [_with_mutant(mutant, f"{mutant.module}.py", [checks[mutant.shows]]) for mutant in mutants.MUTANTS]
 
 
 def triton_deletions() -> list[Defect]:
