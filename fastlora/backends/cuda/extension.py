@@ -9,7 +9,7 @@ from typing import Any
 def load() -> tuple[ModuleType | None, str | None]:
     """The extension and None, or None and why it is not there."""
     try:
-        from fastlora import _C
+        from fastlora import _C  # type: ignore[attr-defined]  # compiled
     except ImportError as error:
         return None, f"the extension fastlora._C is not built ({error}); install fastlora where nvcc is found"
     return _C, None

@@ -103,7 +103,10 @@ def _run(plan, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> N
 def _dropout_operands(dropout_p: float, seed: Tensor | None) -> dict[str, Tensor | float]:
     if seed is None:
         return {}
-    operands = {"drop_threshold": philox.threshold(dropout_p), "inverse_keep": philox.inverse_keep(dropout_p)}
+    operands: dict[str, Tensor | float] = {
+        "drop_threshold": philox.threshold(dropout_p),
+        "inverse_keep": philox.inverse_keep(dropout_p),
+    }
     return operands | ({"seed": int(seed)} if seed.device.type == "cpu" else {"seed_address": seed.view(-1)})
 
 

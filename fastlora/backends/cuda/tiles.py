@@ -67,7 +67,8 @@ def choose_tile(
         raise ValueError(f"no CUDA kernel is compiled for rank {r}")
     # Of equals (memory decides), the smallest: its rows past the end cost least.
     tile, kernel = min(
-        candidates, key=lambda each: (_estimated_clocks(*each, m, n, k, n_sms), each[0].block_m * each[0].block_n)
+        candidates,
+        key=lambda each: (_estimated_clocks(each[0], each[1], m, n, k, n_sms), each[0].block_m * each[0].block_n),
     )
     n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
     return replace(tile, fused=kernel["fuses"] and fuses_shrink(r, tile.block_n, n_tiles, n_sms))
