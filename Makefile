@@ -1,5 +1,6 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each makes the virtual environment .venv if no environment is
-# active, and installs what is missing; both are safe to repeat.
+# Two commands for a newcomer: `make demo` and `make test`; both are safe to repeat. Where PYTHON (python3, unless given)
+# has torch, that Python runs everything and gets what is missing; where it has not, the virtual environment .venv is
+# made, and does.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -7,7 +8,6 @@ SHELL := /bin/bash
 
 VENV := .venv
 PYTHON ?= python3
-# A torch that the active environment already has is used as it is.
 HAS_TORCH := $(shell $(PYTHON) -c "import torch" 2>/dev/null && echo yes)
 ifeq ($(HAS_TORCH),yes)
 RUN := $(PYTHON)
@@ -20,7 +20,10 @@ TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
 WORKERS ?= 2
 DEMO_ARGS ?=
 
-.PHONY: help install demo test test-sweep test-values lint format wheel gpu clean
+CLANG_FORMAT = $(RUN) -c "from clang_format import clang_format; clang_format()"
+CUDA_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
+
+.PHONY: help install demo test test-sweep test-values lint check format wheel gpu clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,13 +57,20 @@ test-sweep: install  ## emulated kernels under many more shapes and schedules; e
 test-values: install
 	$(if $(HAS_GPU),,TRITON_INTERPRET=1) $(RUN) -m pytest tests/values -n $(WORKERS)
 
-lint: install  ## ruff: lint and format checks
+lint: install  ## ruff, mypy, clang-format: lint, types and format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(CLANG_FORMAT) --dry-run -Werror $(CUDA_SOURCES)
 
-format: install
+check: install  ## the README's tables and the counted traffic are those of the results and of the kernels
+	$(RUN) -m benchmarks.readme_tables --check
+	$(RUN) -m benchmarks.traffic --check
+
+format: install  ## what ruff and clang-format can mend
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(CLANG_FORMAT) -i $(CUDA_SOURCES)
 
 wheel: install  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

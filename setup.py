@@ -1,6 +1,7 @@
 """Builds the Hopper kernels, fastlora._C, where nvcc and a C++ compiler are. Without them fastlora is pure Python."""
 
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
@@ -13,21 +14,26 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-TILES = ((128, 256), (128, 128), (64, 128))
 # The PTX goes into the library beside the machine code made of it: the tests run it on machines without a GPU.
 TARGETS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -lineinfo"
 FLAGS = f"-std=c++17 -O3 {TARGETS} -Xcompiler -fPIC,-fvisibility=hidden"
 
 
+def tiles() -> list[tuple[int, int]]:
+    """(block_m, block_n) of csrc/variants.def, in its order."""
+    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), \d+\)$", (CSRC / "variants.def").read_text(), re.M)
+    return list(dict.fromkeys((int(m), int(n)) for m, n in lines))
+
+
 def objects():
     """(object, source, flags): an object per direction, element type and tile, so that kernels compile side by side."""
-    for source in ("plan.cpp", "launch.cpp", "bindings.cpp"):
-        yield f"{source}.o", source, ""
+    for source in sorted((CSRC / "host").glob("*.cpp")):
+        yield f"{source.name}.o", f"host/{source.name}", ""
     for direction in ("backward", "forward"):  # the slower ones first
         for element in ("bf16", "fp16"):
-            for m, n in TILES:
-                defines = f"-DFASTLORA_ELEMENT={element} -DFASTLORA_BLOCK_M={m} -DFASTLORA_BLOCK_N={n}"
-                yield f"{direction}_{element}_{m}x{n}.o", f"lora_{direction}.cu", defines
+            for m, n in tiles():
+                defines = f"-DFASTLORA_DIRECTION={direction} -DFASTLORA_ELEMENT={element} -DFASTLORA_TILE_{m}x{n}"
+                yield f"sm90_{direction}_{element}_{m}x{n}.o", "sm90/kernels.cu", defines
 
 
 def pybind11_include() -> str:

@@ -26,6 +26,7 @@ COUNTED = ("HGMMA", "UTMALDG", "UTMASTG", "USETMAXREG", "LDL", "STL")
 # Counted in innermost loops of products, where it waits for all memory of the GPU in front of every step's products.
 BARRIERS = "MEMBAR.GPU in loops"
 REQUIRED, FORBIDDEN = COUNTED[:4], (*COUNTED[4:], BARRIERS)
+SOURCES = (".cpp", ".cu", ".cuh", ".def", ".h")
 REMARK = re.compile(r"\(C75\d\d\)[^\n]*")
 
 
@@ -45,7 +46,7 @@ def tool(name: str) -> str:
 def source_digest() -> str:
     """Changes with anything that the kernels are compiled from."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file()):
+    for path in sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in SOURCES):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -181,8 +182,8 @@ def as_markdown(table: dict) -> str:
         "",
         f"Made by `python -m benchmarks.cuda_resources` with nvcc {table['nvcc']} for sm_90a; {len(table['kernels'])} "
         f"kernels, {len(table['remarks'])} performance remarks of the assembler. Shared memory, stack and spills in "
-        "bytes; the last columns count instructions. 168 registers a thread at entry become 40 for the loading "
-        "warpgroup and 232 for each of the two that compute (USETMAXREG).",
+        "bytes; the last columns count instructions. 168 registers a thread at entry become 40 for the producer "
+        "warpgroup and 232 for each of the two consumer warpgroups (USETMAXREG).",
         "",
         "| kernel | " + " | ".join(columns) + " |",
         "|---" * (len(columns) + 1) + "|",

@@ -40,7 +40,7 @@ def variants() -> dict[str, tuple[Callable, dict]]:
     from fastlora.backends.cuda import launch as cuda
     from fastlora.backends.triton import launch as triton_lora
 
-    wide = cuda.WIDE_TILE
+    wide = cuda.CudaTile(128, 256, group_m=16)
     return {
         "cuda": (cuda, {}),
         "triton": (triton_lora, {}),

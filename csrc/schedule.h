@@ -1,44 +1,56 @@
-// The queue of tiles. Rows of tiles are walked in groups, so that a group's rows of U stay in L2. Column 0 makes S for
-// its row block, which the others wait for (alone, or beside the first tile of C); so a group's column 0 is queued one
-// wave, as many tiles as there are clusters, before the end of the group in front of it. Each group is followed by the
-// gradient tiles that read the rows it has just used:
+// The queue of tiles, for the host and the kernels. Rows of tiles are walked in groups, so that a group's rows of the
+// activations stay in L2. Column 0 makes S for its row block (fused with the first tile of the output, or in a separate
+// tile), and the other columns wait for it; so a group's column 0 is queued one wave, as many tiles as there are
+// clusters, before the end of the group in front of it. Each group is followed by the gradient tiles that read the rows
+// it has just used:
 //
 //   column 0 of group 0 | group 0 ..., column 0 of group 1, ... one wave | gradients of group 0 | group 1 ... and so on
 //
 // A tile waits only for tiles of a lower number, whose owners are running: nothing can deadlock, however few CTAs fit.
 #pragma once
-#include "lora.h"
 
 #ifdef __CUDACC__
-#define FL_BOTH __host__ __device__ __forceinline__
+#define FL_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define FL_BOTH inline
+#define FL_HOST_DEVICE inline
 #endif
 
 namespace fastlora {
 
-struct Tile {
-  int row, column, part;  // row block, column, part of the contraction
-  int gradient;           // index among the group's gradient tiles, or -1; then `row` is the group
+// A cluster of CTAs takes a tile each at a time, from neighbouring row blocks; so "row blocks" here are the cluster's.
+struct Schedule {
+  int rows;            // row blocks of the output
+  int columns;         // columns of tiles; column 0 makes S
+  int group_m;         // row blocks of a group
+  int gradient_tiles;  // that follow each group
+  int splits;          // of the contraction of each tile of a column
 };
 
-FL_BOTH int ceil_div(int a, int b) { return (a + b - 1) / b; }
+struct Tile {
+  int row, column, split;  // row block, column, split of the contraction
+  int gradient;            // index among the group's gradient tiles, or -1; if it is none, `row` is the group
+};
 
-FL_BOTH int count_tiles(const Schedule& s) {
-  return s.rows * s.columns * s.splits + ceil_div(s.rows, s.group_m) * s.gradients;
+FL_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+FL_HOST_DEVICE int count_groups(const Schedule& s) { return ceil_div(s.rows, s.group_m); }
+
+FL_HOST_DEVICE int count_tiles(const Schedule& s) {
+  return s.rows * s.columns * s.splits + count_groups(s) * s.gradient_tiles;
 }
 
-FL_BOTH Tile locate(const Schedule& s, int ticket, int wave) {
+// What ticket number `ticket` stands for, where `wave` clusters run at once.
+FL_HOST_DEVICE Tile locate(const Schedule& s, int ticket, int wave) {
   const int column_tiles = s.columns > 0 ? s.splits : 0;  // of one row block, in column 0
   const int other_columns = s.columns > 0 ? s.columns - 1 : 0;
   const int first_rows = s.rows < s.group_m ? s.rows : s.group_m;
   if (ticket < first_rows * column_tiles) return {ticket / s.splits, 0, ticket % s.splits, -1};
 
-  // A group's stretch: its other columns, column 0 of the next group, its gradient tiles. Only the last group is
-  // smaller.
-  const int last = ceil_div(s.rows, s.group_m) - 1;
+  // A group's stretch of the queue: its other columns, column 0 of the next group, its gradient tiles. Only the last
+  // group is smaller.
+  const int last = count_groups(s) - 1;
   const int rows_in_last = s.rows - last * s.group_m;
-  const int stretch = s.group_m * s.columns * s.splits + s.gradients;
+  const int stretch = s.group_m * s.columns * s.splits + s.gradient_tiles;
   const int last_start = last == 0 ? 0 : last * stretch - (s.group_m - rows_in_last) * column_tiles;
   int t = ticket - first_rows * column_tiles;
   const int group = t >= last_start ? last : t / stretch;

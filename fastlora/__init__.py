@@ -2,6 +2,7 @@
 
 from fastlora import analysis, integrations
 from fastlora.adapters.io import load_adapter, save_adapter
+from fastlora.backends import reference
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
 from fastlora.model import inject, merge, merge_and_unload, trainable_parameters, unmerge
 from fastlora.module import LoRALinear
@@ -23,6 +24,7 @@ __all__ = [
     "lora_linear",
     "merge",
     "merge_and_unload",
+    "reference",
     "reset_dispatch_counts",
     "save_adapter",
     "trainable_parameters",

@@ -24,7 +24,7 @@ def _describe(name: str, tensor: Tensor) -> str:
     return f"{name} {list(tensor.shape)}"
 
 
-def as_number(name: str, value: Real) -> float:
+def as_number(name: str, value: object) -> float:
     """``value`` as a float.
 
     Raises:

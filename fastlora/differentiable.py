@@ -92,11 +92,11 @@ def gradients(
         if needs.dx:
             dx = dy @ weight + dropped(ds @ a, drop, dropout_p)
         if needs.da:
-            da = _product(ds, seen, lora_a.dtype)
+            da = _product(ds, seen, lora_a.dtype)  # type: ignore[arg-type]  # x is there
         if needs.db and s is not None:
             db = _product(dy * split_scaling(scaling, dy.dtype).on_branch, s, lora_b.dtype)
         elif needs.db:
-            db = _product(scaled, seen @ a.t(), lora_b.dtype)
+            db = _product(scaled, seen @ a.t(), lora_b.dtype)  # type: ignore[operator]  # x is there
         if needs.dbias:
             dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
@@ -125,7 +125,7 @@ class _Shrunk(torch.autograd.Function):
         lora_a, seed = ctx.saved_tensors
         with torch.autocast(ds.device.type, enabled=False):
             dx = (ds * ctx.factor) @ lora_a.to(ds.dtype)
-            drop = None if seed is None else drop_mask(seed, ctx.dropout_p, *dx.shape, dx.device)
+            drop = None if seed is None else drop_mask(seed, ctx.dropout_p, dx.shape[0], dx.shape[1], dx.device)
             return dropped(dx, drop, ctx.dropout_p).view(ctx.x_shape), None, None, None, None, None
 
 
@@ -134,9 +134,9 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype).t() @ right.to(dtype)
 
 
-def drop_mask(seed: Tensor, dropout_p: float, m: int, k: int, device: torch.device) -> Tensor:
+def drop_mask(seed: Tensor | None, dropout_p: float, m: int, k: int, device: torch.device) -> Tensor:
     """[M, K]: True where the branch does not see an element of x."""
-    return keep_mask(seed, dropout_p, m, k, device).logical_not()
+    return keep_mask(seed, dropout_p, m, k, device).logical_not()  # type: ignore[arg-type]  # dropout has a seed
 
 
 def dropped(rows: Tensor, drop: Tensor | None, dropout_p: float) -> Tensor:

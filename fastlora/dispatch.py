@@ -24,13 +24,13 @@ def backend_module(name: str) -> ModuleType:
     """The module of a backend: ``why_unsupported(spec)`` and ``prepare(spec)``. Imported at first use, since Triton and
     the compiled extension may be absent."""
     if name == "cuda":
-        from fastlora.backends.cuda import launch
+        from fastlora.backends.cuda import launch as cuda
 
-        return launch
+        return cuda
     if name == "triton":
-        from fastlora.backends.triton import launch
+        from fastlora.backends.triton import launch as triton
 
-        return launch
+        return triton
     return reference
 
 

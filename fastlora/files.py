@@ -23,7 +23,7 @@ from typing import TypeVar
 try:
     import fcntl
 except ImportError:  # not a POSIX system: two writers at once are not kept apart there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 STAGE_PREFIX = ".fastlora-"
 _OLD, _NEW, _NOW, _GONE = "old", "new", "now", "gone"

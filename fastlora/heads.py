@@ -2,6 +2,7 @@
 saved whole, and parameters that no checkpoint holds."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
@@ -32,11 +33,15 @@ def is_head(model: nn.Module, name: str) -> bool:
         return False
     model = getattr(model, "_orig_mod", model)
     parts = name.removeprefix("_orig_mod.").split(".")
-    output = model.get_output_embeddings()
+    output = _output_embeddings(model)
     if output is not None and model.get_submodule(".".join(parts)) is output:
         return True
     task, names = task_of(model)
     return not set(parts).isdisjoint(names) if task else output is None and parts[0] in _HEADS
+
+
+def _output_embeddings(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings()
 
 
 def modules_ending_in(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -75,15 +80,15 @@ def note_newly_drawn(model: nn.Module, known: Iterable[nn.Module]) -> None:
     if not any(base.__name__ == "PreTrainedModel" for base in type(getattr(model, "_orig_mod", model)).__mro__):
         return
     recorded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
-    known = set(map(id, known))
+    known_ids = {id(module) for module in known}
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point() and p.dtype.itemsize > 1]
-        if id(module) in known or not own or any(p.is_meta for p in own):
+        if id(module) in known_ids or not own or any(p.is_meta for p in own):
             continue
         if recorded:
             drawn = not all(getattr(parameter, "_is_hf_initialized", False) for parameter in own)
         else:
-            output = model.get_output_embeddings()
+            output = _output_embeddings(model)
             drawn = module is not output and is_head(model, name)
         setattr(module, _DRAWN, drawn)
 

@@ -3,6 +3,7 @@
 import math
 import warnings
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 
 from fastlora.ops import lora_linear
 from fastlora.placement import forget, store, stored, unusable
-from fastlora.saving import plain_saver, warn_unmerged
+from fastlora.save_pretrained import plain_saver, warn_unmerged
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 INITS = ("kaiming", "gaussian")
@@ -179,13 +180,13 @@ class LoRALinear(nn.Linear):
         """x [..., in_features] -> [..., out_features]."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
-        own = self._parameters
+        own: dict[str, Any] = self._parameters
         if len(own) == 4:  # all four: spared four searches by nn.Module.__getattr__, which a small layer would feel
             weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
         else:  # torch's parametrizations make properties of them
             weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
         call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-        options = {"dropout_p": self.dropout, "training": self.training, "copy_input": self.copy_input}
+        options: dict[str, Any] = {"dropout_p": self.dropout, "training": self.training, "copy_input": self.copy_input}
         return call(x, weight, lora_a, lora_b, self.scaling, bias, **options)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
@@ -279,7 +280,7 @@ class LoRALinear(nn.Linear):
         for name in own & vars(self).keys():
             if name != "merged" or "forward" not in vars(self):  # a wrapper around the old forward reads `merged`
                 del self.__dict__[name]
-        self.__class__ = nn.Linear
+        self.__class__ = nn.Linear  # type: ignore[assignment]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """A merged layer's entries are marked, or those of nn.Linear where they are written for from_pretrained."""

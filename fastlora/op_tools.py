@@ -4,6 +4,7 @@ import importlib.abc
 import importlib.util
 import math
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         if name != _COUNTER:
             return None
         sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)
         execute = spec.loader.exec_module
 
         def exec_module(module):
@@ -79,7 +80,7 @@ def _backward_flops(dy_shape, _, weight_shape, a_shape, *rest, **__) -> int:
 
 def _forward_in_aten(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
     rows = flat(x)
-    drop = None if seed is None else drop_mask(seed, dropout_p, *rows.shape, x.device)
+    drop = None if seed is None else drop_mask(seed, dropout_p, rows.shape[0], rows.shape[1], x.device)
     in_s, on_branch = split_scaling(scaling, x.dtype)
     s = F.linear(dropped(rows, drop, dropout_p), lora_a.to(x.dtype)) * in_s
     branch = F.linear(s, lora_b.to(x.dtype)) * on_branch
@@ -107,7 +108,8 @@ def _second_gradients(ctx, grads: list[Tensor]):
     *operands, seed = ctx.saved_tensors
     wanted = [t for t, need in zip(operands, ctx.needs_input_grad, strict=False) if need]
     with torch.enable_grad():
-        outputs = _backward_in_aten(*operands, *ctx.constants, seed, ctx.needs, None)
+        scaling, dropout_p = ctx.constants
+        outputs = _backward_in_aten(*operands, scaling, dropout_p, seed, ctx.needs, None)  # type: ignore[call-arg]
     computed = iter(
         torch.autograd.grad(outputs, wanted, grads, create_graph=torch.is_grad_enabled(), allow_unused=True)
     )

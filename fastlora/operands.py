@@ -19,7 +19,7 @@ def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, Launch
     bias = None if bias is None else _as_vector(bias)
     spec = LaunchSpec(
         "forward",
-        Sizes(x.shape[0], *weight.shape, lora_a.shape[0]),
+        Sizes(x.shape[0], weight.shape[0], weight.shape[1], lora_a.shape[0]),
         x.dtype,
         (lora_a.dtype, lora_b.dtype),
         x.device,
@@ -40,7 +40,7 @@ def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[Backwar
     s = s.contiguous() if needs.db and s is not None else None
     spec = LaunchSpec(
         "backward",
-        Sizes(dy.shape[0], *weight.shape, lora_a.shape[0]),
+        Sizes(dy.shape[0], weight.shape[0], weight.shape[1], lora_a.shape[0]),
         dy.dtype,
         (lora_a.dtype, lora_b.dtype),
         dy.device,

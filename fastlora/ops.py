@@ -1,6 +1,7 @@
 """The differentiable LoRA layer: torch.library ops, the autograd.Function over them, and ``lora_linear``."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fastlora.op_tools import register_tools
 from fastlora.philox import draw_seed
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from fastlora.rows import flat, in_rows, on_jagged
-from fastlora.saved import saved_tensors
+from fastlora.saved_tensors import saved_tensors
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
@@ -114,7 +115,7 @@ def _gradients(ctx, dy, skips_ops):
         s = s if x is None else None  # S of x and A: a constant would hide that dB depends on them
     args = (dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs)
     if reason is not None:
-        dx, da, db, dbias = in_rows(differentiable_gradients, *args)
+        dx, da, db, dbias = in_rows(differentiable_gradients, *args)  # type: ignore[arg-type]
     elif skips_ops:
         dx, da, db, dbias = _backward(*args, ctx.backend)
     else:
@@ -216,7 +217,12 @@ def lora_linear(
         Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021, equation 3.
     """
     if x.is_nested:
-        options = {"dropout_p": dropout_p, "training": training, "backend": backend, "copy_input": copy_input}
+        options: dict[str, Any] = {
+            "dropout_p": dropout_p,
+            "training": training,
+            "backend": backend,
+            "copy_input": copy_input,
+        }
         return on_jagged(lambda values: lora_linear(values, weight, lora_a, lora_b, scaling, bias, **options), x)
     device_type = "cpu" if x.is_cpu else x.device.type
     given = x

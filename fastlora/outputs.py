@@ -1,13 +1,12 @@
 """Writing results so that a failure leaves nothing half-written, and shows as one line."""
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastlora.errors import CommandError, first_line
+from fastlora.files import replaced_together, write_file
 
 
 def check_writable(directory: Path) -> None:
@@ -52,55 +51,23 @@ def reported_write_errors(target: Path) -> Iterator[None]:
         raise CommandError(f"cannot write {target}: {first_line(error)}") from error
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes and syncs, so that a full disk is noticed here and not after the file was moved into place."""
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def replace_file(path: Path, data: bytes) -> None:
-    """Writes a file beside its place, then renames it: readers find the old content or the new, never a part.
+    """Replaces a file: readers find the old content or the new, never a part.
 
     Raises:
         CommandError: the data cannot be written; the old file is as it was.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with reported_write_errors(path):
-            write_bytes(partial, data)
-            os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with reported_write_errors(path):
+        write_file(path, data)
 
 
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A temporary directory whose entries replace those of the same name in `directory` when the block succeeds.
+    """A directory to write into, whose files replace those of the same paths in `directory`, as one, when the block
+    succeeds.
 
     Raises:
         CommandError: something cannot be written; `directory` keeps what it had.
     """
-    with reported_write_errors(directory):
-        stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=directory))
-        try:
-            yield stage
-            for entry in sorted(stage.iterdir()):
-                _move_into(entry, directory / entry.name)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-def _move_into(source: Path, target: Path) -> None:
-    """Renames over the target. A directory cannot be renamed over one with files, so the old one steps aside first."""
-    if not source.is_dir() or not target.exists():
-        os.replace(source, target)
-        return
-    old = source.with_name(f"{source.name}.old")
-    os.replace(target, old)
-    try:
-        os.replace(source, target)
-    except OSError:
-        os.replace(old, target)
-        raise
+    with reported_write_errors(directory), replaced_together(directory) as stage:
+        yield stage

@@ -50,7 +50,7 @@ def is_offloaded(module: nn.Module) -> bool:
     return _offload_hook(module) is not None
 
 
-def unusable(layer: nn.Module, names: Iterable[str], writes: str | None = None, allow_meta: bool = False) -> str | None:
+def unusable(layer: Any, names: Iterable[str], writes: str | None = None, allow_meta: bool = False) -> str | None:
     """Why the values of a LoRA layer's parameters are not in this process, or None.
 
     Args:

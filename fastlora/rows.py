@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,10 @@ def on_jagged(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """
     if x.layout != torch.jagged:
         raise TypeError("a nested x must be of the jagged layout: torch.nested.nested_tensor(..., layout=torch.jagged)")
-    ragged = x._ragged_idx
+    nested: Any = x
+    ragged = nested._ragged_idx
     if ragged == x.dim() - 1:
         raise ValueError("the last dimension of a nested x must be in_features, but it is the ragged one")
     return torch.nested.nested_tensor_from_jagged(
-        layer(x.values()), x.offsets(), lengths=x.lengths(), jagged_dim=ragged
+        layer(x.values()), nested.offsets(), lengths=nested.lengths(), jagged_dim=ragged
     )

@@ -11,14 +11,19 @@ Per mesh dimension the frozen weight decides, as in tensor parallelism:
 An operand that is placed otherwise is redistributed first; A and B are small. All of it is differentiable.
 """
 
+from typing import TYPE_CHECKING, Any, TypeGuard
+
 import torch
 from torch import Tensor
 
 from fastlora.differentiable import composed
 from fastlora.ops import lora_linear
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_dtensor(tensor: Tensor) -> bool:
+
+def is_dtensor(tensor: Tensor) -> "TypeGuard[DTensor]":
     """Whether a tensor is a DTensor, without importing torch.distributed.tensor where none can exist."""
     return type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "placements")
 
@@ -62,7 +67,7 @@ def lora_linear_sharded(
         )
     mesh, last = weight.device_mesh, x.dim() - 1
 
-    def distributed(tensor: Tensor) -> Tensor:
+    def distributed(tensor: Tensor) -> Any:
         if is_dtensor(tensor):
             return tensor
         return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -72,7 +77,10 @@ def lora_linear_sharded(
         reason = "dropout over DTensors"
         return composed(x, weight, distributed(lora_a), distributed(lora_b), scaling, bias, dropout_p, reason)
     # Per mesh dimension: placements of x, lora_a, lora_b, bias, y; then of the gradients of the first four.
-    columns = []
+    columns: list[tuple[Any, ...]] = []
+    layout: tuple[Any, ...]
+    gradients: tuple[Any, ...]
+    placed: Any
     for held, placed in zip(weight.placements, x.placements, strict=True):
         if held == Shard(0):
             layout = (Replicate(), Replicate(), Shard(0), Shard(0), Shard(last))

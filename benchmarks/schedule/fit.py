@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.schedule.model import Machine, Problem, Schedule, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import cdiv
-from fastlora.backends.configs import makes_s_beside
+from fastlora.backends.configs import fuses_shrink
 
 FITTED = ("flops", "dram_bandwidth", "tile_overhead")
 MIN_ROWS = 3
@@ -68,7 +68,7 @@ def read_measured(path: Path) -> list[Measured]:
 def as_launched(problem: Problem, schedule: Schedule, machine: Machine) -> Schedule:
     """The schedule with S made beside the tiles or alone, as our kernels decide it for this problem."""
     n_tiles = cdiv(problem.m, schedule.block_m) * cdiv(problem.width, schedule.block_n)
-    return replace(schedule, fused=makes_s_beside(problem.r, schedule.block_n, n_tiles, machine.sm_count))
+    return replace(schedule, fused=fuses_shrink(problem.r, schedule.block_n, n_tiles, machine.sm_count))
 
 
 def fit(measured: list[Measured], schedule: Schedule, machine: Machine | None = None, rounds: int = 3) -> Fit:

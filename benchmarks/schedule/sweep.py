@@ -12,8 +12,8 @@ from tqdm import tqdm
 from benchmarks.schedule.fit import Fit, as_launched
 from benchmarks.schedule.model import LABEL, Machine, Problem, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import Schedule
-from fastlora.backends.configs import LADDERS
-from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.configs import TILE_TABLES
+from fastlora.backends.cuda.tiles import group_size
 
 # (N, K): the projections of Llama-3.1-8B, the square ones of 70B, and a small square.
 LAYERS = ((1024, 1024), (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8192, 8192))
@@ -51,8 +51,8 @@ def schedules(kernel: Schedule) -> list[Schedule]:
 
 def default_schedule(kernel: str, problem: Problem, machine: Machine) -> Schedule:
     """What our kernels of this kind are launched with, where their tile is the model's: their very own rules."""
-    wide = cuda.SHORT_WIDE_TILE if problem.m <= cuda.SHORT_ROWS else cuda.WIDE_TILE
-    group_m = wide.group_m if SHIPPED[kernel] == "CUDA" else LADDERS["hopper"][0].group_m
+    clusters = KERNELS[kernel].cluster
+    group_m = group_size(clusters, problem.m) if SHIPPED[kernel] == "CUDA" else TILE_TABLES["hopper"][0].group_m
     return as_launched(problem, replace(KERNELS[kernel], group_m=group_m), machine)
 
 
@@ -167,7 +167,7 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         f"## Defaults ({LABEL})",
         "",
         "What the kernels are launched with: their group size, and S by the rule of",
-        "`fastlora.backends.configs.makes_s_beside`, against the best schedule of the sweep for each layer by itself.",
+        "`fastlora.backends.configs.fuses_shrink`, against the best schedule of the sweep for each layer by itself.",
         "",
         *defaults_table(rows, machine),
     ]

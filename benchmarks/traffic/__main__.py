@@ -38,8 +38,9 @@ def check_shape(m: int, n: int, k: int, r: int) -> None:
 @click.option("--k", type=click.IntRange(8), default=count.SHAPE["k"], show_default=True, help="in_features.")
 @click.option("--r", type=click.IntRange(8), default=count.SHAPE["r"], show_default=True, help="Rank.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), help="Folder of traffic.json and .md.")
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Processes.")
 @click.option("--check", is_flag=True, help="Write nothing; exit code 1 where the table is not what is counted now.")
-def main(m: int, n: int, k: int, r: int, output: Path | None, check: bool) -> None:
+def main(m: int, n: int, k: int, r: int, output: Path | None, jobs: int, check: bool) -> None:
     shape = {"m": m, "n": n, "k": k, "r": r}
     check_shape(**shape)
     if shape != count.SHAPE and output is None:
@@ -49,7 +50,7 @@ def main(m: int, n: int, k: int, r: int, output: Path | None, check: bool) -> No
         raise click.ClickException(f"the CUDA kernels' rows need the extension and its PTX: {reason}")
     path = output / TABLE.name if output else TABLE
     old = json.loads(path.read_text()) if check else None
-    table = count.make_table(shape)
+    table = count.make_table(shape, jobs)
     problems = faults(table)
     if check:
         problems += count.differences(old, table)

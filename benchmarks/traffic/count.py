@@ -6,10 +6,13 @@ those of peer_orders.py, from plain kernels with the same tile. Every row's resu
 counters count. Traffic between L2 and the multiprocessors is what is counted; time is not.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import repeat
 from unittest import mock
 
 import torch
@@ -17,7 +20,7 @@ import torch
 from benchmarks.traffic.peer_orders import ORDERS, Order
 from benchmarks.traffic.report import key_of
 from fastlora.backends import workspace
-from fastlora.backends.configs import LADDERS, TileConfig
+from fastlora.backends.configs import TILE_TABLES, TileConfig
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
@@ -34,15 +37,16 @@ NEEDS = Needs(True, True, True, False)  # the bias of a fine-tuned layer is froz
 OPTIONS = LaunchOptions(resident=1)
 
 # Kernel arguments by the names of the mathematics.
-_PARTIAL = {"partial_a_ptr": "partial sums", "partial_b_ptr": "partial sums", "gradient_sums": "partial sums"}
+_PARTIAL = {"partial_a_ptr": "partial sums", "partial_b_ptr": "partial sums", "gradient_partials": "partial sums"}
 _TRITON = {
-    "x": "X", "x_ptr": "X", "w": "W0", "a": "A", "a_ptr": "A", "b": "B", "b_ptr": "B", "y_ptr": "Y", "s_ptr": "S",
-    "dy": "dY", "dy_ptr": "dY", "dx_ptr": "dX", "ds_ptr": "dS", "da_ptr": "dA", "db_ptr": "dB", **_PARTIAL,
+    "x": "X", "x_ptr": "X", "weight": "W0", "lora_a": "A", "lora_a_ptr": "A", "lora_b": "B", "lora_b_ptr": "B",
+    "y_ptr": "Y", "s_ptr": "S", "dy": "dY", "dy_ptr": "dY", "dx_ptr": "dX", "ds_ptr": "dS", "da_ptr": "dA",
+    "db_ptr": "dB", **_PARTIAL,
 }  # fmt: skip
-_CUDA = {"v": "W0", "a": "A", "b": "B", "tile_parts": "parts of tiles", **_PARTIAL}
-_CUDA_FORWARD = {**_CUDA, "u": "X", "c": "Y", "s": "S"}
+_CUDA = {"weight": "W0", "lora_a": "A", "lora_b": "B", "split_partials": "parts of tiles", **_PARTIAL}
+_CUDA_FORWARD = {**_CUDA, "act": "X", "out": "Y", "s": "S"}
 _CUDA_BACKWARD = {
-    **_CUDA, "u": "dY", "c": "dX", "s": "dS", "x": "X", "saved": "S", "grad_a": "dA", "grad_b": "dB",
+    **_CUDA, "act": "dY", "out": "dX", "s": "dS", "layer_input": "X", "saved_s": "S", "grad_a": "dA", "grad_b": "dB",
 }  # fmt: skip
 
 
@@ -166,17 +170,17 @@ class Group:
     ours: dict[str, Callable[[numerics.Case], tuple[dict, dict] | None]]
 
 
-def _square_tile(ladder: str) -> TileConfig:
+def _square_tile(table: str) -> TileConfig:
     """The shipped tile of 64 x 64, in groups so short that gradients have parts at this size."""
-    tile = next(config for config in LADDERS[ladder] if (config.block_m, config.block_n) == (64, 64))
+    tile = next(config for config in TILE_TABLES[table] if (config.block_m, config.block_n) == (64, 64))
     return replace(tile, group_m=4)
 
 
 def groups() -> list[Group]:
     """What the table holds."""
     made = []
-    for arch, ladder in ((80, "ampere"), (90, "hopper")):
-        tile = _square_tile(ladder)
+    for arch, table in ((80, "ampere"), (90, "hopper")):
+        tile = _square_tile(table)
         name = f"Triton, sm_{arch}, tile {tile.block_m}x{tile.block_n}x{tile.block_k}"
         ours = {
             "fastlora": partial(count_triton, arch=arch, tile=replace(tile, fused=True)),
@@ -188,7 +192,7 @@ def groups() -> list[Group]:
         (wide, {"": {"fused": True}, ", S alone": {}}),
         (small, {"": {"fused": True}, ", S alone": {}, ", S alone, 2 parts": {"splits": 2}}),
     ):
-        shape = (tile.block_m, tile.block_n, cuda.STEP)
+        shape = (tile.block_m, tile.block_n, 64)
         ours = {
             f"fastlora{label}": partial(count_cuda, tile=replace(tile, **change)) for label, change in variants.items()
         }
@@ -217,10 +221,17 @@ def count(group: Group, shape: dict[str, int], only: tuple[str, float] | None = 
             yield {"group": group.name, "order": order, "dropout": p, "forward": forward, "backward": backward}
 
 
-def make_table(shape: dict[str, int]) -> dict:
-    """Counts everything."""
+def _count_group(number: int, shape: dict[str, int]) -> list[dict]:
+    """The rows of a group, by its number: a group itself holds functions, which go into no other process."""
+    return list(count(groups()[number], shape))
+
+
+def make_table(shape: dict[str, int], jobs: int = 1) -> dict:
+    """Counts everything, in so many processes."""
     versions = package_versions(("torch", "triton"))
-    rows = [row for group in groups() for row in count(group, shape)]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        counted = list(pool.map(_count_group, range(len(groups())), repeat(shape)))
+    rows = [row for group in counted for row in group]
     options = "" if shape == SHAPE else "".join(f" --{name} {size}" for name, size in shape.items())
     return {"command": f"python -m benchmarks.traffic{options}", "versions": versions, "shape": shape, "rows": rows}
 

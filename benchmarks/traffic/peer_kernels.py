@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastlora import philox
 from fastlora.backends.configs import TileConfig, padded_rank
-from fastlora.backends.triton.tiles import Dropout, keep_mask
+from fastlora.backends.triton.memory import keep_mask
+from fastlora.backends.triton.structs import Dropout
 
 _ELEMENTS = 1024  # of a program of the elementwise kernel
 

@@ -213,7 +213,7 @@ the others are each package's order of products and passes from plain kernels of
 - "fastlora": the first column's tiles make S from the blocks of X that they multiply anyway, as they do in launches of
   many waves of tiles. "S alone": tiles of their own make it, which read X (dY) once more, out of the last cache, and
   their row block has S four times as soon: what shorter launches do, and ranks above 64
-  (`fastlora.backends.configs.makes_s_beside`). "2 parts": the contraction of each tile is cut in two, for want of
+  (`fastlora.backends.configs.fuses_shrink`). "2 parts": the contraction of each tile is cut in two, for want of
   tiles; the parts meet in fp32 memory.
 """
 

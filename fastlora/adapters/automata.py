@@ -6,7 +6,7 @@ All the places of an expression that the text read so far may have led to are ke
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 MAX_KEY, MAX_NESTING, MAX_PLACES = 2000, 50, 2000
 _CLASSES = {"d": str.isdecimal, "w": lambda c: c.isalnum() or c == "_", "s": str.isspace}
@@ -22,6 +22,10 @@ class _Place(NamedTuple):
     reads: Predicate | None
     then: tuple[int, ...]
     only: str | None = None  # "^" at the beginning of the text, "$" at its end
+
+
+def _between(low: str, high: str) -> Predicate:
+    return lambda c: low <= c <= high
 
 
 class Automaton:
@@ -71,7 +75,7 @@ class Automaton:
                 left.extend(place.then)
         return found
 
-    def _refuse(self, what: str) -> None:
+    def _refuse(self, what: str) -> NoReturn:
         raise ValueError(f"pattern key {self._key[:80]!r} has {what}, which is not supported here")
 
     # The syntax, read from left to right into a tree.
@@ -97,7 +101,9 @@ class Automaton:
         return ("all of", parts)
 
     def _repeated(self, atom):
-        low, high, count = 1, 1, _COUNT.match(self._key, self._at)
+        low: int = 1
+        high: int | None = 1
+        count = _COUNT.match(self._key, self._at)
         if self._peek() and self._peek() in "*+?":
             low, high = {"*": (0, None), "+": (1, None), "?": (0, 1)}[self._take()]
         elif count and (count[1] or count[3]):
@@ -155,7 +161,7 @@ class Automaton:
             elif self._peek() == "-" and self._key[self._at + 1 : self._at + 2] not in ("]", "\\"):
                 self._take()
                 high = self._take()
-                members.append(lambda c, low=low, high=high: low <= c <= high)
+                members.append(_between(low, high))
             else:
                 members.append(low.__eq__)
         self._take()

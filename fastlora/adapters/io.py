@@ -118,7 +118,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         elif "_orig_mod" in model._modules:
-            model = model._orig_mod
+            model = model.get_submodule("_orig_mod")
         else:
             return model
 
@@ -145,9 +145,12 @@ def _parameters_of(saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, st
 
 def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """The tensors of an adapter file, whole and on the CPU, each in memory of its own: a file has no ties."""
+    places: list[tuple[str, tuple[nn.Module, str]]]
     places = [(f"{path}.lora_{f}.weight", (layer, f"lora_{f}")) for path, layer in layers.items() for f in "AB"]
     places += _parameters_of(dict(saved_modules(model))).items()
-    values, first, storages, tied = {}, {}, set(), []
+    values: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    storages, tied = set(), []
     for name, (module, attribute) in places:
         tensor = getattr(module, attribute)
         if first.setdefault(id(tensor), name) != name:

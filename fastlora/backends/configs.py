@@ -6,8 +6,8 @@ from functools import lru_cache
 from fastlora.problem import Direction
 
 MAX_RANK = 256
-FUSED_RANK = 64  # up to here column 0 can make S beside its own tile; beyond, two accumulators do not fit
-LONGEST_WAIT = 0.015  # of a launch, for S: about what the schedule model can tell apart
+FUSED_RANK = 64  # the largest for the fused shrink: beyond, two accumulators do not fit
+LONGEST_WAIT = 0.015  # of a launch, for S: about the resolution of the schedule model
 _LEAST_COLUMNS = 32  # a narrower product takes as long: its left operand has to be read all the same
 
 
@@ -16,12 +16,12 @@ class TileConfig:
     """How one kernel is cut into tiles.
 
     block_m, block_n, block_k: the product's tile [block_m, block_n] and its step along the contracted dimension.
-    group_m: row blocks that share a stretch of the queue, so that their rows stay in L2.
+    group_m: row blocks that share a section of the queue, so that their rows stay in L2.
     gradient_m, gradient_n: rows per step and columns of a gradient tile.
     slice_n: columns of a tile that are finished (low-rank branch, bias, store) at a time.
     programs_per_sm: programs that run on a multiprocessor at once.
-    fused: whether the tiles of column 0 make S beside their own product, up to FUSED_RANK; see makes_s_beside, which
-        choose_config asks.
+    fused: whether the tiles of column 0 make S with their own product (fused shrink, up to FUSED_RANK) or S has tiles
+        of its own (separate shrink); choose_config sets it by fuses_shrink.
     """
 
     block_m: int
@@ -37,11 +37,11 @@ class TileConfig:
     fused: bool = True
 
 
-# Each ladder runs from the largest tile to the smallest. "wide" ladders serve ranks above FUSED_RANK, whose gradient
-# tiles need more registers; "odd" ones tensors whose rows are not aligned to 16 bytes, whose addresses do. GROUP_M = 8
-# comes from benchmarks/results/schedule.md. What else is here compiles without a spill; what was tuned on a device goes
-# into tuned/, and nothing is there yet.
-LADDERS: dict[str, tuple[TileConfig, ...]] = {
+# Each table runs from the largest tile to the smallest. Those for a large rank serve ranks above FUSED_RANK, where
+# gradient tiles need more registers; "unaligned" ones tensors whose rows do not start on 16 bytes, where addresses do.
+# GROUP_M = 8 comes from benchmarks/results/schedule.md. The other figures compile without a spill; what was tuned on a
+# device goes into tuned/, and nothing is there yet.
+TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
     "hopper": (
         TileConfig(128, 256, 64, 8, 8, 3, gradient_n=128),
         TileConfig(128, 128, 64, 8, 8, 4, gradient_n=128),
@@ -51,7 +51,7 @@ LADDERS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(16, 64, 128, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
         TileConfig(16, 32, 128, 8, 4, 4, programs_per_sm=2),
     ),
-    "hopper wide": (
+    "hopper large-rank": (
         TileConfig(128, 256, 64, 8, 8, 3),
         TileConfig(128, 128, 64, 8, 8, 3),
         TileConfig(64, 64, 64, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
@@ -64,15 +64,15 @@ LADDERS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(16, 64, 32, 8, 4, 4, programs_per_sm=2),
         TileConfig(16, 32, 128, 8, 4, 3, programs_per_sm=2),
     ),
-    "ampere wide": (
+    "ampere large-rank": (
         TileConfig(64, 128, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
         TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
     ),
-    "odd": (
+    "unaligned": (
         TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, slice_n=32),
         TileConfig(16, 64, 32, 8, 4, 3, gradient_m=32, slice_n=32),
     ),
-    "odd wide": (
+    "unaligned large-rank": (
         TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
         TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
     ),
@@ -81,16 +81,16 @@ LADDERS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(32, 64, 16, 8, 8, 3, gradient_m=16, gradient_n=32, slice_n=32),
         TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),
     ),
-    "float32 wide": (TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),),
+    "float32 large-rank": (TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),),
 }
 
 
 # With Triton 3.9's ptxas the backward of two tiles spills on sm_100 unless they are finished in narrower slices.
-LADDERS["blackwell"] = tuple(
+TILE_TABLES["blackwell"] = tuple(
     replace(config, slice_n=32) if (config.block_m, config.block_n) in ((128, 128), (64, 128)) else config
-    for config in LADDERS["hopper"]
+    for config in TILE_TABLES["hopper"]
 )
-LADDERS["blackwell wide"] = LADDERS["hopper wide"]
+TILE_TABLES["blackwell large-rank"] = TILE_TABLES["hopper large-rank"]
 
 
 def padded_rank(rank: int) -> int:
@@ -98,13 +98,13 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def makes_s_beside(rank: int, block_n: int, n_tiles: int, n_programs: int) -> bool:
-    """Whether column 0 should make S beside its own tiles of the product, or by short tiles of S alone.
+def fuses_shrink(rank: int, block_n: int, n_tiles: int, n_programs: int) -> bool:
+    """Whether the tiles of column 0 should make S with their own product, or S have short tiles of its own.
 
-    Beside, S costs no pass over the rows, which column 0 multiplies anyway. But these tiles take longer, by S's share
-    of their columns, and in the first wave everybody waits for them. Alone, S is there before anyone asks for it, for a
-    pass over the rows out of L2. So it is made beside where the wait, once a launch, is at most LONGEST_WAIT of it. How
-    far this is from the best: benchmarks/results/schedule.md, "Defaults".
+    Fused, S costs no pass over the rows, which column 0 multiplies anyway. But these tiles take longer, by S's share of
+    their columns, and in the first wave all others wait for them. Separate tiles finish S before its first reader, at
+    the cost of a pass over the rows out of L2. So the shrink is fused where the wait, once a launch, is at most
+    LONGEST_WAIT of it. How far this is from the best: benchmarks/results/schedule.md, "Defaults".
 
     Args:
         rank: of the adapter; block_n: columns of a tile.
@@ -114,8 +114,8 @@ def makes_s_beside(rank: int, block_n: int, n_tiles: int, n_programs: int) -> bo
     return rank <= FUSED_RANK and max(padded_rank(rank), _LEAST_COLUMNS) <= LONGEST_WAIT * waves * block_n
 
 
-def ladder_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
-    """The name of the ladder that serves a GPU of compute capability ``arch`` (90 for 9.0).
+def table_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
+    """The name of the table of tiles for a GPU of compute capability ``arch`` (90 for 9.0).
 
     Args:
         rank: of the adapter.
@@ -125,10 +125,10 @@ def ladder_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
     if element_size == 4:
         family = "float32"
     elif not aligned:
-        family = "odd"
+        family = "unaligned"
     else:
         family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
-    return family if padded_rank(rank) <= FUSED_RANK else f"{family} wide"
+    return family if padded_rank(rank) <= FUSED_RANK else f"{family} large-rank"
 
 
 @lru_cache(maxsize=4096)
@@ -136,7 +136,7 @@ def choose_config(
     direction: Direction, m: int, n: int, k: int, r: int, *, arch: int, n_sms: int, element_size: int, aligned: bool
 ) -> TileConfig:
     """The largest tile that is not much taller than the problem and still gives every multiprocessor work; where none
-    does, the one that gives the most of them work. S beside it or alone, as makes_s_beside says.
+    does, the one that gives the most of them work. Fused or separate shrink as fuses_shrink says.
 
     Args:
         direction: the forward puts out [m, n], the backward [m, k].
@@ -146,13 +146,13 @@ def choose_config(
         aligned: whether every operand's rows start on 16 bytes.
     """
     columns = n if direction == "forward" else k
-    ladder = LADDERS[ladder_for(arch, r, element_size, aligned)]
+    table = TILE_TABLES[table_for(arch, r, element_size, aligned)]
 
     def n_tiles(config: TileConfig) -> int:
         return -(-m // config.block_m) * -(-columns // config.block_n)
 
-    fitting = [c for c in ladder if c.block_m <= max(16, 1 << (m - 1).bit_length())] or [ladder[-1]]
+    fitting = [c for c in table if c.block_m <= max(16, 1 << (m - 1).bit_length())] or [table[-1]]
     chosen = next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))
-    # In float32 tiles that make S alone spill at rank 64.
-    fused = element_size == 4 or makes_s_beside(r, chosen.block_n, n_tiles(chosen), n_sms * chosen.programs_per_sm)
+    # In float32 the separate tiles of S spill at rank 64.
+    fused = element_size == 4 or fuses_shrink(r, chosen.block_n, n_tiles(chosen), n_sms * chosen.programs_per_sm)
     return replace(chosen, fused=fused)

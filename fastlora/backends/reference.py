@@ -26,9 +26,10 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
 
 def prepare(spec: LaunchSpec) -> Launcher:
     """What serves every call of this description."""
+    needs = spec.needs
     if spec.direction == "forward":
         return lambda operands: lora_forward(*operands)
-    return lambda operands: lora_backward(*operands, spec.needs)
+    return lambda operands: lora_backward(*operands, needs)  # type: ignore[call-arg]  # its nine fields and needs
 
 
 def lora_forward(
@@ -90,10 +91,10 @@ def lora_backward(
             side = torch.mm(ds, a)
             dx.add_(side.masked_fill_(drop, 0.0), alpha=kept_scale)
     if need_da:
-        dropped = x if drop is None else x.masked_fill(drop, 0.0)
-        da = _gradient(ds.t(), dropped, kept_scale, lora_a)
+        dropped = x if drop is None else x.masked_fill(drop, 0.0)  # type: ignore[union-attr]
+        da = _gradient(ds.t(), dropped, kept_scale, lora_a)  # type: ignore[arg-type]
     if need_db:
-        db = _gradient(s.t(), dy, split_scaling(scaling, dy.dtype).on_branch, b_t).t()
+        db = _gradient(s.t(), dy, split_scaling(scaling, dy.dtype).on_branch, b_t).t()  # type: ignore[union-attr]
     if need_dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
@@ -127,6 +128,7 @@ def _gradient(left: Tensor, right: Tensor, scale: float, parameter: Tensor) -> T
     return total
 
 
-def _drop_mask(seed: Tensor, dropout_p: float, m: int, weight: Tensor) -> Tensor:
+def _drop_mask(seed: Tensor | None, dropout_p: float, m: int, weight: Tensor) -> Tensor:
     """[M, K]: True where the side branch does not see an element of x."""
-    return keep_mask(seed, dropout_p, m, weight.shape[1], weight.device).logical_not_()
+    # Dropout comes with a seed.
+    return keep_mask(seed, dropout_p, m, weight.shape[1], weight.device).logical_not_()  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ values that are no configuration) is ignored with a warning, and the tables of `
 import json
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
@@ -18,6 +17,7 @@ from pathlib import Path
 import torch
 
 from fastlora.backends.configs import TileConfig, padded_rank
+from fastlora.files import write_file
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent.parent / "tuned"
@@ -115,7 +115,6 @@ def save_choices(
         OSError: it cannot be written; the old one is as it was.
     """
     path = cache_file(device_name, directory)
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept: dict = {}
     try:
         text = path.read_text(encoding="utf-8")
@@ -126,16 +125,7 @@ def save_choices(
     kept = {key: entry for key, entry in kept.items() if key not in dropped}
     kept |= {key: {**entry, "config": asdict(entry["config"])} for key, entry in choices.items()}
     content = json.dumps({"format": FORMAT, "device": device_name, "choices": kept}, indent=1) + "\n"
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    write_file(path, content.encode())
     forget_choices()
     return path
 

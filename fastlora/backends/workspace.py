@@ -16,7 +16,7 @@ def borrow_workspace(n_words: int, device: torch.device) -> Tensor:
     """An int32 tensor of at least ``n_words`` zeros for one launch on the current stream of ``device``.
 
     Launches on one stream follow each other, so they share a buffer. A launch that is being captured into a CUDA graph
-    gets one of its own, which lives as long as the process: a replay may run beside anything.
+    gets one of its own, which lives as long as the process: a replay may run concurrently with anything.
     """
     if device.type != "cuda":  # Triton's interpreter
         return _grown(_by_stream.get((device, 0)), (device, 0), n_words)

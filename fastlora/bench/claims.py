@@ -12,6 +12,7 @@ from torch import nn
 
 from fastlora.bench.timing import time_calls
 from fastlora.environment import describe
+from fastlora.files import write_files
 from fastlora.finetune.arms import fastlora_arm
 from fastlora.finetune.data import TokenBlocks, make_blocks, read_text
 from fastlora.finetune.interrupt import Interruption
@@ -161,10 +162,10 @@ def write_claims(found: dict, directory: Path) -> list[Path]:
     env = found["environment"]
     facts = f"{env['device_name']}, {env['cpu_threads']} CPU threads, torch {env['versions']['torch']}, "
     facts += f"commit {env['commit'] or 'not a checkout'}, {env['date']}; {found['command']}"
-    files = [directory / "claims.json", directory / "claims.md"]
-    files[0].write_text(json.dumps(found, indent=1) + "\n")
-    files[1].write_text("\n".join(["# LoRA's claims, measured", "", facts, "", *_markdown(found)]))
-    return files
+    page = "\n".join(["# LoRA's claims, measured", "", facts, "", *_markdown(found)])
+    files = {"claims.json": json.dumps(found, indent=1) + "\n", "claims.md": page}
+    write_files(directory, {name: text.encode() for name, text in files.items()})
+    return [directory / name for name in files]
 
 
 def _markdown(found: dict) -> list[str]:

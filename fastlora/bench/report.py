@@ -3,11 +3,11 @@
 import base64
 import html
 import json
-import os
 from pathlib import Path
 
 from fastlora.bench.names import SECTIONS
 from fastlora.bench.tables import report_tables
+from fastlora.files import write_file
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{border:1px solid #ccc;padding:.2rem .5rem}
@@ -54,7 +54,8 @@ def write_report(report: dict, directory: Path) -> list[Path]:
     """Writes bench.json, bench.md, the pictures and bench.html into the directory; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     files = [directory / "bench.json", directory / "bench.md", directory / "bench.html"]
-    _replace(files[0], json.dumps(report, indent=1) + "\n")  # first: from it all the rest can be made again
+    # The JSON first: from it all the rest can be made again.
+    write_file(files[0], (json.dumps(report, indent=1) + "\n").encode())
     tables, facts = report_tables(report), environment_lines(report)
     pictures = _pictures(report, directory)
     if pictures is None:
@@ -74,16 +75,6 @@ def _pictures(report: dict, directory: Path) -> list[Path] | None:
     except ImportError:
         return None
     return draw_all(report, directory)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes beside the file and renames: an old report is as it was until the new one is whole."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _page(title: str, facts: list[str], pictures: list[Path], tables: list[str]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastlora.backends import reference
-from fastlora.backends.configs import LADDERS, TileConfig, choose_config, ladder_for
+from fastlora.backends.configs import TILE_TABLES, TileConfig, choose_config, table_for
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import TOLERANCE, WrongResult
 from fastlora.bench.layer import input_sets
@@ -16,7 +16,7 @@ from fastlora.bench.timing import EventClock, time_rounds
 from fastlora.dispatch import launch_backward, launch_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 
-# What is tried around the best tile of the ladder, one field at a time.
+# What is tried around the best tile of the table, one field at a time.
 NEIGHBOURS = {
     "group_m": (4, 8, 16, 32),
     "num_stages": (2, 3, 4, 5),
@@ -86,7 +86,7 @@ def check_results(found: tuple, wanted: tuple, dtype: torch.dtype) -> None:
 
 
 def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, clock=None) -> Choice:
-    """Finds the fastest configuration of one case: quick rounds over the table's ladder and then around its best, and a
+    """Finds the fastest configuration of one case: quick rounds over the table and then around its best, and a
     longer interleaved one over the best of all. A configuration whose results are wrong counts as one that fails.
 
     Args:
@@ -116,7 +116,7 @@ def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, 
         ran = (entry for entry in quick.values() if entry.error is None)
         return sorted(ran, key=lambda entry: entry.median_us)
 
-    ran = try_all([table, *LADDERS[ladder_for(target.arch, case.r, size, True)]])
+    ran = try_all([table, *TILE_TABLES[table_for(target.arch, case.r, size, True)]])
     if quick[table].error:
         raise RuntimeError(f"the table's choice for {case.label} {direction} does not run: {quick[table].error}")
     ran = try_all(around(ran[0].config))

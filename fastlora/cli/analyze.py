@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from fastlora.errors import CommandError, first_line
-from fastlora.outputs import check_writable, staged, write_bytes
+from fastlora.outputs import check_writable, staged
 
 REQUIRED = ("tqdm", "matplotlib")
 FORMAT = "fastlora-analysis-1"
@@ -166,7 +166,7 @@ def _write(report: dict, output: Path) -> None:
     files["analysis.md"] = "\n".join([*text, *(table.to_markdown() for table in tables)]).encode()
     with staged(output) as stage:
         for name, data in files.items():
-            write_bytes(stage / name, data)
+            (stage / name).write_bytes(data)
     for table in tables:
         click.echo(table.to_markdown())
     click.echo(f"Wrote {', '.join(files)} in {shown(str(output))}")

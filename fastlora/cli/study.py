@@ -11,7 +11,7 @@ import click
 from fastlora.cli.finetune import REQUIRED, FiniteFloat, split_targets
 from fastlora.errors import CommandError
 from fastlora.finetune.settings import DTYPES
-from fastlora.outputs import staged, write_bytes
+from fastlora.outputs import staged
 from fastlora.study.plan import PRESETS, StudySettings
 
 DEFAULTS = StudySettings()
@@ -151,7 +151,7 @@ def _report(trainer) -> None:
             report, files = make_report(trainer, _command())
             with staged(output) as stage:
                 for name, data in files.items():
-                    write_bytes(stage / name, data)
+                    (stage / name).write_bytes(data)
     for table in study_tables(report):
         click.echo(table.to_markdown())
     click.echo(f"Wrote the report and its pictures to {output}; advice: fastlora study --suggest --output {output}")

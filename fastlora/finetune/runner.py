@@ -29,7 +29,7 @@ from fastlora.finetune.models import check_tokens, find_model, load_model, posit
 from fastlora.finetune.settings import Settings
 from fastlora.finetune.state import FILE_NAME, SavedState, save_state
 from fastlora.model import trainable_parameters
-from fastlora.outputs import directory_for_results, staged, write_bytes
+from fastlora.outputs import directory_for_results, staged
 
 DONE, DISAGREED, INTERRUPTED = 0, 1, 130
 
@@ -148,8 +148,8 @@ class Runner:
         report = reporting.as_dict(self.settings, model_label, blocks, results)
         with staged(self.output) as stage:
             save_arm(self.arms[0], stage / "adapter", self.settings)
-            write_bytes(stage / "loss.png", reporting.curve_png(report))
-            write_bytes(stage / "report.json", json.dumps(report, indent=2, allow_nan=False).encode())
+            (stage / "loss.png").write_bytes(reporting.curve_png(report))
+            (stage / "report.json").write_bytes(json.dumps(report, indent=2, allow_nan=False).encode())
         (self.output / FILE_NAME).unlink(missing_ok=True)
         for line in reporting.as_lines(report, results.agreement):
             self.say(line)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastlora.backends import reference, tuning
-from fastlora.backends.configs import LADDERS, choose_config, ladder_for
+from fastlora.backends.configs import TILE_TABLES, choose_config, table_for
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.backends.tuning import load_choices, save_choices, shape_class
@@ -261,13 +261,13 @@ def tune(seconds, direction="forward", budget=1e9, wrong=(), case=CASE):
     return tuner.tune_case(case, direction, HOPPER, backend, budget, backend.clock()), backend
 
 
-def ladder():
-    return LADDERS[ladder_for(90, CASE.r, 4, True)]
+def tiles():
+    return TILE_TABLES[table_for(90, CASE.r, 4, True)]
 
 
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
-def test_the_fastest_of_the_ladder_and_what_is_around_it_wins(direction):
-    slow, fast = ladder()[0], ladder()[-1]
+def test_the_fastest_of_the_table_and_what_is_around_it_wins(direction):
+    slow, fast = tiles()[0], tiles()[-1]
     wanted = replace(fast, group_m=16)
     times = {slow: 4.0, fast: 2.0, wanted: 1.0}
     choice, launchers = tune(lambda config: times.get(config, 3.0), direction)
@@ -301,7 +301,7 @@ def test_configurations_that_do_not_run_are_counted_and_passed_over():
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_the_fastest_configuration_is_not_chosen_where_its_results_are_wrong(direction, dropout):
-    fast = next(config for config in ladder() if config != table_config(direction, CASE))
+    fast = next(config for config in tiles() if config != table_config(direction, CASE))
     case = replace(CASE, dropout=dropout)
     choice, _ = tune(lambda config: 1.0 if config == fast else 3.0, direction, wrong=(fast,), case=case)
     assert choice.failed == 1 and choice.best.config != fast
@@ -321,6 +321,6 @@ def test_the_search_stops_when_its_time_is_up():
 
 
 def test_neighbours_differ_in_one_field():
-    base = ladder()[0]
+    base = tiles()[0]
     for other in tuner.around(base):
         assert sum(a != b for a, b in zip(asdict(base).values(), asdict(other).values(), strict=True)) == 1

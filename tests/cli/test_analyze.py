@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ import torch
 import fastlora
 from fastlora.adapters.files import read_adapter
 from fastlora.analysis import amplification, subspace_similarity
-from fastlora.cli import analyze
 
 PNG = b"\x89PNG"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -240,14 +240,15 @@ def test_a_failed_write_keeps_the_old_report(fastlora_cli, make_adapter, tmp_pat
     adapter, output = make_adapter("adapter"), tmp_path / "out"
     assert fastlora_cli("analyze", adapter, "--output", output).code == 0
     before = {path.name: path.read_bytes() for path in output.iterdir()}
+    other = make_adapter("other", seed=3)
 
-    def full_disk(path, data):
-        path.write_bytes(data[:10])
+    def full_disk(path, data, write=Path.write_bytes):
+        write(path, data[:10])
         if path.suffix == ".md":
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(analyze, "write_bytes", full_disk)
-    result = fastlora_cli("analyze", make_adapter("other", seed=3), "--output", output)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    result = fastlora_cli("analyze", other, "--output", output)
     assert result.code == 2 and "No space left" in result.err
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 

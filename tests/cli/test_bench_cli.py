@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlora.backends import tuning
-from fastlora.backends.configs import LADDERS, ladder_for
+from fastlora.backends.configs import TILE_TABLES, table_for
 from fastlora.bench import claims, run, tuner
 from fastlora.bench.correctness import WrongResult
 from fastlora.finetune.settings import Settings
@@ -163,7 +163,7 @@ def a_gpu(monkeypatch, tmp_path):
 
 
 def choice(best, table=1):
-    base = LADDERS[ladder_for(90, 16, 2, True)][0]
+    base = TILE_TABLES[table_for(90, 16, 2, True)][0]
     table, best = (tuner.Measured(replace(base, group_m=size), float(size)) for size in (table, best))
     return tuner.Choice(table, best, tried=2, failed=0)
 

@@ -1,6 +1,7 @@
 """The parts of fastlora finetune that compute something by themselves: batches, schedule, memory, comparison, files."""
 
 import errno
+import os
 
 import pytest
 import torch
@@ -172,25 +173,28 @@ def test_replace_file_keeps_the_old_content_on_failure(tmp_path, monkeypatch):
     def full(source, target):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(outputs.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(CommandError, match=f"cannot write {path}: No space left on device"):
         outputs.replace_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_staged_directory_that_cannot_be_replaced_is_put_back(tmp_path, monkeypatch):
+def test_what_fails_in_a_staged_directory_leaves_what_was_there(tmp_path):
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / "old").write_text("")
-    replace = outputs.os.replace
+    (tmp_path / "adapter" / "weights").write_text("old")
+    (tmp_path / "other").write_text("")
 
-    def replace_but_not_onto(source, target):
-        if target == tmp_path / "adapter" and not str(source).endswith(".old"):
-            raise OSError(errno.EIO, "Input/output error")
-        replace(source, target)
+    def write(text: str) -> None:
+        with outputs.staged(tmp_path) as stage:
+            (stage / "adapter").mkdir()
+            (stage / "adapter" / "weights").write_text(text)
+            if text == "broken":
+                raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(outputs.os, "replace", replace_but_not_onto)
-    with pytest.raises(CommandError, match="Input/output error"), outputs.staged(tmp_path) as stage:
-        (stage / "adapter").mkdir()
-        (stage / "adapter" / "new").write_text("")
-    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == ["adapter", "adapter/old"]
+    with pytest.raises(CommandError, match=f"cannot write {tmp_path}: Input/output error"):
+        write("broken")
+    assert (tmp_path / "adapter" / "weights").read_text() == "old"
+    write("new")
+    assert (tmp_path / "adapter" / "weights").read_text() == "new"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["adapter", "other"]

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.schedule.model import Machine, Problem, simulate
 from benchmarks.schedule.sweep import KERNELS, default_schedule
-from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, choose_config, ladder_for, makes_s_beside
+from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, TileConfig, choose_config, fuses_shrink, table_for
 
 
 def choose(direction="forward", m=8192, n=4096, k=4096, r=16, arch=90, element_size=2, aligned=True) -> TileConfig:
@@ -17,10 +17,10 @@ def choose(direction="forward", m=8192, n=4096, k=4096, r=16, arch=90, element_s
 @pytest.mark.parametrize("element_size, aligned", ((2, True), (2, False), (4, True)))
 @pytest.mark.parametrize("arch", (80, 86, 90, 100, 120))
 @pytest.mark.parametrize("m", (1, 100, 2048, 8192))
-def test_a_choice_is_a_tile_of_its_ladder(m, arch, element_size, aligned, r):
+def test_a_choice_is_a_tile_of_its_table(m, arch, element_size, aligned, r):
     chosen = choose(m=m, r=r, arch=arch, element_size=element_size, aligned=aligned)
-    ladder = LADDERS[ladder_for(arch, r, element_size, aligned)]
-    assert dataclasses.replace(chosen, fused=ladder[0].fused) in ladder
+    table = TILE_TABLES[table_for(arch, r, element_size, aligned)]
+    assert dataclasses.replace(chosen, fused=table[0].fused) in table
 
 
 def test_columns_are_those_of_the_direction():
@@ -29,16 +29,16 @@ def test_columns_are_those_of_the_direction():
     assert forward.block_m * forward.block_n < backward.block_m * backward.block_n
 
 
-def test_large_layers_make_s_beside_their_tiles_and_small_ones_alone():
+def test_large_layers_fuse_the_shrink_and_small_ones_have_it_separate():
     """S then costs no pass over rows that are too many for the last cache, nor a wait where a launch is short."""
     assert choose(m=16384, r=16).fused and choose(m=16384, n=14336, r=64).fused
     assert not choose(m=512, r=16).fused and not choose(m=8192, r=64).fused
     assert not choose(m=16384, n=14336, r=FUSED_RANK + 1).fused
-    assert choose(m=16, element_size=4).fused  # the tile that would make S alone spills
+    assert choose(m=16, element_size=4).fused  # a separate tile of S spills
 
 
 @pytest.mark.parametrize(
-    "rank, block_n, waves, beside",
+    "rank, block_n, waves, fused",
     (
         (16, 256, 8, False),
         (16, 256, 9, True),
@@ -48,9 +48,9 @@ def test_large_layers_make_s_beside_their_tiles_and_small_ones_alone():
         (64, 64, 66, False),
     ),
 )
-def test_the_wait_for_s_is_a_small_part_of_the_launch(rank, block_n, waves, beside):
+def test_the_wait_for_s_is_a_small_part_of_the_launch(rank, block_n, waves, fused):
     """It is the share of S's columns in a tile, once a launch; part of a wave counts as one."""
-    assert makes_s_beside(rank, block_n, (waves - 1) * 132 + 1, 132) == beside
+    assert fuses_shrink(rank, block_n, (waves - 1) * 132 + 1, 132) == fused
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -2,28 +2,30 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks import cuda_resources
-from benchmarks.schedule import queue_order
 from fastlora.backends import workspace
+from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Aligned, LaunchSpec, Sizes
 
-SIZES = dict(backward=False, half=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)
-needs_extension = pytest.mark.skipif(cuda._extension()[0] is None, reason=f"{cuda._extension()[1]}")
+needs_extension = pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
 
 
 def spec(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, direction="forward", **changes) -> LaunchSpec:
     return LaunchSpec(direction, Sizes(m, n, k, r), dtype, (dtype, dtype), torch.device("cuda", 0), **changes)
 
 
+@needs_extension
 @pytest.mark.parametrize(
     "changes, reason",
     (
@@ -40,6 +42,7 @@ def test_refusals_name_their_reason(changes, reason):
     assert reason in cuda.why_not_compiled(spec(**changes))
 
 
+@needs_extension
 def test_tensors_elsewhere_are_refused(monkeypatch):
     """Where there is a GPU: a launch would take a CPU tensor's address for one of the GPU's."""
     monkeypatch.setattr(cuda, "unusable", lambda device=None: None)
@@ -48,11 +51,11 @@ def test_tensors_elsewhere_are_refused(monkeypatch):
     assert cuda.why_unsupported(on_cpu) == "the tensors are on cpu"
 
 
-def test_each_device_is_asked_for_its_own_capability(monkeypatch):
+@needs_extension
+def test_each_device_has_its_own_capability(monkeypatch):
     """Two GPUs of a machine need not be alike."""
     capabilities = {torch.device("cuda", 0): (8, 0), torch.device("cuda", 1): (9, 0)}
-    extension = type("Extension", (), {"device_count": staticmethod(lambda: 2)})
-    monkeypatch.setattr(cuda, "_extension", lambda: (extension, None))
+    monkeypatch.setattr(extension, "load", lambda: (SimpleNamespace(device_count=lambda: 2), None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
     cuda.unusable.cache_clear()
@@ -76,6 +79,7 @@ def test_slices_for_captured_launches_are_aligned_and_apart(monkeypatch):
     assert len(alone) >= 2000 and not alone.any() and workspace._held_by_graphs == [*slices, alone]
 
 
+@needs_extension
 def test_nothing_is_refused_without_a_reason():
     assert cuda.why_not_compiled(spec()) is None
     assert cuda.why_not_compiled(spec(dtype=torch.float16, r=256, m=1)) is None
@@ -86,141 +90,80 @@ def test_without_a_device_the_backend_says_so():
     assert cuda.why_unsupported(spec())
 
 
-@pytest.mark.parametrize("n_sms", (1, 132))
-@pytest.mark.parametrize("m", (1, 16, 64, 128, 512, 2048, 8192, 16384))
-@pytest.mark.parametrize("n, k", ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8, 8), (1024, 1024)))
-@pytest.mark.parametrize("r", (8, 64, 72, 256))
-def test_every_choice_of_tile_can_be_launched(m, n, k, r, n_sms):
-    tile = cuda.choose_tile(m, n, k, r, n_sms)
-    assert tile.splits <= -(-k // cuda.STEP)
-    if r > cuda.SMALL_TILE_RANK:
-        assert tile == (cuda.SHORT_WIDE_TILE if m <= 2048 else cuda.WIDE_TILE) and not tile.fused
+@needs_extension
+@pytest.mark.parametrize("dropout", (False, True))
+@pytest.mark.parametrize("backward", (False, True))
+@pytest.mark.parametrize("n, k", ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8, 8)))
+@pytest.mark.parametrize("r", (8, 24, 64, 72, 256))
+def test_every_choice_of_tile_can_be_launched(n, k, r, backward, dropout):
+    """By a plan, which refuses what no kernel can do: a tile without a kernel, splits, a fused S."""
+    for m in (1, 64, 128, 512, 2048, 16384):
+        for n_sms in (1, 132):
+            tile = tiles.choose_tile(m, n, k, r, n_sms, dropout=dropout, backward=backward)
+            extension.loaded().Plan(
+                backward=backward, fp16=False, dropout=dropout, m=m, n=n, k=k, r=r, ctas=n_sms, **vars(tile)
+            )
 
 
+@needs_extension
+def test_s_is_fused_only_where_the_kernel_can():
+    """At rank 64 the forward with dropout has no registers for both accumulators; its backward has."""
+    layer = (16384, 14336, 4096, 64, 132)
+    assert tiles.choose_tile(*layer).fused and tiles.choose_tile(*layer, dropout=True, backward=True).fused
+    assert not tiles.choose_tile(*layer, dropout=True).fused
+    assert tiles.choose_tile(16384, 14336, 4096, 32, 132, dropout=True).fused
+
+
+@needs_extension
 def test_choices_of_tile():
     """Large problems take the large tile; few rows take a small one, enough of them to busy the chip's memory."""
-    for large in ((16384, 4096, 4096, 16), (16384, 14336, 4096, 64)):
-        assert cuda.choose_tile(*large, 132) == replace(cuda.WIDE_TILE, fused=True)
+    large, short = tiles.CudaTile(128, 256, group_m=16), tiles.CudaTile(128, 256, group_m=8)
+    for layer in ((16384, 4096, 4096, 16), (16384, 14336, 4096, 64)):
+        assert tiles.choose_tile(*layer, 132) == replace(large, fused=True)
     # In few waves a wait for S would be felt.
-    assert cuda.choose_tile(8192, 4096, 4096, 16, 132) == cuda.WIDE_TILE
-    assert cuda.choose_tile(2048, 4096, 4096, 16, 132) == cuda.SHORT_WIDE_TILE
-    few = cuda.choose_tile(16, 4096, 4096, 16, 132)
+    assert tiles.choose_tile(8192, 4096, 4096, 16, 132) == large
+    assert tiles.choose_tile(2048, 4096, 4096, 16, 132) == short
+    assert tiles.choose_tile(64, 4096, 4096, 72, 132) == short, "only the large tile is compiled beyond rank 64"
+    few = tiles.choose_tile(16, 4096, 4096, 16, 132)
     assert few.block_m == 64 and (4096 // few.block_n) * few.splits > 100
-    assert cuda.choose_tile(128, 4096, 4096, 16, 132).splits > 1
+    assert tiles.choose_tile(128, 4096, 4096, 16, 132).splits > 1
+    with pytest.raises(ValueError, match="no CUDA kernel is compiled for rank 264"):
+        tiles.choose_tile(128, 4096, 4096, 264, 132)
 
 
 @needs_extension
-@pytest.mark.parametrize("fused", (False, True))
-@pytest.mark.parametrize("tile", ((128, 256), (128, 128)))
-@pytest.mark.parametrize("m, ctas, group_m", ((128, 2, 2), (1300, 2, 4), (4096, 8, 6), (4100, 64, 16), (9000, 132, 16)))
-def test_the_queue_is_the_modelled_one(m, ctas, group_m, tile, fused):
-    """Tile by tile what benchmarks/schedule/queue_order.py says, so that the schedule model is one of these kernels."""
-    n, k, (block_m, block_n) = 1100, 520, tile
-    n, cluster, grad_columns = n - n % 8, 2 if block_n == 256 else 1, 256 if block_n == 256 else 128
-    plan = cuda._extension()[0].Plan(
-        backward=True, half=False, dropout=False, block_m=block_m, block_n=block_n, m=m, n=n, k=k, r=16,
-        group_m=group_m, splits=1, fused=fused, ctas=ctas, makes_c=True, grad_a=True, grad_b=True, grad_bias=True,
-    )  # fmt: skip
-    rows, columns = -(-m // (block_m * cluster)), -(-n // block_n)
-    blocks_b, blocks_a = (-(-size // (grad_columns * cluster)) for size in (k, n))
-    schedule = queue_order.Schedule(group_m=-(-group_m // cluster), fused=fused)
-    expected = queue_order.build_queue(rows, columns, 1, (blocks_b, blocks_a), schedule, plan.ctas // cluster)
-
-    def as_listed(tile: queue_order.Tile) -> tuple[int, int, int, int]:
-        if tile.kind in ("dA", "dB"):
-            return tile.block, 0, 0, tile.column + (blocks_b if tile.kind == "dA" else 0)
-        return tile.block, 0 if tile.kind == "shrink" else tile.column + (not fused), 0, -1
-
-    assert [tuple(tile) for tile in plan.queue()] == [as_listed(tile) for tile in expected]
-
-
-@needs_extension
-@pytest.mark.parametrize("m, ctas", ((64, 4), (300, 4), (1500, 20)))
-def test_each_part_of_a_split_tile_is_claimed_once_and_in_order(m, ctas):
-    """The last part waits for the others, and every tile for its row's column 0: both must be claimed before."""
-    plan = cuda._extension()[0].Plan(
-        **{**SIZES, "m": m, "n": 264, "k": 520, "splits": 3, "group_m": 2, "ctas": ctas}, block_m=128, block_n=128
-    )
-    place = {tuple(tile): i for i, tile in enumerate(plan.queue())}
-    assert len(place) == len(plan.queue()) == -(-m // 128) * (3 + 1) * 3
-    for (row, column, part, _), i in place.items():
-        assert part == 0 or place[row, column, part - 1, -1] < i
-        assert column == 0 or place[row, 0, 2, -1] < i
-
-
-@needs_extension
-def test_plans_that_cannot_be_launched_say_why():
-    make = cuda._extension()[0].Plan
-    with pytest.raises(ValueError, match=r"no compiled kernel serves forward, tile 96x128, M=64 N=64 K=64 R=8"):
-        make(**SIZES, block_m=96, block_n=128)
-    with pytest.raises(ValueError, match="no compiled kernel"):
-        make(**{**SIZES, "r": 128}, block_m=64, block_n=128)
-    with pytest.raises(ValueError, match="multiples of 8"):
-        make(**{**SIZES, "k": 60}, block_m=64, block_n=128)
-    with pytest.raises(ValueError, match="splits"):
-        make(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
-
-
-def arguments(plan, **changes):
-    """Addresses that a plan of SIZES, with all gradients, can be launched with; None takes one out."""
-    matrices = {"u": 64, "v": 64, "a": 64, "b": 8, "c": 64, "x": 64, "saved": 8}
-    given = {name: (1 << 20, stride) for name, stride in matrices.items()}
-    given |= dict.fromkeys(("s", "grad_a", "grad_b", "grad_bias", "workspace"), 1 << 20)
-    if not plan.variant["backward"]:
-        given = {n: t for n, t in given.items() if n not in ("x", "saved", "grad_a", "grad_b", "grad_bias")}
-    return {name: value for name, value in {**given, **changes}.items() if value is not None}
-
-
-@needs_extension
-@pytest.mark.parametrize("backward", (False, True))
-def test_operands_that_no_kernel_can_read_are_refused(backward):
-    gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
-    plan = cuda._extension()[0].Plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
-    plan.parameters(**arguments(plan))
-    for name in arguments(plan):
-        with pytest.raises(ValueError, match=f"operand {name} is missing"):
-            plan.parameters(**arguments(plan, **{name: None}))
-    for changes, reason in (
-        ({"u": (1 << 20 | 8, 64)}, "u does not start on 16 bytes"),
-        ({"v": (1 << 20, 68)}, "v has rows of 64 elements 68 apart"),
-        ({"u": (1 << 20, 0)}, "they must not overlap"),
-        ({"u": (1 << 20, 56)}, "they must not overlap"),
-        ({"s": 1 << 20 | 4}, "s does not start on 16 bytes"),
-        ({"gradient_sums": 1 << 20}, "gradient_sums is given to a launch that has no use for it"),
-        ({"tile_parts": 1 << 20}, "tile_parts is given to a launch that has no use for it"),
-        ({"seed_address": 1 << 20}, "seed_address is given to a launch that has no use for it"),
-        ({"drop_threshold": 1}, "dropout is asked of a kernel without"),
-        ({"branch_scale": 2.0}, "only fp16 kernels scale the branch"),
-        ({"bias": 1 << 20} if backward else {"x": (1 << 20, 64)}, "is given to a launch that has no use for it"),
-        ({"bias": 1 << 20 | 2} if not backward else {"grad_a": 1 << 20 | 1}, "does not start on"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            plan.parameters(**arguments(plan, **changes))
-
-
-@needs_extension
-def test_a_gradient_that_is_not_made_has_no_place_to_go():
-    make = cuda._extension()[0].Plan
-    plan = make(**{**SIZES, "backward": True}, block_m=64, block_n=128)
-    with pytest.raises(ValueError, match="operand x is given"):
-        plan.parameters(**arguments(plan, grad_a=None, grad_b=None, grad_bias=None))
-    with pytest.raises(ValueError, match="a forward makes no gradients"):
-        make(**SIZES, block_m=64, block_n=128, grad_a=True)
+def test_what_is_compiled_is_what_the_list_says():
+    """csrc/variants.def, for both directions and types, with and without dropout."""
+    setup = cuda_resources.load_setup()
+    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), (\d+)\)$", (setup.CSRC / "variants.def").read_text(), re.M)
+    listed = {
+        (*map(int, line), backward, dtype, dropout)
+        for line in lines
+        for backward in (False, True)
+        for dtype in ("bfloat16", "float16")
+        for dropout in (False, True)
+    }
+    keys = ("block_m", "block_n", "rank", "backward", "dtype", "dropout")
+    assert {tuple(variant[key] for key in keys) for variant in extension.variants()} == listed
+    assert len(extension.variants()) == len(listed) == 8 * len(lines)
 
 
 @needs_extension
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
 def test_the_extension_loads_without_a_driver_and_a_launch_says_what_is_missing():
-    module = cuda._extension()[0]
+    module = extension.loaded()
     assert module.device_count() == 0
-    plan = module.Plan(**SIZES, block_m=64, block_n=128)
+    plan = module.Plan(
+        backward=False, fp16=False, dropout=False, block_m=64, block_n=128, group_m=4, splits=1, fused=False, ctas=4,
+        m=64, n=64, k=64, r=8,
+    )  # fmt: skip
     with pytest.raises(RuntimeError, match=r"no CUDA device or no driver: .*_bf16_64x128_r16 M=64 N=64 K=64 R=8"):
-        plan.launch(device=0, stream=0)
+        plan.launch(device=0, stream=0, scale_in_s=1.0)
 
 
 @needs_extension
 def test_the_extension_needs_neither_torch_nor_the_driver_library():
-    path = cuda._extension()[0].__file__
+    path = extension.loaded().__file__
     code = (
         "import importlib.util as util\n"
         f"spec = util.spec_from_file_location('_C', {path!r})\n"
@@ -229,7 +172,7 @@ def test_the_extension_needs_neither_torch_nor_the_driver_library():
         "print(len(module.variants()))"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == len(cuda._extension()[0].variants())
+    assert int(done.stdout) == len(extension.variants())
     needed = subprocess.run(["ldd", path], capture_output=True, text=True, check=True).stdout
     assert "libcuda" not in needed and "libtorch" not in needed
 

@@ -12,8 +12,9 @@ from tests.support.cuda_emulation import run_layer
 
 pytestmark = pytest.mark.skipif(cuda.unusable() is not None, reason=f"CUDA kernels: {cuda.unusable()}")
 
+LARGEST = cuda.CudaTile(128, 256, 16)
 TILES = (
-    cuda.WIDE_TILE, cuda.CudaTile(128, 256, 4, fused=True), cuda.CudaTile(128, 128, 4, 2), cuda.CudaTile(64, 128, 4, 4)
+    LARGEST, cuda.CudaTile(128, 256, 4, fused=True), cuda.CudaTile(128, 128, 4, 2), cuda.CudaTile(64, 128, 4, 4)
 )  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_small_layers(poisoned, tile, dropout_p):
 @pytest.mark.parametrize("r", (8, 32, 64, 256))
 @pytest.mark.parametrize("m, n, k", ((64, 520, 392), (1000, 1032, 2056), (4096, 1024, 4096)))
 def test_integers_are_exact(poisoned, tile, m, n, k, r):
-    if r > cuda.SMALL_TILE_RANK and tile.block_n == 128:
+    if r > 64 and tile.block_n == 128:
         pytest.skip("small tiles are compiled up to rank 64")
     case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
     results, _ = run_layer(on_device(case), tile, ctas=n_sms())
@@ -92,7 +93,7 @@ def test_streams_do_not_share_flags(poisoned):
     for _ in range(5):
         for stream in streams:
             with torch.cuda.stream(stream):
-                results.append(run_layer(case, cuda.WIDE_TILE, ctas=n_sms())[0])
+                results.append(run_layer(case, LARGEST, ctas=n_sms())[0])
     torch.cuda.synchronize()
     for each in results:
         numerics.assert_exact({name: result.cpu() for name, result in each.items()}, to_cpu(case))

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from fastlora.backends.cuda import launch as cuda
 from fastlora.philox import inverse_keep, keep_mask
 from fastlora.problem import Needs, split_scaling
-from tests.support import numerics
+from tests.support import float16_range, numerics
 from tests.support.cuda_checks import needs_kernels
 from tests.support.cuda_emulation import emulated, run_layer
 
@@ -20,7 +20,6 @@ WIDE, FUSED = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 256, 2, fused=True)
 SPLIT, SPLIT_FUSED = cuda.CudaTile(64, 128, 1, 2), cuda.CudaTile(128, 128, 1, 2, fused=True)
 TILES = (WIDE, FUSED, SPLIT, SPLIT_FUSED)
 M, N, K = 136, 144, 136
-ROUNDS_TO_INFINITY = 65520.0  # the least number that does in fp16
 # (tile, rank, scaling, dropout): every tile by a scaling above 1; every kind of scaling by some tile.
 OVERFLOWING = (
     *((tile, 8, 32.0, dropout_p) for tile in TILES for dropout_p in (0.0, 0.5)),
@@ -33,7 +32,7 @@ OVERFLOWING = (
 
 def label(value) -> str:
     if isinstance(value, cuda.CudaTile):
-        return f"{value.block_m}x{value.block_n}-{'fused' if value.fused else 'alone'}"
+        return f"{value.block_m}x{value.block_n}-{'fused' if value.fused else 'separate'}"
     return str(value)
 
 
@@ -75,8 +74,8 @@ def run(case: numerics.Case, tile: cuda.CudaTile) -> dict[str, torch.Tensor]:
 
 
 def draw_large(rank: int, scaling: float, dropout_p: float, dtype: torch.dtype = torch.float16) -> numerics.Case:
-    """X·Aᵀ and dY·B run from small integers to beyond fp16's range, in some of a row's ranks and not in others, and
-    fp32 holds every sum exactly: even rows of X are large, odd rows of dY, in steps of 1024, each in one column."""
+    """X·Aᵀ and dY·B run from small integers to beyond fp16's range, in some of a row's ranks and not in others. S is
+    exact but for its one rounding. Even rows of X are large and odd rows of dY, each in one column."""
     generator = torch.Generator().manual_seed(rank)
 
     def pick(choices: tuple[float, ...], n: int) -> torch.Tensor:
@@ -100,13 +99,11 @@ def test_fp16_overflows_where_the_composed_layer_does(poisoned, tile, rank, scal
     """A scaling within S would make it infinite at 65504 / scaling already."""
     case = draw_large(rank, scaling, dropout_p)
     results = run(case, tile)
-    assert_same(results, expected(case))
-    composed = numerics.compose(case)
-    for name in composed.keys() - {"da", "db"}:
-        assert (results[name].isfinite() | ~composed[name].isfinite()).all(), f"{name} is finite if composed"
+    float16_range.check(results, case)
+    assert_same({"s": results["s"]}, expected(case))
     s = case.x.double() @ case.lora_a.double().T
     if abs(scaling) > 1 and not dropout_p:
-        assert ((s.abs() < ROUNDS_TO_INFINITY) & ((s * scaling).abs() >= ROUNDS_TO_INFINITY)).any()
+        assert ((s.abs() < float16_range.OVERFLOW) & ((s * scaling).abs() >= float16_range.OVERFLOW)).any()
     if scaling:
         assert results["s"].isinf().any() and results["s"].isfinite().any()
 

@@ -80,7 +80,7 @@ def test_one_launch_adds_no_pass_but_those_of_the_gradients(frozen, arch, dropou
 
 def test_above_rank_64_tiles_of_their_own_make_s(frozen):
     """Then S and dS cost a pass each out of the last cache, and the counters say so."""
-    wide = next(config for config in traffic.LADDERS["ampere wide"] if config.block_n == 128)
+    wide = next(config for config in traffic.TILE_TABLES["ampere large-rank"] if config.block_n == 128)
     counted = row(traffic.count_triton(draw(0.0, r=72), 80, replace(wide, block_n=64)))
     assert claims(counted, frozen, SHAPE) == Claims(1, 2, 1, 0)
     assert claims(counted, frozen, SHAPE, "read_distinct") == Claims(0, 0, 1, 0), "memory delivers X and dY once"

@@ -9,7 +9,7 @@ import pytest
 import torch
 import triton
 
-from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, ladder_for
+from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, TileConfig, table_for
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
@@ -74,17 +74,17 @@ def assert_fits(kernel, arch: int, instruction: str) -> None:
 
 
 def shipped():
-    for arch, (name, ladder) in itertools.product(ARCHITECTURES, LADDERS.items()):
-        wide = name.endswith(" wide")
+    for arch, (name, table) in itertools.product(ARCHITECTURES, TILE_TABLES.items()):
+        large_rank = name.endswith(" large-rank")
         dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
-        aligned = not name.startswith("odd")
-        rank = 256 if wide else FUSED_RANK
-        if ladder_for(arch, rank, dtype.itemsize, aligned) != name:
+        aligned = not name.startswith("unaligned")
+        rank = 256 if large_rank else FUSED_RANK
+        if table_for(arch, rank, dtype.itemsize, aligned) != name:
             continue
-        makes_s = (False,) if wide else (True,) if dtype == torch.float32 else (True, False)  # what may be chosen
-        for config, direction, fused in itertools.product(ladder, DIRECTIONS, makes_s):
+        makes_s = (False,) if large_rank else (True,) if dtype == torch.float32 else (True, False)  # what may be chosen
+        for config, direction, fused in itertools.product(table, DIRECTIONS, makes_s):
             tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
-            label = f"sm_{arch}-{name}-{tile}-{direction}" + "-alone" * (not fused)
+            label = f"sm_{arch}-{name}-{tile}-{direction}" + "-separate" * (not fused)
             yield pytest.param(
                 arch, direction, dataclasses.replace(config, fused=fused), rank, dtype, aligned, id=label
             )
@@ -107,7 +107,7 @@ def test_shipped_configurations(monkeypatch, arch, direction, config, rank, dtyp
 @pytest.mark.parametrize("rank", [16, 5])
 def test_the_common_case(monkeypatch, arch, direction, rank):
     """No dropout, no bias; a rank whose rows TMA cannot address as well."""
-    config = LADDERS[ladder_for(arch, rank, 2, True)][0]
+    config = TILE_TABLES[table_for(arch, rank, 2, True)][0]
     kernel, launches = compile_layer(
         monkeypatch, arch, direction, config, rank=rank, dtype=torch.float16, dropout=False, bias=False
     )
@@ -119,7 +119,7 @@ def test_the_common_case(monkeypatch, arch, direction, rank):
 
 @pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
 def test_every_subset_of_gradients(monkeypatch, needs):
-    config = LADDERS["hopper"][1]
+    config = TILE_TABLES["hopper"][1]
     kernel, launches = compile_layer(
         monkeypatch, 90, "backward", config, rank=16, dtype=torch.bfloat16, dropout=False, needs=needs
     )
@@ -157,7 +157,7 @@ def test_hooks_are_given_what_can_be_stored(monkeypatch):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tf32_only_where_torch_allows_it(monkeypatch, allow_tf32, direction):
-    config = LADDERS["float32"][0]
+    config = TILE_TABLES["float32"][0]
     for allowed in (False, True):
         allow_tf32(allowed)
         kernel, _ = compile_layer(monkeypatch, 80, direction, config, rank=16, dtype=torch.float32, dropout=False)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastlora.backends import workspace
+from fastlora.backends.cuda import extension
 from fastlora.backends.cuda import launch as cuda
 from fastlora.philox import keep_mask
 from fastlora.problem import Needs, split_scaling
@@ -21,7 +22,7 @@ WIDE, MEDIUM, SMALL = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 128, 1, 2),
 
 
 def variants() -> list[dict]:
-    return [] if unavailable() else cuda._extension()[0].variants()
+    return [] if unavailable() else list(extension.variants())
 
 
 def draw_dropped_integers(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> numerics.Case:
@@ -38,7 +39,7 @@ def draw_dropped_integers(m: int, n: int, k: int, r: int, dtype: torch.dtype) ->
 
 
 # Every compiled kernel: each tile, with dropout and without, at a rank of each class. Beyond rank 64 S is always made
-# alone, and only wide tiles are compiled.
+# in separate tiles, and only the largest tile is compiled.
 EVERY_KERNEL = tuple(
     (replace(tile, fused=fused), dropout, rank)
     for tile in (WIDE, MEDIUM, SMALL)
@@ -51,14 +52,14 @@ EVERY_KERNEL = tuple(
 
 def describe(value) -> str:
     if isinstance(value, cuda.CudaTile):
-        return f"{value.block_m}x{value.block_n}-{'fused' if value.fused else 'alone'}"
+        return f"{value.block_m}x{value.block_n}-{'fused' if value.fused else 'separate'}"
     return {True: "dropout", False: "plain"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
 def check_integers(
     tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of, dtype=torch.bfloat16
 ):
-    """Row blocks, columns, steps and ranks all end in tails; several row groups make chains of the gradients' parts."""
+    """Row blocks, columns, steps and ranks all end in tails; several groups make partial sums of the gradients."""
     m = {256: 600, 128: 280}[tile.block_n] if tile.block_m == 128 else 136
     draw = draw_dropped_integers if dropout else numerics.draw_integer_case
     case = draw(m, 328, 392, rank, dtype)

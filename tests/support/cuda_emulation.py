@@ -10,10 +10,12 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions, Struct, TensorMap, load_ptx
@@ -21,7 +23,6 @@ from tests.emulator.conformance import coverage
 from tests.support import launches
 from tests.support.numerics import Case
 
-THREADS = 384
 # Residencies (of clusters), orders and moments in which asynchronous copies take effect.
 SCHEDULES = (
     LaunchOptions(seed=1, resident=1, async_policy="early"),
@@ -29,7 +30,7 @@ SCHEDULES = (
     LaunchOptions(seed=3, async_policy="random", shuffle_ctas=True),
     LaunchOptions(seed=4, async_policy="late", shuffle_ctas=True, proxy_fence="both"),
 )
-_WRITTEN = ("c", "s", "grad_a", "grad_b", "grad_bias", "gradient_sums", "tile_parts")
+_WRITTEN = ("out", "s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "split_partials")
 
 
 def tool(name: str) -> str | None:
@@ -42,13 +43,13 @@ def tool(name: str) -> str | None:
 
 def unavailable() -> str | None:
     """Why the compiled kernels cannot be tested here, or None."""
-    return cuda._extension()[1] or (None if tool("cuobjdump") else "cuobjdump is not found")
+    return extension.load()[1] or (None if tool("cuobjdump") else "cuobjdump is not found")
 
 
 @functools.cache
 def _entries() -> dict[str, str]:
     """The PTX in the library: a module for each kernel."""
-    library = cuda._extension()[0].__file__
+    library = extension.loaded().__file__
     text = subprocess.run([tool("cuobjdump"), "-ptx", library], capture_output=True, text=True, check=True).stdout
     entries = {}
     for module in re.split(r"^(?=\.version )", text, flags=re.M)[1:]:
@@ -65,12 +66,15 @@ def ptx_of(name: str) -> str:
     return _entries()[name]
 
 
-def variants_for(tile: cuda.CudaTile, dropout: bool, rank: int, half: bool = False) -> list[dict]:
-    """The two compiled kernels, forward and backward, that serve a layer: of the least rank that is enough."""
-    wanted = {"block_m": tile.block_m, "block_n": tile.block_n, "dropout": dropout, "half": half}
-    fitting = [v for v in cuda._extension()[0].variants() if v.items() >= wanted.items() and v["rank"] >= rank]
-    least = min(variant["rank"] for variant in fitting)
-    return [variant for variant in fitting if variant["rank"] == least]
+def variants_for(tile: tiles.CudaTile, dropout: bool, rank: int) -> tuple[dict, dict]:
+    """The two compiled kernels, forward and backward, that serve a layer."""
+    size = {"block_m": tile.block_m, "block_n": tile.block_n}
+    found = (
+        [kernel for kernel in tiles.kernels(rank, dropout=dropout, backward=each) if kernel.items() >= size.items()]
+        for each in (False, True)
+    )
+    (forward,), (backward,) = found
+    return forward, backward
 
 
 @functools.lru_cache(maxsize=128)
@@ -101,7 +105,7 @@ class EmulatedLaunch:
             _module(self._ptx(variant["name"])).launch(
                 variant["name"],
                 grid=plan.ctas,
-                block=THREADS,
+                block=variant["threads"],
                 cluster=(variant["cluster"], 1, 1),
                 args=[_parameters(raw, maps, {t.data_ptr(): t for t in tensors.values()})],
                 shared_bytes=variant["shared_bytes"],
@@ -124,8 +128,8 @@ def emulated(options: LaunchOptions | None = None, ptx: Callable[[str], str] = p
         cuda._launch = real
 
 
-def run_layer(case: Case, tile: cuda.CudaTile, ctas: int, needs: Needs = Needs(True, True, True, True)):  # noqa: B008
-    """Forward and backward of one layer, within ``emulated``.
+def run_layer(case: Case, tile: tiles.CudaTile, ctas: int, needs: Needs = Needs(True, True, True, True)):  # noqa: B008
+    """Forward and backward of one layer, within ``emulated``. S is fused where the tile says so and the kernel can.
 
     Returns:
         The results by name, and the forward's S.
@@ -133,9 +137,13 @@ def run_layer(case: Case, tile: cuda.CudaTile, ctas: int, needs: Needs = Needs(T
     c = case
     needs = needs._replace(dbias=needs.dbias and c.bias is not None)
     shared = (c.scaling, c.dropout_p, c.seed)
-    y, s = launches.forward(cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, tile=tile, ctas=ctas)
+    forward, backward = (
+        replace(tile, fused=tile.fused and variant["fuses"])
+        for variant in variants_for(tile, c.dropout_p > 0.0, c.lora_a.shape[0])
+    )
+    y, s = launches.forward(cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, tile=forward, ctas=ctas)
     gradients = launches.backward(
-        cuda, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, needs, tile=tile, ctas=ctas
+        cuda, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, needs, tile=backward, ctas=ctas
     )
     return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, s
 

@@ -88,12 +88,13 @@ def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[tuple[str,
 
 def triton_planted() -> list[Defect]:
     """Under every schedule."""
-    plain = ("sm_80 integers", _integers((136, 72, 80, 8), 80))
-    dropout = ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES))
-    return [
-        _with_mutant(mutant, f"{mutant.module}.py", [dropout if mutant.dropout else plain])
-        for mutant in mutants.MUTANTS
-    ]
+    checks = {
+        "integers": ("sm_80 integers", _integers((136, 72, 80, 8), 80)),
+        "dropout": ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES)),
+        "float16": ("sm_80 float16 range", functools.partial(triton.check_float16_range, -100.7, 0.0, 80)),
+        "infinities": ("sm_90 infinities", functools.partial(triton.check_infinities, 90)),
+    }
+    return [_with_mutant(mutant, f"{mutant.module}.py", [checks[mutant.shows]]) for mutant in mutants.MUTANTS]
 
 
 def triton_deletions() -> list[Defect]:
@@ -118,8 +119,8 @@ def triton_compiled() -> list[Defect]:
     defects = []
     for arch in triton.ARCHITECTURES:
         for what, sizes, check in (
-            ("S beside C", triton.BESIDE_SIZES, _integers),
-            ("S alone", triton.ALONE_SIZES, _integers),
+            ("fused shrink", triton.FUSED_SIZES, _integers),
+            ("separate shrink", triton.SEPARATE_SIZES, _integers),
             ("dropout", triton.MASKED_SIZES, _dropped),
         ):
             tests = [(str(each), check(each, arch)) for each in sizes]
@@ -243,7 +244,7 @@ def _cuda_sites() -> dict[tuple[str, str], dict[str, list[deletions.Deletion]]]:
     """For each statement that waits, fences or synchronises: its instructions, by kernel."""
     sites: dict[tuple[str, str], dict[str, list[deletions.Deletion]]] = {}
     for variant in cuda_checks.variants():
-        if variant["half"]:  # test_fp16_kernels_are_the_bf16_kernels compares them, instruction by instruction
+        if variant["dtype"] == "float16":  # test_fp16_kernels_follow_the_protocol_of_the_bf16_kernels compares them
             continue
         for deletion in deletions.find(ptx_of(variant["name"])):
             by_kernel = sites.setdefault((deletion.statement, deletion.what), {})

@@ -42,8 +42,8 @@ _RULES = tuple(
     )
 )
 _GUARD = re.compile(r"(@!?[%\w$]+\s+)?(.*)", re.S)
-_HELPERS = ("consumer.cuh", "loader.cuh")
-_PRIMITIVES = ("common.cuh", "wgmma.cuh", "sm_30_intrinsics.hpp")
+_HELPERS = ("consumer.cuh", "pipeline.cuh", "producer.cuh")
+_PRIMITIVES = ("thread.cuh", "mbarrier.cuh", "tma.cuh", "memory.cuh", "wgmma.cuh", "sm_30_intrinsics.hpp")
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,31 @@ from types import ModuleType
 import fastlora.backends.triton
 
 SOURCES = Path(fastlora.backends.triton.__file__).parent
-MODULES = ("schedule", "tiles", "launch")
+MODULES = (
+    "structs",
+    "variant",
+    "schedule",
+    "memory",
+    "row_map",
+    "base_weight",
+    "branch",
+    "epilogue",
+    "tiles",
+    "gradients",
+    "kernels",
+    "launch",
+)
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One replacement in one module, or in one line of it. ``dropout``: the defect shows only where dropout is on."""
+    """One replacement in one module, or in one line of it. ``shows``: under which check (support/defects.py)."""
 
     name: str
     module: str
     old: str
     new: str
-    dropout: bool = False
+    shows: str = "integers"
     line: int | None = None
 
     def apply(self, text: str) -> str:
@@ -41,7 +54,7 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("no wait for S", "tiles", "            wait_for(flags_ptr + row, 1)\n        _finish", "        _finish"),
+    Mutant("no wait for S", "tiles", "            wait_for(flags_ptr + row, 1)\n        first_n", "        first_n"),
     Mutant("wait for the row before", "tiles", "wait_for(flags_ptr + row, 1)", "wait_for(flags_ptr + row, 0)"),
     Mutant("relaxed release", "schedule", 'flag_ptr, 1, sem="release"', 'flag_ptr, 1, sem="relaxed"'),
     Mutant("relaxed acquire", "schedule", 'flag_ptr, 0, sem="acquire"', 'flag_ptr, 0, sem="relaxed"'),
@@ -61,77 +74,100 @@ MUTANTS = (
         'return tl.atomic_add(workspace_ptr, 1, sem="relaxed")',
         'return tl.num_programs(0) - 1 - tl.atomic_add(workspace_ptr, 1, sem="relaxed")',
     ),
-    Mutant("no wait for dS", "launch", "wait_for(flags_ptr + m, 1)", "wait_for(flags_ptr + m, 0)"),
+    Mutant("no wait for dS", "kernels", "wait_for(flags_ptr + m, 1)", "wait_for(flags_ptr + m, 0)"),
     Mutant(
-        "no wait for the part before",
-        "tiles",
-        "wait_for(count_ptr + tile, part.index)",
-        "wait_for(count_ptr + tile, 0)",
+        "no wait for the chunk before",
+        "gradients",
+        "wait_for(counts_ptr + tile, chunk.index)",
+        "wait_for(counts_ptr + tile, 0)",
     ),
-    Mutant("part not passed on", "tiles", "        publish(count_ptr + tile)\n", ""),
-    Mutant("partial sum dropped", "tiles", "acc += tl.load(partial_ptrs", "acc = tl.load(partial_ptrs"),
+    Mutant("sum not passed on", "gradients", "        publish(counts_ptr + tile)\n", ""),
+    Mutant("partial sum dropped", "gradients", "acc += tl.load(partial_ptrs", "acc = tl.load(partial_ptrs"),
     Mutant(
         "bias partial dropped",
-        "tiles",
-        "acc_sum += tl.load(column_sum.partial_ptr",
-        "acc_sum = 0 * tl.load(column_sum.partial_ptr",
+        "gradients",
+        "acc_sum += tl.load(sums.column_sum.partial_ptr",
+        "acc_sum = 0 * tl.load(sums.column_sum.partial_ptr",
     ),
     Mutant(
         "tail rows stored",
-        "tiles",
+        "epilogue",
         "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]",
         "mask = (offs_m <= shape.M)[:, None] & (offs_n < shape.N)[None, :]",
     ),
     Mutant(
         "tail columns dropped",
-        "tiles",
+        "epilogue",
         "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]",
         "mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N - 1)[None, :]",
     ),
-    Mutant("rows not clamped", "tiles", "variant.tile.block_m), M - 1)", "variant.tile.block_m), M)"),
+    Mutant("rows not clamped", "row_map", "variant.tile.block_m), M - 1)", "variant.tile.block_m), M)"),
     Mutant(
         "last step of K dropped",
         "tiles",
         "for k in range(0, shape.K, variant.tile.block_k):",
         "for k in range(0, shape.K - variant.tile.block_k, variant.tile.block_k):",
     ),
-    Mutant("S unscaled", "tiles", "acc_s *= scales.of_sum", "acc_s *= 1.0"),
+    Mutant("S unscaled", "branch", "acc_s *= scales.of_sum", "acc_s *= 1.0"),
     Mutant(
         "branch left out",
-        "tiles",
+        "branch",
         "for r in tl.range(0, shape.R, STEP_R",
         "for r in tl.range(0, 0 * shape.R, STEP_R",
     ),
-    Mutant("bias left out", "tiles", "branch += tl.load(bias_ptr", "branch += 0.0 * tl.load(bias_ptr"),
-    Mutant("dA and dB negated", "tiles", "(acc * scale).to", "(acc * -scale).to"),
     Mutant(
-        "rows of the next part counted",
-        "launch",
+        "bias left out", "epilogue", "branch += tl.load(product.bias_ptr", "branch += 0.0 * tl.load(product.bias_ptr"
+    ),
+    Mutant("dA and dB negated", "gradients", "(acc * sums.scale).to", "(acc * -sums.scale).to"),
+    Mutant(
+        "rows of the next chunk counted",
+        "row_map",
         "first_row + variant.tile.group_m * variant.tile.block_m, M)",
         "first_row + variant.tile.group_m * variant.tile.block_m + 1, M)",
     ),
     Mutant(
         "dropout counter shifted",
-        "tiles",
+        "memory",
         "offs_call = column // PER_CALL +",
         "offs_call = 1 + column // PER_CALL +",
-        dropout=True,
+        shows="dropout",
     ),
-    Mutant("dropout ignored in dA", "tiles", "            if DROPOUT:\n", "            if False:\n", dropout=True),
+    Mutant(
+        "dropout ignored in dA", "gradients", "            if DROPOUT:\n", "            if False:\n", shows="dropout"
+    ),
     Mutant(
         "dropout ignored in dX",
-        "tiles",
+        "epilogue",
         "tl.where(keep, branch * dropout.inverse_keep, 0.0)",
         "branch * dropout.inverse_keep",
-        dropout=True,
+        shows="dropout",
     ),
-    Mutant("dropout ignored in S", "tiles", "BLOCK_K), u_block, 0.0)", "BLOCK_K), u_block, u_block)", dropout=True),
+    Mutant(
+        "dropout ignored in S", "tiles", "BLOCK_K), act_block, 0.0)", "BLOCK_K), act_block, act_block)", shows="dropout"
+    ),
     Mutant(
         "kept elements unscaled in dA",
-        "launch",
-        "part, K, R, inverse_keep, dropout",
-        "part, K, R, 1.0, dropout",
-        dropout=True,
+        "kernels",
+        "scale=inverse_keep",
+        "scale=1.0",
+        shows="dropout",
+    ),
+    Mutant(
+        "an overflow of S hidden",
+        "branch",
+        'acc_s = tl.where(tl.abs(rounded) == float("inf"), rounded, acc_s) * scales.in_s',
+        "acc_s = acc_s * scales.in_s",
+        shows="float16",
+    ),
+    Mutant("S beyond the range", "branch", "* scales.in_s", "* scales.in_s * 2", shows="float16"),
+    Mutant("factor of the branch left out of Y", "epilogue", "branch *= on_branch", "branch *= 1.0", shows="float16"),
+    Mutant("factor of the branch left out of dB", "kernels", "scale_b = on_branch", "scale_b = 1.0", shows="float16"),
+    Mutant(
+        "other columns of a product in dbias",
+        "gradients",
+        "tl.where((tl.arange(0, 16) == 0)[None, :], acc_sum, 0.0)",
+        "acc_sum",
+        shows="infinities",
     ),
 )
 

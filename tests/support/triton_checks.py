@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from fastlora.backends import workspace
-from fastlora.backends.configs import FUSED_RANK, LADDERS, TileConfig, ladder_for
+from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, TileConfig, table_for
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions
-from tests.support import numerics
+from tests.support import float16_range, launches, numerics
 from tests.support.triton_emulation import emulated
 
 needs_compiler = pytest.mark.skipif(
@@ -39,10 +39,10 @@ SCHEDULES = (
 # The first has row groups before, between and after others: these read a partial sum, write one, or do both.
 # Multiples of 16, as a model's layers are, make other kernels than the rest: their loads are asynchronous copies.
 LONG = ((272, 160, 192), (208, 224, 160), (176, 192, 224))
-BESIDE_SIZES = tuple((*size, 16) for size in LONG)
-ALONE_SIZES = tuple((*size, 96) for size in LONG)
+FUSED_SIZES = tuple((*size, 16) for size in LONG)
+SEPARATE_SIZES = tuple((*size, 96) for size in LONG)
 UNEVEN_SIZES = ((264, 136, 200, 8), (264, 136, 200, 72), (130, 40, 64, 16), (97, 33, 47, 3))
-INTEGER_SIZES = (*BESIDE_SIZES, *ALONE_SIZES, *UNEVEN_SIZES)
+INTEGER_SIZES = (*FUSED_SIZES, *SEPARATE_SIZES, *UNEVEN_SIZES)
 MASKED_SIZES = tuple((*size, 16) for size in LONG)
 DROPPED_SIZES = (*MASKED_SIZES, *((139, 136, 200, r) for r in (1, 40, 200, 256)))
 
@@ -67,9 +67,9 @@ def run(
         edit_ptx = edit_ptx or str
     with device, emulated(arch, options, edit_ptx) as stats:
         forward_args = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
-        y, s = kernels.lora_forward(*forward_args, config=config)
+        y, s = launches.forward(kernels, *forward_args, config=config)
         backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
-        gradients = kernels.lora_backward(*backward_args, config=config)
+        gradients = launches.backward(kernels, *backward_args, config=config)
     assert len(stats) == 2, "one launch each way"
     assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
     return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, stats
@@ -90,19 +90,35 @@ def check_dropout(sizes, dtype, arch: int, schedules=SCHEDULES[2:4], **altered):
         numerics.assert_accurate(results, case)
 
 
+def check_float16_range(scaling: float, dropout_p: float, arch: int, **altered):
+    """Overflow in float16 where the composed layer overflows, and nowhere else."""
+    for regime in float16_range.REGIMES:
+        case = float16_range.draw(regime, scaling, 130, 48, 96, 5, dropout_p)
+        float16_range.check(run(case, SMALL[arch], arch, SCHEDULES[2], **altered)[0], case)
+
+
+def check_infinities(arch: int, **altered):
+    """Of dY in dbias. On sm_90 it is made by a product, where other columns than the sum's have infinity times zero."""
+    case = numerics.draw_case(*LONG[0], 16, torch.bfloat16)
+    case.dy[200, 3], case.dy[5, 40] = float("inf"), float("-inf")
+    dbias = run(case, SMALL[arch], arch, SCHEDULES[0], **altered)[0]["dbias"]
+    assert dbias.isinf().nonzero().flatten().tolist() == [3, 40] and not dbias.isnan().any()
+    assert dbias[3] > 0 > dbias[40]
+
+
 def shipped():
-    for arch, (name, ladder) in itertools.product(ARCHITECTURES, LADDERS.items()):
-        rank = 256 if name.endswith(" wide") else FUSED_RANK
+    for arch, (name, table) in itertools.product(ARCHITECTURES, TILE_TABLES.items()):
+        rank = 256 if name.endswith(" large-rank") else FUSED_RANK
         dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
-        aligned = not name.startswith("odd")
-        if ladder_for(arch, rank, dtype.itemsize, aligned) != name:
+        aligned = not name.startswith("unaligned")
+        if table_for(arch, rank, dtype.itemsize, aligned) != name:
             continue
         makes_s = (False,) if rank > FUSED_RANK else (True,) if dtype == torch.float32 else (True, False)
-        for (number, config), fused, uneven in itertools.product(enumerate(ladder), makes_s, (False, True)):
+        for (number, config), fused, uneven in itertools.product(enumerate(table), makes_s, (False, True)):
             if (uneven and not fused and len(makes_s) == 2) or not (uneven or aligned):
                 continue  # every tile at even sizes, and once at uneven ones
             label = f"sm_{arch}-{name}-{config.block_m}x{config.block_n}x{config.block_k}"
-            label += "-alone" * (not fused) + "-uneven" * uneven
+            label += "-separate" * (not fused) + "-uneven" * uneven
             config = dataclasses.replace(config, fused=fused)
             yield pytest.param(arch, config, rank, dtype, aligned, number + (not fused), uneven, id=label)
 

@@ -1,121 +1,45 @@
-"""The CUDA backend for Hopper: a whole LoRA layer in one launch forward and one launch backward.
-
-The only importer of the compiled extension."""
+"""The CUDA backend for Hopper: a whole LoRA layer in one launch forward and one launch backward."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastlora import philox
-from fastlora.backends.configs import makes_s_beside
+from fastlora.backends.cuda import extension
+from fastlora.backends.cuda.tiles import CudaTile, choose_tile
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
-
-MAX_RANK = 256
-SMALL_TILE_RANK = 64  # tiles smaller than 128 x 256 are compiled up to this rank
-STEP = 64  # contracted elements a step
-
-
-@dataclass(frozen=True)
-class CudaTile:
-    """How one launch is cut into tiles.
-
-    block_m, block_n: the tile of Y or dX.
-    group_m: row blocks that share a stretch of the queue, so that their rows stay in L2.
-    splits: parts that the contraction of each tile is cut into.
-    fused: whether S is made beside the first column's tiles, from what they read anyway, or by short tiles of its own
-        (which ranks above 64 always take); see fastlora.backends.configs.makes_s_beside, which choose_tile asks.
-    """
-
-    block_m: int
-    block_n: int
-    group_m: int
-    splits: int = 1
-    fused: bool = False
-
-
-# A wave of 132 tiles reads the fewest rows of both operands when it is about as high as wide. Few rows make two groups
-# all the same: the gradient tiles of the first run beside products of the second (benchmarks/results/schedule.md).
-WIDE_TILE = CudaTile(128, 256, group_m=16)
-SHORT_WIDE_TILE = replace(WIDE_TILE, group_m=8)
-SHORT_ROWS = 16 * 128
-SMALL_TILES = (CudaTile(128, 128, group_m=8), CudaTile(64, 128, group_m=8))
-SPLITS = (1, 2, 4, 8)
-
-# What choose_tile reckons with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
-_FMA_PER_CLOCK = 2048
-_SM_BYTES_PER_CLOCK = 40
-_DRAM_BYTES_PER_CLOCK = 2800  # of the whole chip
-_TILE_CLOCKS = 3000  # filling the ring, storing the last tile
-_COMBINE_BYTES_PER_CLOCK = 40
-
-
-@lru_cache(maxsize=4096)
-def choose_tile(m: int, n: int, k: int, r: int, n_sms: int) -> CudaTile:
-    """The tile for C [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest, and who
-    makes S, as makes_s_beside says."""
-    wide = SHORT_WIDE_TILE if m <= SHORT_ROWS else WIDE_TILE
-    if r > SMALL_TILE_RANK:
-        return wide
-    candidates = [wide]
-    for tile in SMALL_TILES:
-        candidates += [CudaTile(tile.block_m, tile.block_n, tile.group_m, s) for s in SPLITS if s * STEP <= k]
-    # Of equals (memory decides), the smallest: its rows past the end cost least.
-    tile = min(candidates, key=lambda tile: (_estimated_clocks(tile, m, n, k, n_sms), tile.block_m * tile.block_n))
-    n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
-    return replace(tile, fused=makes_s_beside(r, tile.block_n, n_tiles, n_sms))
-
-
-def _estimated_clocks(tile: CudaTile, m: int, n: int, k: int, n_sms: int) -> float:
-    rows, columns = -(-m // tile.block_m), -(-n // tile.block_n)
-    if tile.block_n == WIDE_TILE.block_n:
-        rows += rows % 2  # two row blocks go to a cluster, whether there are two or not
-    waves = -(-rows * columns * tile.splits // n_sms)
-    steps = -(-k // (STEP * tile.splits))
-    # Rows past the end are multiplied but not read.
-    step_bytes = (min(m, tile.block_m) + tile.block_n) * STEP * 2
-    step = max(tile.block_m * tile.block_n * STEP / _FMA_PER_CLOCK, step_bytes / _SM_BYTES_PER_CLOCK)
-    combine = (tile.splits - 1) * min(m, tile.block_m) * tile.block_n * 4 / _COMBINE_BYTES_PER_CLOCK
-    traffic = 2 * (m * k + k * n + m * n) / _DRAM_BYTES_PER_CLOCK
-    return max(waves * steps * step, traffic) + _TILE_CLOCKS + combine
-
-
-@lru_cache(maxsize=1)
-def _extension() -> tuple[ModuleType | None, str | None]:
-    try:
-        from fastlora import _C
-    except ImportError as error:
-        return None, f"the extension fastlora._C is not built ({error}); install fastlora where nvcc is found"
-    return _C, None
 
 
 @lru_cache(maxsize=64)
 def unusable(device: torch.device | None = None) -> str | None:
     """Why these kernels cannot run on a device (None: the current one), or None."""
-    module, reason = _extension()
+    module, reason = extension.load()
     if module is None:
         return reason
     if not torch.cuda.is_available():
         return "no CUDA device"
     if module.device_count() == 0:
         return "the driver is older than the CUDA runtime that the extension was built with"
-    capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):
-        return f"compiled for compute capability 9.0 (Hopper), this device has {capability[0]}.{capability[1]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    compiled = sorted({variant["arch"] for variant in extension.variants()})
+    if 10 * major + minor not in compiled:
+        names = ", ".join(f"{arch // 10}.{arch % 10}" for arch in compiled)
+        return f"compiled for compute capability {names}, this device has {major}.{minor}"
     return None
 
 
 def why_not_compiled(spec: LaunchSpec) -> str | None:
-    """Why these kernels do not compute such a call on any device, or None."""
+    """Why these kernels do not compute such a call on any device, or None. The extension must be built."""
     m, n, k, r = spec.sizes
-    if spec.dtype not in (torch.float16, torch.bfloat16):
-        return f"dtype {spec.dtype} is not float16 or bfloat16"
-    if r > MAX_RANK:
-        return f"rank {r} is above {MAX_RANK}"
+    served = [v for v in extension.variants() if getattr(torch, v["dtype"]) == spec.dtype]
+    if not served:
+        dtypes = " or ".join(sorted({variant["dtype"] for variant in extension.variants()}, reverse=True))
+        return f"dtype {spec.dtype} is not {dtypes}"
+    if r > (max_rank := max(variant["rank"] for variant in served)):
+        return f"rank {r} is above {max_rank}"
     if n % 8 or k % 8 or r % 8:
         return f"out_features {n}, in_features {k} and rank {r} must be multiples of 8"
     # Factors of another dtype are cast, and the cast is aligned.
@@ -138,20 +62,6 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     if spec.device.type != "cuda":
         return f"the tensors are on {spec.device}"
     return unusable(spec.device) or why_not_compiled(spec)
-
-
-@lru_cache(maxsize=4096)
-def _plan(
-    tile: CudaTile, ctas: int, sizes: tuple[int, int, int, int], backward: bool, half: bool, dropout: bool, **wanted
-):
-    module, reason = _extension()
-    if module is None:
-        raise RuntimeError(f"the CUDA backend cannot run: {reason}")
-    m, n, k, r = sizes
-    return module.Plan(
-        backward=backward, half=half, dropout=dropout, block_m=tile.block_m, block_n=tile.block_n, m=m, n=n, k=k, r=r,
-        group_m=tile.group_m, splits=tile.splits, fused=tile.fused, ctas=ctas, **wanted,
-    )  # fmt: skip
 
 
 @lru_cache(maxsize=64)
@@ -181,9 +91,10 @@ def _launch(plan, device: torch.device, operands: Mapping[str, Tensor | float]) 
 
 
 def _run(plan, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> None:
-    """Launches with the scratch memory that the plan asks for."""
-    scratch = {"workspace": borrow_workspace(plan.words, like.device)}
-    for name, size in (("gradient_sums", plan.gradient_floats), ("tile_parts", plan.part_floats)):
+    """Launches with the scratch memory that the plan needs."""
+    scratch = {"workspace": borrow_workspace(plan.workspace_words, like.device)}
+    sizes = {"gradient_partials": plan.gradient_partial_floats, "split_partials": plan.split_partial_floats}
+    for name, size in sizes.items():
         if size:
             scratch[name] = like.new_empty(size, dtype=torch.float32)
     _launch(plan, like.device, {n: t for n, t in {**operands, **scratch}.items() if t is not None})
@@ -192,24 +103,29 @@ def _run(plan, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> N
 def _dropout_operands(dropout_p: float, seed: Tensor | None) -> dict[str, Tensor | float]:
     if seed is None:
         return {}
-    operands = {"drop_threshold": philox.threshold(dropout_p), "inverse_keep": philox.inverse_keep(dropout_p)}
+    operands: dict[str, Tensor | float] = {
+        "drop_threshold": philox.threshold(dropout_p),
+        "inverse_keep": philox.inverse_keep(dropout_p),
+    }
     return operands | ({"seed": int(seed)} if seed.device.type == "cpu" else {"seed_address": seed.view(-1)})
 
 
 def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = None) -> Launcher:
     """What serves every call of this description. ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for
     each multiprocessor."""
-    ctas = ctas or _multiprocessors(spec.device)
     m, n, k, r = spec.sizes
-    columns, contracted = (n, k) if spec.direction == "forward" else (k, n)
-    tile = tile or choose_tile(m, columns, contracted, r, ctas)
+    backward = spec.direction == "backward"
+    out_columns, contracted = (k, n) if backward else (n, k)
+    ctas = ctas or _multiprocessors(spec.device)
+    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, dropout=spec.dropout, backward=backward)
     needs = spec.needs
-    wanted = {"makes_c": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
-    plan = _plan(
-        tile, ctas, (m, columns, contracted, r), spec.direction == "backward", spec.dtype == torch.float16,
-        spec.dropout, **(wanted if spec.direction == "backward" else {}),
+    makes = {"makes_out": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
+    plan = extension.loaded().Plan(
+        backward=backward, fp16=spec.dtype == torch.float16, dropout=spec.dropout, m=m, n=out_columns, k=contracted,
+        r=r, block_m=tile.block_m, block_n=tile.block_n, group_m=tile.group_m, splits=tile.splits,
+        fused=tile.fused and (needs.dx or not backward), ctas=ctas, **(makes if backward else {}),
     )  # fmt: skip
-    return partial(_forward if spec.direction == "forward" else _backward, spec, plan)
+    return partial(_backward if backward else _forward, spec, plan)
 
 
 def _forward(spec: LaunchSpec, plan, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
@@ -222,8 +138,8 @@ def _forward(spec: LaunchSpec, plan, operands: ForwardOperands) -> tuple[Tensor,
         plan,
         x,
         {
-            "u": x, "v": weight, "a": lora_a.to(x.dtype), "b": lora_b.to(x.dtype), "bias": bias, "c": y,
-            "s": s.view(-1), "scale_s": scales.in_s, "branch_scale": scales.on_branch,
+            "act": x, "weight": weight, "lora_a": lora_a.to(x.dtype), "lora_b": lora_b.to(x.dtype), "bias": bias,
+            "out": y, "s": s.view(-1), "scale_in_s": scales.in_s, "scale_on_branch": scales.on_branch,
             **_dropout_operands(dropout_p, seed),
         },
     )  # fmt: skip
@@ -239,7 +155,7 @@ def _backward(spec: LaunchSpec, plan, operands: BackwardOperands) -> Gradients:
     def output(needed: bool, *shape: int, dtype: torch.dtype = dy.dtype) -> Tensor | None:
         return dy.new_empty(shape, dtype=dtype) if needed else None
 
-    # Gradients leave in one type; a layer whose adapters differ in theirs has one of them cast.
+    # Both gradients are stored in one dtype; if the adapters differ in theirs, one of them is cast.
     grad_dtype = dy.dtype if lora_a.dtype == lora_b.dtype == dy.dtype else torch.float32
     dx, ds = output(needs.dx, m, k), output(needs.dx or needs.da, m * r)
     da, db = output(needs.da, r, k, dtype=grad_dtype), output(needs.db, n, r, dtype=grad_dtype)
@@ -248,9 +164,10 @@ def _backward(spec: LaunchSpec, plan, operands: BackwardOperands) -> Gradients:
         plan,
         dy,
         {
-            "u": dy, "v": weight, "a": lora_a.to(dy.dtype), "b": lora_b.to(dy.dtype), "c": dx, "s": ds, "x": x,
-            "saved": s, "grad_a": None if da is None else da.view(-1), "grad_b": None if db is None else db.view(-1),
-            "grad_bias": dbias, "scale_s": scaling, "branch_scale": split_scaling(scaling, dy.dtype).on_branch,
+            "act": dy, "weight": weight, "lora_a": lora_a.to(dy.dtype), "lora_b": lora_b.to(dy.dtype), "out": dx,
+            "s": ds, "layer_input": x, "saved_s": s, "grad_a": None if da is None else da.view(-1),
+            "grad_b": None if db is None else db.view(-1), "grad_bias": dbias, "scale_in_s": scaling,
+            "scale_on_branch": split_scaling(scaling, dy.dtype).on_branch,
             "fp32_grads": grad_dtype == torch.float32,
             **_dropout_operands(dropout_p, seed),
         },

@@ -1,15 +1,15 @@
 // Warpgroup matrix products: D[64, N] (+)= A[64, 16] * B[16, N], fp32 accumulation.
 #pragma once
-#include "common.cuh"
+#include "convert.cuh"
 
-namespace fastlora {
+namespace fastlora::sm90 {
 
 // Orders register accesses before the products that follow.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until at most kPending committed groups are in flight.
+// Returns once at most kPending committed groups are in flight.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
@@ -29,19 +29,19 @@ __device__ __forceinline__ float (&slice(float (&registers)[kAll])) [kCount] {
   return reinterpret_cast<float (&)[kCount]>(registers[kFirst]);
 }
 
-// Describes an operand in shared memory that is swizzled in spans of kSpan bytes (128, 64 or 32).
+// The descriptor of an operand in shared memory that is swizzled in spans of kSpan bytes (128, 64 or 32).
 // Contiguous along the contracted dimension: `stride` is the distance of groups of eight rows.
 // Contiguous along the other ("transposed"): `stride` is the distance of groups of eight contracted elements, `leading`
 // that of spans.
 template <int kSpan>
-__device__ __forceinline__ uint64_t operand(uint32_t address, uint32_t leading, uint32_t stride) {
+__device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
   constexpr uint64_t kMode = kSpan == 128 ? 1 : kSpan == 64 ? 2 : 3;
   static_assert(kSpan == 128 || kSpan == 64 || kSpan == 32, "no such swizzle");
   return uint64_t((address & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 | kMode << 62;
 }
 
 // Moves an operand's start; never carries out of the address field.
-__device__ __forceinline__ uint64_t advance(uint64_t operand, uint32_t bytes) { return operand + (bytes >> 4); }
+__device__ __forceinline__ uint64_t advance(uint64_t descriptor, uint32_t bytes) { return descriptor + (bytes >> 4); }
 
 #define FL_D4 "%0, %1, %2, %3"
 #define FL_D8 FL_D4 ", %4, %5, %6, %7"
@@ -98,16 +98,11 @@ __device__ __forceinline__ uint64_t advance(uint64_t operand, uint32_t bytes) { 
   if constexpr (kN == 128) FL_WGMMA_REGISTERS(128, 64, 64, 65, 66, 67, 68, 69, 70, TYPE); \
   if constexpr (kN == 256) FL_WGMMA_REGISTERS(256, 128, 128, 129, 130, 131, 132, 133, 134, TYPE)
 
-template <class Element>
-constexpr bool kIsHalf = false;
-template <>
-constexpr bool kIsHalf<__half> = true;
-
 // d = a * b, plus d if accumulate; kTransA / kTransB: the operand is contiguous along M / N, not along K.
 template <class Element, int kTransA, int kTransB, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64_t b, int accumulate) {
   constexpr int kN = kRegisters * 2;
-  if constexpr (kIsHalf<Element>) {
+  if constexpr (kIsFp16<Element>) {
     FL_SHARED("f16");
   } else {
     FL_SHARED("bf16");
@@ -118,11 +113,11 @@ __device__ __forceinline__ void wgmma(float (&d)[kRegisters], uint64_t a, uint64
 template <class Element, int kTransB, int kRegisters>
 __device__ __forceinline__ void wgmma(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b, int accumulate) {
   constexpr int kN = kRegisters * 2;
-  if constexpr (kIsHalf<Element>) {
+  if constexpr (kIsFp16<Element>) {
     FL_REGISTERS("f16");
   } else {
     FL_REGISTERS("bf16");
   }
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::sm90

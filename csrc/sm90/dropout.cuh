@@ -1,9 +1,9 @@
 // The dropout mask: Philox-4x32 with seven rounds, sixteen bits an element, one call for eight elements of a row.
 // The same bits as fastlora/philox.py.
 #pragma once
-#include "common.cuh"
+#include "ptx/thread.cuh"
 
-namespace fastlora {
+namespace fastlora::sm90 {
 
 constexpr int kElementsPerCall = 8;
 
@@ -30,15 +30,15 @@ __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t counter) {
   return make_uint4(c0, c1, c2, c3);
 }
 
-// The words of a 16 x 16 block in fragment order: words[i] covers columns 2t and 2t + 1 (t the lane's place in its
+// The words of a 16 x 16 block in fragment order: words[i] covers columns 2q and 2q + 1 (q: the lane's index in its
 // quad) of rows `row` (i even) and row + 8 (i odd), in the block's left (i < 2) and right half. Four calls serve a
-// quad: each lane makes one, then they swap words.
+// quad: each lane makes one, then the lanes exchange words.
 __device__ __forceinline__ void fragment_words(uint32_t (&words)[4], const Dropout& dropout, uint32_t row,
                                                uint32_t column) {
-  const uint32_t t = lane_id() & 3;
-  const uint64_t counter = uint64_t(row + 8 * (t & 1)) * dropout.calls_per_row + column / kElementsPerCall + (t >> 1);
+  const uint32_t q = lane_id() & 3;
+  const uint64_t counter = uint64_t(row + 8 * (q & 1)) * dropout.calls_per_row + column / kElementsPerCall + (q >> 1);
   uint4 w = philox(dropout.seed, counter);
-  const bool odd = t & 1, upper = t & 2;
+  const bool odd = q & 1, upper = q & 2;
   uint32_t first = __shfl_xor_sync(kFullMask, odd ? w.x : w.y, 1);
   uint32_t second = __shfl_xor_sync(kFullMask, odd ? w.z : w.w, 1);
   if (odd) {
@@ -66,4 +66,4 @@ __device__ __forceinline__ uint32_t drop(uint32_t packed, uint32_t word, uint32_
   return packed & (low | high);
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::sm90

@@ -20,7 +20,8 @@ _UNMERGED = (
 
 def plain_saver() -> FrameType | None:
     """The outermost call on the stack of a library's function that writes a model for ``from_pretrained``, or None."""
-    found, frame = None, sys._getframe(1)
+    found: FrameType | None = None
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name in _FUNCTIONS and _library(frame) in _LIBRARIES:
             found = frame

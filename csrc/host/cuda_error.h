@@ -1,0 +1,15 @@
+// Errors of the CUDA runtime as exceptions.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+namespace fastlora {
+
+inline void check(cudaError_t error, const std::string& what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error("fastlora: " + what + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+}  // namespace fastlora

@@ -1,0 +1,132 @@
+// From operands to a kernel's parameters.
+#include <cstddef>
+
+#include "plan.h"
+
+namespace fastlora {
+
+namespace {
+
+constexpr uintptr_t kCopyAlignment = 16;  // bytes: of what the copy engine or a float4 reads
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument("fastlora: " + what);
+}
+
+// An operand is given where the launch needs one, and nowhere else.
+void check_given(const char* name, bool given, bool needed) {
+  if (given == needed) return;
+  throw OperandNameError(std::string("fastlora: operand ") + name +
+                         (needed ? " is missing" : " is given to a launch that does not use it"));
+}
+
+void check_aligned(const char* name, uintptr_t address, uintptr_t bytes) {
+  require(address % bytes == 0, std::string(name) + " does not start on " + std::to_string(bytes) + " bytes");
+}
+
+// A matrix whose rows of `columns` elements the copy engine can address.
+void check_matrix(const char* name, const Matrix& matrix, bool needed, int64_t rows, int64_t columns) {
+  check_given(name, matrix.address, needed);
+  if (!matrix.address) return;
+  check_aligned(name, matrix.address, kCopyAlignment);
+  const bool apart = matrix.stride > 0 && (rows == 1 || matrix.stride >= columns);
+  const bool on_16_bytes = matrix.stride % int64_t(kCopyAlignment / kElementBytes) == 0;
+  require(apart && on_16_bytes && matrix.stride < int64_t(1) << 39,
+          std::string(name) + " has rows of " + std::to_string(columns) + " elements " + std::to_string(matrix.stride) +
+              " apart: they must not overlap and must start on 16 bytes");
+}
+
+void check_vector(const char* name, uintptr_t address, bool needed, uintptr_t alignment) {
+  check_given(name, address, needed);
+  check_aligned(name, address, alignment);
+}
+
+// Collects descriptions of the matrices that a kernel copies boxes of.
+class Maps {
+ public:
+  Maps(std::vector<MapSpec>& maps, bool fp16) : maps_(maps), fp16_(fp16) {}
+
+  void add(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows, int box_columns, int box_rows,
+           int swizzle) {
+    if (!matrix.address) return;
+    maps_.push_back({offset, matrix.address, uint64_t(columns), uint64_t(rows), uint64_t(matrix.stride) * kElementBytes,
+                     uint32_t(box_columns), uint32_t(box_rows), uint32_t(swizzle), fp16_});
+  }
+  void add_square(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows) {
+    add(offset, matrix, columns, rows, kBox, kBox, kSwizzleSpan);
+  }
+
+ private:
+  std::vector<MapSpec>& maps_;
+  bool fp16_;
+};
+
+}  // namespace
+
+void Plan::check_operands(const Operands& o) const {
+  const Params& p = base_;
+  const bool backward = variant_->backward, makes_s = problem_.makes_out || problem_.grad_a;
+  const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
+  check_matrix("act", o.act, true, p.m, p.k);
+  check_matrix("weight", o.weight, true, out_features, in_features);
+  check_matrix("lora_a", o.lora_a, true, p.r, in_features);
+  check_matrix("lora_b", o.lora_b, true, out_features, p.r);
+  check_matrix("out", o.out, problem_.makes_out, p.m, p.n);
+  check_matrix("layer_input", o.layer_input, problem_.grad_a, p.m, p.n);
+  check_matrix("saved_s", o.saved_s, problem_.grad_b, p.m, p.r);
+  check_vector("bias", o.bias, o.bias && !backward, kCopyAlignment);
+  check_vector("s", o.s, makes_s, kCopyAlignment);
+  const uintptr_t gradient_bytes = o.fp32_grads ? sizeof(float) : kElementBytes;
+  check_vector("grad_a", o.grad_a, problem_.grad_a, gradient_bytes);
+  check_vector("grad_b", o.grad_b, problem_.grad_b, gradient_bytes);
+  check_vector("grad_bias", o.grad_bias, problem_.grad_bias, kElementBytes);
+  check_vector("workspace", o.workspace, true, sizeof(int));
+  check_vector("gradient_partials", o.gradient_partials, gradient_partial_floats_ > 0, kCopyAlignment);
+  check_vector("split_partials", o.split_partials, split_partial_floats_ > 0, kCopyAlignment);
+  check_vector("seed_address", o.seed_address, o.seed_address && variant_->dropout, sizeof(uint64_t));
+  require(!(o.seed_address && o.seed), "the seed is given by value and by address");
+  require(variant_->dropout || (o.drop_threshold == 0 && o.inverse_keep == 1 && o.seed == 0),
+          "dropout is given to a kernel without it");
+  require(variant_->fp16 || o.scale_on_branch == 1, "only fp16 kernels scale the branch");
+}
+
+Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
+  check_operands(o);
+  Params p = base_;
+  const bool backward = variant_->backward;
+  const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
+  const int ranks = ranks_per_step(variant_->rank), rank_span = ranks * kElementBytes;
+  Maps maps(specs, variant_->fp16);
+  maps.add_square(offsetof(Params, act), o.act, p.k, p.m);
+  maps.add_square(offsetof(Params, weight), o.weight, in_features, out_features);
+  maps.add(offsetof(Params, lora_a), o.lora_a, in_features, p.r, kBox, ranks, kSwizzleSpan);
+  maps.add(offsetof(Params, lora_b), o.lora_b, p.r, out_features, ranks, kBox, rank_span);
+  maps.add(offsetof(Params, s), {o.s, p.r}, p.r, p.m, ranks, kBox, rank_span);
+  maps.add_square(offsetof(Params, out), o.out, p.n, p.m);
+  maps.add(offsetof(Params, bias), {o.bias, (p.n + 7) / 8 * 8}, p.n, 1, variant_->block_n, 1, 0);
+  maps.add_square(offsetof(Params, layer_input), o.layer_input, p.n, p.m);
+  // dbias alone: its tiles compute dB all the same and do not store it. Any matrix of M rows stands in for S.
+  const Matrix saved_s = o.saved_s.address ? o.saved_s : p.grad_b_tiles ? o.act : Matrix{};
+  maps.add(offsetof(Params, saved_s), saved_s, o.saved_s.address || p.r < p.k ? p.r : p.k, p.m, ranks, kBox, rank_span);
+
+  p.s_out = reinterpret_cast<void*>(o.s);
+  p.grad_a = reinterpret_cast<void*>(o.grad_a);
+  p.grad_b = reinterpret_cast<void*>(o.grad_b);
+  p.grad_bias = reinterpret_cast<void*>(o.grad_bias);
+  p.gradient_partials = reinterpret_cast<float*>(o.gradient_partials);
+  p.split_partials = reinterpret_cast<float*>(o.split_partials);
+  p.workspace = reinterpret_cast<int*>(o.workspace);
+  p.seed_address = reinterpret_cast<const uint64_t*>(o.seed_address);
+  p.seed = o.seed;
+  p.has_bias = o.bias != 0;
+  p.fp32_grads = o.fp32_grads;
+  // A kernel that splits the scaling multiplies by 1 / (1 - p) first; in the others S takes both factors at once.
+  p.scale_in_s = float(backward || variant_->fp16 ? o.scale_in_s : o.scale_in_s * o.inverse_keep);
+  p.inverse_keep = float(o.inverse_keep);
+  p.drop_threshold = o.drop_threshold;
+  p.scale_on_branch = float(o.scale_on_branch);
+  p.inverse_scale_on_branch = float(1 / o.scale_on_branch);
+  return p;
+}
+
+}  // namespace fastlora

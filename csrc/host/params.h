@@ -1,0 +1,57 @@
+// What a launch passes to a kernel, by value.
+//
+// Forward and dX are one computation, out[M, N] = act*weight^T + S*up^T with S[M, R] = scale * act*down^T, contracting
+// K:
+//             act   weight   down   up    out    K              N
+//   forward   X     W0       A      B     Y      in_features    out_features
+//   dX        dY    W0^T     B^T    A^T   dX     out_features   in_features
+// M, N and K below are those of the output, not of the layer. In dX, S is called dS.
+#pragma once
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "../schedule.h"
+
+namespace fastlora {
+
+// The workspace: 32-bit words, all zero before and after a launch.
+constexpr int kTicketWord = 0;  // next tile to claim
+constexpr int kExitedWord = 1;  // CTAs that have finished
+constexpr int kFlagsWord = 2;   // one for each row block: warpgroups that have stored their rows of S; then one for
+                                // each serial reduction and warpgroup: partial sums that have been stored
+
+// Matrices are copied in boxes of 64 x 64 elements of 16 bits: a box's row is one span of the widest swizzle. S and the
+// factor that expands it are copied in boxes of 64 x the ranks of a step.
+constexpr int kElementBytes = 2;
+constexpr int kBox = 64;
+constexpr int kSwizzleSpan = kBox * kElementBytes;  // bytes
+constexpr int ranks_per_step(int rank) { return rank < kBox ? rank : kBox; }
+
+struct Params {
+  CUtensorMap act, weight;            // 64 x 64 boxes
+  CUtensorMap lora_a, lora_b;         // A [R, in_features]: ranks x 64; B [out_features, R]: 64 x ranks
+  CUtensorMap s;                      // 64 x ranks boxes of the S (forward) or dS (backward) that this launch makes
+  CUtensorMap out;                    // 64 x 64
+  CUtensorMap bias;                   // 1 x block_n, forward
+  CUtensorMap layer_input, saved_s;   // backward: X in 64 x 64 boxes, the forward's S in 64 x ranks ones
+  void* s_out;                        // [M, R]
+  void *grad_a, *grad_b, *grad_bias;  // [R, in_features], [out_features, R], [out_features], or null
+  float* gradient_partials;           // fp32 partial sums of the gradient tiles
+  float* split_partials;              // fp32 partial sums of tiles whose contraction is split
+  int* workspace;
+  const uint64_t* seed_address;  // null: use `seed`
+  uint64_t seed;
+  Schedule schedule;
+  int m, n, k, r;
+  int has_bias;
+  int fused_shrink;  // column 0 makes S fused with its own tile of the output
+  int grad_b_tiles;  // a group's gradient tiles along out_features; those along in_features follow
+  int workspace_words;
+  int fp32_grads;  // dA and dB are fp32, not the operands' type
+  float scale_in_s, inverse_keep;
+  uint32_t drop_threshold;
+  float scale_on_branch, inverse_scale_on_branch;  // a power of two and its inverse; see KernelTraits::kSplitsScaling
+};
+
+}  // namespace fastlora

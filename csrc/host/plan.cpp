@@ -1,0 +1,98 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace fastlora {
+
+namespace {
+
+std::vector<Variant>& mutable_variants() {
+  static std::vector<Variant> list;
+  return list;
+}
+
+// The kernel of the least rank that is enough, or null.
+const Variant* find_variant(const Problem& problem) {
+  const Variant* best = nullptr;
+  for (const Variant& v : variants()) {
+    const bool fits = v.backward == problem.backward && v.fp16 == problem.fp16 && v.dropout == problem.dropout &&
+                      v.block_m == problem.block_m && v.block_n == problem.block_n && v.rank >= problem.r;
+    if (fits && (!best || v.rank < best->rank)) best = &v;
+  }
+  return best;
+}
+
+std::string describe_problem(const Problem& p) {
+  return std::string(p.backward ? "backward" : "forward") + ", tile " + std::to_string(p.block_m) + "x" +
+         std::to_string(p.block_n) + ", M=" + std::to_string(p.m) + " N=" + std::to_string(p.n) +
+         " K=" + std::to_string(p.k) + " R=" + std::to_string(p.r);
+}
+
+}  // namespace
+
+const std::vector<Variant>& variants() { return mutable_variants(); }
+
+Registration::Registration(const Variant& variant) { mutable_variants().push_back(variant); }
+
+Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(problem)), ctas_(problem.ctas) {
+  const auto require = [&](bool holds, const std::string& what) {
+    if (!holds) throw std::invalid_argument("fastlora: " + what + ": " + describe_problem(problem));
+  };
+  const auto [m, n, k, r] = std::array{problem.m, problem.n, problem.k, problem.r};
+  require(variant_, "no compiled kernel serves this");
+  const Variant& variant = *variant_;
+  constexpr int64_t kLimit = (int64_t(1) << 31) - 1024;
+  require(m > 0 && n > 0 && k > 0 && r > 0 && m <= kLimit && n <= kLimit && k <= kLimit && n % 8 == 0 && k % 8 == 0 &&
+              r % 8 == 0,
+          "sizes must be positive, below 2^31, and N, K and R multiples of 8");
+  require(problem.group_m > 0 && ctas_ > 0 && problem.splits > 0 &&
+              problem.splits <= ceil_div(int(k), variant.block_k) && (problem.splits == 1 || variant.splits),
+          "bad group_m, ctas or splits");
+  require(!problem.fused || (variant.fuses && problem.makes_out), "S cannot be fused");
+  require(problem.backward || !(problem.grad_a || problem.grad_b || problem.grad_bias), "a forward makes no gradients");
+
+  const bool makes_s = problem.makes_out || problem.grad_a;
+  const int out_columns = problem.makes_out ? ceil_div(int(n), variant.block_n) : 0;
+  const int gradient_columns = variant.gradient_columns * variant.cluster;
+  Params& p = base_;
+  p.m = int(m);
+  p.n = int(n);
+  p.k = int(k);
+  p.r = int(r);
+  p.fused_shrink = problem.fused;
+  p.grad_b_tiles = problem.grad_b || problem.grad_bias ? ceil_div(int(k), gradient_columns) : 0;
+  Schedule& s = p.schedule;
+  s.rows = ceil_div(int(m), variant.block_m * variant.cluster);
+  s.columns = out_columns + (makes_s && !problem.fused);
+  s.group_m = ceil_div(problem.group_m, variant.cluster);
+  s.gradient_tiles = p.grad_b_tiles + (problem.grad_a ? ceil_div(int(n), gradient_columns) : 0);
+  s.splits = problem.splits;
+
+  const int64_t column_tiles = int64_t(s.rows) * s.columns, groups = count_groups(s);
+  const int64_t tiles = column_tiles * s.splits + groups * s.gradient_tiles;
+  require(tiles <= kLimit, "more tiles than a 32-bit ticket counts");
+  const int64_t reductions = s.gradient_tiles + (s.splits > 1 ? column_tiles : 0);
+  constexpr int kFlagsOfReduction = 2;  // one for each warpgroup that computes
+  const int64_t words = kFlagsWord + (s.rows + kFlagsOfReduction * reductions) * variant.cluster;
+  require(words <= kLimit, "more flags than a 32-bit index counts");
+  p.workspace_words = int(words);
+  gradient_partial_floats_ =
+      groups > 1 ? int64_t(s.gradient_tiles) * variant.cluster * variant.gradient_partial_floats : 0;
+  split_partial_floats_ = column_tiles * (s.splits - 1) * variant.split_partial_floats;
+  ctas_ = int(std::min<int64_t>(tiles, std::max(problem.ctas / variant.cluster, 1))) * variant.cluster;
+}
+
+std::vector<Tile> Plan::queue() const {
+  std::vector<Tile> tiles;
+  for (int ticket = 0; ticket < count_tiles(base_.schedule); ++ticket) {
+    tiles.push_back(locate(base_.schedule, ticket, ctas_ / variant_->cluster));
+  }
+  return tiles;
+}
+
+std::string Plan::describe() const {
+  return std::string(variant_->name) + " M=" + std::to_string(base_.m) + " N=" + std::to_string(base_.n) +
+         " K=" + std::to_string(base_.k) + " R=" + std::to_string(base_.r);
+}
+
+}  // namespace fastlora

@@ -1,0 +1,82 @@
+// From a problem to a kernel, its grid and its parameters. Nothing in a Plan touches a device before launch().
+#pragma once
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "params.h"
+#include "tensor_map.h"
+#include "variant.h"
+
+namespace fastlora {
+
+// What a launch computes and how it is cut into tiles; sizes are the output's, as in params.h.
+struct Problem {
+  bool backward = false, fp16 = false, dropout = false;
+  int block_m = 0, block_n = 0;
+  int64_t m = 0, n = 0, k = 0, r = 0;
+  int group_m = 0;     // row blocks of a group
+  int splits = 1;      // of the contraction of each tile
+  bool fused = false;  // S is made fused with column 0
+  int ctas = 0;        // that run at once
+  bool makes_out = true, grad_a = false, grad_b = false, grad_bias = false;
+};
+
+// A matrix of 16-bit elements in device memory; a null address stands for "not given".
+struct Matrix {
+  uintptr_t address = 0;
+  int64_t stride = 0;  // elements from row to row
+};
+
+// Everything a launch reads and writes, by its name in Params.
+struct Operands {
+  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;
+  uintptr_t bias = 0, s = 0, grad_a = 0, grad_b = 0, grad_bias = 0;
+  uintptr_t workspace = 0, gradient_partials = 0, split_partials = 0;
+  uintptr_t seed_address = 0;
+  uint64_t seed = 0;
+  double scale_in_s = 0,
+         scale_on_branch = 1;  // the scaling is their product; the latter, a power of two, is 1 but in fp16
+  double inverse_keep = 1;
+  uint32_t drop_threshold = 0;
+  bool fp32_grads = false;
+};
+
+// A needed operand is missing, or an operand is given that the launch does not use.
+struct OperandNameError : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+class Plan {
+ public:
+  // Throws std::invalid_argument if no variant fits.
+  explicit Plan(const Problem& problem);
+
+  const Variant& variant() const { return *variant_; }
+  int ctas() const { return ctas_; }
+  int64_t workspace_words() const { return base_.workspace_words; }
+  int64_t gradient_partial_floats() const { return gradient_partial_floats_; }
+  int64_t split_partial_floats() const { return split_partial_floats_; }
+
+  // The cluster's tiles in the order in which they are claimed.
+  std::vector<Tile> queue() const;
+
+  // The kernel's parameters but for its tensor maps, which `maps` describes. Throws std::invalid_argument where an
+  // operand is missing, is of no use, or lies in memory as no kernel can read it.
+  Params parameters(const Operands& operands, std::vector<MapSpec>& maps) const;
+  void launch(const Operands& operands, int device, uintptr_t stream) const;
+  std::string describe() const;
+
+ private:
+  void check_operands(const Operands& operands) const;
+
+  Problem problem_;
+  const Variant* variant_;
+  Params base_{};
+  int ctas_;
+  int64_t gradient_partial_floats_, split_partial_floats_;
+};
+
+}  // namespace fastlora

@@ -1,0 +1,100 @@
+// The driver is not linked: its one function that is needed is looked up when first used, so that the library loads on
+// a machine without a driver.
+#include "tensor_map.h"
+
+#include <cudaTypedefs.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "cuda_error.h"
+
+namespace fastlora {
+
+namespace {
+
+PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
+  static const auto function = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    check(error, "looking up cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess || !found) {
+      throw std::runtime_error("fastlora: the driver has no cuTensorMapEncodeTiled; it must support CUDA 12.0");
+    }
+    return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(found);
+  }();
+  return function;
+}
+
+std::string describe(const MapSpec& s) {
+  return std::to_string(s.rows) + " x " + std::to_string(s.columns) + " with rows of " +
+         std::to_string(s.stride_bytes) + " bytes, box " + std::to_string(s.box_rows) + " x " +
+         std::to_string(s.box_columns);
+}
+
+CUtensorMapSwizzle swizzle_of(uint32_t span_bytes) {
+  switch (span_bytes) {
+    case 128:
+      return CU_TENSOR_MAP_SWIZZLE_128B;
+    case 64:
+      return CU_TENSOR_MAP_SWIZZLE_64B;
+    case 32:
+      return CU_TENSOR_MAP_SWIZZLE_32B;
+    default:
+      return CU_TENSOR_MAP_SWIZZLE_NONE;
+  }
+}
+
+CUtensorMap encode(const MapSpec& s) {
+  CUtensorMap map;
+  const cuuint64_t sizes[2] = {s.columns, s.rows}, strides[1] = {s.stride_bytes};
+  const cuuint32_t box[2] = {s.box_columns, s.box_rows}, steps[2] = {1, 1};
+  const CUresult result =
+      encode_function()(&map, s.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
+                        reinterpret_cast<void*>(s.address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                        swizzle_of(s.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    throw std::runtime_error("fastlora: cuTensorMapEncodeTiled failed with error " + std::to_string(result) +
+                             " for a matrix " + describe(s));
+  }
+  return map;
+}
+
+struct HashSpec {
+  size_t operator()(const MapSpec& s) const {
+    uint64_t hash = s.address;
+    for (uint64_t word : {s.columns, s.rows, s.stride_bytes, uint64_t(s.box_columns) << 32 | s.box_rows,
+                          uint64_t(s.swizzle) << 1 | s.fp16}) {
+      hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
+      hash ^= hash >> 29;
+    }
+    return size_t(hash);
+  }
+};
+
+}  // namespace
+
+bool MapSpec::operator==(const MapSpec& o) const {
+  return address == o.address && columns == o.columns && rows == o.rows && stride_bytes == o.stride_bytes &&
+         box_columns == o.box_columns && box_rows == o.box_rows && swizzle == o.swizzle && fp16 == o.fp16;
+}
+
+// A map says where a matrix lies and how boxes are cut from it, all of which is its key: an entry cannot go stale.
+CUtensorMap cached_map(const MapSpec& spec) {
+  constexpr size_t kMaxEntries = 4096;
+  static std::unordered_map<MapSpec, CUtensorMap, HashSpec> cache;
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = cache.find(spec);
+  if (found != cache.end()) return found->second;
+  if (cache.size() >= kMaxEntries) cache.clear();
+  return cache.emplace(spec, encode(spec)).first->second;
+}
+
+}  // namespace fastlora

@@ -1,0 +1,25 @@
+// Descriptors of matrices of which a kernel copies boxes.
+#pragma once
+#include <cuda.h>
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastlora {
+
+// A row-major matrix of 16-bit elements, and the boxes that are cut from it.
+struct MapSpec {
+  size_t offset;  // of the map in Params
+  uintptr_t address;
+  uint64_t columns, rows, stride_bytes;
+  uint32_t box_columns, box_rows;
+  uint32_t swizzle;  // bytes of a span, or 0
+  bool fp16;
+
+  bool operator==(const MapSpec& other) const;
+};
+
+// The driver's form of it. Throws std::runtime_error if the driver refuses.
+CUtensorMap cached_map(const MapSpec& spec);
+
+}  // namespace fastlora

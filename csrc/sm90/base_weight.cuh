@@ -1,0 +1,40 @@
+// Policy: the base weight. It defines how many bytes of a stage a tile's columns occupy, how a step of them is copied
+// there, and by which descriptor the base product reads them.
+//
+// Today's one: 16-bit elements, as they lie in memory. The next one (packed 4 bit, int8 or fp8 with scales) goes here:
+// a struct with the same members, whose kConverts is true and whose convert() the consumers run between wait_stage()
+// and the base product; KernelTraits::BaseWeight names it.
+#pragma once
+#include "layout.cuh"
+
+namespace fastlora::sm90 {
+
+template <bool kBackward, int kBlockN>
+struct DenseWeight {
+  // W0 is [out_features, in_features]: dX contracts its rows, so that the operand is not contiguous along K.
+  static constexpr bool kTransposed = kBackward;
+  static constexpr bool kConverts = false;
+  static constexpr int kStageBytes = kBlockN * kSwizzleSpan;
+  static constexpr int kAdvance = kTransposed ? kAdvanceStrided<kSwizzleSpan> : kAdvanceContiguous;
+
+  // Copies columns n to n + kBlockN, contracted elements k to k + kBlockK.
+  template <class Producer>
+  __device__ __forceinline__ static void load(Producer& producer, uint32_t address, int n, int k) {
+    const CUtensorMap* map = &producer.params.weight;
+#pragma unroll
+    for (int j = 0; j < kBlockN / kBox; ++j) {
+      const uint32_t box = address + j * kBoxBytes;
+      if constexpr (kTransposed) {
+        producer.copy_to_cluster(j, box, map, n + j * kBox, k);
+      } else {
+        producer.copy_to_cluster(j, box, map, k, n + j * kBox);
+      }
+    }
+  }
+
+  __device__ __forceinline__ static uint64_t operand(uint32_t address, int column) {
+    return swizzled_operand<kSwizzleSpan>(address + column * kSwizzleSpan, kBoxBytes);
+  }
+};
+
+}  // namespace fastlora::sm90

@@ -1,0 +1,72 @@
+// Policy: the low-rank branch. It defines which boxes of the two factors a tile reads, and how a sum is scaled into S.
+//
+// Today's one: one adapter for all rows, all ranks for all columns. The next one (an adapter by row segment, several
+// stacked) goes here: a struct with the same members whose coordinates depend on the tile; KernelTraits::Branch names
+// it.
+#pragma once
+#include "layout.cuh"
+
+namespace fastlora::sm90 {
+
+template <bool kBackward, int kRank, bool kSplitsScaling>
+struct SingleAdapter {
+  static constexpr int kRankStep = ranks_per_step(kRank);
+  static constexpr int kRankSpan = kRankStep * kElementBytes;  // bytes of a row of a step's ranks
+  static constexpr int kDownBytes = kRank * kSwizzleSpan;      // of a step of the contraction
+
+  // The factor that shrinks: A [R, K], contiguous along K, or B [K, R], contiguous along the ranks.
+  static constexpr int kDownSpan = kBackward ? kRankSpan : kSwizzleSpan;
+  static constexpr int kDownAdvance = kBackward ? kAdvanceStrided<kDownSpan> : kAdvanceContiguous;
+
+  // The factor that expands: B [N, R], contiguous along the ranks, or A [R, N], contiguous along N.
+  static constexpr int kUpAdvance = kBackward ? kAdvanceStrided<kSwizzleSpan> : kAdvanceContiguous;
+
+  __device__ __forceinline__ static int rank(const Params& params) { return params.r; }
+
+  // Copies all ranks of contracted elements k to k + kBlockK; `first_box` numbers the boxes of a stage.
+  template <class Producer>
+  __device__ __forceinline__ static void load_down(Producer& producer, int first_box, uint32_t address, int k) {
+#pragma unroll
+    for (int j = 0; j < kRank / kRankStep; ++j) {
+      if constexpr (kBackward) {
+        producer.copy_to_cluster(first_box + j, address + j * kBoxBytes, &producer.params.lora_b, j * kBox, k);
+      } else {
+        producer.copy_to_cluster(first_box + j, address + j * kBoxBytes, &producer.params.lora_a, k, j * kBox);
+      }
+    }
+  }
+
+  // Copies 64 columns of a step's ranks.
+  template <class Producer>
+  __device__ __forceinline__ static void load_up(Producer& producer, int box, uint32_t address, int column, int rank) {
+    if constexpr (kBackward) {
+      producer.copy_to_cluster(box, address, &producer.params.lora_a, column, rank);
+    } else {
+      producer.copy_to_cluster(box, address, &producer.params.lora_b, rank, column);
+    }
+  }
+
+  __device__ __forceinline__ static uint64_t down_operand(uint32_t address) {
+    return swizzled_operand<kDownSpan>(address, kBoxBytes);
+  }
+
+  __device__ __forceinline__ static uint64_t up_operand(uint32_t address) {
+    return kBackward ? swizzled_operand<kSwizzleSpan>(address, kRankStep * kSwizzleSpan)
+                     : swizzled_operand<kRankSpan>(address);
+  }
+
+  // An element of S, before it is rounded, from its sum of act*down^T.
+  __device__ __forceinline__ static float scale(const Params& params, float sum) {
+    if constexpr (!kSplitsScaling) {
+      return sum * params.scale_in_s;
+    } else {
+      // S is infinite exactly where the sum itself would be in fp16, whatever its scale.
+      constexpr float kRoundsToInfinity = 65520.f;
+      float s = sum * params.inverse_keep;
+      if (fabsf(s) >= kRoundsToInfinity) s *= INFINITY;
+      return s * params.scale_in_s;
+    }
+  }
+};
+
+}  // namespace fastlora::sm90

@@ -1,0 +1,201 @@
+// The expand product, and the policy that defines what is stored of a tile: from accumulators, branch and column.
+//
+// Today's two: acc + bias, and acc + mask * branch (dX with dropout). A policy is a struct whose run() finishes a tile
+// whose base product is in the accumulators. The next one (a scale for each column) goes here; KernelTraits::Epilogue
+// names it.
+#pragma once
+#include "consumer.cuh"
+#include "ptx/tma.cuh"
+
+namespace fastlora::sm90 {
+
+// Left and right operand of an expand step; the left one is this warpgroup's rows of S.
+template <class Traits>
+struct ExpandOperands {
+  using Branch = typename Traits::Branch;
+  uint64_t left, right;
+
+  __device__ __forceinline__ ExpandOperands(const Consumer<Traits>& c, uint32_t stage, int columns) {
+    left = swizzled_operand<Branch::kRankSpan>(stage + c.warpgroup_row * kMmaM * Branch::kRankSpan);
+    right = Branch::up_operand(stage + Traits::kWeightOffset + c.warpgroup_column * columns * Branch::kRankSpan);
+  }
+};
+
+// Divides the accumulators by the branch's scale, a power of two; the epilogue multiplies what is then acc + S*up^T.
+template <class Traits>
+__device__ __forceinline__ void divide_by_branch_scale(const Consumer<Traits>& c, float (&acc)[Traits::kAccumulators]) {
+  if (c.params.scale_on_branch != 1.f) {
+#pragma unroll
+    for (int i = 0; i < Traits::kAccumulators; ++i) acc[i] *= c.params.inverse_scale_on_branch;
+  }
+}
+
+// acc += S*up^T, with S from shared memory, or from registers where `s` holds its fragments.
+template <class Traits>
+__device__ __forceinline__ void expand(Consumer<Traits>& c, float (&acc)[Traits::kAccumulators],
+                                       const uint32_t (*s)[4]) {
+  using Element = typename Traits::Element;
+  using Branch = typename Traits::Branch;
+  if constexpr (Traits::kSplitsScaling) divide_by_branch_scale(c, acc);
+#pragma unroll 1
+  for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(c.params)); r += Branch::kRankStep) {
+    const ExpandOperands<Traits> operands(c, c.wait_stage(), Traits::kColumns);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < Branch::kRankStep / kMmaK; ++i) {
+      const uint64_t right = advance(operands.right, i * Branch::kUpAdvance);
+      if (s) {
+        wgmma<Element, Traits::kBackward>(acc, s[i], right, 1);
+      } else {
+        wgmma<Element, 0, Traits::kBackward>(acc, advance(operands.left, i * kAdvanceContiguous), right, 1);
+      }
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    c.advance_stage();
+  }
+  wgmma_wait<0>();
+  c.release_in_flight_stage();
+  pin(acc);
+}
+
+// Rounds 64 columns and stores them through a staging buffer; the copy proceeds asynchronously. `value(i)` is number i
+// of the thread's values.
+template <class Traits, class Value>
+__device__ __forceinline__ void store_slice(Consumer<Traits>& c, TileInfo tile, int j, Value value) {
+  using Element = typename Traits::Element;
+  const uint32_t lane = lane_id(), block_row = c.warp * 16 + lane % 16;
+  const uint32_t staging = c.shared.staging(c.warpgroup, j % Traits::kStagingBuffers);
+  if (c.thread == 0) tma_store_wait_read<Traits::kStagingBuffers - 1>();
+  c.sync_warpgroup();
+#pragma unroll
+  for (int i = 0; i < Traits::kSliceAccumulators; i += 8) {
+    store_matrix(chunk_address(staging, block_row, i / 4 + lane / 16), pack<Element>(value(i), value(i + 1)),
+                 pack<Element>(value(i + 2), value(i + 3)), pack<Element>(value(i + 4), value(i + 5)),
+                 pack<Element>(value(i + 6), value(i + 7)));
+  }
+  fence_async_shared();
+  c.sync_warpgroup();
+  if (c.thread == 0) {
+    tma_store(&c.params.out, staging, c.first_column(tile) + j * kBox, c.first_row(tile));
+    tma_store_commit();
+  }
+}
+
+// Which of a thread's values of dX's branch dropout keeps: one bit each, 64 columns a word.
+template <class Traits>
+struct KeepBits {
+  static constexpr int kWords = Traits::kSlices, kCalls = Traits::kColumns / 16;
+  uint32_t words[kWords];
+
+  // Appends the bits of call `i`'s sixteen columns. Called kCalls times, in order, while wgmmas are in flight, whose
+  // latency hides it.
+  __device__ __forceinline__ void append(const Consumer<Traits>& c, int row, int column, int i) {
+    uint32_t bits[4];
+    fragment_words(bits, c.dropout, row, column + i * 16);
+    uint32_t fresh = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      fresh |= uint32_t(keeps_low(bits[j], c.dropout.threshold)) << (2 * j);
+      fresh |= uint32_t(keeps_high(bits[j], c.dropout.threshold)) << (2 * j + 1);
+    }
+#pragma unroll
+    for (int j = 0; j + 1 < kWords; ++j) words[j] = __funnelshift_r(words[j], words[j + 1], 8);
+    words[kWords - 1] = words[kWords - 1] >> 8 | fresh << 24;
+  }
+};
+
+// Stores acc + S*up^T + bias; the bias is zero in a backward.
+template <class Traits>
+struct BiasEpilogue {
+  __device__ __forceinline__ static void run(Consumer<Traits>& c, TileInfo tile, int slot,
+                                             float (&acc)[Traits::kAccumulators], float (&)[Traits::kExtraAccumulators],
+                                             const uint32_t (*s)[4], const KeepBits<Traits>&) {
+    expand(c, acc, s);
+#pragma unroll
+    for (int j = 0; j < Traits::kSlices; ++j) {
+      float2 bias[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        bias[i] = make_float2(0.f, 0.f);
+        if constexpr (!Traits::kBackward) {
+          const int column = c.warpgroup_column * Traits::kColumns + j * kBox + i * 8 + c.fragment_column();
+          bias[i] = unpack<typename Traits::Element>(load_shared(c.shared.bias(slot) + column * kElementBytes));
+        }
+      }
+      store_slice(c, tile, j, [&](int i) {
+        const float of_bias = i % 2 ? bias[i / 4].y : bias[i / 4].x;
+        return Traits::kSplitsScaling ? fmaf(acc[j * Traits::kSliceAccumulators + i], c.params.scale_on_branch, of_bias)
+                                      : acc[j * Traits::kSliceAccumulators + i] + of_bias;
+      });
+    }
+  }
+};
+
+// dX with dropout: stores acc + mask * (dS*A) / (1-p). Only the branch is masked, so it cannot accumulate into acc:
+// 64 columns of it at a time have accumulators of their own.
+template <class Traits>
+struct MaskedBranchEpilogue {
+  __device__ __forceinline__ static void run(Consumer<Traits>& c, TileInfo tile, int,
+                                             float (&acc)[Traits::kAccumulators],
+                                             float (&extra_acc)[Traits::kExtraAccumulators], const uint32_t (*s)[4],
+                                             const KeepBits<Traits>& keep) {
+    if constexpr (Traits::kExtraAccumulators == Traits::kSliceAccumulators) {
+      store_masked(c, tile, acc, extra_acc, s, keep);
+    } else {
+      float branch[Traits::kSliceAccumulators];
+      store_masked(c, tile, acc, branch, s, keep);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void store_masked(Consumer<Traits>& c, TileInfo tile,
+                                                      const float (&acc)[Traits::kAccumulators],
+                                                      float (&branch)[Traits::kSliceAccumulators],
+                                                      const uint32_t (*s)[4], const KeepBits<Traits>& keep) {
+    using Element = typename Traits::Element;
+    using Branch = typename Traits::Branch;
+    uint32_t stage = Traits::kFuses ? c.wait_stage() : 0;
+#pragma unroll
+    for (int j = 0; j < Traits::kSlices; ++j) {
+#pragma unroll 1
+      for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(c.params)); r += Branch::kRankStep) {
+        if (!Traits::kFuses) stage = c.wait_stage();
+        const ExpandOperands<Traits> operands(c, stage, Traits::kFuses ? Traits::kColumns : kBox);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < Branch::kRankStep / kMmaK; ++i) {
+          const int right_offset = (Traits::kFuses ? j * kBox * Branch::kRankSpan : 0) + i * Branch::kUpAdvance;
+          const uint64_t right = advance(operands.right, right_offset);
+          if (s) {
+            wgmma<Element, 1>(branch, s[i], right, r > 0 || i > 0);
+          } else {
+            wgmma<Element, 0, 1>(branch, advance(operands.left, i * kAdvanceContiguous), right, r > 0 || i > 0);
+          }
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+        pin(branch);
+        if (!Traits::kFuses || j == Traits::kSlices - 1) {
+          c.advance_stage();
+          c.release_in_flight_stage();
+        }
+      }
+      store_slice(c, tile, j, [&](int i) {
+        const float kept = keep.words[j] >> i & 1 ? branch[i] : 0.f;
+        return fmaf(kept, c.params.inverse_keep, acc[j * Traits::kSliceAccumulators + i]);
+      });
+    }
+  }
+};
+
+// Finishes a tile of the output whose base product is in acc. `s`: the fragments of S, or null if it is in memory.
+template <class Traits>
+__device__ __forceinline__ void finish_tile(Consumer<Traits>& c, TileInfo tile, int slot,
+                                            float (&acc)[Traits::kAccumulators],
+                                            float (&extra_acc)[Traits::kExtraAccumulators], const uint32_t (*s)[4],
+                                            const KeepBits<Traits>& keep) {
+  Traits::Epilogue::run(c, tile, slot, acc, extra_acc, s, keep);
+}
+
+}  // namespace fastlora::sm90

@@ -1,0 +1,113 @@
+// The kernel: one producer warpgroup, two consumer warpgroups, tiles until the queue is empty.
+#pragma once
+#include "../host/variant.h"
+#include "gradient.cuh"
+#include "producer.cuh"
+#include "product.cuh"
+
+namespace fastlora::sm90 {
+
+template <class Traits>
+__device__ __forceinline__ void consume(const Params& params, SharedMemory<Traits> shared) {
+  Consumer<Traits> consumer(params, shared);
+  // Declared once for all tiles: the assembler gives accumulators of separate variables separate registers.
+  float acc[Traits::kAccumulators], extra_acc[Traits::kExtraAccumulators];
+#pragma unroll
+  for (float& value : acc) value = 0.f;
+#pragma unroll
+  for (float& value : extra_acc) value = 0.f;
+  for (int i = 0;; ++i) {
+    const int slot = i & 1;
+    const TileInfo tile = own_tile<Traits>(wait_tile(shared, i));
+    if (tile.kind == kExit) break;
+    if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+      if constexpr (Traits::kBackward) compute_gradient_tile(consumer, tile, acc, extra_acc);
+    } else {
+      compute_output_tile(consumer, tile, slot, acc, extra_acc);
+    }
+    __syncwarp();  // every lane has read the slot
+    if (lane_id() == 0) release_tile(shared, slot);
+  }
+  if (consumer.thread == 0) tma_store_wait_all();
+}
+
+// The last CTA to exit zeroes the workspace: the next launch finds it as this one did, without a memset.
+__device__ __forceinline__ void reset_workspace(const Params& params, uint32_t shared_word) {
+  if (threadIdx.x == 0) {
+    store_shared(shared_word, fetch_add_acq_rel(params.workspace + kExitedWord, 1) == gridDim.x - 1);
+  }
+  __syncthreads();
+  if (load_shared(shared_word)) {
+    for (int i = threadIdx.x; i < params.workspace_words; i += kThreads) params.workspace[i] = 0;
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void sync_cluster() {
+  if constexpr (Traits::kCluster == 1) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+}
+
+template <class Traits>
+__device__ __forceinline__ void run(const Params& params) {
+  extern __shared__ __align__(kSwizzleRows * kSwizzleSpan) unsigned char memory[];
+  const SharedMemory<Traits> shared = {shared_address(memory)};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < 2; ++i) {
+      mbarrier_init(shared.tile_full(i), 1);
+      // All consumer warps and the other CTAs' producers arrive.
+      mbarrier_init(shared.tile_empty(i), Traits::kCluster * (kConsumerWarps + 1) - 1);
+    }
+    for (int i = 0; i < Traits::kStages; ++i) {
+      mbarrier_init(shared.stage_full(i), 1);
+      mbarrier_init(shared.stage_empty(i), Traits::kCluster * kConsumerWarps);
+    }
+    fence_barrier_init();
+  }
+  if (!Traits::kBackward && !params.has_bias) {  // zeros in its place: the epilogue adds what is there
+    for (int i = threadIdx.x; i < 2 * Traits::kBiasBytes / 4; i += kThreads) store_shared(shared.bias(0) + i * 4, 0);
+  }
+  if (Traits::kBackward && threadIdx.x < Traits::kOnesBytes / 4) {
+    store_shared(shared.ones() + threadIdx.x * 4, pack<typename Traits::Element>(1.f, 1.f));
+    fence_async_shared();
+  }
+  sync_cluster<Traits>();
+  if (warp_id() < kWarpgroupWarps) {
+    shrink_registers<kProducerRegisters>();
+    if (threadIdx.x == 0) Producer<Traits>(params, shared).run();
+  } else {
+    grow_registers<kConsumerRegisters>();
+    consume<Traits>(params, shared);
+  }
+  sync_cluster<Traits>();  // no CTA exits while another may still signal its barriers
+  reset_workspace(params, shared.tile(0));
+}
+
+template <class Traits>
+Variant variant_of(const char* name, const void* kernel) {
+  Variant v{};
+  v.name = name;
+  v.kernel = kernel;
+  v.arch = 90;
+  v.backward = Traits::kBackward;
+  v.fp16 = kIsFp16<typename Traits::Element>;
+  v.dropout = Traits::kDropout;
+  v.splits = Traits::kSplits;
+  v.fuses = Traits::kFuses;
+  v.cluster = Traits::kCluster;
+  v.threads = kThreads;
+  v.block_m = Traits::kBlockM;
+  v.block_n = Traits::kBlockN;
+  v.block_k = kBlockK;
+  v.rank = Traits::kRank;
+  v.shared_bytes = Traits::kSharedBytes;
+  v.gradient_columns = Traits::kGradColumns;
+  v.split_partial_floats = kConsumerWarpgroups * kWarpgroupThreads * Traits::kSplitPartials;
+  v.gradient_partial_floats = kConsumerWarpgroups * kWarpgroupThreads * Traits::kGradPartials;
+  return v;
+}
+
+}  // namespace fastlora::sm90

@@ -1,0 +1,29 @@
+// The kernels of one direction, element type and tile; setup.py compiles this file once for each:
+//   -DFASTLORA_DIRECTION=forward|backward -DFASTLORA_ELEMENT=bf16|fp16 -DFASTLORA_TILE_128x256
+#include "kernel.cuh"
+
+namespace fastlora::sm90 {
+using bf16 = __nv_bfloat16;
+using fp16 = __half;
+[[maybe_unused]] constexpr bool forward = false, backward = true;
+}  // namespace fastlora::sm90
+
+// A kernel by its own name, so that profiles, disassembly and tests can tell variants apart.
+#define FL_KERNEL(NAME, ...)                                                                                 \
+  extern "C" __global__ void __cluster_dims__(fastlora::sm90::KernelTraits<__VA_ARGS__>::kCluster, 1, 1)     \
+      __launch_bounds__(fastlora::sm90::kThreads, 1) NAME(const __grid_constant__ fastlora::Params params) { \
+    fastlora::sm90::run<fastlora::sm90::KernelTraits<__VA_ARGS__>>(params);                                  \
+  }                                                                                                          \
+  static const fastlora::Registration NAME##_registration(                                                   \
+      fastlora::sm90::variant_of<fastlora::sm90::KernelTraits<__VA_ARGS__>>(#NAME,                           \
+                                                                            reinterpret_cast<const void*>(&NAME)));
+#define FL_NAME(DIRECTION, ELEMENT, M, N, R) lora_sm90_##DIRECTION##_##ELEMENT##_##M##x##N##_r##R
+#define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
+#define FL_PAIR(DIRECTION, ELEMENT, M, N, R)                                                                          \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R, false) \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, \
+            R, true)
+#define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)  // expands the object's direction and element type
+
+#define FASTLORA_SM90(M, N, R) FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R)
+#include "../variants.def"

@@ -1,0 +1,201 @@
+// The producer: one thread that claims tiles, hands them to the consumers, and keeps the pipeline's stages full.
+#pragma once
+#include "pipeline.cuh"
+#include "ptx/tma.cuh"
+
+namespace fastlora::sm90 {
+
+template <class Traits>
+struct Producer {
+  using BaseWeight = typename Traits::BaseWeight;
+  using Branch = typename Traits::Branch;
+  using RowMap = typename Traits::RowMap;
+
+  const Params& params;
+  SharedMemory<Traits> shared;
+  PipelineState<Traits::kStages> pipeline;
+  int ticket;
+  uint32_t cta;  // in the cluster; CTA 0 claims tiles for all
+
+  __device__ __forceinline__ Producer(const Params& kernel_params, SharedMemory<Traits> shared_memory)
+      : params(kernel_params), shared(shared_memory), cta(Traits::kCluster == 1 ? 0 : cta_in_cluster()) {}
+
+  __device__ __forceinline__ int claim() { return fetch_add_relaxed(params.workspace + kTicketWord, 1); }
+
+  __device__ __forceinline__ void run() {
+    if (cta == 0) ticket = claim();
+    for (const CUtensorMap* map : {&params.act, &params.weight, &params.lora_a, &params.lora_b}) prefetch_map(map);
+    for (int i = 0;; ++i) {
+      const int slot = i & 1;
+      TileInfo tile;
+      if (cta == 0) {
+        tile = describe(count_tiles(params.schedule));
+        mbarrier_wait(shared.tile_empty(slot), (i >> 1 & 1) ^ 1);
+        publish_tile(tile, slot);
+      } else {
+        tile = wait_tile(shared, i);
+        release_tile(shared, slot);
+      }
+      if (tile.kind == kExit) return;
+      tile = own_tile<Traits>(tile);
+      if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+        if constexpr (Traits::kBackward) load_gradient(tile);
+      } else if (tile.kind == kShrinkTile) {
+        load_shrink(tile);
+      } else {
+        load_output(tile, slot);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void publish_tile(TileInfo tile, int slot) {
+    const uint4 words = make_uint4(tile.kind, tile.row, tile.column, tile.split);
+    store_shared_16(shared.tile(slot), words);
+    mbarrier_arrive(shared.tile_full(slot));
+#pragma unroll
+    for (uint32_t peer = 1; peer < Traits::kCluster; ++peer) {
+      store_peer_16(peer_address(shared.tile(slot), peer), words);
+      mbarrier_arrive_peer<true>(peer_address(shared.tile_full(slot), peer));
+    }
+  }
+
+  __device__ __forceinline__ TileInfo describe(int tiles) {
+    if (ticket >= tiles) return {kExit, 0, 0, 0};
+    const Tile tile = locate(params.schedule, ticket, gridDim.x / Traits::kCluster);
+    if (tile.gradient >= params.grad_b_tiles) return {kGradATile, tile.row, tile.gradient - params.grad_b_tiles, 0};
+    if (tile.gradient >= 0) return {kGradBTile, tile.row, tile.gradient, 0};
+    const bool fused = Traits::kFuses && params.fused_shrink;
+    if (tile.column == 0) return {fused ? kFusedTile : kShrinkTile, tile.row, 0, tile.split};
+    return {kBaseTile, tile.row, fused ? tile.column : tile.column - 1, tile.split};
+  }
+
+  // Waits for an empty stage and announces the bytes that will be copied into it.
+  __device__ __forceinline__ uint32_t open_stage(uint32_t bytes) {
+    mbarrier_wait(shared.stage_empty(pipeline.stage), pipeline.phase ^ 1);
+    mbarrier_arrive_expect(shared.stage_full(pipeline.stage), bytes);
+    return shared.stage(pipeline.stage);
+  }
+
+  __device__ __forceinline__ void copy(uint32_t address, const CUtensorMap* map, int column, int row) {
+    tma_load(address, map, column, row, shared.stage_full(pipeline.stage));
+  }
+
+  // Box number `i` of an operand that all CTAs of the cluster read: one of them loads it for all.
+  __device__ __forceinline__ void copy_to_cluster(int i, uint32_t address, const CUtensorMap* map, int column,
+                                                  int row) {
+    if constexpr (Traits::kCluster == 1) {
+      copy(address, map, column, row);
+    } else if (i % Traits::kCluster == cta) {
+      tma_load_multicast(address, map, column, row, shared.stage_full(pipeline.stage), (1 << Traits::kCluster) - 1);
+    }
+  }
+
+  // Claims the next tile while this one's last copies are in flight: early enough to hide the atomic's latency, late
+  // enough that a busy CTA does not delay a tile.
+  __device__ __forceinline__ void claim_at(int step, Steps steps, int stride = 1) {
+    const int when = steps.end - 2 * stride > steps.first ? steps.end - 2 * stride : steps.first;
+    if (cta == 0 && step >= when && step - stride < when) ticket = claim();
+  }
+
+  // Waits until the rows of S of a row block are in memory, and lets the copy engine read them.
+  __device__ __forceinline__ void wait_s(int row_block) {
+    wait_for(row_flag<Traits>(params, row_block), Traits::kWarpgroupsM);
+    fence_async_global();
+  }
+
+  __device__ __forceinline__ void load_act(uint32_t address, int m, int k) {
+#pragma unroll
+    for (int i = 0; i < Traits::kBlockM / kBox; ++i) copy(address + i * kBoxBytes, &params.act, k, m + i * kBox);
+  }
+
+  __device__ __forceinline__ void load_shrink(TileInfo tile) {
+    const Steps steps = steps_of<Traits>(params, tile.split);
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; step += Traits::kShrinkSteps) {
+      const uint32_t stage = open_stage(Traits::kShrinkSteps * (Traits::kActBytes + Traits::kDownBytes));
+#pragma unroll
+      for (int j = 0; j < Traits::kShrinkSteps; ++j) {
+        const int k = (step + j) * kBlockK;
+        load_act(stage + j * Traits::kActBytes, RowMap::first_row(tile.row), k);
+        Branch::load_down(*this, j, stage + Traits::kShrinkDownOffset + j * Traits::kDownBytes, k);
+      }
+      claim_at(step, steps, Traits::kShrinkSteps);
+      pipeline.advance();
+    }
+  }
+
+  __device__ __forceinline__ void load_output(TileInfo tile, int slot) {
+    const int m = RowMap::first_row(tile.row), n = tile.column * Traits::kBlockN;
+    const bool makes_s = Traits::kFuses && tile.kind == kFusedTile;
+    const bool expands = is_last_split<Traits>(params, tile.split);
+    const bool loads_bias = expands && params.has_bias;
+    const uint32_t bytes = Traits::kActBytes + BaseWeight::kStageBytes + (makes_s ? Traits::kDownBytes : 0);
+    const Steps steps = steps_of<Traits>(params, tile.split);
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; ++step) {
+      const bool bias_now = loads_bias && step == steps.first;
+      const uint32_t stage = open_stage(bytes + (bias_now ? Traits::kBiasBytes : 0));
+      const int k = step * kBlockK;
+      load_act(stage, m, k);
+      BaseWeight::load(*this, stage + Traits::kWeightOffset, n, k);
+      if (makes_s) Branch::load_down(*this, 0, stage + Traits::kFusedDownOffset, k);
+      if (bias_now) copy(shared.bias(slot), &params.bias, n, 0);
+      claim_at(step, steps);
+      pipeline.advance();
+    }
+    if (expands) load_expand(tile, m, n);
+  }
+
+  // One more step of the contraction for every 64 ranks: S and the expanding factor through the same stages. A fused
+  // tile has its rows of S in registers. dX's epilogue masks 64 columns of a warpgroup at a time; beyond rank 64 it
+  // also loads them so.
+  __device__ __forceinline__ void load_expand(TileInfo tile, int m, int n) {
+    const bool loads_s = tile.kind == kBaseTile;
+    constexpr bool kSliced = Traits::kBackward && Traits::kDropout && !Traits::kFuses;
+    constexpr int kBoxes = kSliced ? Traits::kWarpgroupsN : Traits::kBlockN / kBox;
+    constexpr int kBoxStride = kSliced ? Traits::kColumns : kBox;
+    constexpr int kRankBoxBytes = kBox * Branch::kRankSpan;
+    if (loads_s) wait_s(tile.row);
+#pragma unroll 1
+    for (int slice = 0; slice < (kSliced ? Traits::kColumns : kBox); slice += kBox) {
+#pragma unroll 1
+      for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(params)); r += Branch::kRankStep) {
+        const uint32_t stage = open_stage((kBoxes + (loads_s ? Traits::kWarpgroupsM : 0)) * kRankBoxBytes);
+        if (loads_s) {
+#pragma unroll
+          for (int i = 0; i < Traits::kWarpgroupsM; ++i) copy(stage + i * kRankBoxBytes, &params.s, r, m + i * kBox);
+        }
+#pragma unroll
+        for (int j = 0; j < kBoxes; ++j) {
+          const uint32_t box = stage + Traits::kWeightOffset + j * kRankBoxBytes;
+          Branch::load_up(*this, j, box, n + slice + j * kBoxStride, r);
+        }
+        pipeline.advance();
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_gradient(TileInfo tile) {
+    const bool is_a = tile.kind == kGradATile;
+    const CUtensorMap *left = is_a ? &params.layer_input : &params.act, *right = is_a ? &params.s : &params.saved_s;
+    const int column = tile.column * Traits::kGradColumns;
+    const RowRange rows = RowMap::rows_of_group(params, tile.row);
+    const Steps steps = {rows.first / kBox, ceil_div(rows.end, kBox)};
+#pragma unroll 1
+    for (int step = steps.first; step < steps.end; ++step) {
+      const int m = step * kBox;
+      if (is_a && m % Traits::kBlockM == 0) wait_s(m / Traits::kBlockM);
+      const uint32_t stage = open_stage(Traits::kGradBytes);
+#pragma unroll
+      for (int j = 0; j < Traits::kGradColumns / kBox; ++j) copy(stage + j * kBoxBytes, left, column + j * kBox, m);
+#pragma unroll
+      for (int j = 0; j < Traits::kRank / Branch::kRankStep; ++j) {
+        copy_to_cluster(j, stage + Traits::kGradRightOffset + j * kBoxBytes, right, j * kBox, m);
+      }
+      claim_at(step, steps);
+      pipeline.advance();
+    }
+  }
+};
+
+}  // namespace fastlora::sm90

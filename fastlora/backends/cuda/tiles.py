@@ -1,0 +1,99 @@
+"""Which tile a launch of the CUDA kernels takes. What is compiled comes from fastlora._C.variants()."""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from fastlora.backends.configs import fuses_shrink
+from fastlora.backends.cuda.extension import variants
+
+
+@dataclass(frozen=True)
+class CudaTile:
+    """How one launch is cut into tiles.
+
+    block_m, block_n: the tile of Y or dX.
+    group_m: row blocks of a group, which share a stretch of the queue, so that their rows stay in L2.
+    splits: of the contraction of each tile; their sums are added in order.
+    fused: whether S is made fused with the first column's tiles, from what they read anyway, or in short separate
+        tiles; see fastlora.backends.configs.fuses_shrink.
+    """
+
+    block_m: int
+    block_n: int
+    group_m: int
+    splits: int = 1
+    fused: bool = False
+
+
+SPLITS = (1, 2, 4, 8)
+SHORT_ROWS = 16 * 128
+
+# What choose_tile computes with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
+_FMA_PER_CLOCK = 2048
+_SM_BYTES_PER_CLOCK = 40
+_DRAM_BYTES_PER_CLOCK = 2800  # of the whole chip
+_TILE_CLOCKS = 3000  # filling the pipeline, storing the last tile
+_REDUCTION_BYTES_PER_CLOCK = 40
+
+
+def group_size(cluster: int, m: int) -> int:
+    """Row blocks of a group, for tiles that clusters of ``cluster`` CTAs take.
+
+    A wave of 132 of the largest tiles, those of clusters, reads the fewest rows of both operands when it is about as
+    high as wide. Few rows make two groups all the same: the gradient tiles of the first run next to products of the
+    second (benchmarks/results/schedule.md)."""
+    return 16 if cluster > 1 and m > SHORT_ROWS else 8
+
+
+@lru_cache(maxsize=4096)
+def choose_tile(
+    m: int, n: int, k: int, r: int, n_sms: int, *, dropout: bool = False, backward: bool = False
+) -> CudaTile:
+    """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
+
+    S is fused where fuses_shrink says so and the kernel of this direction, with or without dropout, can do it.
+
+    Raises:
+        RuntimeError: the extension is not built.
+        ValueError: no kernel is compiled for the rank.
+    """
+    candidates = []
+    for kernel in kernels(r, dropout=dropout, backward=backward):
+        splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
+        group_m = group_size(kernel["cluster"], m)
+        candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
+    if not candidates:
+        raise ValueError(f"no CUDA kernel is compiled for rank {r}")
+    # Of equals (memory decides), the smallest: its rows past the end cost least.
+    tile, kernel = min(
+        candidates,
+        key=lambda each: (_estimated_clocks(each[0], each[1], m, n, k, n_sms), each[0].block_m * each[0].block_n),
+    )
+    n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
+    return replace(tile, fused=kernel["fuses"] and fuses_shrink(r, tile.block_n, n_tiles, n_sms))
+
+
+def kernels(r: int, *, dropout: bool, backward: bool, dtype: str = "bfloat16") -> list[dict[str, Any]]:
+    """For each tile that is compiled for rank r, its kernel: that of the least rank that is enough."""
+    wanted = {"dropout": dropout, "backward": backward, "dtype": dtype}
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for variant in variants():
+        if variant.items() >= wanted.items() and variant["rank"] >= r:
+            tile = variant["block_m"], variant["block_n"]
+            best[tile] = min(best.get(tile, variant), variant, key=lambda each: each["rank"])
+    return list(best.values())
+
+
+def _estimated_clocks(tile: CudaTile, kernel: dict[str, Any], m: int, n: int, k: int, n_sms: int) -> float:
+    rows, columns = -(-m // tile.block_m), -(-n // tile.block_n)
+    rows += -rows % kernel["cluster"]  # a cluster takes a row block for each CTA, whether there are as many or not
+    waves = -(-rows * columns * tile.splits // n_sms)
+    block_k = kernel["block_k"]
+    steps = -(-k // (block_k * tile.splits))
+    # Rows past the end are multiplied but not read.
+    step_bytes = (min(m, tile.block_m) + tile.block_n) * block_k * 2
+    step = max(tile.block_m * tile.block_n * block_k / _FMA_PER_CLOCK, step_bytes / _SM_BYTES_PER_CLOCK)
+    reduction = (tile.splits - 1) * min(m, tile.block_m) * tile.block_n * 4 / _REDUCTION_BYTES_PER_CLOCK
+    traffic = 2 * (m * k + k * n + m * n) / _DRAM_BYTES_PER_CLOCK
+    return max(waves * steps * step, traffic) + _TILE_CLOCKS + reduction

@@ -1,0 +1,36 @@
+"""Policy: the epilogue. From the accumulator of a tile and its branch to what is stored."""
+
+import triton
+import triton.language as tl
+
+from fastlora.backends.triton.branch import expand
+from fastlora.backends.triton.memory import keep_mask
+from fastlora.backends.triton.row_map import rows_of_block
+
+
+@triton.jit
+def finish_tile(acc, product, row, first_n, shape, on_branch, dropout, variant: tl.constexpr):
+    """Adds the branch and the bias to the columns of out from ``first_n`` on and stores them. The branch of dX, which
+    dropout masks before it may be added, is made slice_n columns at a time: it needs registers of its own."""
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    MASKED: tl.constexpr = variant.dropout and not variant.forward
+    if MASKED and variant.tile.slice_n < BLOCK_N:
+        left, right = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, BLOCK_N // 2)), (0, 2, 1)))
+        finish_tile(left, product, row, first_n, shape, on_branch, dropout, variant)
+        finish_tile(right, product, row, first_n + BLOCK_N // 2, shape, on_branch, dropout, variant)
+    else:
+        offs_m = rows_of_block(row, variant)
+        offs_n = first_n + tl.arange(0, BLOCK_N)
+        branch = tl.zeros_like(acc) if MASKED else acc
+        branch = expand(branch, product, row, offs_n, shape, on_branch, variant)
+        if MASKED:
+            keep = keep_mask(dropout, offs_m, first_n, shape.N, BLOCK_N)
+            branch = acc + tl.where(keep, branch * dropout.inverse_keep, 0.0)
+        if on_branch is not None:
+            branch *= on_branch
+        # The next epilogue goes here: a factor of each column (DoRA) multiplies before the bias is added.
+        if product.bias_ptr is not None:
+            branch += tl.load(product.bias_ptr + offs_n, mask=offs_n < shape.N, other=0.0)[None, :].to(tl.float32)
+        out_ptrs = product.out.data + offs_m[:, None].to(tl.int64) * product.out.stride + offs_n[None, :]
+        mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]
+        tl.store(out_ptrs, branch.to(product.out.data.dtype.element_ty), mask=mask)

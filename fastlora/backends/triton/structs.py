@@ -1,0 +1,94 @@
+"""What the jit functions pass to each other by name: operands, sizes and factors.
+
+Triton flattens these tuples when it compiles: they cost nothing, and a field that is None is a constant."""
+
+from typing import Any, NamedTuple
+
+
+class Matrix(NamedTuple):
+    """A row-major matrix: a pointer or a TMA descriptor, and its row stride in elements."""
+
+    data: Any
+    stride: Any
+
+
+class Shape(NamedTuple):
+    """Of a product with a low-rank branch: the output is M x N, K is contracted, R is the rank."""
+
+    M: Any
+    N: Any
+    K: Any
+    R: Any
+
+
+class Product(NamedTuple):
+    """Operands of out = act·weightᵀ + s·upᵀ + bias, s = act·downᵀ, by role.
+
+    |        | forward          | dX, which contracts N: memory as the forward's |
+    |--------|------------------|-----------------------------------------------|
+    | act    | X [M, K]         | dY [M, K]                                     |
+    | weight | W0 [N, K]        | W0 [K, N]                                     |
+    | down   | A [R, K]         | B [K, R]                                      |
+    | up     | B [N, R]         | A [R, N]                                      |
+    | out    | Y [M, N]         | dX [M, N]; no data: dS alone is made          |
+    | s      | S [M, R]         | dS [M, R]                                     |
+    """
+
+    act: Matrix
+    weight: Matrix
+    down: Matrix
+    up: Matrix
+    bias_ptr: Any
+    out: Matrix
+    s: Matrix
+
+
+class BranchScales(NamedTuple):
+    """The scaling of the branch. ``of_sum`` multiplies the fp32 sums of S. The others are None but in float16, see
+    fastlora.problem.split_scaling: ``in_s`` multiplies what is in its range, and ``on_branch`` S·upᵀ; it is None where
+    it is 1."""
+
+    of_sum: Any
+    in_s: Any
+    on_branch: Any
+
+
+class Dropout(NamedTuple):
+    """Of the branch's input; see fastlora.philox."""
+
+    seed: Any
+    threshold: Any
+    inverse_keep: Any
+
+
+class Gradient(NamedTuple):
+    """A sum over rows: where its fp32 partial sums go between row chunks, where the result does, with both strides.
+    Without ``ptr`` it is not wanted."""
+
+    partial_ptr: Any
+    ptr: Any
+    stride_n: Any
+    stride_r: Any
+
+
+class RowSum(NamedTuple):
+    """Operands of product[n, r] = scale·Σ_m left[m, n]·right[m, r] and column_sum[n] = Σ_m left[m, n].
+
+    dB and dbias: left = dY [M, N], right = S. dA: left = X [M, N = in_features], right = dS, stored transposed."""
+
+    left: Matrix
+    right: Matrix
+    product: Gradient
+    column_sum: Gradient
+    scale: Any
+    N: Any
+    R: Any
+
+
+class RowChunk(NamedTuple):
+    """The rows of one step of a serial reduction: step ``index`` of ``count``."""
+
+    index: Any
+    count: Any
+    first_row: Any
+    end_row: Any

@@ -1,0 +1,55 @@
+"""What is fixed when a kernel is compiled."""
+
+import dataclasses
+
+import triton
+
+from fastlora.backends.configs import TileConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """The compile-time parameters of a kernel. Kernels take them ``as_plain``, since Triton's hooks and ``preload``
+    keep a kernel's constants as JSON. (No texts: Triton would take them for attributes of arguments.)
+
+    tile: how the product is cut.
+    block_r: the rank as tiles hold it.
+    forward: the operands lie in memory as the forward has them; else as dX does (see structs.Product).
+    fused: the tiles of column 0 make S with their product (fused shrink); else S has tiles of its own (separate).
+    dropout: the branch drops elements of x.
+    tma: act and weight are TMA descriptors, not pointers; tma_down: so is down.
+    even_k: the contracted dimension is a multiple of block_k.
+    tf32: float32 products are products of TF32.
+    wgmma: compiled for Hopper, whose products read registers while the program runs on.
+    """
+
+    tile: TileConfig
+    block_r: int
+    forward: bool
+    fused: bool
+    dropout: bool
+    tma: bool
+    tma_down: bool
+    even_k: bool
+    tf32: bool
+    wgmma: bool
+
+    @property
+    def shrink_columns(self) -> int:
+        """Columns of the queue that hold no tile of the product."""
+        return 0 if self.fused else 1
+
+    @property
+    def precision(self) -> str:
+        """tl.dot's name for it."""
+        return "tf32" if self.tf32 else "ieee"
+
+    def as_plain(self) -> tuple:
+        """The fields in their order, the tile's as a tuple within."""
+        return dataclasses.astuple(self)
+
+
+@triton.constexpr_function
+def variant_of(plain):
+    """The Variant that was made plain."""
+    return Variant(TileConfig(*plain[0]), *plain[1:])

@@ -1,0 +1,97 @@
+"""A plan of a CUDA launch refuses, by name, what no kernel can do or read."""
+
+import pytest
+
+from fastlora.backends.cuda import extension
+
+pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
+
+SIZES = dict(backward=False, fp16=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)
+_BACKWARD_ONLY = ("layer_input", "saved_s", "grad_a", "grad_b", "grad_bias")
+
+
+def test_plans_that_cannot_be_launched_say_why():
+    make = extension.loaded().Plan
+    with pytest.raises(ValueError, match=r"no compiled kernel serves forward, tile 96x128, M=64 N=64 K=64 R=8"):
+        make(**SIZES, block_m=96, block_n=128)
+    with pytest.raises(ValueError, match="no compiled kernel"):
+        make(**{**SIZES, "r": 128}, block_m=64, block_n=128)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        make(**{**SIZES, "k": 60}, block_m=64, block_n=128)
+    with pytest.raises(ValueError, match="splits"):
+        make(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
+
+
+def arguments(plan, **changes):
+    """Addresses that a plan of SIZES, with all gradients, can be launched with; None takes one out."""
+    matrices = {"act": 64, "weight": 64, "lora_a": 64, "lora_b": 8, "out": 64, "layer_input": 64, "saved_s": 8}
+    given = {name: (1 << 20, stride) for name, stride in matrices.items()}
+    given |= dict.fromkeys(("s", "grad_a", "grad_b", "grad_bias", "workspace"), 1 << 20) | {"scale_in_s": 1.5}
+    if not plan.variant["backward"]:
+        given = {n: t for n, t in given.items() if n not in _BACKWARD_ONLY}
+    return {name: value for name, value in {**given, **changes}.items() if value is not None}
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_operands_that_no_kernel_can_read_are_refused(backward):
+    gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
+    plan = extension.loaded().Plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
+    plan.parameters(**arguments(plan))
+    for name in arguments(plan):
+        with pytest.raises(TypeError, match=f"{name} is missing|misses the argument '{name}'"):
+            plan.parameters(**arguments(plan, **{name: None}))
+    unwanted = ["gradient_partials", "split_partials", "seed_address", "bias" if backward else "grad_a"]
+    for name in unwanted:
+        with pytest.raises(TypeError, match=f"operand {name} is given to a launch that does not use it"):
+            plan.parameters(**arguments(plan, **{name: 1 << 20}))
+    for changes, reason in (
+        ({"act": (1 << 20 | 8, 64)}, "act does not start on 16 bytes"),
+        ({"weight": (1 << 20, 68)}, "weight has rows of 64 elements 68 apart"),
+        ({"act": (1 << 20, 0)}, "they must not overlap"),
+        ({"act": (1 << 20, 56)}, "they must not overlap"),
+        ({"s": 1 << 20 | 4}, "s does not start on 16 bytes"),
+        ({"drop_threshold": 1}, "dropout is given to a kernel without it"),
+        ({"scale_on_branch": 2.0}, "only fp16 kernels scale the branch"),
+        ({"bias": 1 << 20 | 2} if not backward else {"grad_a": 1 << 20 | 1}, "does not start on"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plan.parameters(**arguments(plan, **changes))
+
+
+def test_a_gradient_that_is_not_made_has_no_place_to_go():
+    make = extension.loaded().Plan
+    plan = make(**{**SIZES, "backward": True}, block_m=64, block_n=128)
+    with pytest.raises(TypeError, match="operand layer_input is given"):
+        plan.parameters(**arguments(plan, grad_a=None, grad_b=None, grad_bias=None))
+    with pytest.raises(ValueError, match="a forward makes no gradients"):
+        make(**SIZES, block_m=64, block_n=128, grad_a=True)
+
+
+def test_a_fused_s_that_no_kernel_can_make_is_refused():
+    make, tile = extension.loaded().Plan, {"block_m": 128, "block_n": 256, "fused": True}
+    with pytest.raises(ValueError, match="S cannot be fused"):
+        make(**{**SIZES, "r": 64, "dropout": True, **tile})
+    with pytest.raises(ValueError, match="S cannot be fused"):
+        make(**{**SIZES, "backward": True, **tile}, makes_out=False, grad_a=True)
+
+
+@pytest.mark.parametrize("name", sorted(SIZES))
+def test_names_of_a_problem_are_checked(name):
+    make, tile = extension.loaded().Plan, {"block_m": 64, "block_n": 128}
+    with pytest.raises(TypeError, match=f"Plan.. misses the argument '{name}'"):
+        make(**{key: value for key, value in SIZES.items() if key != name}, **tile)
+    with pytest.raises(TypeError, match="Plan.. has no argument 'nonsense'"):
+        make(**SIZES, **tile, nonsense=7)
+    with pytest.raises(TypeError, match=f"Plan.. cannot take 'many' as the argument '{name}'"):
+        make(**{**SIZES, name: "many"}, **tile)
+
+
+def test_names_of_operands_are_checked():
+    plan = extension.loaded().Plan(**SIZES, block_m=64, block_n=128)
+    given = arguments(plan)
+    with pytest.raises(TypeError, match="parameters.. has no argument 'nonsense'"):
+        plan.parameters(**given, nonsense=7)
+    with pytest.raises(TypeError, match="parameters.. has no argument 'weigth'"):
+        plan.parameters(**{**given, "weigth": given.pop("weight")})
+    with pytest.raises(TypeError, match="cannot take 7 as the argument 'weight'"):
+        plan.parameters(**{**given, "weight": 7})
