@@ -52,9 +52,9 @@ def triton_unusable() -> str | None:
     if Version(triton.__version__) < Version("3.6"):
         return f"version {triton.__version__} is older than 3.6"
     if triton.knobs.runtime.interpret:
-        return None
+        return backend_module("triton").interpreter_unusable()
     if not torch.cuda.is_available():
-        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on the CPU"
+        return "no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 

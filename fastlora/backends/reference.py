@@ -45,15 +45,15 @@ def lora_forward(
     """Returns Y [M, N] and S [M, R], both in x's dtype. What ``split_scaling`` gives S of the scaling, and 1/(1-p), go
     into S before it is rounded."""
     lora_a, lora_b = _cast(lora_a, x.dtype), _cast(lora_b, x.dtype)
-    seen, kept_scale = x, 1.0
+    dropped, kept_scale = x, 1.0
     if dropout_p > 0.0:
-        seen = x.masked_fill(_drop_mask(seed, dropout_p, x.shape[0], weight), 0.0)
+        dropped = x.masked_fill(_drop_mask(seed, dropout_p, x.shape[0], weight), 0.0)
         kept_scale = inverse_keep(dropout_p)
     in_s, on_branch = split_scaling(scaling, x.dtype)
-    s = _shrink(seen, lora_a, in_s * kept_scale)
+    s = _shrink(dropped, lora_a, in_s * kept_scale)
     if x.dtype == torch.float16 and in_s != 1.0:
         # |in_s| < 1 must not hide an overflow that the composed layer has.
-        unscaled = _shrink(seen, lora_a, kept_scale)
+        unscaled = _shrink(dropped, lora_a, kept_scale)
         s = torch.where(unscaled.isinf(), unscaled * in_s, s)
     y = linear(x, weight, bias)
     y.addmm_(s, lora_b.t(), alpha=on_branch)

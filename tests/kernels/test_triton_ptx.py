@@ -9,7 +9,7 @@ import torch
 
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
-from tests.support import float16_range, numerics
+from tests.support import numerics
 from tests.support.triton_checks import (
     ARCHITECTURES,
     DROPPED_SIZES,
@@ -18,6 +18,8 @@ from tests.support.triton_checks import (
     SCHEDULES,
     SMALL,
     check_dropout,
+    check_float16_range,
+    check_infinities,
     check_integers,
     check_shipped,
     needs_compiler,
@@ -75,19 +77,12 @@ def test_float32_adapters_over_a_16_bit_layer(arch):
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("scaling, dropout_p", [(-0.3, 0.0), (1.0, 0.3), (2.0, 0.0), (-100.7, 0.0), (3000.3, 0.3)])
 def test_float16_overflows_where_the_composed_layer_does(arch, scaling, dropout_p):
-    for regime in float16_range.REGIMES:
-        case = float16_range.draw(regime, scaling, 130, 48, 96, 5, dropout_p)
-        float16_range.check(run(case, SMALL[arch], arch, SCHEDULES[2])[0], case)
+    check_float16_range(scaling, dropout_p, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_infinities_of_dy_reach_dbias_as_infinities(arch):
-    """On sm_90 by a product, where other columns than the sum's see infinity times zero."""
-    case = numerics.draw_case(*LONG[0], 16, torch.bfloat16)
-    case.dy[200, 3], case.dy[5, 40] = float("inf"), float("-inf")
-    dbias = run(case, SMALL[arch], arch, SCHEDULES[0])[0]["dbias"]
-    assert dbias.isinf().nonzero().flatten().tolist() == [3, 40] and not dbias.isnan().any()
-    assert dbias[3] > 0 > dbias[40]
+    check_infinities(arch)
 
 
 def test_workspaces_of_two_streams_do_not_meet(monkeypatch):

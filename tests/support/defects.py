@@ -88,12 +88,13 @@ def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[tuple[str,
 
 def triton_planted() -> list[Defect]:
     """Under every schedule."""
-    plain = ("sm_80 integers", _integers((136, 72, 80, 8), 80))
-    dropout = ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES))
-    return [
-        _with_mutant(mutant, f"{mutant.module}.py", [dropout if mutant.dropout else plain])
-        for mutant in mutants.MUTANTS
-    ]
+    checks = {
+        "integers": ("sm_80 integers", _integers((136, 72, 80, 8), 80)),
+        "dropout": ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES)),
+        "float16": ("sm_80 float16 range", functools.partial(triton.check_float16_range, -100.7, 0.0, 80)),
+        "infinities": ("sm_90 infinities", functools.partial(triton.check_infinities, 90)),
+    }
+    return [_with_mutant(mutant, f"{mutant.module}.py", [checks[mutant.shows]]) for mutant in mutants.MUTANTS]
 
 
 def triton_deletions() -> list[Defect]:
@@ -229,7 +230,7 @@ def _cuda_checks():
         yield name, _kernels_of(tile, dropout, rank), check
     for needs in cuda_checks.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
-        yield name, _kernels_of(cuda_checks.WIDE, False, 16), functools.partial(cuda_checks.check_needs, needs)
+        yield name, _kernels_of(cuda_checks.LARGE, False, 16), functools.partial(cuda_checks.check_needs, needs)
     for tile, sizes in reversed(cuda_checks.LAYERS):
         for dropout_p in (0.0, 0.3):
             name = f"schedules {cuda_checks.describe(tile)} {sizes} p={dropout_p}"

@@ -44,7 +44,7 @@ def install() -> None:
         return
     _Builder.mended = True
     _mend_bfloat16()
-    _mend_range()
+    mend_range()
 
 
 def _mend_bfloat16() -> None:
@@ -94,7 +94,8 @@ def _mend_bfloat16() -> None:
         setattr(_Builder, mended.__name__, mended)
 
 
-def _mend_range() -> None:
+def mend_range() -> None:
+    """Loops over computed bounds, for Triton 3.6 with NumPy 2.4 or newer. Twice does no harm."""
     original = interpreter._patch_lang_tensor
 
     def patch_lang_tensor(tensor, scope):

@@ -29,13 +29,13 @@ MODULES = (
 
 @dataclass(frozen=True)
 class Mutant:
-    """One replacement in one module, or in one line of it. ``dropout``: the defect shows only where dropout is on."""
+    """One replacement in one module, or in one line of it. ``shows``: under which check (support/defects.py)."""
 
     name: str
     module: str
     old: str
     new: str
-    dropout: bool = False
+    shows: str = "integers"
     line: int | None = None
 
     def apply(self, text: str) -> str:
@@ -130,25 +130,44 @@ MUTANTS = (
         "memory",
         "offs_call = column // PER_CALL +",
         "offs_call = 1 + column // PER_CALL +",
-        dropout=True,
+        shows="dropout",
     ),
-    Mutant("dropout ignored in dA", "gradients", "            if DROPOUT:\n", "            if False:\n", dropout=True),
+    Mutant(
+        "dropout ignored in dA", "gradients", "            if DROPOUT:\n", "            if False:\n", shows="dropout"
+    ),
     Mutant(
         "dropout ignored in dX",
         "epilogue",
         "tl.where(keep, branch * dropout.inverse_keep, 0.0)",
         "branch * dropout.inverse_keep",
-        dropout=True,
+        shows="dropout",
     ),
     Mutant(
-        "dropout ignored in S", "tiles", "BLOCK_K), act_block, 0.0)", "BLOCK_K), act_block, act_block)", dropout=True
+        "dropout ignored in S", "tiles", "BLOCK_K), act_block, 0.0)", "BLOCK_K), act_block, act_block)", shows="dropout"
     ),
     Mutant(
         "kept elements unscaled in dA",
         "kernels",
         "scale=inverse_keep",
         "scale=1.0",
-        dropout=True,
+        shows="dropout",
+    ),
+    Mutant(
+        "an overflow of S hidden",
+        "branch",
+        'acc_s = tl.where(tl.abs(rounded) == float("inf"), rounded, acc_s) * scales.in_s',
+        "acc_s = acc_s * scales.in_s",
+        shows="float16",
+    ),
+    Mutant("S beyond the range", "branch", "* scales.in_s", "* scales.in_s * 2", shows="float16"),
+    Mutant("factor of the branch left out of Y", "epilogue", "branch *= on_branch", "branch *= 1.0", shows="float16"),
+    Mutant("factor of the branch left out of dB", "kernels", "scale_b = on_branch", "scale_b = 1.0", shows="float16"),
+    Mutant(
+        "other columns of a product in dbias",
+        "gradients",
+        "tl.where((tl.arange(0, 16) == 0)[None, :], acc_sum, 0.0)",
+        "acc_sum",
+        shows="infinities",
     ),
 )
 

@@ -14,7 +14,7 @@ from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions
-from tests.support import launches, numerics
+from tests.support import float16_range, launches, numerics
 from tests.support.triton_emulation import emulated
 
 needs_compiler = pytest.mark.skipif(
@@ -88,6 +88,22 @@ def check_dropout(sizes, dtype, arch: int, schedules=SCHEDULES[2:4], **altered):
     for options in schedules:
         results, _ = run(case, SMALL[arch], arch, options, **altered)
         numerics.assert_accurate(results, case)
+
+
+def check_float16_range(scaling: float, dropout_p: float, arch: int, **altered):
+    """Overflow in float16 where the composed layer overflows, and nowhere else."""
+    for regime in float16_range.REGIMES:
+        case = float16_range.draw(regime, scaling, 130, 48, 96, 5, dropout_p)
+        float16_range.check(run(case, SMALL[arch], arch, SCHEDULES[2], **altered)[0], case)
+
+
+def check_infinities(arch: int, **altered):
+    """Of dY in dbias. On sm_90 it is made by a product, where other columns than the sum's have infinity times zero."""
+    case = numerics.draw_case(*LONG[0], 16, torch.bfloat16)
+    case.dy[200, 3], case.dy[5, 40] = float("inf"), float("-inf")
+    dbias = run(case, SMALL[arch], arch, SCHEDULES[0], **altered)[0]["dbias"]
+    assert dbias.isinf().nonzero().flatten().tolist() == [3, 40] and not dbias.isnan().any()
+    assert dbias[3] > 0 > dbias[40]
 
 
 def shipped():

@@ -1,6 +1,5 @@
 """The Triton backend, host side: which calls the kernels serve, and the two launches of a layer."""
 
-from functools import lru_cache
 from importlib.metadata import version
 
 import torch
@@ -24,27 +23,16 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     if spec.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"dtype {spec.dtype} is not float16, bfloat16 or float32"
-    if triton.knobs.runtime.interpret and (reason := _interpreter_reason(spec.dtype)):
-        return reason
+    if triton.knobs.runtime.interpret and spec.dtype != torch.float32:
+        # It keeps bfloat16 as integers; the results are wrong and nothing raises.
+        return (
+            f"its interpreter (TRITON_INTERPRET=1) serves float32 alone, not {spec.dtype}, for its bfloat16 results"
+            " are wrong; use float32, or unset TRITON_INTERPRET"
+        )
     if spec.sizes.r > MAX_RANK:
         return f"rank {spec.sizes.r} is above {MAX_RANK}"
     if spec.base_format != "dense" or spec.branch != "single":
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
-    return None
-
-
-def _interpreter_reason(dtype: torch.dtype) -> str | None:
-    """Why Triton's interpreter cannot serve a dtype, or None. It keeps bfloat16 as integers, and says nothing."""
-    if dtype != torch.float32:
-        return (
-            f"its interpreter (TRITON_INTERPRET=1) serves float32 alone, not {dtype}, for its bfloat16 results"
-            " are wrong; use float32, or unset TRITON_INTERPRET"
-        )
-    if not _interpreter_loops():
-        return (
-            f"the interpreter (TRITON_INTERPRET=1) of Triton {triton.__version__} fails with NumPy"
-            f" {version('numpy')}; install numpy<2.4, or unset TRITON_INTERPRET"
-        )
     return None
 
 
@@ -54,15 +42,20 @@ def _count_kernel(counter_ptr, n):
         tl.store(counter_ptr, i + 1)
 
 
-@lru_cache(maxsize=1)
-def _interpreter_loops() -> bool:
-    """Whether the interpreter can run a loop over a kernel's argument (Triton 3.6 with NumPy 2.4 cannot)."""
+def interpreter_unusable() -> str | None:
+    """Why Triton's interpreter cannot run these kernels, or None: whether a loop over a kernel's argument works (not in
+    Triton 3.6 with NumPy 2.4)."""
     counter = torch.zeros(1, dtype=torch.int32)
     try:
         _count_kernel[(1,)](counter, 3)
-    except Exception:
-        return False
-    return counter.item() == 3
+    except Exception:  # the interpreter's own wrapper around whatever its NumPy raised
+        counter.zero_()
+    if counter.item() == 3:
+        return None
+    return (
+        f"the interpreter (TRITON_INTERPRET=1) of Triton {triton.__version__} fails with NumPy {version('numpy')};"
+        " install numpy<2.4, or unset TRITON_INTERPRET"
+    )
 
 
 def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:

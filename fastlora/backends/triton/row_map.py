@@ -6,7 +6,7 @@ import triton.language as tl
 from fastlora.backends.triton.structs import RowChunk
 
 # Today all M rows are one segment: row block i holds rows i·BLOCK_M to (i + 1)·BLOCK_M. The next map goes here: where
-# segments of rows have weights or adapters of their own, these functions look a row block's segment up, and the serial
+# segments of rows have weights or adapters of their own, these functions map a row block to its segment, and the serial
 # reduction of a gradient starts and ends with its segment.
 
 
