@@ -15,6 +15,7 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _STEPS = 1 << 16  # values of an element's random bits
+_TOP_BITS = 0x80008000 - (1 << 32)  # of both halves of a word, as a signed number
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -73,9 +74,9 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
         return torch.zeros(m, k, dtype=torch.bool, device=device)
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
-    # Both halves of each word, low half first, as signed numbers, which a flipped top bit puts in the unsigned order.
     # In a graph that is being traced the seed has no value yet; everywhere else numbers are faster than tensors.
     key = seed if isinstance(seed, Tensor) and type(seed) is not Tensor else int(seed)
-    halves = random_words(key, counter).to(torch.int32).view(torch.int16)
-    keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
+    # Both halves of each word, low half first, as signed numbers, which a flipped top bit puts in the unsigned order.
+    halves = random_words(key, counter).to(torch.int32).bitwise_xor_(_TOP_BITS).view(torch.int16)
+    keep = halves >= first_kept - (1 << 15)
     return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]

@@ -15,10 +15,10 @@ from tests.support import launches, numerics
 from tests.support.cuda_checks import (
     ALL,
     EVERY_KERNEL,
+    LARGE,
     MEDIUM,
     SMALL,
     SUBSETS,
-    WIDE,
     check_integers,
     check_needs,
     describe,
@@ -49,7 +49,7 @@ def test_fp16_integers_are_exact(poisoned, tile, dropout, rank):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))
 @pytest.mark.parametrize(
-    "tile, r, dropout_p", ((WIDE, 16, 0.1), (WIDE, 64, 0.0), (WIDE, 256, 0.1), (MEDIUM, 64, 0.1), (SMALL, 16, 0.0))
+    "tile, r, dropout_p", ((LARGE, 16, 0.1), (LARGE, 64, 0.0), (LARGE, 256, 0.1), (MEDIUM, 64, 0.1), (SMALL, 16, 0.0))
 )
 def test_results_are_as_accurate_as_eager(poisoned, dtype, tile, r, dropout_p):
     case = numerics.draw_case(200, 264, 328, r, dtype, dropout_p=dropout_p)
@@ -61,7 +61,7 @@ def test_results_are_as_accurate_as_eager(poisoned, dtype, tile, r, dropout_p):
 def test_fp32_adapters_get_fp32_gradients(poisoned):
     case = numerics.draw_case(200, 136, 72, 16, torch.bfloat16, adapter_dtype=torch.float32)
     with emulated():
-        results, _ = run_layer(case, WIDE, ctas=2)
+        results, _ = run_layer(case, LARGE, ctas=2)
     assert results["da"].dtype == results["db"].dtype == torch.float32
     numerics.assert_accurate(results, case)
 
@@ -98,7 +98,7 @@ def test_rows_may_lie_apart_and_overlap(poisoned):
         dy=case.dy[:1].expand(200, 136),
     )  # fmt: skip
     with emulated():
-        results, _ = run_layer(case, WIDE, ctas=2)
+        results, _ = run_layer(case, LARGE, ctas=2)
     numerics.assert_exact(results, case)
 
 
@@ -141,7 +141,7 @@ def test_a_seed_on_the_device_gives_the_same_mask(poisoned, monkeypatch, dropout
     assert all(torch.equal(results[name], on_device[name]) for name in results)
 
 
-@pytest.mark.parametrize("tile", (WIDE, SMALL), ids=("128x256", "64x128"))
+@pytest.mark.parametrize("tile", (LARGE, SMALL), ids=("128x256", "64x128"))
 def test_a_layer_may_have_no_bias(poisoned, tile):
     case = replace(numerics.draw_integer_case(136, 136, 200, 16, torch.bfloat16), bias=None)
     with emulated():

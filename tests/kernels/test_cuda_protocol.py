@@ -8,7 +8,7 @@ from fastlora.backends.cuda import launch as cuda
 from tests.emulator import EmulatorError
 from tests.support import launches, numerics
 from tests.support.cuda_bugs import SEEDED_BUGS, check_seeded
-from tests.support.cuda_checks import ALL, FUSED, LAYERS, WIDE, check_schedules, needs_kernels
+from tests.support.cuda_checks import ALL, FUSED, LARGE, LAYERS, check_schedules, needs_kernels
 from tests.support.cuda_emulation import SCHEDULES, emulated
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace")]
@@ -20,7 +20,7 @@ def test_every_schedule_gives_the_same_bits(poisoned, tile, sizes, dropout_p):
     check_schedules(tile, sizes, dropout_p)
 
 
-@pytest.mark.parametrize("tile, rank", ((WIDE, 16), (FUSED, 64)))
+@pytest.mark.parametrize("tile, rank", ((LARGE, 16), (FUSED, 64)))
 def test_every_schedule_of_fp16_gives_the_same_bits(poisoned, tile, rank):
     """A scaling above 1, which the forward splits: its tiles wait for their products before the expand step."""
     check_schedules(tile, (264, 328, 264, rank), 0.0, torch.float16, SCHEDULES[1:])
@@ -43,13 +43,13 @@ def test_workspaces_of_two_streams_do_not_meet(poisoned, monkeypatch):
         with emulated(options):
             forward = [
                 launches.forward(
-                    cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None, tile=WIDE, ctas=4
+                    cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None, tile=LARGE, ctas=4
                 )
                 for _ in range(2)
             ]
             backward = [
                 launches.backward(
-                    cuda, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, 0.0, None, ALL, tile=WIDE, ctas=4
+                    cuda, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, 0.0, None, ALL, tile=LARGE, ctas=4
                 )
                 for _, s in forward
             ]

@@ -16,15 +16,15 @@ from tests.support.cuda_emulation import emulated, run_layer
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace")]
 
-WIDE, FUSED = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 256, 2, fused=True)
+LARGE, FUSED = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 256, 2, fused=True)
 SPLIT, SPLIT_FUSED = cuda.CudaTile(64, 128, 1, 2), cuda.CudaTile(128, 128, 1, 2, fused=True)
-TILES = (WIDE, FUSED, SPLIT, SPLIT_FUSED)
+TILES = (LARGE, FUSED, SPLIT, SPLIT_FUSED)
 M, N, K = 136, 144, 136
 # (tile, rank, scaling, dropout): every tile by a scaling above 1; every kind of scaling by some tile.
 OVERFLOWING = (
     *((tile, 8, 32.0, dropout_p) for tile in TILES for dropout_p in (0.0, 0.5)),
-    (WIDE, 72, -48.0, 0.0),
-    (WIDE, 136, 3.0, 0.5),
+    (LARGE, 72, -48.0, 0.0),
+    (LARGE, 136, 3.0, 0.5),
     *zip(TILES, (24, 40, 8, 16), (3.0, -48.0, 2.0**12, 2.0**60), (0.0,) * 4, strict=True),
     *zip(TILES, (8, 24, 16, 40), (0.5, -0.75, 0.0, 2.0**-12), (0.5, 0.0, 0.0, 0.0), strict=True),
 )
@@ -138,8 +138,8 @@ def draw_with_infinities(rank: int, dtype: torch.dtype, dropout_p: float = 0.0) 
         (FUSED, 8, torch.bfloat16, 0.0),  # ranks 8 to 15 of the kernel are padding
         (FUSED, 24, torch.float16, 0.5),
         (SPLIT_FUSED, 40, torch.bfloat16, 0.5),
-        (WIDE, 8, torch.float16, 0.0),
-        (WIDE, 136, torch.bfloat16, 0.5),
+        (LARGE, 8, torch.float16, 0.0),
+        (LARGE, 136, torch.bfloat16, 0.5),
         (SPLIT, 8, torch.bfloat16, 0.0),
     ),
     ids=label,
@@ -155,7 +155,7 @@ def test_infinities_and_nans_stay_where_they_belong(poisoned, tile, rank, dtype,
     assert results["dbias"].isfinite().sum() == N - 3
 
 
-@pytest.mark.parametrize("tile", (WIDE, SPLIT), ids=label)
+@pytest.mark.parametrize("tile", (LARGE, SPLIT), ids=label)
 def test_an_infinite_gradient_of_the_bias_alone(poisoned, tile):
     case = draw_with_infinities(8, torch.bfloat16)
     with emulated():

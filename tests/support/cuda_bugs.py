@@ -8,7 +8,7 @@ import torch
 from fastlora.backends.cuda.tiles import CudaTile
 from tests.emulator import LaunchOptions
 from tests.support import numerics
-from tests.support.cuda_checks import ONE_GROUP, SMALL, WIDE, is_clean
+from tests.support.cuda_checks import LARGE, ONE_GROUP, SMALL, is_clean
 from tests.support.cuda_emulation import emulated, ptx_of, run_layer
 
 
@@ -41,9 +41,9 @@ class Broken(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
 
 
-FORWARD, BACKWARD, DROPOUT = Broken(WIDE, "forward"), Broken(WIDE, "backward"), Broken(WIDE, "forward", 0.5)
-DX_DROPOUT, SPLIT, SMALL_BACKWARD = Broken(WIDE, "backward", 0.5), Broken(SMALL, "forward"), Broken(SMALL, "backward")
-FEW, FP16 = Broken(ONE_GROUP, "backward"), Broken(WIDE, "forward", dtype=torch.float16)
+FORWARD, BACKWARD, DROPOUT = Broken(LARGE, "forward"), Broken(LARGE, "backward"), Broken(LARGE, "forward", 0.5)
+DX_DROPOUT, SPLIT, SMALL_BACKWARD = Broken(LARGE, "backward", 0.5), Broken(SMALL, "forward"), Broken(SMALL, "backward")
+FEW, FP16 = Broken(ONE_GROUP, "backward"), Broken(LARGE, "forward", dtype=torch.float16)
 SEEDED_BUGS = {
     "S is read without acquiring its flag": (FORWARD, RELAXED_ACQUIRE),
     "S is not released": (FORWARD, RELAXED_RELEASE),
@@ -94,7 +94,7 @@ SEEDED_BUGS = {
 
 def check_seeded(name: str):
     (tile, direction, dropout_p, dtype), edit = SEEDED_BUGS[name]
-    case = numerics.draw_case(520 if tile is WIDE else 136, 328, 264, 16, dtype, dropout_p=dropout_p)
+    case = numerics.draw_case(520 if tile is LARGE else 136, 328, 264, 16, dtype, dropout_p=dropout_p)
 
     def ptx(kernel: str) -> str:
         return edit(ptx_of(kernel)) if direction in kernel else ptx_of(kernel)

@@ -18,7 +18,7 @@ from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer,
 needs_kernels = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
 
 ALL = Needs(True, True, True, True)
-WIDE, MEDIUM, SMALL = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 128, 1, 2), cuda.CudaTile(64, 128, 1, 3)
+LARGE, MEDIUM, SMALL = cuda.CudaTile(128, 256, 2), cuda.CudaTile(128, 128, 1, 2), cuda.CudaTile(64, 128, 1, 3)
 
 
 def variants() -> list[dict]:
@@ -42,11 +42,11 @@ def draw_dropped_integers(m: int, n: int, k: int, r: int, dtype: torch.dtype) ->
 # in separate tiles, and only the largest tile is compiled.
 EVERY_KERNEL = tuple(
     (replace(tile, fused=fused), dropout, rank)
-    for tile in (WIDE, MEDIUM, SMALL)
+    for tile in (LARGE, MEDIUM, SMALL)
     for fused in (False, True)
     for dropout in (False, True)
     for rank in (8, 24, 40, 104, 232)
-    if rank <= 64 or (tile == WIDE and not fused)
+    if rank <= 64 or (tile == LARGE and not fused)
 )
 
 
@@ -87,7 +87,7 @@ SUBSETS = tuple(
 def check_needs(needs: Needs, ptx=ptx_of):
     case = numerics.draw_integer_case(280, 136, 264, 16, torch.bfloat16)
     with emulated(ptx=ptx) as launch:
-        results, _ = run_layer(case, WIDE, ctas=2, needs=needs)
+        results, _ = run_layer(case, LARGE, ctas=2, needs=needs)
     assert set(results) == {"y", *(n for n, wanted in needs._asdict().items() if wanted)}
     numerics.assert_exact(results, case)
     if not needs.dx:
@@ -98,9 +98,9 @@ def check_needs(needs: Needs, ptx=ptx_of):
 FUSED = cuda.CudaTile(128, 256, 2, fused=True)
 ONE_GROUP = cuda.CudaTile(64, 128, 12)
 LAYERS = (
-    (WIDE, (520, 328, 264, 16)),
+    (LARGE, (520, 328, 264, 16)),
     (FUSED, (520, 328, 264, 64)),
-    (WIDE, (392, 328, 264, 72)),
+    (LARGE, (392, 328, 264, 72)),
     (MEDIUM, (264, 136, 264, 64)),
     (SMALL, (136, 136, 264, 16)),
     (ONE_GROUP, (136, 328, 264, 16)),

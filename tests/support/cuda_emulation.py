@@ -1,6 +1,6 @@
 """Runs the launchers of fastlora.backends.cuda.launch on the CPU.
 
-The parameters are the very ones that would go to the GPU; the kernel is the PTX that the library holds beside the code
+The parameters are the very ones that would go to the GPU; the kernel is the PTX that the library holds next to the code
 for the GPU; the emulator stands in for the device.
 """
 

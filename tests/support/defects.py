@@ -230,7 +230,7 @@ def _cuda_checks():
         yield name, _kernels_of(tile, dropout, rank), check
     for needs in cuda_checks.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
-        yield name, _kernels_of(cuda_checks.WIDE, False, 16), functools.partial(cuda_checks.check_needs, needs)
+        yield name, _kernels_of(cuda_checks.LARGE, False, 16), functools.partial(cuda_checks.check_needs, needs)
     for tile, sizes in reversed(cuda_checks.LAYERS):
         for dropout_p in (0.0, 0.3):
             name = f"schedules {cuda_checks.describe(tile)} {sizes} p={dropout_p}"

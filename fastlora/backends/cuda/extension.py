@@ -1,6 +1,7 @@
 """The compiled extension: the only importer of fastlora._C."""
 
 from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -9,10 +10,9 @@ from typing import Any
 def load() -> tuple[ModuleType | None, str | None]:
     """The extension and None, or None and why it is not there."""
     try:
-        from fastlora import _C  # type: ignore[attr-defined]  # compiled
+        return import_module("fastlora._C"), None
     except ImportError as error:
         return None, f"the extension fastlora._C is not built ({error}); install fastlora where nvcc is found"
-    return _C, None
 
 
 def loaded() -> ModuleType:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _address(operand):
+def _address(operand: Tensor | float) -> tuple[int, int] | float:
     """A matrix as its address and row stride, a vector as its address; numbers are what they are.
 
     Raises:
@@ -84,15 +85,15 @@ def _address(operand):
     return operand.data_ptr(), operand.stride(0) if operand.shape[0] > 1 else operand.shape[1]
 
 
-def _launch(plan, device: torch.device, operands: Mapping[str, Tensor | float]) -> None:
+def _launch(plan: Any, device: torch.device, operands: Mapping[str, Tensor | float]) -> None:
     stream = torch.cuda.current_stream(device)
     addresses = {name: _address(operand) for name, operand in operands.items()}
     plan.launch(device=stream.device_index, stream=stream.cuda_stream, **addresses)
 
 
-def _run(plan, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> None:
+def _run(plan: Any, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> None:
     """Launches with the scratch memory that the plan needs."""
-    scratch = {"workspace": borrow_workspace(plan.workspace_words, like.device)}
+    scratch: dict[str, Tensor] = {"workspace": borrow_workspace(plan.workspace_words, like.device)}
     sizes = {"gradient_partials": plan.gradient_partial_floats, "split_partials": plan.split_partial_floats}
     for name, size in sizes.items():
         if size:
@@ -103,11 +104,10 @@ def _run(plan, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> N
 def _dropout_operands(dropout_p: float, seed: Tensor | None) -> dict[str, Tensor | float]:
     if seed is None:
         return {}
-    operands: dict[str, Tensor | float] = {
-        "drop_threshold": philox.threshold(dropout_p),
-        "inverse_keep": philox.inverse_keep(dropout_p),
-    }
-    return operands | ({"seed": int(seed)} if seed.device.type == "cpu" else {"seed_address": seed.view(-1)})
+    by: dict[str, Tensor | float] = (
+        {"seed": int(seed)} if seed.device.type == "cpu" else {"seed_address": seed.view(-1)}
+    )
+    return {"drop_threshold": philox.threshold(dropout_p), "inverse_keep": philox.inverse_keep(dropout_p), **by}
 
 
 def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = None) -> Launcher:
@@ -128,7 +128,7 @@ def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = N
     return partial(_backward if backward else _forward, spec, plan)
 
 
-def _forward(spec: LaunchSpec, plan, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
+def _forward(spec: LaunchSpec, plan: Any, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
     x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
     m, n, _, r = spec.sizes
@@ -146,7 +146,7 @@ def _forward(spec: LaunchSpec, plan, operands: ForwardOperands) -> tuple[Tensor,
     return y, s
 
 
-def _backward(spec: LaunchSpec, plan, operands: BackwardOperands) -> Gradients:
+def _backward(spec: LaunchSpec, plan: Any, operands: BackwardOperands) -> Gradients:
     """The gradients that the description needs in one launch; see backends.reference."""
     dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
     m, n, k, r = spec.sizes
