@@ -37,7 +37,7 @@ Launch = Callable[[LayerTensors], dict[str, torch.Tensor]]
 
 
 def variants() -> dict[str, tuple[ModuleType, dict]]:
-    """Name -> (backend's module, keyword arguments of its prepare): the backends, and the queue orders that the schedule
+    """Name -> (backend's module, keyword arguments of prepare): the backends, and the queue orders that the schedule
     model cannot settle. The one expected to win comes first: time may run out."""
     from fastlora.backends.cuda import launch as cuda
     from fastlora.backends.cuda.tiles import CudaTile
