@@ -16,8 +16,7 @@ from fastlora.adapters.files import MAX_CONFIG, MAX_HEADER, read_adapter
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.files import STAGE_PREFIX
 from fastlora.model import lora_layers
-from tests.core.test_adapter_io import CONFIG, WEIGHTS, make_model
-from tests.core.test_adapter_io_refusals import edit_config
+from tests.support.adapter_models import CONFIG, WEIGHTS, edit_config, make_model
 
 
 @pytest.fixture
@@ -128,7 +127,7 @@ import torch
 from safetensors.torch import load_file
 from fastlora.adapters.files import read_adapter
 from fastlora.adapters.io import save_adapter
-from tests.core.test_adapter_io import make_model
+from tests.support.adapter_models import make_model
 
 directory = sys.argv[1]
 models = {r: make_model(r=r, alpha=r * 3, seed=r) for r in (2, 5)}

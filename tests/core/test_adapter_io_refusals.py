@@ -1,6 +1,5 @@
 """Adapter files that are damaged, foreign or do not fit: named, and the model left as it was."""
 
-import json
 import os
 import pickle
 
@@ -11,12 +10,7 @@ from safetensors.torch import load_file, save_file
 import fastlora.adapters.files
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.model import lora_layers
-from tests.support.adapter_models import CONFIG, WEIGHTS, make_model
-
-
-def edit_config(directory, **fields):
-    path = directory / CONFIG
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+from tests.support.adapter_models import CONFIG, WEIGHTS, edit_config, make_model
 
 
 def edit_weights(directory, change):

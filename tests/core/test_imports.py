@@ -1,6 +1,7 @@
 """Imports flow downwards: the layers are data here, and the sources are parsed, so that imports in functions count."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ LAYERS = (
     ("study",),
     ("cli",),
 )
+_TEST_IMPORT = re.compile(r"\s*(from|import) tests\.\w+(\.| import (.*\W)?)test_")
+_PATH_EDIT = re.compile(r"\bsys\.path\.(insert|append|extend)\(|\bsys\.path *[+]?= ")
 # Backends know nothing of each other: dispatch chooses.
 APART = ("backends.cuda", "backends.triton", "backends.reference")
 # (importer, imported): imports in functions that may make a circle. Each needs a reason.
@@ -159,3 +162,15 @@ def test_a_planted_import_is_found():
     edges["problem"] = {"module"}
     assert upward(edges) == ["problem imports module"]
     assert circle(edges) == ["module", "ops", "problem", "module"]
+
+
+@pytest.mark.parametrize("folder", ["tests", "benchmarks"])
+def test_what_tests_share_is_in_support(folder):
+    """No test module is imported, not by a script in a string either, and nothing edits the search path."""
+    wrong = [
+        f"{path.relative_to(PACKAGE.parent)}: {line.strip()}"
+        for path in sorted((PACKAGE.parent / folder).rglob("*.py"))
+        for line in path.read_text().splitlines()
+        if _TEST_IMPORT.match(line) or _PATH_EDIT.search(line)
+    ]
+    assert wrong == []

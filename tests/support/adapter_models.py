@@ -1,5 +1,7 @@
 """A small model with adapters, and the names of the files that they are saved in."""
 
+import json
+
 import torch
 from torch import nn
 
@@ -34,3 +36,9 @@ def start_branches(model, seed=1):
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B)
     return model
+
+
+def edit_config(directory, **fields):
+    """Other values for some of a saved adapter's fields."""
+    path = directory / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
