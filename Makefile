@@ -47,7 +47,7 @@ demo: install  ## fine-tune SmolLM2-135M with fastlora and with PEFT, and compar
 	$(RUN) -m fastlora.cli.main finetune --compare peft --output build/demo $(DEMO_ARGS)
 
 test: install test-values  ## every test; on a machine without a GPU the kernels run interpreted and emulated
-	$(RUN) -m pytest tests -n $(WORKERS)
+	$(RUN) -m pytest tests -n $(WORKERS) --durations 15
 
 test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (40 minutes)
 	$(RUN) -m pytest tests/kernels/test_sweep.py -m sweep -n $(WORKERS)

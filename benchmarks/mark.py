@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import click
 import torch
@@ -24,8 +25,9 @@ from fastlora.bench.correctness import TOLERANCE, expected
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
 from fastlora.bench.timing import EventClock, HostClock, time_rounds
+from fastlora.dispatch import launch_backward, launch_forward
 from fastlora.environment import describe
-from fastlora.problem import Needs
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 
 MARKS = {("forward", 16): 1.00, ("forward", 64): 1.03, ("backward", 16): 1.05, ("backward", 64): 1.10}
 NEEDS = Needs(True, True, True, False)
@@ -34,34 +36,35 @@ WARM_UP_ROUNDS = 5
 Launch = Callable[[LayerTensors], dict[str, torch.Tensor]]
 
 
-def variants() -> dict[str, tuple[Callable, dict]]:
-    """Name -> (launchers, keyword arguments): the backends, and the queue orders that the schedule model cannot settle.
-    The one expected to win comes first: time may run out."""
+def variants() -> dict[str, tuple[ModuleType, dict]]:
+    """Name -> (backend's module, keyword arguments of prepare): the backends, and the queue orders that the schedule
+    model cannot settle. The one expected to win comes first: time may run out."""
     from fastlora.backends.cuda import launch as cuda
+    from fastlora.backends.cuda.tiles import CudaTile
     from fastlora.backends.triton import launch as triton_lora
 
-    wide = cuda.CudaTile(128, 256, group_m=16)
+    wide = CudaTile(128, 256, group_m=16)
     return {
         "cuda": (cuda, {}),
         "triton": (triton_lora, {}),
-        "cuda, S beside": (cuda, {"tile": replace(wide, fused=True)}),
-        "cuda, S alone": (cuda, {"tile": wide}),
+        "cuda, fused shrink": (cuda, {"tile": replace(wide, fused=True)}),
+        "cuda, separate shrink": (cuda, {"tile": wide}),
         "cuda group 8": (cuda, {"tile": replace(wide, group_m=8)}),
         "cuda group 32": (cuda, {"tile": replace(wide, group_m=32)}),
     }
 
 
-def launch_of(direction: str, launchers, options: dict) -> Launch:
+def launch_of(direction: str, backend: ModuleType, options: dict) -> Launch:
     """One launch of a direction; returns its results by the names of fastlora.bench.correctness.expected."""
 
     def forward(t: LayerTensors) -> dict[str, torch.Tensor]:
-        return {"y": launchers.lora_forward(t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, 0.0, None, **options)[0]}
+        operands = ForwardOperands(t.x, t.weight, t.lora_a, t.lora_b, None, SCALING, 0.0, None)
+        return {"y": launch_forward(backend, operands, **options)[0]}
 
     def backward(t: LayerTensors) -> dict[str, torch.Tensor]:
         s = saved_s(t)
-        found = launchers.lora_backward(
-            t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, SCALING, 0.0, None, NEEDS, **options
-        )
+        operands = BackwardOperands(t.dy, t.x, t.weight, t.lora_a, t.lora_b, s, SCALING, 0.0, None)
+        found = launch_backward(backend, operands, NEEDS, **options)
         return {"dx": found.dx, "lora_a": found.da, "lora_b": found.db}
 
     return forward if direction == "forward" else backward
@@ -126,10 +129,10 @@ def main(output: Path, rounds: int, sizes: tuple[int, int, int] | None) -> None:
     command = shlex.join(["python", "-m", "benchmarks.mark", *sys.argv[1:]])
     report = {"command": command, "environment": describe("cuda"), "rows": []}
     inputs = {case: input_sets(case, "cuda") for case in cases}
-    for name, (launchers, options) in variants().items():
+    for name, (backend, options) in variants().items():
         for case in cases:
             for direction in ("forward", "backward"):
-                launch = launch_of(direction, launchers, options)
+                launch = launch_of(direction, backend, options)
                 report["rows"].append(measure(direction, name, launch, case, inputs[case], rounds))
                 click.echo(as_line(report["rows"][-1]))
         output.write_text(json.dumps(report, indent=1) + "\n")

@@ -73,7 +73,7 @@ def as_launched(problem: Problem, schedule: Schedule, machine: Machine) -> Sched
 
 def fit(measured: list[Measured], schedule: Schedule, machine: Machine | None = None, rounds: int = 3) -> Fit:
     """Coordinate descent over FITTED on the frozen rows alone, so that the fused rows stay a test of the model. Whether
-    these make S beside their tiles is what the kernels decide, and not ``schedule``.
+    these fuse the shrink is what the kernels decide, and not ``schedule``.
 
     Raises:
         ValueError: fewer than MIN_ROWS frozen rows.

@@ -35,8 +35,8 @@ class Schedule:
         block_m, block_n, block_k: the tile of C and the K step, in elements.
         group_m: row blocks per group; a group's tiles are claimed column by column.
         grad_columns: columns of X or dY that one gradient tile covers.
-        fused: whether a shrink tile is a tile of C with a second accumulator for all of S's columns, or makes S alone.
-        shrink_width: columns of S that a tile which makes S alone makes; a larger rank takes several of them. (Several
+        fused: whether a shrink tile is a tile of C with a second accumulator for all of S's columns, or makes only S.
+        shrink_width: columns of S that a separate tile makes; a larger rank takes several of them. (Several
             fused ones per row block would wait for each other, the first for a later one.)
         overlap: whether the loads of the next tile start during the last steps of this one and its store is
             asynchronous (a producer warp and TMA stores), or every tile fills and drains the pipeline itself.

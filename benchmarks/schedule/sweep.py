@@ -44,7 +44,7 @@ SHIPPED = {"overlapped stores, multicast": "CUDA", "serial tiles": "Triton"}  # 
 
 
 def schedules(kernel: Schedule) -> list[Schedule]:
-    """Group sizes, and at the middle ones shrink tiles that make S alone."""
+    """Group sizes, and at the middle ones separate shrink tiles."""
     groups = [replace(kernel, group_m=g) for g in (4, 8, 16, 32)]
     return groups + [replace(kernel, group_m=g, fused=False) for g in (8, 16)]
 
@@ -107,7 +107,7 @@ def sweep(machine: Machine, layers=LAYERS, tokens=TOKENS, ranks=RANKS, progress:
 
 def describe(schedule: dict) -> str:
     """The schedule's parameters in words."""
-    return f"GROUP_M {schedule['group_m']}" + ", S alone" * (not schedule["fused"])
+    return f"GROUP_M {schedule['group_m']}" + ", separate shrink" * (not schedule["fused"])
 
 
 def best_by_class(rows: list[dict]) -> dict[tuple, list[tuple[float, dict]]]:
@@ -134,7 +134,7 @@ def defaults_table(rows: list[dict], machine: Machine) -> list[str]:
         best = min(row["ratio"] for row in candidates)
         found[kernel, direction, m, r].append((default, ratio, best))
     lines = [
-        "| kernels | direction | M | R | GROUP_M | S beside tiles | ratio | best of each layer | gap |",
+        "| kernels | direction | M | R | GROUP_M | fused shrink | ratio | best of each layer | gap |",
         "|" + "---|" * 9,
     ]
     for (kernel, direction, m, r), layers in found.items():
@@ -175,7 +175,7 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         for direction in ("forward", "backward"):
             lines += ["", f"## {kernel}, {direction} ({LABEL})", ""]
             lines += [
-                "| M | R | best | ratio | 2nd | S beside | S alone | G 4 | G 8 | G 16 | G 32 |",
+                "| M | R | best | ratio | 2nd | fused shrink | separate shrink | G 4 | G 8 | G 16 | G 32 |",
                 "|" + "---|" * 11,
             ]
             for (name, way, m, r), ranked in best_by_class(rows).items():

@@ -29,7 +29,7 @@ def check_shape(m: int, n: int, k: int, r: int) -> None:
     if m % 64:
         raise click.UsageError(f"--m {m} must be a multiple of 64: of a tile's rows past the end kernels read others")
     if r > FUSED_RANK:
-        raise click.UsageError(f"--r {r} is above {FUSED_RANK}: beyond, no kernel makes S beside its own product")
+        raise click.UsageError(f"--r {r} is above {FUSED_RANK}: beyond, no kernel fuses the shrink")
 
 
 @click.command(help=__doc__)

@@ -148,7 +148,7 @@ def count_triton(case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict
 
 def count_cuda(case: numerics.Case, tile: cuda.CudaTile) -> tuple[dict, dict] | None:
     """Counters of the CUDA kernels' launch forward and launch backward, whose results are checked; None where the tile
-    asks for S beside its product and a kernel cannot."""
+    has a fused shrink that a kernel cannot do."""
     variants = cuda_emulation.variants_for(tile, case.dropout_p > 0, case.lora_a.shape[0])
     if tile.fused and not all(variant["fuses"] for variant in variants):
         return None
@@ -184,13 +184,13 @@ def groups() -> list[Group]:
         name = f"Triton, sm_{arch}, tile {tile.block_m}x{tile.block_n}x{tile.block_k}"
         ours = {
             "fastlora": partial(count_triton, arch=arch, tile=replace(tile, fused=True)),
-            "fastlora, S alone": partial(count_triton, arch=arch, tile=replace(tile, fused=False)),
+            "fastlora, separate shrink": partial(count_triton, arch=arch, tile=replace(tile, fused=False)),
         }
         made.append(Group(name, arch, tile, tuple(ORDERS), ours))
     wide, small = cuda.CudaTile(128, 256, group_m=2), cuda.CudaTile(64, 128, group_m=4)
     for tile, variants in (
-        (wide, {"": {"fused": True}, ", S alone": {}}),
-        (small, {"": {"fused": True}, ", S alone": {}, ", S alone, 2 parts": {"splits": 2}}),
+        (wide, {"": {"fused": True}, ", separate shrink": {}}),
+        (small, {"": {"fused": True}, ", separate shrink": {}, ", separate shrink, 2 parts": {"splits": 2}}),
     ):
         shape = (tile.block_m, tile.block_n, 64)
         ours = {

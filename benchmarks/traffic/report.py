@@ -85,7 +85,7 @@ def frozen_rows(table: dict) -> dict[str, dict]:
 # What rows of ours may break, by their label: (counter, claim), and why.
 EXEMPT = {
     # S is made by tiles of its own, which read X (dY) once more; but this reading is not the launch's first.
-    "S alone": {("read", "forward_x"), ("read", "backward_dy")},
+    "separate shrink": {("read", "forward_x"), ("read", "backward_dy")},
     # Parts of tiles meet in fp32 memory.
     "2 parts": {("read", "wide_bytes"), ("read_distinct", "wide_bytes")},
 }
@@ -211,8 +211,8 @@ the others are each package's order of products and passes from plain kernels of
 - multiply-adds: of the tensor cores, padding included, as a ratio; matrix instructions are mma.sync or wgmma, whose
   sizes differ between tiles; barriers are a CTA's (each once) and a cluster's. Forward + backward.
 - "fastlora": the first column's tiles make S from the blocks of X that they multiply anyway, as they do in launches of
-  many waves of tiles. "S alone": tiles of their own make it, which read X (dY) once more, out of the last cache, and
-  their row block has S four times as soon: what shorter launches do, and ranks above 64
+  many waves of tiles. "separate shrink": tiles of their own make it, which read X (dY) once more, out of the last
+  cache, and their row block has S four times as soon: what shorter launches do, and ranks above 64
   (`fastlora.backends.configs.fuses_shrink`). "2 parts": the contraction of each tile is cut in two, for want of
   tiles; the parts meet in fp32 memory.
 """

@@ -13,21 +13,12 @@ from torch import nn
 
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.model import inject, lora_layers, merge
+from tests.support import tiny_llama
 from tests.support.adapter_models import CONFIG, IDS, WEIGHTS, Model, make_model, start_branches
 
 
 def make_llama(dtype=torch.float32):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=19,
-        hidden_size=12,
-        intermediate_size=20,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    return tiny_llama.make_llama(dtype).eval()
 
 
 def logits(model):

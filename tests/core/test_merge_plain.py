@@ -14,6 +14,7 @@ from torch import nn
 import fastlora
 from fastlora.model import inject, lora_layers, merge, merge_and_unload, unmerge
 from fastlora.module import LoRALinear
+from tests.support import tiny_llama
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 IDS = torch.arange(24).view(2, 12) % 19
@@ -38,11 +39,7 @@ def make_model(seed=1, **kwargs):
 
 
 def make_llama(**kwargs):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 19, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, **kwargs)
-    return transformers.LlamaForCausalLM(config).double().eval()
+    return tiny_llama.make_llama(torch.float64, **kwargs).eval()
 
 
 def trained_llama(**kwargs):

@@ -370,4 +370,4 @@ def test_the_forward_is_one_call_with_the_layers_own_values(monkeypatch):
     ((args, kwargs),) = seen
     expected = (x, layer.weight, layer.lora_A, layer.lora_B, layer.scaling, layer.bias)
     assert all(a is b for a, b in zip(args, expected, strict=True))
-    assert kwargs == {"dropout_p": 0.3, "training": False}
+    assert kwargs == {"dropout_p": 0.3, "training": False, "copy_input": False}

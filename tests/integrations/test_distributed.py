@@ -7,18 +7,14 @@ pytest.importorskip("peft")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("torch was built without gloo", allow_module_level=True)
 
-from tests.support.distributed_worker import SCENARIOS, WORLD, work
+from tests.support.distributed_worker import SCENARIOS, assert_passed, outcomes_of, work
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Tracebacks by scenario and rank: one pair of processes runs all, for starting it takes longest."""
-    directory = tmp_path_factory.mktemp("distributed")
-    torch.multiprocessing.spawn(work, (str(directory),), nprocs=WORLD)
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
+    return outcomes_of(work, tmp_path_factory.mktemp("distributed"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_two_processes(outcomes, scenario):
-    failures = [f"rank {rank}:\n{outcome[scenario]}" for rank, outcome in enumerate(outcomes) if outcome[scenario]]
-    assert not failures, "\n".join(failures)
+    assert_passed(outcomes, scenario)

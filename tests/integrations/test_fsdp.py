@@ -17,22 +17,18 @@ from torch.distributed.fsdp import fully_shard
 
 from fastlora.integrations import peft_reasons
 from fastlora.integrations.peft import patch
-from tests.support.distributed_worker import WORLD
+from tests.support.distributed_worker import assert_passed, outcomes_of
 from tests.support.fsdp_worker import SCENARIOS, work
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Tracebacks by scenario and rank: one pair of processes runs all, for starting it takes longest."""
-    directory = tmp_path_factory.mktemp("fsdp")
-    torch.multiprocessing.spawn(work, (str(directory),), nprocs=WORLD)
-    return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
+    return outcomes_of(work, tmp_path_factory.mktemp("fsdp"))
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_two_processes(outcomes, scenario):
-    failures = [f"rank {rank}:\n{outcome[scenario]}" for rank, outcome in enumerate(outcomes) if outcome[scenario]]
-    assert not failures, "\n".join(failures)
+    assert_passed(outcomes, scenario)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import fastlora
+from tests.support import tiny_llama
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -24,17 +25,7 @@ TITLES = [
 
 
 def make_llama():
-    torch.manual_seed(0)
-    return transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=31,
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
-    )
+    return tiny_llama.make_llama(vocab_size=31, hidden_size=16, intermediate_size=24)
 
 
 BATCHES = [torch.randint(0, 31, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

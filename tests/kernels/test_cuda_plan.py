@@ -12,7 +12,7 @@ _BACKWARD_ONLY = ("layer_input", "saved_s", "grad_a", "grad_b", "grad_bias")
 
 def test_plans_that_cannot_be_launched_say_why():
     make = extension.loaded().Plan
-    with pytest.raises(ValueError, match=r"no compiled kernel serves forward, tile 96x128, M=64 N=64 K=64 R=8"):
+    with pytest.raises(ValueError, match=r"no compiled kernel serves this: forward, tile 96x128, M=64 N=64 K=64 R=8"):
         make(**SIZES, block_m=96, block_n=128)
     with pytest.raises(ValueError, match="no compiled kernel"):
         make(**{**SIZES, "r": 128}, block_m=64, block_n=128)

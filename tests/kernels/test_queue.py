@@ -19,7 +19,7 @@ QUEUES = (
     (33, 5, (3, 0), 8, 16),
     (36, 2, (1, 1), 16, 66),
     (10, 1, (4, 5), 4, 7),
-    (9, 0, (2, 2), 4, 5),  # a backward without dX: S alone
+    (9, 0, (2, 2), 4, 5),  # a backward without dX: separate shrink
 )
 
 

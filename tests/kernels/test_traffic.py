@@ -165,14 +165,14 @@ def test_a_table_that_breaks_a_claim_is_at_fault(table):
     rows = {row["order"]: row for row in doctored["rows"]}
     rows["fastlora"]["forward"]["tensors"]["X"]["read"] += 2
     rows["fastlora"]["backward"]["tensors"]["dX"]["written"] += 2
-    alone = rows["fastlora, S alone"]["backward"]["tensors"]["dY"]
+    alone = rows["fastlora, separate shrink"]["backward"]["tensors"]["dY"]
     alone["read"] += 2  # it may read dY once more, but not from memory
     alone["read_distinct"] += 2
     assert [(text.split("'")[3], text.split(": ")[1].split()[0]) for text in faults(doctored)] == [
         ("fastlora", "forward_x"),
         ("fastlora", "wide_bytes"),
         ("fastlora", "wide_bytes"),
-        ("fastlora, S alone", "backward_dy"),
+        ("fastlora, separate shrink", "backward_dy"),
     ]
     assert len(traffic.differences(table, doctored)) == 2
 

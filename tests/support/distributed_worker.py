@@ -335,6 +335,17 @@ def work(rank, directory):
     run_scenarios(rank, directory, SCENARIOS)
 
 
+def outcomes_of(worker, directory):
+    """Tracebacks by scenario and rank: one pair of processes runs all, for starting it takes longest."""
+    torch.multiprocessing.spawn(worker, (str(directory),), nprocs=WORLD)
+    return [torch.load(directory / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
+def assert_passed(outcomes, scenario):
+    failures = [f"rank {rank}:\n{outcome[scenario]}" for rank, outcome in enumerate(outcomes) if outcome[scenario]]
+    assert not failures, "\n".join(failures)
+
+
 def run_scenarios(rank, directory, scenarios):
     """Runs every scenario and leaves each one's traceback, or nothing, in ``directory``."""
     torch.set_num_threads(1)
