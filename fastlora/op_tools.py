@@ -79,6 +79,8 @@ def _backward_flops(dy_shape, _, weight_shape, a_shape, *rest, **__) -> int:
 
 
 def _forward_in_aten(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):
+    if seed is not None and type(seed) is not Tensor:  # in a graph, where it has no value
+        raise ValueError("a program with active dropout has no form in plain ATen: export it after model.eval()")
     rows = flat(x)
     drop = None if seed is None else drop_mask(seed, dropout_p, rows.shape[0], rows.shape[1], x.device)
     in_s, on_branch = split_scaling(scaling, x.dtype)

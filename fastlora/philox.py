@@ -15,7 +15,6 @@ _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _LOW = 0xFFFFFFFF
 _STEPS = 1 << 16  # values of an element's random bits
-_TOP_BITS = 0x80008000 - (1 << 32)  # of both halves of a word, as a signed number
 
 
 def draw_seed(device: torch.device) -> Tensor:
@@ -43,7 +42,7 @@ def inverse_keep(dropout_p: float) -> float:
     return _STEPS / kept if kept else 0.0
 
 
-def random_words(seed: int | Tensor, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
+def random_words(seed: int, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
     """Philox-4x32 of 64-bit counters [n] (int64) under a 64-bit key: [n, 4] words of 32 bits, in int64."""
     c0, c1 = counter & _LOW, counter >> 32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
@@ -74,9 +73,7 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
         return torch.zeros(m, k, dtype=torch.bool, device=device)
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
-    # In a graph that is being traced the seed has no value yet; everywhere else numbers are faster than tensors.
-    key = seed if isinstance(seed, Tensor) and type(seed) is not Tensor else int(seed)
     # Both halves of each word, low half first, as signed numbers, which a flipped top bit puts in the unsigned order.
-    halves = random_words(key, counter).to(torch.int32).bitwise_xor_(_TOP_BITS).view(torch.int16)
-    keep = halves >= first_kept - (1 << 15)
+    halves = random_words(int(seed), counter).to(torch.int32).view(torch.int16)
+    keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
     return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]

@@ -76,6 +76,42 @@ fastlora.merge(model.eval(), safe=True, keep_base=False)
 with torch.no_grad():
     logits = model(input_ids=batches[0]).logits
 ```
+**Selective checkpointing.** Under a dispatch mode a layer's forward is one op. A policy that saves products does not
+know it, and the layer's forward runs twice; this one saves it, too.
+
+```python
+from functools import partial
+
+import fastlora
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+SAVED = {torch.ops.fastlora.lora_forward.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+
+def policy(ctx, op, *args, **kwargs):
+    return CheckpointPolicy.MUST_SAVE if op in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
+
+context = partial(create_selective_checkpoint_contexts, policy)
+output = checkpoint(block, x, use_reentrant=False, context_fn=context)
+```
+
+**Export.** An exported program holds the op, as does a package that AOTInductor makes of it, and so loads only where
+fastlora is imported. One of plain ATen, without fused kernels, loads anywhere: export after ``unpatch`` or ``merge``,
+or decompose the program. ``torch.jit.trace`` always gives plain ATen.
+
+```python
+import fastlora
+import torch
+
+program = torch.export.export(block, (x,))  # trains, too
+table = torch.export.default_decompositions()
+table.update(fastlora.decompositions())
+program = program.run_decompositions(table)
+```
+
+**Inputs that change.** A layer saves its input itself. Where a model then changes that input in place
+(``x += layer(x)``), the backward raises an error; ``patch(model, copy_input=True)``, ``inject(..., copy_input=True)``
+and ``LoRALinear(..., copy_input=True)`` save a copy.
 """
 
 import importlib

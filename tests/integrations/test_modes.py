@@ -240,25 +240,31 @@ def operators(program):
     }
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("kind", ["peft", "inject"])
-def test_an_exported_program_in_aten(tmp_path, kind, dropout):
-    net = make(kind, dropout).train()
+def check_in_aten(kind, path):
     sizes = ({0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")},)
-    program = torch.export.export(net, (INPUT,), dynamic_shapes=sizes)
-    assert "fastlora" in operators(program)
+    net = make(kind, dropout=0.5)
     table = torch.export.default_decompositions()
     table.update(fastlora.decompositions())
+    with pytest.raises(Exception, match=r"active dropout has no form in plain ATen: export it after model.eval\(\)"):
+        torch.export.export(net.train(), (INPUT,), dynamic_shapes=sizes).run_decompositions(table)
+    program = torch.export.export(net.eval(), (INPUT,), dynamic_shapes=sizes)
+    assert "fastlora" in operators(program)
     in_aten = program.run_decompositions(table)
     assert not {name for name in operators(in_aten) if name != "aten" and "built-in" not in name}
     other = torch.randn(3, 7, 12)
-    torch.manual_seed(0)
-    expected = net(other)
-    torch.manual_seed(0)
-    torch.testing.assert_close(in_aten.module()(other), expected)
-    torch.export.save(in_aten, tmp_path / "program.pt2")
+    torch.testing.assert_close(in_aten.module()(other), net(other))
+    torch.export.save(in_aten, path)
+
+
+@pytest.mark.parametrize("kind", ["peft", "inject"])
+def test_an_exported_program_in_aten(tmp_path, kind):
+    """In a process of its own: once FlopCounterMode has counted a backward, torch 2.13 cannot decompose programs of
+    dynamic shapes, those of plain layers neither. Another process, without fastlora, loads what comes out."""
+    path = str(tmp_path / "program.pt2")
+    code = "import sys; from tests.integrations.test_modes import check_in_aten; check_in_aten(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", code, kind, path], check=True)
     code = "import sys, torch; torch.export.load(sys.argv[1]).module()(torch.ones(3, 7, 12))"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "program.pt2")], check=True)
+    subprocess.run([sys.executable, "-c", code, path], check=True)
 
 
 def test_the_decomposition_of_the_backward():

@@ -14,7 +14,14 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 PAGE = re.compile(r"^\*\*(?P<title>[^*:.]+)[:.].*?```python\n(?P<code>.*?)```", re.DOTALL | re.MULTILINE)
 PAGES = {page["title"]: page["code"] for page in PAGE.finditer(fastlora.integrations.__doc__)}
-TITLES = ["PEFT and transformers' Trainer", "Plain PyTorch", "FSDP2", "Merge and serve"]
+TITLES = [
+    "PEFT and transformers' Trainer",
+    "Plain PyTorch",
+    "FSDP2",
+    "Merge and serve",
+    "Selective checkpointing",
+    "Export",
+]
 
 
 def make_llama():
@@ -30,7 +37,7 @@ def run(title, tmp_path, **names):
     exec(compile(PAGES[title], title, "exec"), given)
     counts = fastlora.dispatch_counts()
     assert counts["fallbacks"] == {}
-    assert counts["cuda"] + counts["triton"] + counts["reference"] > 0 or title == "Merge and serve"
+    assert counts["cuda"] + counts["triton"] + counts["reference"] > 0 or title in ("Merge and serve", "Export")
     return given
 
 
@@ -70,6 +77,26 @@ def test_fsdp2(tmp_path):
     assert plain["model"] is not None
     names = [sorted(path.name for path in (tmp_path / d).iterdir()) for d in ("adapter", "plain/adapter")]
     assert names[0] == names[1] == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def block_and_input():
+    block = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 6))
+    fastlora.inject(block, ["0", "2"], r=2)
+    return {"block": block, "x": torch.randn(3, 6, requires_grad=True)}
+
+
+def test_selective_checkpointing(tmp_path):
+    given = run("Selective checkpointing", tmp_path, **block_and_input())
+    given["output"].sum().backward()
+    assert fastlora.dispatch_counts()["reference"] == 4  # two layers, each way once
+    torch.testing.assert_close(given["output"], given["block"](given["x"]))
+
+
+def test_export(tmp_path):
+    given = block_and_input()
+    program = run("Export", tmp_path, **given)["program"]
+    torch.testing.assert_close(program.module()(given["x"]), given["block"](given["x"]))
+    assert "fastlora" not in str(program.graph)
 
 
 def test_integrations_are_found_by_name():
