@@ -97,8 +97,10 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
   const int ranks = ranks_per_step(variant_->rank), rank_span = ranks * kElementBytes;
   Maps maps(specs, variant_->fp16);
-  maps.add_square(offsetof(Params, act), o.act, p.k, p.m);
-  maps.add_square(offsetof(Params, weight), o.weight, in_features, out_features);
+  maps.add(offsetof(Params, act), o.act, p.k, p.m, kBox, variant_->block_m, kSwizzleSpan);
+  maps.add(offsetof(Params, weight), o.weight, in_features, out_features, kBox, backward ? kBox : kTallBox,
+           kSwizzleSpan);
+  if (p.grad_b_tiles) maps.add_square(offsetof(Params, act_square), o.act, p.k, p.m);
   maps.add(offsetof(Params, lora_a), o.lora_a, in_features, p.r, kBox, ranks, kSwizzleSpan);
   maps.add(offsetof(Params, lora_b), o.lora_b, p.r, out_features, ranks, kBox, rank_span);
   maps.add(offsetof(Params, s), {o.s, p.r}, p.r, p.m, ranks, kBox, rank_span);
@@ -123,7 +125,7 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   // A kernel that splits the scaling multiplies by 1 / (1 - p) first; in the others S takes both factors at once.
   p.scale_in_s = float(backward || variant_->fp16 ? o.scale_in_s : o.scale_in_s * o.inverse_keep);
   p.inverse_keep = float(o.inverse_keep);
-  p.drop_threshold = o.drop_threshold;
+  p.last_dropped = (o.drop_threshold << 16) - 1;
   p.scale_on_branch = float(o.scale_on_branch);
   p.inverse_scale_on_branch = float(1 / o.scale_on_branch);
   return p;

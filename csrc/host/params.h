@@ -22,18 +22,22 @@ constexpr int kFlagsWord = 2;   // one for each row block: warpgroups that have 
                                 // each serial reduction and warpgroup: partial sums that have been stored
 
 // Matrices are copied in boxes of 64 x 64 elements of 16 bits: a box's row is one span of the widest swizzle. S and the
-// factor that expands it are copied in boxes of 64 x the ranks of a step.
+// factor that expands it are copied in boxes of 64 x the ranks of a step. An operand that is contiguous along the
+// contraction is copied in taller boxes, so that a step takes fewer copies.
 constexpr int kElementBytes = 2;
 constexpr int kBox = 64;
+constexpr int kTallBox = 128;  // rows: block_m of the activations, 128 columns of the output of a forward's weight
 constexpr int kSwizzleSpan = kBox * kElementBytes;  // bytes
 constexpr int ranks_per_step(int rank) { return rank < kBox ? rank : kBox; }
 
 struct Params {
-  CUtensorMap act, weight;            // 64 x 64 boxes
+  CUtensorMap act;                    // block_m x 64
+  CUtensorMap weight;                 // W0: 128 x 64 forward, 64 x 64 backward
   CUtensorMap lora_a, lora_b;         // A [R, in_features]: ranks x 64; B [out_features, R]: 64 x ranks
   CUtensorMap s;                      // 64 x ranks boxes of the S (forward) or dS (backward) that this launch makes
   CUtensorMap out;                    // 64 x 64
   CUtensorMap bias;                   // 1 x block_n, forward
+  CUtensorMap act_square;             // backward: dY again, 64 x 64, for dB
   CUtensorMap layer_input, saved_s;   // backward: X in 64 x 64 boxes, the forward's S in 64 x ranks ones
   void* s_out;                        // [M, R]
   void *grad_a, *grad_b, *grad_bias;  // [R, in_features], [out_features, R], [out_features], or null
@@ -50,7 +54,7 @@ struct Params {
   int workspace_words;
   int fp32_grads;  // dA and dB are fp32, not the operands' type
   float scale_in_s, inverse_keep;
-  uint32_t drop_threshold;
+  uint32_t last_dropped;  // see sm90/dropout.cuh
   float scale_on_branch, inverse_scale_on_branch;  // a power of two and its inverse; see KernelTraits::kSplitsScaling
 };
 

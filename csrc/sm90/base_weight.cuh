@@ -20,16 +20,16 @@ struct DenseWeight {
   // Copies columns n to n + kBlockN, contracted elements k to k + kBlockK.
   template <class Producer>
   __device__ __forceinline__ static void load(Producer& producer, uint32_t address, int n, int k) {
-    const CUtensorMap* map = &producer.params.weight;
-#pragma unroll
-    for (int j = 0; j < kBlockN / kBox; ++j) {
-      const uint32_t box = address + j * kBoxBytes;
+    constexpr int kColumns = kTransposed ? kBox : kTallBox;  // of the output, in a box
+    producer.template share_boxes<kBlockN / kColumns>(0, [&](int i) {
+      const int column = i * kColumns;
+      const uint32_t box = address + column * kSwizzleSpan;
       if constexpr (kTransposed) {
-        producer.copy_to_cluster(j, box, map, n + j * kBox, k);
+        producer.copy_to_cluster(box, &producer.params.weight, n + column, k);
       } else {
-        producer.copy_to_cluster(j, box, map, k, n + j * kBox);
+        producer.copy_to_cluster(box, &producer.params.weight, k, n + column);
       }
-    }
+    });
   }
 
   __device__ __forceinline__ static uint64_t operand(uint32_t address, int column) {

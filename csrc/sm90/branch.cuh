@@ -26,23 +26,22 @@ struct SingleAdapter {
   // Copies all ranks of contracted elements k to k + kBlockK; `first_box` numbers the boxes of a stage.
   template <class Producer>
   __device__ __forceinline__ static void load_down(Producer& producer, int first_box, uint32_t address, int k) {
-#pragma unroll
-    for (int j = 0; j < kRank / kRankStep; ++j) {
+    producer.template share_boxes<kRank / kRankStep>(first_box, [&](int i) {
       if constexpr (kBackward) {
-        producer.copy_to_cluster(first_box + j, address + j * kBoxBytes, &producer.params.lora_b, j * kBox, k);
+        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_b, i * kBox, k);
       } else {
-        producer.copy_to_cluster(first_box + j, address + j * kBoxBytes, &producer.params.lora_a, k, j * kBox);
+        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_a, k, i * kBox);
       }
-    }
+    });
   }
 
   // Copies 64 columns of a step's ranks.
   template <class Producer>
-  __device__ __forceinline__ static void load_up(Producer& producer, int box, uint32_t address, int column, int rank) {
+  __device__ __forceinline__ static void load_up(Producer& producer, uint32_t address, int column, int rank) {
     if constexpr (kBackward) {
-      producer.copy_to_cluster(box, address, &producer.params.lora_a, column, rank);
+      producer.copy_to_cluster(address, &producer.params.lora_a, column, rank);
     } else {
-      producer.copy_to_cluster(box, address, &producer.params.lora_b, rank, column);
+      producer.copy_to_cluster(address, &producer.params.lora_b, rank, column);
     }
   }
 

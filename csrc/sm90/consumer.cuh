@@ -29,7 +29,7 @@ struct Consumer {
     warpgroup_column = warpgroup / Traits::kWarpgroupsM;
     if constexpr (Traits::kDropout) {
       const int columns = Traits::kBackward ? params.n : params.k;
-      dropout = {params.seed_address ? *params.seed_address : params.seed, params.drop_threshold,
+      dropout = {params.seed_address ? *params.seed_address : params.seed, params.last_dropped,
                  uint32_t(columns) / kElementsPerCall};
     }
   }

@@ -9,9 +9,16 @@ constexpr int kElementsPerCall = 8;
 
 struct Dropout {
   uint64_t seed;
-  uint32_t threshold;      // elements whose bits are below are dropped
+  uint32_t last_dropped;   // the highest bits of an element that is dropped, in the upper half; ones in the lower
   uint32_t calls_per_row;  // of the masked matrix
 };
+
+// The 64-bit product. Written as a product of 64-bit integers it costs two additions more.
+__device__ __forceinline__ uint64_t multiply_wide(uint32_t a, uint32_t b) {
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+}
 
 // Word w of the result holds the bits of elements 2w (low half) and 2w + 1 of the call's eight.
 __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t counter) {
@@ -19,7 +26,7 @@ __device__ __forceinline__ uint4 philox(uint64_t seed, uint64_t counter) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
 #pragma unroll
   for (int round = 0; round < 7; ++round) {
-    const uint64_t product0 = uint64_t(c0) * 0xD2511F53u, product1 = uint64_t(c2) * 0xCD9E8D57u;
+    const uint64_t product0 = multiply_wide(c0, 0xD2511F53u), product1 = multiply_wide(c2, 0xCD9E8D57u);
     c0 = uint32_t(product1 >> 32) ^ c1 ^ k0;
     c1 = uint32_t(product1);
     c2 = uint32_t(product0 >> 32) ^ c3 ^ k1;
@@ -56,14 +63,15 @@ __device__ __forceinline__ void fragment_words(uint32_t (&words)[4], const Dropo
   words[3] = upper ? w.w : second;
 }
 
-__device__ __forceinline__ bool keeps_low(uint32_t word, uint32_t threshold) { return (word & 0xffffu) >= threshold; }
-__device__ __forceinline__ bool keeps_high(uint32_t word, uint32_t threshold) { return (word >> 16) >= threshold; }
+// Compared in the upper half of a register: the lower half of `word`, whose bits cannot decide, need not be cleared.
+__device__ __forceinline__ bool keeps_low(uint32_t word, uint32_t last_dropped) { return word << 16 > last_dropped; }
+__device__ __forceinline__ bool keeps_high(uint32_t word, uint32_t last_dropped) { return word > last_dropped; }
 
 // Zeroes the dropped ones of two packed elements.
-__device__ __forceinline__ uint32_t drop(uint32_t packed, uint32_t word, uint32_t threshold) {
-  const uint32_t low = keeps_low(word, threshold) ? 0x0000ffffu : 0u;
-  const uint32_t high = keeps_high(word, threshold) ? 0xffff0000u : 0u;
-  return packed & (low | high);
+__device__ __forceinline__ uint32_t drop(uint32_t packed, uint32_t word, uint32_t last_dropped) {
+  if (!keeps_low(word, last_dropped)) packed &= 0xffff0000u;
+  if (!keeps_high(word, last_dropped)) packed &= 0x0000ffffu;
+  return packed;
 }
 
 }  // namespace fastlora::sm90

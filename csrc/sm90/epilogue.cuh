@@ -59,25 +59,32 @@ __device__ __forceinline__ void expand(Consumer<Traits>& c, float (&acc)[Traits:
   pin(acc);
 }
 
-// Rounds 64 columns and stores them through a staging buffer; the copy proceeds asynchronously. `value(i)` is number i
-// of the thread's values.
+// Stores slice j of the tile, 64 columns, rounded, through a staging buffer; the copies proceed asynchronously. Slices
+// come in order. `value(i)` is number i of the thread's values.
 template <class Traits, class Value>
 __device__ __forceinline__ void store_slice(Consumer<Traits>& c, TileInfo tile, int j, Value value) {
   using Element = typename Traits::Element;
+  constexpr int kPerPhase = Traits::kSlicesPerPhase;
   const uint32_t lane = lane_id(), block_row = c.warp * 16 + lane % 16;
   const uint32_t staging = c.shared.staging(c.warpgroup, j % Traits::kStagingBuffers);
-  if (c.thread == 0) tma_store_wait_read<Traits::kStagingBuffers - 1>();
-  c.sync_warpgroup();
+  if (j % kPerPhase == 0) {  // until the buffers of this phase are free
+    if (c.thread == 0) tma_store_wait_read<Traits::kStagingBuffers / kPerPhase - 1>();
+    c.sync_warpgroup();
+  }
 #pragma unroll
   for (int i = 0; i < Traits::kSliceAccumulators; i += 8) {
     store_matrix(chunk_address(staging, block_row, i / 4 + lane / 16), pack<Element>(value(i), value(i + 1)),
                  pack<Element>(value(i + 2), value(i + 3)), pack<Element>(value(i + 4), value(i + 5)),
                  pack<Element>(value(i + 6), value(i + 7)));
   }
+  if (j % kPerPhase < kPerPhase - 1) return;
   fence_async_shared();
   c.sync_warpgroup();
   if (c.thread == 0) {
-    tma_store(&c.params.out, staging, c.first_column(tile) + j * kBox, c.first_row(tile));
+#pragma unroll
+    for (int back = kPerPhase - 1; back >= 0; --back) {
+      tma_store(&c.params.out, staging - back * kBoxBytes, c.first_column(tile) + (j - back) * kBox, c.first_row(tile));
+    }
     tma_store_commit();
   }
 }
@@ -96,8 +103,8 @@ struct KeepBits {
     uint32_t fresh = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      fresh |= uint32_t(keeps_low(bits[j], c.dropout.threshold)) << (2 * j);
-      fresh |= uint32_t(keeps_high(bits[j], c.dropout.threshold)) << (2 * j + 1);
+      fresh |= uint32_t(keeps_low(bits[j], c.dropout.last_dropped)) << (2 * j);
+      fresh |= uint32_t(keeps_high(bits[j], c.dropout.last_dropped)) << (2 * j + 1);
     }
 #pragma unroll
     for (int j = 0; j + 1 < kWords; ++j) words[j] = __funnelshift_r(words[j], words[j + 1], 8);

@@ -17,19 +17,19 @@ __device__ __forceinline__ void drop_in_place(const Consumer<Traits>& c, uint32_
   constexpr uint32_t kChunksPerRow = kSwizzleSpan / kChunkBytes;
   static_assert(kChunkElements == kElementsPerCall, "one call of the generator serves a chunk");
   const uint32_t chunk = c.thread % kChunksPerRow;
+// Two calls at a time: one alone is a chain of dependent products.
+#pragma unroll 2 / Traits::kGradBlocks
+  for (uint32_t row = c.thread / kChunksPerRow; row < kBox; row += kWarpgroupThreads / kChunksPerRow) {
+    const uint64_t counter = uint64_t(m + row) * c.dropout.calls_per_row + column / kElementsPerCall + chunk;
 #pragma unroll
-  for (int j = 0; j < Traits::kGradBlocks; ++j) {
-#pragma unroll 1
-    for (uint32_t row = c.thread / kChunksPerRow; row < kBox; row += kWarpgroupThreads / kChunksPerRow) {
+    for (int j = 0; j < Traits::kGradBlocks; ++j) {
       const uint32_t address = chunk_address(left + j * kBoxBytes, row, chunk);
-      const uint64_t counter =
-          uint64_t(m + row) * c.dropout.calls_per_row + (column + j * kBox) / kElementsPerCall + chunk;
-      const uint4 words = philox(c.dropout.seed, counter);
+      const uint4 words = philox(c.dropout.seed, counter + j * kBox / kElementsPerCall);
       uint4 x = load_shared_16(address);
-      x.x = drop(x.x, words.x, c.dropout.threshold);
-      x.y = drop(x.y, words.y, c.dropout.threshold);
-      x.z = drop(x.z, words.z, c.dropout.threshold);
-      x.w = drop(x.w, words.w, c.dropout.threshold);
+      x.x = drop(x.x, words.x, c.dropout.last_dropped);
+      x.y = drop(x.y, words.y, c.dropout.last_dropped);
+      x.z = drop(x.z, words.z, c.dropout.last_dropped);
+      x.w = drop(x.w, words.w, c.dropout.last_dropped);
       store_shared_16(address, x);
     }
   }

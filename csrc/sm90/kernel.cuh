@@ -77,7 +77,7 @@ __device__ __forceinline__ void run(const Params& params) {
   sync_cluster<Traits>();
   if (warp_id() < kWarpgroupWarps) {
     shrink_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) Producer<Traits>(params, shared).run();
+    if (warp_id() == 0 && elect_one()) Producer<Traits>(params, shared).run();
   } else {
     grow_registers<kConsumerRegisters>();
     consume<Traits>(params, shared);

@@ -76,7 +76,7 @@ struct PipelineState {
 // Waits for this cluster's i-th tile.
 template <class Traits>
 __device__ __forceinline__ TileInfo wait_tile(SharedMemory<Traits> shared, int i) {
-  mbarrier_wait<(Traits::kCluster > 1)>(shared.tile_full(i & 1), i >> 1 & 1);
+  mbarrier_wait(shared.tile_full(i & 1), i >> 1 & 1);
   const uint4 words = load_shared_16(shared.tile(i & 1));
   return {int(words.x), int(words.y), int(words.z), int(words.w)};
 }

@@ -54,8 +54,9 @@ struct Producer {
     mbarrier_arrive(shared.tile_full(slot));
 #pragma unroll
     for (uint32_t peer = 1; peer < Traits::kCluster; ++peer) {
-      store_peer_16(peer_address(shared.tile(slot), peer), words);
-      mbarrier_arrive_peer<true>(peer_address(shared.tile_full(slot), peer));
+      const uint32_t full = peer_address(shared.tile_full(slot), peer);
+      mbarrier_arrive_expect_peer(full, SharedMemory<Traits>::kTileBytes);
+      store_async_16(peer_address(shared.tile(slot), peer), words, full);
     }
   }
 
@@ -80,13 +81,23 @@ struct Producer {
     tma_load(address, map, column, row, shared.stage_full(pipeline.stage));
   }
 
-  // Box number `i` of an operand that all CTAs of the cluster read: one of them loads it for all.
-  __device__ __forceinline__ void copy_to_cluster(int i, uint32_t address, const CUtensorMap* map, int column,
-                                                  int row) {
+  // Copies a box into every CTA of the cluster.
+  __device__ __forceinline__ void copy_to_cluster(uint32_t address, const CUtensorMap* map, int column, int row) {
     if constexpr (Traits::kCluster == 1) {
       copy(address, map, column, row);
-    } else if (i % Traits::kCluster == cta) {
+    } else {
       tma_load_multicast(address, map, column, row, shared.stage_full(pipeline.stage), (1 << Traits::kCluster) - 1);
+    }
+  }
+
+  // copy_box(i) for this CTA's share of kBoxes boxes that all CTAs of the cluster read. `first` is the number of the
+  // first among the stage's boxes: CTAs take turns.
+  template <int kBoxes, class CopyBox>
+  __device__ __forceinline__ void share_boxes(int first, CopyBox copy_box) {
+#pragma unroll
+    for (int i = 0; i < kBoxes; i += Traits::kCluster) {
+      const int box = i + int((cta + first) % Traits::kCluster);
+      if (kBoxes % Traits::kCluster == 0 || box < kBoxes) copy_box(box);
     }
   }
 
@@ -104,8 +115,7 @@ struct Producer {
   }
 
   __device__ __forceinline__ void load_act(uint32_t address, int m, int k) {
-#pragma unroll
-    for (int i = 0; i < Traits::kBlockM / kBox; ++i) copy(address + i * kBoxBytes, &params.act, k, m + i * kBox);
+    copy(address, &params.act, k, m);
   }
 
   __device__ __forceinline__ void load_shrink(TileInfo tile) {
@@ -165,11 +175,10 @@ struct Producer {
 #pragma unroll
           for (int i = 0; i < Traits::kWarpgroupsM; ++i) copy(stage + i * kRankBoxBytes, &params.s, r, m + i * kBox);
         }
-#pragma unroll
-        for (int j = 0; j < kBoxes; ++j) {
+        share_boxes<kBoxes>(0, [&](int j) {
           const uint32_t box = stage + Traits::kWeightOffset + j * kRankBoxBytes;
-          Branch::load_up(*this, j, box, n + slice + j * kBoxStride, r);
-        }
+          Branch::load_up(*this, box, n + slice + j * kBoxStride, r);
+        });
         pipeline.advance();
       }
     }
@@ -177,7 +186,7 @@ struct Producer {
 
   __device__ __forceinline__ void load_gradient(TileInfo tile) {
     const bool is_a = tile.kind == kGradATile;
-    const CUtensorMap *left = is_a ? &params.layer_input : &params.act, *right = is_a ? &params.s : &params.saved_s;
+    const CUtensorMap *left = is_a ? &params.layer_input : &params.act_square, *right = is_a ? &params.s : &params.saved_s;
     const int column = tile.column * Traits::kGradColumns;
     const RowRange rows = RowMap::rows_of_group(params, tile.row);
     const Steps steps = {rows.first / kBox, ceil_div(rows.end, kBox)};
@@ -188,10 +197,9 @@ struct Producer {
       const uint32_t stage = open_stage(Traits::kGradBytes);
 #pragma unroll
       for (int j = 0; j < Traits::kGradColumns / kBox; ++j) copy(stage + j * kBoxBytes, left, column + j * kBox, m);
-#pragma unroll
-      for (int j = 0; j < Traits::kRank / Branch::kRankStep; ++j) {
-        copy_to_cluster(j, stage + Traits::kGradRightOffset + j * kBoxBytes, right, j * kBox, m);
-      }
+      share_boxes<Traits::kRank / Branch::kRankStep>(0, [&](int j) {
+        copy_to_cluster(stage + Traits::kGradRightOffset + j * kBoxBytes, right, j * kBox, m);
+      });
       claim_at(step, steps);
       pipeline.advance();
     }

@@ -15,7 +15,7 @@ __device__ __forceinline__ void load_dropped(const Consumer<Traits>& c, uint32_t
     uint32_t words[4];
     fragment_words(words, c.dropout, row, k + i * kMmaK);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) fragments[i][j] = drop(fragments[i][j], words[j], c.dropout.threshold);
+    for (int j = 0; j < 4; ++j) fragments[i][j] = drop(fragments[i][j], words[j], c.dropout.last_dropped);
   }
   __syncwarp();  // one lane releases the stage for all, which must have read it
 }

@@ -91,8 +91,10 @@ struct KernelTraits {
   static_assert(!kBackward || kGradBytes <= kStageBytes, "a gradient step fits a stage");
 
   // ---- shared memory: staging buffers of finished tiles, two biases, barriers, ones, then the pipeline's stages
-  static constexpr int kStagingBuffers = kBlockN == 256 && kRank == 64 ? 2 : kSlices;  // of a box, of a warpgroup
+  static constexpr int kStagingBuffers = kBlockN == 256 && kRank >= 64 ? 2 : kSlices;  // of a box, of a warpgroup
   static_assert(kSlices % kStagingBuffers == 0, "a tile starts with the buffer that was filled longest ago");
+  // Slices that are staged between two barriers: all of them where the whole tile fits.
+  static constexpr int kSlicesPerPhase = kStagingBuffers == kSlices ? kSlices : 1;
   static constexpr int kStagingOffset = 0;
   static constexpr int kBiasOffset = kStagingOffset + kConsumerWarpgroups * kStagingBuffers * kBoxBytes;
   static constexpr int kBiasBytes = kBlockN * kElementBytes;

@@ -40,6 +40,16 @@ def test_share_of_dropped_elements(p):
     assert abs((~mask).double().mean().item() - p) <= deviation + 1 / 65536
 
 
+@pytest.mark.parametrize(
+    ("p", "dropped"), [(0.0, 0), (1e-9, 1), (0.1, 6554), (0.5, 32768), (1 - 1e-9, 65535), (1.0, 65536)]
+)
+def test_a_dropout_between_none_and_all_is_neither(p, dropped):
+    """Kernels compare with the highest bits that are dropped, of which there are none at a threshold of 0."""
+    assert philox.threshold(p) == dropped
+    kept = 65536 - dropped
+    assert philox.inverse_keep(p) == (65536 / kept if kept else 0.0)
+
+
 def test_rows_and_seeds_differ():
     mask = philox.keep_mask(1, 0.5, 64, 256)
     assert len({tuple(row.tolist()) for row in mask}) == 64

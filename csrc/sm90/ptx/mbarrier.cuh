@@ -17,16 +17,10 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// The same on a barrier of any CTA of the cluster. Without kRelease it orders this thread's reads only. With kRelease
-// its writes become visible to the other CTA; such a release drains all outstanding memory accesses of the thread to
-// the whole GPU, which costs too much in a product loop.
-template <bool kRelease = false>
+// The same on a barrier of any CTA of the cluster. It orders this thread's reads only; a release at the cluster's scope
+// would wait for all outstanding memory accesses of the thread.
 __device__ __forceinline__ void mbarrier_arrive_peer(uint32_t peer_barrier) {
-  if constexpr (kRelease) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
-  } else {
-    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
-  }
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(peer_barrier) : "memory");
 }
 
 // Arrives and announces bytes that asynchronous copies will deliver before the phase completes.
@@ -34,23 +28,19 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-// Returns once the phase of this parity has completed. kAcquire: writes that other CTAs released with it are visible.
-template <bool kAcquire = false>
+// The same on a barrier of any CTA of the cluster.
+__device__ __forceinline__ void mbarrier_arrive_expect_peer(uint32_t peer_barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(peer_barrier), "r"(bytes) : "memory");
+}
+
+// Returns once the phase of this parity has completed.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-#define FL_WAIT(SEMANTICS)                                   \
-  asm volatile(                                              \
-      "{\n.reg .pred done;\nWAIT:\n"                         \
-      "mbarrier.try_wait.parity" SEMANTICS                   \
-      ".shared::cta.b64 done, [%0], %1;\n"                   \
-      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier), \
-      "r"(parity)                                            \
-      : "memory")
-  if constexpr (kAcquire) {
-    FL_WAIT(".acquire.cluster");
-  } else {
-    FL_WAIT("");
-  }
-#undef FL_WAIT
+  asm volatile(
+      "{\n.reg .pred done;\nWAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra DONE;\nbra WAIT;\nDONE:\n}" ::"r"(barrier),
+      "r"(parity)
+      : "memory");
 }
 
 }  // namespace fastlora::sm90

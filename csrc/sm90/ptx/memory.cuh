@@ -28,8 +28,11 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
                : "memory");
 }
 
-__device__ __forceinline__ void store_peer_16(uint32_t peer, uint4 v) {
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(peer), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+// Stores into the shared memory of another CTA of the cluster; the bytes count towards a barrier there. Whoever waits for
+// that sees them, without the fence over all memory that a release at the cluster's scope would be.
+__device__ __forceinline__ void store_async_16(uint32_t peer, uint4 v, uint32_t peer_barrier) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(peer),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(peer_barrier)
                : "memory");
 }
 
