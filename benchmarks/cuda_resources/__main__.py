@@ -10,7 +10,6 @@ Exits with 1 where a kernel breaks the gate: a waterfall, a spill, a remark that
 copies missing, or (--check) a count that is not the table's.
 """
 
-import json
 from pathlib import Path
 
 import click
@@ -68,10 +67,10 @@ def main(checks: bool, show: str | None, listing: str | None) -> None:
                 click.echo(table.as_text(name, kernel["rows"]))
             return
         if checks:
-            problems, notes = check(json.loads(TABLE.read_text()), library, variants)
+            problems, notes = check(table.from_json(TABLE.read_text()), library, variants)
         else:
             made = table.make_table(library, variants)
-            TABLE.write_text(table.as_json(made))
+            TABLE.write_text(table.to_json(made))
             TABLE.with_suffix(".md").write_text(as_markdown(made))
             problems = table.faults(made)
     except ValueError as error:

@@ -67,11 +67,12 @@ def count_kernel(code: Sequence[Instruction], names: Names, cluster: int) -> dic
 
     add("all", _counts(code, code, sum(each.is_a(*_COPIES) for each in code), len(waterfalls)))
     apart = {id(each) for loop in loops if is_wait(loop) for each in loop.code}  # from straight code
+    steps = [loop for loop in loops if not is_wait(loop) and not is_waterfall(loop) and _works(loop)]
     for loop in sorted(loops, key=lambda each: each.first):
-        if is_wait(loop) or is_waterfall(loop):
-            continue
+        if is_wait(loop) or is_waterfall(loop) or any(inner in loop for inner in steps):
+            continue  # the last: the loop over tiles
         owner, _, part = names.name_of_loop(loop).partition(": ")
-        works = any(each.is_a("HGMMA", *_COPIES) for each in loop.code)
+        works = loop in steps
         if not works and part != "mask":
             continue
         apart |= {id(each) for each in loop.code}
@@ -92,6 +93,10 @@ def count_kernel(code: Sequence[Instruction], names: Names, cluster: int) -> dic
         inside = sum(id(each) in elections for each in part)
         add(name, _counts(part, part, sum(each.is_a(*_COPIES) for each in part), inside))
     return rows
+
+
+def _works(loop: Loop) -> bool:
+    return any(each.is_a("HGMMA", *_COPIES) for each in loop.code)
 
 
 def _loads_down(each: Instruction, names: Names) -> bool:

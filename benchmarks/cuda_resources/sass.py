@@ -16,6 +16,7 @@ import struct
 import subprocess
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 _CODE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;\s+/\* 0x([0-9a-f]{16}) \*/")
@@ -63,7 +64,12 @@ class Instruction:
 
     def is_a(self, *names: str) -> bool:
         """Whether the opcode is one of these, whatever further modifiers it has."""
-        return any(f"{self.opcode}.".startswith(f"{name}.") for name in names)
+        return _matches(self.opcode, names)
+
+
+@cache  # a kernel has thousands of instructions, and few opcodes
+def _matches(opcode: str, names: tuple[str, ...]) -> bool:
+    return any(f"{opcode}.".startswith(f"{name}.") for name in names)
 
 
 def decode_control(encoding: int) -> Control:

@@ -89,11 +89,8 @@ def differences(recorded: dict[str, dict], built: dict[str, dict]) -> list[str]:
         found += [f"{name}, {row}: in the library only" for row in new["rows"].keys() - old["rows"].keys()]
         for row in old["rows"].keys() & new["rows"].keys():
             before, after = old["rows"][row], new["rows"][row]
-            found += [
-                _change(f"{name}, {row}: {what}", before[what], after[what])
-                for what in COLUMNS
-                if before[what] != after[what]
-            ]
+            changed = [what for what in COLUMNS if before.get(what) != after[what]]
+            found += [_change(f"{name}, {row}: {what}", before.get(what, 0), after[what]) for what in changed]
     return sorted(found)
 
 
@@ -101,10 +98,23 @@ def _change(what: str, before: int, after: int) -> str:
     return f"{what} {'grew' if after > before else 'fell'} from {before} to {after}"
 
 
-def as_json(table: dict) -> str:
-    """A row a line."""
-    text = json.dumps(table, indent=1)
-    return re.sub(r"\{([^{}]*)\}", lambda row: "{" + " ".join(row[1].split()) + "}", text) + "\n"
+def to_json(table: dict) -> str:
+    """The table as text, a row of counts a line, in the order of its columns."""
+    kernels = {
+        name: {**kernel, "rows": {row: list(counts.values()) for row, counts in kernel["rows"].items()}}
+        for name, kernel in table["kernels"].items()
+    }
+    text = json.dumps({**table, "columns": COLUMNS, "kernels": kernels}, indent=1)
+    return re.sub(r"\[([^\[\]{}]*)\]", lambda row: "[" + " ".join(row[1].split()) + "]", text) + "\n"
+
+
+def from_json(text: str) -> dict:
+    """What :func:`to_json` wrote."""
+    table = json.loads(text)
+    columns = table.pop("columns")
+    for kernel in table["kernels"].values():
+        kernel["rows"] = {row: dict(zip(columns, counts, strict=True)) for row, counts in kernel["rows"].items()}
+    return table
 
 
 def as_text(kernel: str, rows: dict[str, dict[str, int]]) -> str:

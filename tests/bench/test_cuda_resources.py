@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import json
 import os
 import struct
 
@@ -330,8 +329,8 @@ def test_a_library_older_than_the_sources_is_refused(tmp_path):
 
 def test_the_committed_table_passes_and_is_of_these_sources():
     """`make check` compares it with the library, which takes half a minute."""
-    recorded = json.loads(command.TABLE.read_text())
+    recorded = table.from_json(command.TABLE.read_text())
     assert table.faults(recorded) == []
     assert recorded["source"] == toolkit.source_digest()
     assert command.TABLE.with_suffix(".md").read_text() == as_markdown(recorded)
-    assert command.TABLE.read_text() == table.as_json(recorded)
+    assert command.TABLE.read_text() == table.to_json(recorded)
