@@ -63,9 +63,10 @@ lint: install  ## ruff, mypy, clang-format: lint, types and format
 	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CUDA_SOURCES)
 
-check: install  ## the README's tables and the counted traffic are those of the results and of the kernels
+check: install  ## the README's tables, the counted traffic and the kernels' machine code are those of the results
 	$(RUN) -m benchmarks.readme_tables --check
 	$(RUN) -m benchmarks.traffic --check
+	$(RUN) -m benchmarks.cuda_resources --check
 
 format: install  ## what ruff and clang-format can mend
 	$(RUN) -m ruff check --fix .

@@ -25,7 +25,7 @@ import click
 from benchmarks import ROOT
 
 CLI = (sys.executable, "-c", "from fastlora.cli.main import main; main()")
-BUILD = "from benchmarks.cuda_resources import load_setup; print('built', load_setup().build_in_place())"
+BUILD = "from benchmarks.cuda_resources.toolkit import load_setup; print('built', load_setup().build_in_place())"
 # Small layers on every tile: the checkers slow kernels down by orders of magnitude.
 CHECKED = ("-m", "pytest", "-q", "-x", "tests/kernels/test_cuda_device.py", "-k", "small_layers")
 TAIL_LINES = 15

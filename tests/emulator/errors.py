@@ -29,6 +29,10 @@ class ProxyError(EmulatorError):
     """An asynchronous access to memory written through the generic proxy with no fence.proxy.async between."""
 
 
+class ReadOnlyError(EmulatorError):
+    """ld.global.nc or ldu of memory that the same launch writes."""
+
+
 class BoundsError(EmulatorError):
     """An access outside every buffer, past the end of one, or a write to a read-only one."""
 
@@ -78,6 +82,7 @@ BY_KIND = (
     LaunchError,
     RaceError,
     ProxyError,
+    ReadOnlyError,
     BoundsError,
     AlignmentError,
     UninitialisedError,

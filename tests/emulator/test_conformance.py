@@ -15,7 +15,7 @@ CASES = {case.name: case for case in all_cases()}
 ASYNCHRONOUS = [
     name
     for name in CASES
-    if any(word in name for word in ("cp.async", "bulk", "TMA", "mbarrier", "wgmma", "remote", "bar"))
+    if any(word in name for word in ("cp.async", "st.async", "bulk", "TMA", "mbarrier", "wgmma", "remote", "bar"))
 ]
 
 

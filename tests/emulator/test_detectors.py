@@ -17,6 +17,7 @@ from tests.emulator import (
     LivelockError,
     ProxyError,
     RaceError,
+    ReadOnlyError,
     UninitialisedError,
     WgmmaError,
     load_ptx,
@@ -31,7 +32,14 @@ WGMMA, STORE, MULTICAST = "wgmma n64", "TMA store (70, 88) torch.bfloat16 at (3,
 LOAD = "TMA load (16, 64) of (70, 88) at (3, 8), swizzle 128, to shared::cluster"
 EVERY_FENCE = "fence.sc of every thread"
 ARRIVING = "cp.async.mbarrier.arrive.noinc"
+STORED = "st.async.v4.b32"
 CLUSTER_BARRIER = "    barrier.cluster.arrive.release.aligned;\n    barrier.cluster.wait.acquire.aligned;\n"
+
+BULK_STORE = (  # of what a CTA has received to its part of y, before that is written
+    "    mad.lo.s32 %r9, %r21, 128, 0;\n    cvt.u64.u32 %rd9, %r9;\n    add.s64 %rd9, %rd1, %rd9;\n"
+    "    @%p0 cp.async.bulk.global.shared::cta.bulk_group [%rd9], [%r4], 16;\n"
+    "    cp.async.bulk.commit_group;\n    cp.async.bulk.wait_group 0;\n    bar.warp.sync -1;\n"
+)
 
 FIRST_FLAG = "st.release.gpu.global.u32 [%rd2],", "st.relaxed.gpu.global.u32 [%rd2],"
 LAST_FLAG = "st.release.gpu.global.u32 [%rd2+4],", "st.relaxed.gpu.global.u32 [%rd2+4],"
@@ -220,6 +228,22 @@ CLUSTERS = [
     (MULTICAST, "[%r22], 4096;\n" + CLUSTER_BARRIER, "[%r22], 4096;\n",
      None, ""),  # bytes may come before they are expected
     (MULTICAST, "mov.b16 %h1, 3;", "mov.b16 %h1, 1;", DeadlockError, "mbarrier.try_wait"),
+    (STORED, "@!%p9 bra $wait_full;", "", EmulatorError, "of shared memory"),
+    (STORED, "try_wait.parity.shared", "try_wait.parity.relaxed.cta.shared", RaceError, "read of shared memory"),
+    (STORED, "[%r22], 512;", "[%r22], 528;", DeadlockError, "mbarrier.try_wait"),
+    (STORED, "[%r22], 512;", "[%r22], 496;", EmulatorError, ""),
+    (STORED, "@%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r22], 512;", "", DeadlockError, "mbarrier.try_wait"),
+    (STORED, CLUSTER_BARRIER, "", EmulatorError, "mbarrier"),
+    (STORED, "}, [%r7+4096];", "}, [%r22];", AsyncCopyError, "in different CTAs"),
+    (STORED, "}, [%r7+4096];", "}, [%r7+4104];", BarrierError, "no mbarrier"),
+    (STORED, "bytes.v4.b32 [%r9]", "bytes.v4.b32 [%r9+4]", AlignmentError, "not aligned to 16"),
+    (STORED, "add.s32 %r9, %r7, %r9;", "mov.b32 %r9, %r7;", RaceError, "write of shared memory"),
+    # Its thread's earlier stores come before it, later ones do not come after it.
+    (STORED, "add.s32 %r9, %r7, %r9;\n", "add.s32 %r9, %r7, %r9;\n    st.shared::cluster.b32 [%r9], %r10;\n", None, ""),
+    (STORED, "[%r7+4096];\n", "[%r7+4096];\n    st.shared::cluster.b32 [%r9], %r10;\n",
+     RaceError, "write of shared memory"),
+    (STORED, "mov.u32 %r8, 0;\n", "mov.u32 %r8, 0;\n" + BULK_STORE, ProxyError, "has no fence.proxy.async"),
+    (STORED, "mov.u32 %r8, 0;\n", "mov.u32 %r8, 0;\n    fence.proxy.async;\n" + BULK_STORE, None, ""),
     ("remote atomic", "atom.shared::cluster.add.u32 %r9",
      "ld.shared::cluster.u32 %r10, [%r7];\n    st.shared::cluster.u32 [%r7], %r10;\n    mov.u32 %r9",
      EmulatorError, ""),
@@ -243,6 +267,13 @@ OTHERS = [
      BoundsError, "write of 4 bytes at y -4 bytes"),
     ("ld/st.global.b32", "ld.global.b32 %r10, [%rd0];",
      "mov.u64 %rd9, 64;\n    ld.global.b32 %r10, [%rd9];", BoundsError, "in no buffer"),
+    ("ld.global.nc.b32", "ld.global.nc", "st.global.b32 [%rd0], %r0;\n    ld.global.nc",
+     ReadOnlyError, "x[0] is read as constant memory, but the launch writes it"),
+    ("ld.global.nc.v4.b32", "[%rd0];\n", "[%rd0];\n    st.global.b32 [%rd0+12], %r10;\n",
+     ReadOnlyError, "write of x[3], which the launch reads as constant memory"),
+    ("ldu.global.b32", "[%rd0];\n", "[%rd0];\n    red.relaxed.gpu.global.add.u32 [%rd0], 1;\n",
+     ReadOnlyError, "write of x[0], which the launch reads as constant memory"),
+    (MESSAGE, "ld.global.b32 %r8", "ld.global.nc.b32 %r8", ReadOnlyError, "data[0]"),  # no order helps
     ("ld/st.global.v4.b32", "[%rd0];\n    st", "[%rd0+4];\n    st", AlignmentError, "not aligned to 16"),
     ("local memory", "[%rd5+16]", "[%rd5+64]", BoundsError, "local access"),
     ("divergent loop", "31, -1;", "31, 0xffff;", DivergenceError, "not in its member mask"),
@@ -254,6 +285,11 @@ OTHERS = [
      DivergenceError, "wait for each other"),
     ("vote.sync.ballot.b32 of halves", "0xffff, 0xffff0000,", "0x1ffff, 0xffff8000,",
      DivergenceError, "name each other"),
+    ("elect.sync", "elect.sync", "setp.gt.s32 %p5, %r20, 0;\n    @%p5 elect.sync", DivergenceError, "predicated off"),
+    ("elect.sync", "%r9|%p1, -1;", "%r9|%p1, 0xffff;", DivergenceError, "not in its member mask"),
+    ("elect.sync of some lanes", "elect.sync {d}|%p1, %r8;".replace("{d}", "%r21"),
+     "@%p3 bra $else;\n    elect.sync %r21|%p1, -1;\n    bra.uni $end;\n$else:\n    elect.sync %r21|%p1, -1;\n$end:",
+     DivergenceError, "wait for each other"),
     ("bar.sync 0", "bar.sync 0;", "setp.gt.u32 %p7, %r0, 15;\n    @%p7 bar.sync 0;", DivergenceError, "predicated off"),
     ("bar.sync 0", "bar.sync 0;", "setp.gt.u32 %p7, %r0, 31;\n    @%p7 bar.sync 0;", EmulatorError, ""),
     ("bar.sync with a count", "bar.sync 3, 128;", "bar.sync 3, 100;", BarrierError, "for 100 threads"),
@@ -352,6 +388,22 @@ def test_replicated_stores_race_only_where_they_differ(store, own):
         return
     with pytest.raises(RaceError, match="write of shared memory"):
         kernel.launch(None, 1, 64, [])
+
+
+def test_an_asynchronous_store_wants_a_cluster():
+    case = mutated(CASES[STORED], "xor.b32 %r6, %r20, 1;", "mov.b32 %r6, %r20;")
+    assert case.mismatch(EmulatorRunner().run(case)), "each CTA stores to itself"
+    with pytest.raises(AsyncCopyError, match="wants a cluster of more than one CTA"):
+        EmulatorRunner().run(type(case)(**{**vars(case), "cluster": (1, 1, 1)}))
+
+
+def test_an_asynchronous_store_publishes_nothing_else():
+    """What its thread stored before it in the ordinary way is not for whoever waits for its bytes."""
+    store, load = "st.async.shared::cluster", "ld.shared.b32 %r9, [%r5+0];"
+    case = mutated(CASES[STORED], store, "st.shared::cluster.b32 [%r9+512], %r10;\n    " + store)
+    EmulatorRunner().run(case)
+    with pytest.raises(RaceError, match="read of shared memory"):
+        EmulatorRunner().run(mutated(case, load, load.replace("+0", "+512")))
 
 
 def test_without_race_detection_only_the_result_tells():

@@ -199,6 +199,11 @@ def test_elements_with_gaps_have_bounds_of_their_own():
     for x, offset in ((storage[:, 3], 4), (storage[0, ::4], 8), (storage[:, ::4], 12), (blocks, 8), (blocks, 76)):
         with pytest.raises(BoundsError):
             read(x, offset)
+    four = body.replace("ld.global.b32 %r1", "ld.global.v4.b32 {{%r1, %r2, %r3, %r4}}").format(offset=0)
+    args = {"x": storage[0], "y": torch.zeros(1, dtype=torch.int32)}
+    load_ptx(module(four, dict.fromkeys(args, "u64"))).launch(None, 1, 1, args)
+    with pytest.raises(BoundsError, match="runs past the end of a row of 4 bytes"):
+        load_ptx(module(four, dict.fromkeys(args, "u64"))).launch(None, 1, 1, args | {"x": storage[0, ::2]})
     with pytest.raises(LaunchError, match="gaps of two sizes"):
         read(storage[:, :12:4], 0)
 

@@ -1,7 +1,6 @@
-"""The CUDA backend without a device: what it refuses, which tiles it chooses, how it fails, what its kernels use."""
+"""The CUDA backend without a device: what it refuses, which tiles it chooses, how it fails, how it is built."""
 
 import importlib.util
-import json
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import cuda_resources
+from benchmarks.cuda_resources import toolkit
 from fastlora.backends import workspace
 from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
@@ -134,7 +133,7 @@ def test_choices_of_tile():
 @needs_extension
 def test_what_is_compiled_is_what_the_list_says():
     """csrc/variants.def, for both directions and types, with and without dropout."""
-    setup = cuda_resources.load_setup()
+    setup = toolkit.load_setup()
     lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), (\d+)\)$", (setup.CSRC / "variants.def").read_text(), re.M)
     listed = {
         (*map(int, line), backward, dtype, dropout)
@@ -177,46 +176,8 @@ def test_the_extension_needs_neither_torch_nor_the_driver_library():
     assert "libcuda" not in needed and "libtorch" not in needed
 
 
-@needs_extension
-def test_kernels_use_what_the_table_says():
-    table = json.loads(cuda_resources.TABLE.read_text())
-    assert cuda_resources.differences(table) == []
-    assert cuda_resources.faults(table) == []
-    assert cuda_resources.TABLE.with_suffix(".md").read_text() == cuda_resources.as_markdown(table)
-
-
-def test_the_gate_sees_faults():
-    good = {"registers": 168, "stack": 0, "spilled": 0, "shared": 1}
-    good |= dict.fromkeys(cuda_resources.REQUIRED, 1) | dict.fromkeys(cuda_resources.FORBIDDEN, 0)
-    table = {"remarks": [], "kernels": {"k": good}}
-    assert cuda_resources.faults(table) == []
-    for change in ({"stack": 8}, {"spilled": 4}, {"shared": 1 << 20}, {"HGMMA": 0}, {"STL": 1}):
-        assert cuda_resources.faults({**table, "kernels": {"k": good | change}}), change
-    assert cuda_resources.faults({**table, "remarks": ["(C7510) serialised"]})
-
-
-# A product loop, a wait that lies behind everything else and returns into it, and what the last lane does after it.
-LOOP = """
-        /*0010*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R11 ;   /* 0x0 */
-        /*0020*/              @!P0 BRA 0x90 ;                                        /* 0x0 */
-        /*0030*/                   HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24 ;   /* 0x0 */
-        /*0040*/              @!P1 {barrier} ;                                       /* 0x0 */
-        /*0050*/              @!P0 BRA 0x10 ;                                        /* 0x0 */
-        /*0060*/                   MEMBAR.ALL.GPU ;                                  /* 0x0 */
-        /*0070*/                   REDG.E.ADD.S32.STRONG.GPU desc[UR4][R2.64], R5 ;  /* 0x0 */
-        /*0080*/                   BRA 0x10 ;                                        /* 0x0 */
-        /*0090*/                   BRA 0x30 ;                                        /* 0x0 */
-"""
-
-
-@pytest.mark.parametrize("barrier, count", (("MEMBAR.ALL.GPU", 1), ("MEMBAR.SC.GPU", 1), ("MEMBAR.ALL.CTA", 0)))
-def test_the_gate_counts_memory_barriers_in_product_loops_alone(barrier, count):
-    found = cuda_resources.read_instructions(LOOP.replace("{barrier}", barrier))
-    assert found[cuda_resources.BARRIERS] == count and found["HGMMA"] == 1
-
-
 def test_the_build_needs_no_package_that_torch_or_the_path_can_stand_in_for(monkeypatch, tmp_path):
-    setup = cuda_resources.load_setup()
+    setup = toolkit.load_setup()
     installed = importlib.util.find_spec
     without = {"pybind11", "ninja"}
     monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None if name in without else installed(name))

@@ -172,6 +172,40 @@ def _remote_mbarrier():
     yield _case("remote mbarrier arrival", body, {"y": _y()}, {"y": torch.cat([100 + lanes, zero, 300 + lanes, zero])})
 
 
+def _async_stores():
+    """Each lane stores a vector into the partner's shared memory, which waits for the bytes of all lanes."""
+    head = (
+        "    ld.param.u64 %rd1, [y];\n"
+        + _HEAD
+        + (
+            "    add.s32 %r22, %r4, 4096;\n    @%p0 mbarrier.init.shared::cta.b64 [%r22], 1;\n"
+            "    @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r22], {total};\n"
+        )
+        + _BARRIER
+        + "    shl.b32 %r5, %r0, 4;\n    add.s32 %r5, %r4, %r5;\n    xor.b32 %r6, %r20, 1;\n"
+    )
+    narrow, wide = ("b32", "u32", "s32", "f32"), ("b64", "u64", "s64", "f64")
+    forms = [(weak, n, kind) for weak in ("", ".weak") for n in (1, 2, 4) for kind in (*narrow, *wide * (n < 4))]
+    for weak, n, kind in forms:
+        words = n * (2 if kind in wide else 1)
+        sent = "    mad.lo.s32 %r10, %r21, 1000, %r0;\n"  # word j of lane l of CTA c: 1000 c + l + 100 j
+        sent += "".join(f"    add.s32 %r{10 + j}, %r10, {100 * j};\n" for j in range(1, words))
+        sent += "".join(f"    mov.b64 %rd{20 + j}, {{%r{10 + 2 * j}, %r{11 + 2 * j}}};\n" for j in range(words // 2))
+        values = [f"%rd{20 + i}" if kind in wide else f"%r{10 + i}" for i in range(n)]
+        vector, operand = (f".v{n}", f"{{{', '.join(values)}}}") if n > 1 else ("", values[0])
+        store = f"st.async{weak}.shared::cluster.mbarrier::complete_tx::bytes{vector}.{kind}"
+        sent += "    mapa.shared::cluster.u32 %r7, %r4, %r6;\n    sub.s32 %r9, %r5, %r4;\n"
+        sent += f"    add.s32 %r9, %r7, %r9;\n    {store} [%r9], {operand}, [%r7+4096];\n"
+        received = wait("%r22", 0, "full") + "    mov.u32 %r8, 0;\n"
+        for j in range(words):
+            received += f"    ld.shared.b32 %r9, [%r5+{4 * j}];\n    mad.lo.s32 %r8, %r9, {j + 1}, %r8;\n"
+        lanes, partners = torch.arange(32), torch.tensor([1, 0, 3, 2])
+        word = 1000 * partners[:, None] + lanes
+        expected = sum((word + 100 * j) * (j + 1) for j in range(words)).reshape(-1).int()
+        body = head.format(total=32 * 4 * words) + sent + received + _STORE
+        yield _case(f"st.async{weak}{vector}.{kind}", body, {"y": _y()}, {"y": expected})
+
+
 def _remote_overwrite():
     """The odd CTA reads its shared memory and says so at the even one's mbarrier, which then overwrites it: an arrival
     that publishes nothing is enough for reads that are over."""
@@ -301,6 +335,7 @@ def cases():
     yield from _special_registers()
     yield from _distributed_shared_memory()
     yield from _remote_mbarrier()
+    yield from _async_stores()
     yield from _remote_overwrite()
     yield from _multicast()
     yield from _message_passing()

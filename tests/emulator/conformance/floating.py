@@ -179,14 +179,19 @@ _FLOAT_RELATIONS = {
 }
 
 
+def _relations():
+    """By name: whether a comparison holds, for operands of double precision. With u: also where one is a NaN."""
+    relations = dict(_FLOAT_RELATIONS)
+    for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+        relations[name + "u"] = lambda a, b, ordered=_FLOAT_RELATIONS[name]: ordered(a, b) | a.isnan() | b.isnan()
+    return relations
+
+
 def _comparisons():
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         kind = _kind(dtype)
         a, b = floats(dtype, 5, 0.5), floats(dtype, 6, 0.5)
-        relations = dict(_FLOAT_RELATIONS)
-        for name in ("eq", "ne", "lt", "le", "gt", "ge"):
-            relations[name + "u"] = lambda a, b, ordered=_FLOAT_RELATIONS[name]: ordered(a, b) | a.isnan() | b.isnan()
-        for name, relation in relations.items():
+        for name, relation in _relations().items():
             text = f"setp.{name}.{kind} %p1, {{a}}, {{b}};\n    selp.b32 {{d}}, 1, 0, %p1;"
             arch = "sm_90" if kind == "bf16" else "sm_80"
             yield elementwise(f"setp.{name}.{kind}", text, [a, b], [relation(a.double(), b.double()).int()], arch=arch)
@@ -197,17 +202,18 @@ def _comparisons_as_numbers():
     for kind, dtype in (("f32", torch.float32), ("f16", torch.float16), ("bf16", torch.bfloat16)):
         a, b = floats(dtype, 5, 0.5), floats(dtype, 6, 0.5)
         arch = "sm_90" if kind == "bf16" else "sm_80"
-        for name in ("gt", "eq"):
-            holds = _FLOAT_RELATIONS[name](a.double(), b.double())
+        for name, relation in _relations().items():
+            holds = relation(a.double(), b.double())
             for to, expected in (("u32", -holds.int()), (kind, holds.to(dtype))):
                 operation = f"set.{name}.{to}.{kind}"
                 yield elementwise(operation, f"{operation} {{d}}, {{a}}, {{b}};", [a, b], [expected], arch=arch)
             if kind == "f32":
                 continue
             packed = [bits(value).view(torch.int32).repeat(2) for value in (a, b)]
-            ones = bits(holds.to(dtype)).view(torch.int32).repeat(2)
-            operation = f"set.{name}.{kind}x2.{kind}x2"
-            yield elementwise(operation, f"{operation} {{d}}, {{a}}, {{b}};", packed, [ones], arch=arch)
+            for to, half in ((f"{kind}x2", bits(holds.to(dtype))), ("u32", -holds.short()), ("s32", -holds.short())):
+                operation = f"set.{name}.{to}.{kind}x2"
+                expected = half.view(torch.int32).repeat(2)
+                yield elementwise(operation, f"{operation} {{d}}, {{a}}, {{b}};", packed, [expected], arch=arch)
             text = f"setp.{name}.{kind}x2 %p1|%p2, {{a}}, {{b}};\n    selp.b32 {{d}}, 1, 0, %p1;\n"
             text += "    selp.b32 {e}, 1, 0, %p2;"
             halves = holds.int().view(-1, 2).repeat(2, 1)

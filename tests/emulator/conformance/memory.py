@@ -48,6 +48,11 @@ def _widths():
         4,
         ["ld.global.nc.L1::evict_last.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"],
     )
+    words = "{%r10, %r11, %r12, %r13}"
+    for load, operand, width in (("ld.global.nc.b32", "%r10", 4), ("ld.global.nc.v4.b32", words, 16)):
+        store = load.replace("ld.global.nc", "st.global")
+        yield _copy(load, width, [f"{load} {operand}, [%rd0];", f"{store} [%rd1], {operand};"])
+    yield _copy("ldu.global.b32", 4, ["ldu.global.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"])
     hinted = [
         "createpolicy.fractional.L2::evict_first.b64 %rd10, 1.0;",
         "ld.global.L2::cache_hint.b32 %r10, [%rd0], %rd10;",

@@ -96,6 +96,16 @@ def _lanes():
     text = "elect.sync %r9|%p1, -1;\n    selp.b32 {d}, 1, 0, %p1;"
     leads = elementwise("elect.sync", text, [lane], [(lane == 0).int()], arch="sm_90")
     yield leads
+    # Any subset has one leader, of which every lane of it learns the index.
+    text = (
+        "mov.u32 %r9, %laneid;\n    setp.lt.u32 %p3, %r9, 12;\n    selp.b32 %r8, 0xfff, 0xfffff000, %p3;\n"
+        "    elect.sync {d}|%p1, %r8;\n    setp.eq.u32 %p2, {d}, %r9;\n    xor.pred %p2, %p1, %p2;\n"
+        "    selp.b32 {e}, 1000, 0, %p2;\n    elect.sync _|%p1, %r8;\n    vote.sync.ballot.b32 %r10, %p1, %r8;\n"
+        "    popc.b32 %r10, %r10;\n    add.s32 {e}, {e}, %r10;\n    setp.lt.u32 %p1, {d}, 12;\n"
+        "    selp.b32 {d}, 1, 2, %p1;"
+    )
+    subset = torch.where(lane < 12, 1, 2).int()
+    yield elementwise("elect.sync of some lanes", text, [lane], [subset, torch.ones_like(lane)], arch="sm_90")
     yield elementwise("activemask", "activemask.b32 {d};", [lane], [torch.full((_N,), -1, dtype=torch.int32)])
     masks = {
         "eq": 1 << lane.long(),

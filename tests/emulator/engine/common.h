@@ -26,6 +26,7 @@ enum class ErrorKind : int {
   kLaunch,
   kRace,
   kProxy,
+  kReadOnly,
   kBounds,
   kAlignment,
   kUninitialised,

@@ -42,8 +42,8 @@ struct Flag {
   std::vector<Warp*> pollers;
 };
 
-// A bulk copy (TMA), or the cp.async of a thread that an mbarrier waits for. A store reads and writes apart: wait_group.read
-// waits for its reading half only.
+// A bulk copy (TMA), an st.async, or the cp.async of a thread that an mbarrier waits for. A store reads and writes apart:
+// wait_group.read waits for its reading half only.
 struct BulkCopy {
   u32 pc;
   Cta* cta;  // that issued it
@@ -64,7 +64,7 @@ struct BulkCopy {
     u32 mbarrier;
   };
   std::vector<Target> targets;  // of a load: one per destination CTA
-  std::vector<char> staged;     // of a store, between its halves
+  std::vector<char> staged;     // of a store, between its halves; of st.async, its bytes
   std::vector<CpAsync> copies;  // instead of parts; their completion is an arrival
 };
 

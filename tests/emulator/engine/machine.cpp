@@ -205,7 +205,7 @@ void Warp::exit(u32 mask) {
   for (const auto& copy : engine->bulk)
     for (const BulkCopy::Target& target : copy->targets)
       if (target.cta == cta)
-        fault(ErrorKind::kAsyncCopy, "a CTA exits while the bulk copy of <pc:%u> into its shared memory is in flight",
+        fault(ErrorKind::kAsyncCopy, "a CTA exits while the copy of <pc:%u> into its shared memory is in flight",
               copy->pc);
   cta->cluster->live_ctas--;
 }

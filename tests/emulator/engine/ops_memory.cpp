@@ -6,13 +6,12 @@ namespace {
 
 constexpr u32 kMaxBytes = 32;
 
-// imm of ld and st: space, bytes of an element, offset, sign extension.
+// imm of ld and st: space, bytes of an element, offset; of ld also sign extension, and whether it reads constant memory.
 struct Layout {
   Space space;
   u32 bytes;
   i64 offset;
-  bool sign;
-  explicit Layout(const Instruction& in) : space(Space(in.imm[0])), bytes(u32(in.imm[1])), offset(in.imm[2]), sign(in.imm[3]) {}
+  explicit Layout(const Instruction& in) : space(Space(in.imm[0])), bytes(u32(in.imm[1])), offset(in.imm[2]) {}
 };
 
 u64 extend(u64 value, u32 bytes, bool sign) {
@@ -60,6 +59,7 @@ void load(Warp& warp, const Instruction& in, u32 mask) {
   Engine& engine = *warp.engine;
   const Layout layout(in);
   const u32 n = in.n_dst, total = layout.bytes * n;
+  const bool sign = in.imm[3], constant = in.imm[4];
   Coalescer coalescer;
   for_lanes(mask, [&](u32 l) {
     u64 address = warp.address(in.reg[n], l, layout.offset);
@@ -72,7 +72,7 @@ void load(Warp& warp, const Instruction& in, u32 mask) {
     } else {
       Place at = engine.place(warp, l, address, space, total, total, false);
       Actor actor = warp.actor(l);
-      at.region->shadow.read(at.offset, total, actor, {actor.owner, actor.now, in.pc});
+      at.region->shadow.read(at.offset, total, actor, {.owner = actor.owner, .time = actor.now, .pc = in.pc, .constant = constant});
       if (at.space == kFenceGlobal && coalescer.first(address)) {
         at.region->bytes_read += total;
         at.region->read_map.touch(at.offset, total);
@@ -83,7 +83,7 @@ void load(Warp& warp, const Instruction& in, u32 mask) {
     for (u32 i = 0; i < n; i++) {
       u64 value = 0;
       memcpy(&value, bytes + i * layout.bytes, layout.bytes);
-      warp.set(in.reg[i], l, extend(value, layout.bytes, layout.sign));
+      warp.set(in.reg[i], l, extend(value, layout.bytes, sign));
     }
   });
   engine.lane = -1;

@@ -1,4 +1,4 @@
-// Bulk asynchronous copies, by tensor descriptor (TMA) and linear, in both directions.
+// Bulk asynchronous copies, by tensor descriptor (TMA) and linear, in both directions; and asynchronous stores.
 #include <algorithm>
 
 #include "half.h"
@@ -84,10 +84,8 @@ void count_traffic(const BulkCopy& copy, bool read, bool write) {
   }
 }
 
-void begin(Warp& warp, std::shared_ptr<BulkCopy> copy) {
+void issue(Warp& warp, std::shared_ptr<BulkCopy> copy) {
   Engine& engine = *warp.engine;
-  (copy->load ? engine.stats.tma_loads : engine.stats.tma_stores)++;
-  engine.stats.tma_bytes += total_bytes(*copy);
   engine.progress++;
   warp.actions++;
   if (engine.policy() == AsyncPolicy::kEarly)
@@ -95,6 +93,13 @@ void begin(Warp& warp, std::shared_ptr<BulkCopy> copy) {
   else
     engine.bulk.push_back(copy);
   engine.maybe_preempt(warp);
+}
+
+void begin(Warp& warp, std::shared_ptr<BulkCopy> copy) {
+  Stats& stats = warp.engine->stats;
+  (copy->load ? stats.tma_loads : stats.tma_stores)++;
+  stats.tma_bytes += total_bytes(*copy);
+  issue(warp, std::move(copy));
 }
 
 // Registers a load into every target CTA: the bytes are in flight until the copy has run.
@@ -147,7 +152,7 @@ std::shared_ptr<BulkCopy> new_copy(Warp& warp, const Instruction& in, u32 l, boo
 void set_targets(Warp& warp, BulkCopy& copy, u64 shared, u64 mbarrier, u32 multicast) {
   if (!multicast) {
     if (&cta_at(warp, shared) != &cta_at(warp, mbarrier))
-      fault(ErrorKind::kAsyncCopy, "a bulk copy and its mbarrier are in different CTAs");
+      fault(ErrorKind::kAsyncCopy, "a copy and the mbarrier that counts its bytes are in different CTAs");
     copy.targets.push_back({&cta_at(warp, shared), offset_of(mbarrier)});
     return;
   }
@@ -229,6 +234,32 @@ void store_linear(Warp& warp, const Instruction& in, u32 mask) {
     copy->reduction = in.imm[0];
     copy->parts.push_back({offset_of(shared), u32(bytes), 0, u32(bytes), engine.global_place(global, bytes, true)});
     start_store(warp, in.pc, l, copy);
+  });
+  engine.lane = -1;
+}
+
+// st.async: a store of the generic proxy into a CTA of the cluster, which completes its bytes on an mbarrier there. Nothing
+// else orders it, neither with what its thread does nor with another such store. imm: bytes of an element, offset.
+// Registers: address, mbarrier, values.
+void store_async(Warp& warp, const Instruction& in, u32 mask) {
+  Engine& engine = *warp.engine;
+  const u32 element = u32(in.imm[0]), n = in.n_reg - 2, bytes = element * n;
+  if (engine.cluster_size == 1) fault(ErrorKind::kAsyncCopy, "st.async wants a cluster of more than one CTA");
+  for_lanes(mask, [&](u32 l) {
+    auto copy = new_copy(warp, in, l, true);
+    const u64 address = warp.address(in.reg[0], l, in.imm[1]) & ~kSharedWindow, mbarrier = warp.get(in.reg[1], l);
+    engine.shared_place(*warp.cta, address, bytes, bytes, true);
+    engine.shared_place(*warp.cta, mbarrier & ~kSharedWindow, 8, 8, true);
+    set_targets(warp, *copy, address, mbarrier, 0);
+    for (u32 i = 0; i < n; i++) {
+      u64 value = warp.get(in.reg[2 + i], l);
+      copy->staged.insert(copy->staged.end(), reinterpret_cast<char*>(&value), reinterpret_cast<char*>(&value) + element);
+    }
+    copy->parts.push_back({offset_of(address), bytes, 0, bytes, {}});
+    Cta& cta = *copy->targets[0].cta;
+    MBarrier& barrier = use_mbarrier(warp, in.pc, l, cta, offset_of(mbarrier));
+    cta.shared.shadow.write(offset_of(address), bytes, warp.actor(l), {barrier.slot, kInFlight, in.pc});
+    issue(warp, std::move(copy));
   });
   engine.lane = -1;
 }
@@ -330,7 +361,7 @@ void run_bulk(Engine& engine, BulkCopy& copy) {
     for (const BulkCopy::Part& part : copy.parts) {
       char* to = target.cta->shared_bytes.data() + part.shared;
       memset(to, 0, part.bytes);
-      if (part.valid) memcpy(to + part.lead, part.global.host(), part.valid);
+      if (part.valid) memcpy(to + part.lead, copy.staged.empty() ? part.global.host() : copy.staged.data(), part.valid);
       target.cta->shared.shadow.complete_write(part.shared, part.bytes, barrier.slot, barrier.ever + 1);
     }
     arrive_tx(engine, *target.cta, target.mbarrier, total_bytes(copy));
@@ -342,6 +373,7 @@ void add_tma_ops(OpTable& t) {
   t.add("tma.store", store_tensor);
   t.add("bulk.load", load_linear);
   t.add("bulk.store", store_linear);
+  t.add("st.async", store_async);
   t.add("bulk.commit_group", commit);
   t.add("bulk.wait_group", wait);
 }

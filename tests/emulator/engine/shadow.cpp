@@ -126,11 +126,23 @@ void Shadow::check_proxy(const Cell& cell, u64 at, const Actor& actor, bool read
         space_ == kFenceShared ? "shared" : "global");
 }
 
+// No order helps: such a read may come from a cache that nothing keeps coherent, filled at any time of the launch.
+void Shadow::check_constant(const Cell& cell, u64 at, const Access& by, bool writes) const {
+  if (by.constant && cell.written_at)
+    fault(ErrorKind::kReadOnly, "<at:%u:%llu> is read as constant memory, but the launch writes it at <pc:%u>", buffer_, at,
+          cell.written_at - 1);
+  if (writes && cell.constant_at)
+    fault(ErrorKind::kReadOnly, "write of <at:%u:%llu>, which the launch reads as constant memory at <pc:%u>", buffer_, at,
+          cell.constant_at - 1);
+}
+
 void Shadow::read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const {
   if (!cell.initialised) fault(ErrorKind::kUninitialised, "read of uninitialised <at:%u:%llu>", buffer_, at);
+  check_constant(cell, at, by, false);
   if (cell.write.owner != kNobody) check_order(cell.write, at, actor, by, false);
   for (const Access& access : cell.since) check_order(access, at, actor, by, false);
   if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, true);
+  if (by.constant) cell.constant_at = by.pc + 1;
   cell.since.add(by, actor);
 }
 
@@ -141,6 +153,7 @@ static bool replicated(const Access& a, const Access& b, u32 shift) {
 }
 
 void Shadow::check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const {
+  check_constant(cell, at, by, true);
   if (cell.write.owner != kNobody && !replicated(cell.write, by, options_.shift)) check_order(cell.write, at, actor, by, true);
   for (const Access& access : cell.since) check_order(access, at, actor, by, true);
   if (by.proxy == Proxy::kAsync) check_proxy(cell, at, actor, false);
@@ -157,6 +170,7 @@ void Shadow::write(u64 offset, u64 bytes, const Actor& actor, Access by) {
   for_cells(offset, bytes, true, [&](Cell& cell, u64 at) {
     check_write(cell, at, actor, by);
     cell.initialised = true;
+    cell.written_at = by.pc + 1;
     if (by.scope != kWeak) {
       cell.since.add(by, actor);
     } else {

@@ -23,6 +23,7 @@ struct Access {
   Proxy proxy = Proxy::kGeneric;
   bool repeats = false;  // a store of the bytes that are there already
   bool writes = false;   // among the accesses since the last ordinary write: a strong write
+  bool constant = false;  // a read that takes the memory to be read-only for the whole launch
 };
 
 // The accesses since the last ordinary write that no later one stands in for: reads, and strong writes.
@@ -49,6 +50,7 @@ struct Cell {
   Access write;  // the last ordinary one
   AccessSet since;
   bool initialised = false;
+  u32 written_at = 0, constant_at = 0;  // 1 + pc of the last write of the launch, and of the last constant read
 };
 
 struct ShadowOptions {
@@ -84,6 +86,7 @@ class Shadow {
   };
   static void split(Line& line, u32 cell_bytes);
   template <class F> void for_cells(u64 offset, u64 bytes, bool unify, F f);
+  void check_constant(const Cell& cell, u64 at, const Access& by, bool writes) const;
   void check_proxy(const Cell& cell, u64 at, const Actor& actor, bool reads) const;
   void read_cell(Cell& cell, u64 at, const Actor& actor, const Access& by) const;
   void check_write(const Cell& cell, u64 at, const Actor& actor, const Access& by) const;

@@ -1,8 +1,9 @@
-"""cp.async, mbarriers and bulk copies."""
+"""cp.async, mbarriers, bulk copies and asynchronous stores."""
 
 import re
 
 from ..errors import PtxError
+from ..ptx import SIZES
 from .registry import translates, vector
 
 _SHARED = ("shared", "shared::cta", "shared::cluster")
@@ -103,6 +104,29 @@ def _mbarrier_wait(instruction, builder):
 def _fence_initialisation(instruction, builder):
     instruction.only("mbarrier_init", "release", "cluster")
     builder.emit("fence.mbarrier_init")
+
+
+_STORED = ("b32", "u32", "s32", "f32", "b64", "u64", "s64", "f64")
+
+
+@translates("st.async")
+def _store(instruction, builder):
+    """Of 8.1, into shared memory; the release store to global memory is of sm_100."""
+    kind = instruction.type
+    instruction.only("async", "weak", "shared::cluster", "mbarrier::complete_tx::bytes", "v2", "v4", *_STORED)
+    names = vector(instruction.operands[1])
+    expected = next((int(name[1:]) for name in ("v2", "v4") if instruction.has(name)), 1)
+    if (
+        kind not in _STORED
+        or not instruction.has("mbarrier::complete_tx::bytes")
+        or len(names) != expected
+        or expected * SIZES[kind] > 16
+    ):
+        raise PtxError(f"{instruction.opcode} of {len(names)} registers is not modelled")
+    address, offset = builder.address(instruction.operands[0])
+    mbarrier = builder.address_register(instruction.operands[2])
+    values = [builder.source(name, kind) for name in names]
+    builder.emit("st.async", [], [address, mbarrier, *values], [SIZES[kind], offset])
 
 
 _BULK = (

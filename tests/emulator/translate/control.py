@@ -129,6 +129,9 @@ def _reduce(instruction, builder):
 
 @translates("elect.sync")
 def _elect(instruction, builder):
+    instruction.only("sync")
+    if "|" not in instruction.operands[0]:
+        raise PtxError("elect.sync without a predicate")
     builder.emit(
         "elect", _with_predicate(instruction.operands[0], builder), [builder.source(instruction.operands[1], "b32")]
     )

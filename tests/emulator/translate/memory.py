@@ -65,7 +65,11 @@ def _load(instruction, builder):
     if instruction.has(*_SEMANTICS):
         builder.emit("ld.strong", destinations, [address], [*_order(instruction, offset, 3), SIZES[kind]])
     else:
-        builder.emit("ld", destinations, [address], [_space(instruction), SIZES[kind], offset, kind[0] == "s"])
+        constant = instruction.has("nc") or instruction.modifiers[0] == "ldu"
+        if constant and not instruction.has("global"):
+            raise PtxError(f"{instruction.opcode} wants .global")
+        layout = [_space(instruction), SIZES[kind], offset]
+        builder.emit("ld", destinations, [address], [*layout, kind[0] == "s", constant])
 
 
 @translates("st")
@@ -77,7 +81,7 @@ def _store(instruction, builder):
     if instruction.has(*_SEMANTICS):
         builder.emit("st.strong", [], [address, *values], [*_order(instruction, offset, 3), SIZES[kind]])
     else:
-        builder.emit("st", [], [address, *values], [_space(instruction), SIZES[kind], offset, False])
+        builder.emit("st", [], [address, *values], [_space(instruction), SIZES[kind], offset])
 
 
 _ATOMICS = ("add", "min", "max", "and", "or", "xor", "exch", "cas", "inc", "dec")

@@ -1,0 +1,1 @@
+"""What the compiled CUDA kernels are made of: resources, and instructions and stalls by loop."""
