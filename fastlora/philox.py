@@ -30,8 +30,8 @@ def draw_seed(device: torch.device) -> Tensor:
 
 
 def threshold(dropout_p: float) -> int:
-    """Elements whose 16 random bits are below this are dropped: p in steps of 1 / 65536, of which any p above 0 has one.
-    Only p = 1 drops them all, for nothing could make up for it in the mean."""
+    """Elements whose 16 random bits are below this are dropped: p in steps of 1 / 65536, at least one where p > 0. Only
+    p = 1 drops them all, for nothing could make up for it in the mean."""
     if dropout_p <= 0.0 or dropout_p >= 1.0:
         return 0 if dropout_p <= 0.0 else _STEPS
     return min(max(round(dropout_p * _STEPS), 1), _STEPS - 1)

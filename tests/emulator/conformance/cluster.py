@@ -177,12 +177,14 @@ def _async_stores():
     head = (
         "    ld.param.u64 %rd1, [y];\n"
         + _HEAD
-        + (
-            "    add.s32 %r22, %r4, 4096;\n    @%p0 mbarrier.init.shared::cta.b64 [%r22], 1;\n"
-            "    @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r22], {total};\n"
-        )
+        + ("    add.s32 %r22, %r4, 4096;\n    @%p0 mbarrier.init.shared::cta.b64 [%r22], 1;\n{announced}")
         + _BARRIER
         + "    shl.b32 %r5, %r0, 4;\n    add.s32 %r5, %r4, %r5;\n    xor.b32 %r6, %r20, 1;\n"
+    )
+    here = "    @%p0 mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r22], {total};\n"
+    there = (
+        "    mapa.shared::cluster.u32 %r9, %r22, %r6;\n"
+        "    @%p0 mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%r9], {total};\n"
     )
     narrow, wide = ("b32", "u32", "s32", "f32"), ("b64", "u64", "s64", "f64")
     forms = [(weak, n, kind) for weak in ("", ".weak") for n in (1, 2, 4) for kind in (*narrow, *wide * (n < 4))]
@@ -202,8 +204,12 @@ def _async_stores():
         lanes, partners = torch.arange(32), torch.tensor([1, 0, 3, 2])
         word = 1000 * partners[:, None] + lanes
         expected = sum((word + 100 * j) * (j + 1) for j in range(words)).reshape(-1).int()
-        body = head.format(total=32 * 4 * words) + sent + received + _STORE
+        announced = here.format(total=32 * 4 * words)
+        body = head.format(announced=announced) + sent + received + _STORE
         yield _case(f"st.async{weak}{vector}.{kind}", body, {"y": _y()}, {"y": expected})
+        if (weak, n, kind) == ("", 4, "u32"):  # announced by the CTA that stores
+            body = head.format(announced="") + there.format(total=32 * 4 * words) + sent + received + _STORE
+            yield _case("st.async, announced by its sender", body, {"y": _y()}, {"y": expected})
 
 
 def _remote_overwrite():
@@ -232,6 +238,36 @@ def _remote_overwrite():
     zero = torch.zeros_like(lanes)
     expected = torch.cat([zero, 100 + 1001 * lanes, zero, 300 + 1001 * lanes])
     yield _case("remote overwrite", body, {"y": _y()}, {"y": expected})
+
+
+def _remote_slot():
+    """The even CTA stores into the odd one's shared memory, and again once that has read it and said so: what a barrier
+    has counted is over, whatever scope the arrival has that says so."""
+    body = (
+        "    ld.param.u64 %rd1, [y];\n"
+        + _HEAD
+        + "    add.s32 %r22, %r4, 4096;\n    add.s32 %r23, %r4, 4104;\n"
+        + "    @%p0 mbarrier.init.shared::cta.b64 [%r22], 1;\n    @%p0 mbarrier.init.shared::cta.b64 [%r23], 32;\n"
+        + "    @%p0 fence.mbarrier_init.release.cluster;\n    shl.b32 %r5, %r0, 2;\n    add.s32 %r5, %r4, %r5;\n"
+        + _BARRIER
+        + "    mov.u32 %r8, 0;\n    setp.eq.u32 %p1, %r20, 1;\n    @%p1 bra $receive;\n"
+        + "    mapa.shared::cluster.u32 %r6, %r5, 1;\n    mapa.shared::cluster.u32 %r7, %r22, 1;\n"
+    )
+    store = "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32"
+    for i in range(2):
+        body += (
+            f"    mad.lo.s32 %r9, %r21, 100, %r0;\n    add.s32 %r9, %r9, {i};\n"
+            "    @%p0 mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%r7], 128;\n"
+            f"    {store} [%r6], %r9, [%r7];\n" + (wait("%r23", 0, "read") if i == 0 else "")
+        )
+    body += "    bra.uni $over;\n$receive:\n    mapa.shared::cluster.u32 %r7, %r23, 0;\n"
+    body += wait("%r22", 0, "first") + "    ld.shared.b32 %r8, [%r5];\n"
+    body += "    mbarrier.arrive.shared::cluster.b64 _, [%r7];\n" + wait("%r22", 1, "second")
+    body += "    ld.shared.b32 %r9, [%r5];\n    mad.lo.s32 %r8, %r9, 1000, %r8;\n$over:\n" + _BARRIER + _STORE
+    lanes = torch.arange(32, dtype=torch.int32)
+    zero = torch.zeros_like(lanes)
+    received = [first + lanes + 1000 * (first + 1 + lanes) for first in (0, 200)]
+    yield _case("remote slot", body, {"y": _y()}, {"y": torch.cat([zero, received[0], zero, received[1]])})
 
 
 def _multicast():
@@ -337,6 +373,7 @@ def cases():
     yield from _remote_mbarrier()
     yield from _async_stores()
     yield from _remote_overwrite()
+    yield from _remote_slot()
     yield from _multicast()
     yield from _message_passing()
     yield from _registers()

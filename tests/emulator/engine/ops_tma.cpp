@@ -258,7 +258,9 @@ void store_async(Warp& warp, const Instruction& in, u32 mask) {
     copy->parts.push_back({offset_of(address), bytes, 0, bytes, {}});
     Cta& cta = *copy->targets[0].cta;
     MBarrier& barrier = use_mbarrier(warp, in.pc, l, cta, offset_of(mbarrier));
-    cta.shared.shadow.write(offset_of(address), bytes, warp.actor(l), {barrier.slot, kInFlight, in.pc});
+    Access store = {barrier.slot, kInFlight, in.pc};
+    store.counted = true;
+    cta.shared.shadow.write(offset_of(address), bytes, warp.actor(l), store);
     issue(warp, std::move(copy));
   });
   engine.lane = -1;

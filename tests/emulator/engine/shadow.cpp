@@ -105,7 +105,7 @@ void Shadow::check_order(const Access& earlier, u64 at, const Actor& actor, cons
   // A write cannot meet what is over: earlier reads, and copies that somebody has seen completed. An ordinary write may
   // still be on its way, unless a fence has made it wait for shared memory.
   const bool fenced = space_ == kFenceShared && actor.knows->fenced[kFenceShared].at(earlier.owner) >= earlier.time;
-  const bool lands_late = earlier.writes && earlier.proxy == Proxy::kGeneric && !fenced;
+  const bool lands_late = earlier.writes && earlier.proxy == Proxy::kGeneric && !earlier.counted && !fenced;
   if (writes && !lands_late && actor.over(earlier.owner, earlier.time)) return;
   race(writes ? "write" : "read", at, earlier.writes ? "write" : "read", earlier, by);
 }

@@ -23,6 +23,7 @@ struct Access {
   Proxy proxy = Proxy::kGeneric;
   bool repeats = false;  // a store of the bytes that are there already
   bool writes = false;   // among the accesses since the last ordinary write: a strong write
+  bool counted = false;   // a generic write whose completion an mbarrier counts: once over, it has landed
   bool constant = false;  // a read that takes the memory to be read-only for the whole launch
 };
 
