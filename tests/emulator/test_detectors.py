@@ -230,7 +230,7 @@ CLUSTERS = [
     (MULTICAST, "mov.b16 %h1, 3;", "mov.b16 %h1, 1;", DeadlockError, "mbarrier.try_wait"),
     (STORED, "@!%p9 bra $wait_full;", "", EmulatorError, "of shared memory"),
     ("remote slot", "@!%p9 bra $wait_read;", "", EmulatorError, ""),
-    ("remote slot", "@!%p9 bra $wait_second;", "", RaceError, "read of shared memory"),
+    ("remote slot", "@!%p9 bra $wait_second;", "", RaceError, "shared memory"),
     (STORED, "try_wait.parity.shared", "try_wait.parity.relaxed.cta.shared", RaceError, "read of shared memory"),
     (STORED, "[%r22], 512;", "[%r22], 528;", DeadlockError, "mbarrier.try_wait"),
     (STORED, "[%r22], 512;", "[%r22], 496;", EmulatorError, ""),
