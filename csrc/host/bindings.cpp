@@ -172,9 +172,15 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(PyExc_TypeError, unfit.what());
     }
   });
-  m.def("device_count", &fastlora::device_count, "CUDA devices; 0 without a driver");
+  m.def("device_count", [] { return fastlora::devices().count; }, "CUDA devices; 0 where none can be used");
+  m.def("device_error", [] { return fastlora::devices().error; }, "Why no CUDA device can be used, or nothing");
+#ifdef FASTLORA_SPIN_LIMIT
+  m.attr("spin_limit") = FASTLORA_SPIN_LIMIT;  // tries after which a wait of this debug build traps
+#else
+  m.attr("spin_limit") = py::none();
+#endif
   m.def("variants", &variants, "The compiled kernels");
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init([](const py::kwargs& given) { return Plan(problem(given)); }))
       .def_property_readonly("variant", [](const Plan& plan) { return as_dict(plan.variant()); })
       .def_property_readonly("ctas", &Plan::ctas)

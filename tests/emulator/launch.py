@@ -66,6 +66,7 @@ class LaunchStats:
     threads: int
     seconds: float
     buffers: dict = field(default_factory=dict)
+    printed: str = ""  # by printf
 
     @property
     def tma(self):
@@ -73,7 +74,7 @@ class LaunchStats:
 
 
 class _Stats(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in list(LaunchStats.__dataclass_fields__)[:-2]] + [
+    _fields_ = [(name, ctypes.c_uint64) for name in list(LaunchStats.__dataclass_fields__)[:-3]] + [
         ("seconds", ctypes.c_double)
     ]
 
@@ -224,7 +225,7 @@ def _run(program, buffers, params, shape, options):
         b.name: BufferStats(*(getattr(spec, name) for name in BufferStats.__dataclass_fields__))
         for b, spec in zip(buffers, specs, strict=False)
     }
-    return LaunchStats(**counters, buffers=traffic)
+    return LaunchStats(**counters, buffers=traffic, printed=message.value.decode())
 
 
 def _error(kind, text, sites, buffers, shape) -> EmulatorError:

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "spin.cuh"
+
 namespace fastlora::sm90 {
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
@@ -34,9 +36,37 @@ __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+#ifdef FASTLORA_SPIN_LIMIT
+
+// Waits for a time that the hardware chooses. True once the phase of this parity has completed.
+template <bool kAcquire>
+__device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+#define FL_TRY(SEMANTICS)                                                      \
+  asm volatile("{\n.reg .pred done;\nmbarrier.try_wait.parity" SEMANTICS       \
+               ".shared::cta.b64 done, [%1], %2;\nselp.u32 %0, 1, 0, done;\n}" \
+               : "=r"(done)                                                    \
+               : "r"(barrier), "r"(parity)                                     \
+               : "memory")
+  if constexpr (kAcquire) {
+    FL_TRY(".acquire.cluster");
+  } else {
+    FL_TRY("");
+  }
+#undef FL_TRY
+  return done;
+}
+
+#endif
+
 // Returns once the phase of this parity has completed. kAcquire: writes that other CTAs released with it are visible.
 template <bool kAcquire = false>
-__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
+__device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity,
+                                              [[maybe_unused]] WaitPlace place = {}) {
+#ifdef FASTLORA_SPIN_LIMIT
+  spin_until([=] { return mbarrier_try_wait<kAcquire>(barrier, parity); }, "mbarrier at shared address", barrier,
+             parity, place);
+#else
 #define FL_WAIT(SEMANTICS)                                   \
   asm volatile(                                              \
       "{\n.reg .pred done;\nWAIT:\n"                         \
@@ -51,6 +81,7 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
     FL_WAIT("");
   }
 #undef FL_WAIT
+#endif
 }
 
 }  // namespace fastlora::sm90

@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "spin.cuh"
+
 namespace fastlora::sm90 {
 
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
@@ -73,9 +75,13 @@ __device__ __forceinline__ int fetch_add_acq_rel(int* counter, int value) {
 }
 
 // Spins until the flag has reached a value.
-__device__ __forceinline__ void wait_for(const int* flag, int value) {
+__device__ __forceinline__ void wait_for(const int* flag, int value, [[maybe_unused]] WaitPlace place = {}) {
+#ifdef FASTLORA_SPIN_LIMIT
+  spin_until([=] { return load_acquire(flag) >= value; }, "flag at", reinterpret_cast<uint64_t>(flag), value, place);
+#else
   while (load_acquire(flag) < value) {
   }
+#endif
 }
 
 }  // namespace fastlora::sm90
