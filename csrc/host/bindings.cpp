@@ -122,11 +122,12 @@ Operands operands(const char* function, const py::kwargs& given) {
 
 py::dict as_dict(const fastlora::Variant& v) {
   using py::operator""_a;
-  return py::dict("name"_a = v.name, "arch"_a = v.arch, "backward"_a = v.backward,
-                  "dtype"_a = v.fp16 ? "float16" : "bfloat16", "dropout"_a = v.dropout, "splits"_a = v.splits,
-                  "fuses"_a = v.fuses, "cluster"_a = v.cluster, "threads"_a = v.threads, "block_m"_a = v.block_m,
-                  "block_n"_a = v.block_n, "block_k"_a = v.block_k, "rank"_a = v.rank,
-                  "shared_bytes"_a = v.shared_bytes, "gradient_columns"_a = v.gradient_columns);
+  return py::dict(
+      "name"_a = v.name, "arch"_a = v.arch, "backward"_a = v.backward, "dtype"_a = v.fp16 ? "float16" : "bfloat16",
+      "dropout"_a = v.dropout, "splits"_a = v.splits, "fuses"_a = v.fuses, "cluster"_a = v.cluster,
+      "threads"_a = v.threads, "block_m"_a = v.block_m, "block_n"_a = v.block_n, "block_k"_a = v.block_k,
+      "rank"_a = v.rank, "shared_bytes"_a = v.shared_bytes, "gradient_columns"_a = v.gradient_columns,
+      "split_partial_floats"_a = v.split_partial_floats, "gradient_partial_floats"_a = v.gradient_partial_floats);
 }
 
 py::list variants() {

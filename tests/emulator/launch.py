@@ -128,6 +128,10 @@ class Module:
         """What an entry was translated to."""
         return self._programs[entry][1]
 
+    def param_bytes(self, entry):
+        """The size of an entry's parameters."""
+        return self._programs[entry][0].param_bytes
+
     def launch(
         self,
         entry,
@@ -172,6 +176,8 @@ def _extent(value, what):
 
 
 def _shape(grid, block, cluster, static_bytes, shared_bytes, directives):
+    if cluster is None:
+        cluster = directives.get("reqnctapercluster", (1, 1, 1))
     grid, block, cluster = _extent(grid, "grid"), _extent(block, "block"), _extent(cluster, "cluster")
     for what, given, name in (("block", block, "reqntid"), ("cluster", cluster, "reqnctapercluster")):
         if name in directives and _extent(directives[name], what) != given:
