@@ -1,6 +1,7 @@
 """Builds the Hopper kernels, fastlora._C, where nvcc and a C++ compiler are. Without them fastlora is pure Python."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,19 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 # The PTX goes into the library beside the machine code made of it: the tests run it on machines without a GPU.
 TARGETS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -lineinfo"
 FLAGS = f"-std=c++17 -O3 {TARGETS} -Xcompiler -fPIC,-fvisibility=hidden"
+SPIN_LIMIT = "FASTLORA_SPIN_LIMIT"
+
+
+def debug_flags() -> str:
+    """What a debug build adds: with FASTLORA_SPIN_LIMIT in the environment, waits of the kernels that end.
+
+    Raises:
+        ValueError: it is not a positive number.
+    """
+    limit = os.environ.get(SPIN_LIMIT, "")
+    if limit and not (limit.isdecimal() and 0 < int(limit) < 2**63):
+        raise ValueError(f"{SPIN_LIMIT}={limit!r} is not a number of tries from 1 on")
+    return f"-D{SPIN_LIMIT}={limit}" if limit else ""
 
 
 def tiles() -> list[tuple[int, int]]:
@@ -75,7 +89,7 @@ def build_library(out: Path, temp: Path) -> None:
     includes = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11_include()}"
     lines = [
         "rule compile\n  depfile = $out.d\n  deps = gcc",
-        f"  command = {NVCC} {FLAGS} $flags {includes} -MD -MF $out.d -c $in -o $out",
+        f"  command = {NVCC} {FLAGS} {debug_flags()} $flags {includes} -MD -MF $out.d -c $in -o $out",
         "rule link",
         f"  command = {NVCC} -shared -cudart static $in -o $out",
     ]

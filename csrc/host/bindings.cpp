@@ -122,11 +122,12 @@ Operands operands(const char* function, const py::kwargs& given) {
 
 py::dict as_dict(const fastlora::Variant& v) {
   using py::operator""_a;
-  return py::dict("name"_a = v.name, "arch"_a = v.arch, "backward"_a = v.backward,
-                  "dtype"_a = v.fp16 ? "float16" : "bfloat16", "dropout"_a = v.dropout, "splits"_a = v.splits,
-                  "fuses"_a = v.fuses, "cluster"_a = v.cluster, "threads"_a = v.threads, "block_m"_a = v.block_m,
-                  "block_n"_a = v.block_n, "block_k"_a = v.block_k, "rank"_a = v.rank,
-                  "shared_bytes"_a = v.shared_bytes, "gradient_columns"_a = v.gradient_columns);
+  return py::dict(
+      "name"_a = v.name, "arch"_a = v.arch, "backward"_a = v.backward, "dtype"_a = v.fp16 ? "float16" : "bfloat16",
+      "dropout"_a = v.dropout, "splits"_a = v.splits, "fuses"_a = v.fuses, "cluster"_a = v.cluster,
+      "threads"_a = v.threads, "block_m"_a = v.block_m, "block_n"_a = v.block_n, "block_k"_a = v.block_k,
+      "rank"_a = v.rank, "shared_bytes"_a = v.shared_bytes, "gradient_columns"_a = v.gradient_columns,
+      "split_partial_floats"_a = v.split_partial_floats, "gradient_partial_floats"_a = v.gradient_partial_floats);
 }
 
 py::list variants() {
@@ -172,9 +173,15 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(PyExc_TypeError, unfit.what());
     }
   });
-  m.def("device_count", &fastlora::device_count, "CUDA devices; 0 without a driver");
+  m.def("device_count", [] { return fastlora::devices().count; }, "CUDA devices; 0 where none can be used");
+  m.def("device_error", [] { return fastlora::devices().error; }, "Why no CUDA device can be used, or nothing");
+#ifdef FASTLORA_SPIN_LIMIT
+  m.attr("spin_limit") = FASTLORA_SPIN_LIMIT;  // tries after which a wait of this debug build traps
+#else
+  m.attr("spin_limit") = py::none();
+#endif
   m.def("variants", &variants, "The compiled kernels");
-  py::class_<Plan>(m, "Plan")
+  py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init([](const py::kwargs& given) { return Plan(problem(given)); }))
       .def_property_readonly("variant", [](const Plan& plan) { return as_dict(plan.variant()); })
       .def_property_readonly("ctas", &Plan::ctas)

@@ -1,6 +1,7 @@
 // The launch of a plan.
 #include "launch.h"
 
+#include <atomic>
 #include <mutex>
 #include <set>
 
@@ -11,22 +12,21 @@ namespace fastlora {
 
 namespace {
 
-// Makes a device current for as long as this lives.
+// Makes a device current for as long as this lives, and its context with it: a thread that has used no device yet, as
+// autograd's may be, has none, and the driver encodes no map without one. cudaGetDevice does not tell the two apart.
 class DeviceGuard {
  public:
-  explicit DeviceGuard(int device) {
+  explicit DeviceGuard(int device) : device_(device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    changed_ = device != previous_;
-    if (changed_) check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
   }
   ~DeviceGuard() {
-    if (changed_) cudaSetDevice(previous_);
+    if (previous_ != device_) cudaSetDevice(previous_);
   }
   DeviceGuard(const DeviceGuard&) = delete;
 
  private:
-  int previous_ = 0;
-  bool changed_ = false;
+  int device_, previous_ = 0;
 };
 
 // Dynamic shared memory beyond 48 KiB must be allowed once for each kernel and device.
@@ -42,21 +42,22 @@ void allow_shared_memory(const Variant& variant, int device) {
 
 }  // namespace
 
-int device_count() {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaErrorNoDevice || error == cudaErrorInsufficientDriver) {
-    cudaGetLastError();
-    return 0;
-  }
-  check(error, "cudaGetDeviceCount");
-  return count;
+Devices devices() noexcept {
+  Devices found;
+  const cudaError_t error = cudaGetDeviceCount(&found.count);
+  if (error == cudaSuccess) return found;
+  cudaGetLastError();  // else the next call would report it
+  return {0, describe(error)};
 }
 
 void Plan::launch(const Operands& operands, int device, uintptr_t stream) const {
-  static const bool has_device = device_count() > 0;
+  static std::atomic<bool> has_device{false};
   if (!has_device) {
-    throw std::runtime_error("fastlora: no CUDA device or no driver: cannot launch " + describe());
+    const Devices found = devices();
+    if (!found.count) {
+      throw std::runtime_error("fastlora: no CUDA device (" + found.error + "): cannot launch " + describe());
+    }
+    has_device = true;
   }
   const DeviceGuard guard(device);
   std::vector<MapSpec> maps;

@@ -54,7 +54,7 @@ struct Params {
   int workspace_words;
   int fp32_grads;  // dA and dB are fp32, not the operands' type
   float scale_in_s, inverse_keep;
-  uint32_t last_dropped;  // see sm90/dropout.cuh
+  uint32_t last_dropped;                           // see sm90/dropout.cuh
   float scale_on_branch, inverse_scale_on_branch;  // a power of two and its inverse; see KernelTraits::kSplitsScaling
 };
 

@@ -4,6 +4,7 @@
 
 #include <cudaTypedefs.h>
 
+#include <list>
 #include <mutex>
 #include <unordered_map>
 
@@ -86,15 +87,26 @@ bool MapSpec::operator==(const MapSpec& o) const {
 }
 
 // A map says where a matrix lies and how boxes are cut from it, all of which is its key: an entry cannot go stale.
+// Those of weights are used in every step of a model and stay; those of activations, which move, make room by age.
 CUtensorMap cached_map(const MapSpec& spec) {
+  using Entry = std::pair<MapSpec, CUtensorMap>;
   constexpr size_t kMaxEntries = 4096;
-  static std::unordered_map<MapSpec, CUtensorMap, HashSpec> cache;
+  static std::list<Entry> by_use;  // the last used first
+  static std::unordered_map<MapSpec, std::list<Entry>::iterator, HashSpec> cache;
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   const auto found = cache.find(spec);
-  if (found != cache.end()) return found->second;
-  if (cache.size() >= kMaxEntries) cache.clear();
-  return cache.emplace(spec, encode(spec)).first->second;
+  if (found != cache.end()) {
+    by_use.splice(by_use.begin(), by_use, found->second);
+    return found->second->second;
+  }
+  by_use.emplace_front(spec, encode(spec));
+  cache.emplace(spec, by_use.begin());
+  if (cache.size() > kMaxEntries) {
+    cache.erase(by_use.back().first);
+    by_use.pop_back();
+  }
+  return by_use.front().second;
 }
 
 }  // namespace fastlora

@@ -114,9 +114,7 @@ struct Producer {
     fence_async_global();
   }
 
-  __device__ __forceinline__ void load_act(uint32_t address, int m, int k) {
-    copy(address, &params.act, k, m);
-  }
+  __device__ __forceinline__ void load_act(uint32_t address, int m, int k) { copy(address, &params.act, k, m); }
 
   __device__ __forceinline__ void load_shrink(TileInfo tile) {
     const Steps steps = steps_of<Traits>(params, tile.split);
@@ -186,7 +184,8 @@ struct Producer {
 
   __device__ __forceinline__ void load_gradient(TileInfo tile) {
     const bool is_a = tile.kind == kGradATile;
-    const CUtensorMap *left = is_a ? &params.layer_input : &params.act_square, *right = is_a ? &params.s : &params.saved_s;
+    const CUtensorMap *left = is_a ? &params.layer_input : &params.act_square,
+                      *right = is_a ? &params.s : &params.saved_s;
     const int column = tile.column * Traits::kGradColumns;
     const RowRange rows = RowMap::rows_of_group(params, tile.row);
     const Steps steps = {rows.first / kBox, ceil_div(rows.end, kBox)};
@@ -197,9 +196,8 @@ struct Producer {
       const uint32_t stage = open_stage(Traits::kGradBytes);
 #pragma unroll
       for (int j = 0; j < Traits::kGradColumns / kBox; ++j) copy(stage + j * kBoxBytes, left, column + j * kBox, m);
-      share_boxes<Traits::kRank / Branch::kRankStep>(0, [&](int j) {
-        copy_to_cluster(stage + Traits::kGradRightOffset + j * kBoxBytes, right, j * kBox, m);
-      });
+      share_boxes<Traits::kRank / Branch::kRankStep>(
+          0, [&](int j) { copy_to_cluster(stage + Traits::kGradRightOffset + j * kBoxBytes, right, j * kBox, m); });
       claim_at(step, steps);
       pipeline.advance();
     }

@@ -86,8 +86,7 @@ def _load():
     digest.update(repr((_FLAGS, version, _host())).encode())
     target = cache_directory() / f"engine-{digest.hexdigest()[:24]}.so"
     try:
-        if not target.exists():
-            _build_once(target)
+        build_once(target, _build)
     except (RuntimeError, subprocess.CalledProcessError) as error:
         return error
     loaded = ctypes.CDLL(str(target))
@@ -108,12 +107,14 @@ def library():
     return loaded
 
 
-def _build_once(target):
-    """Builds unless another process is doing so: then waits for it."""
+def build_once(target, build):
+    """build(target) where there is no such file; where another process is at it, waits for that."""
+    if target.exists():
+        return
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            _build(target)
+            build(target)
 
 
 @functools.cache

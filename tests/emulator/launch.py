@@ -66,6 +66,7 @@ class LaunchStats:
     threads: int
     seconds: float
     buffers: dict = field(default_factory=dict)
+    printed: str = ""  # by printf
 
     @property
     def tma(self):
@@ -73,7 +74,7 @@ class LaunchStats:
 
 
 class _Stats(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in list(LaunchStats.__dataclass_fields__)[:-2]] + [
+    _fields_ = [(name, ctypes.c_uint64) for name in list(LaunchStats.__dataclass_fields__)[:-3]] + [
         ("seconds", ctypes.c_double)
     ]
 
@@ -127,6 +128,10 @@ class Module:
         """What an entry was translated to."""
         return self._programs[entry][1]
 
+    def param_bytes(self, entry):
+        """The size of an entry's parameters."""
+        return self._programs[entry][0].param_bytes
+
     def launch(
         self,
         entry,
@@ -171,6 +176,8 @@ def _extent(value, what):
 
 
 def _shape(grid, block, cluster, static_bytes, shared_bytes, directives):
+    if cluster is None:
+        cluster = directives.get("reqnctapercluster", (1, 1, 1))
     grid, block, cluster = _extent(grid, "grid"), _extent(block, "block"), _extent(cluster, "cluster")
     for what, given, name in (("block", block, "reqntid"), ("cluster", cluster, "reqnctapercluster")):
         if name in directives and _extent(directives[name], what) != given:
@@ -224,7 +231,7 @@ def _run(program, buffers, params, shape, options):
         b.name: BufferStats(*(getattr(spec, name) for name in BufferStats.__dataclass_fields__))
         for b, spec in zip(buffers, specs, strict=False)
     }
-    return LaunchStats(**counters, buffers=traffic)
+    return LaunchStats(**counters, buffers=traffic, printed=message.value.decode())
 
 
 def _error(kind, text, sites, buffers, shape) -> EmulatorError:

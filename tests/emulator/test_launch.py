@@ -283,7 +283,7 @@ def test_impossible_launches(change, problem):
         (".reg .b128 %q;", "unknown type .b128"),
         ("mma.sync.aligned.m8n8k4.row.col.f32.f16.f16.f32 {%f1}, {%r1}, {%r2}, {%f2};", "not modelled"),
         ("setmaxnreg.inc.sync.aligned.u32 50;", "multiple of 8"),
-        ("call.uni (%r1), vprintf, (%r2);", "this call of vprintf is not modelled at PTX line 16"),
+        ("call.uni (%r1), malloc, (%r2);", "this call of malloc is not modelled at PTX line 16"),
         ("call (%r1), %rd2, (%r2), prototype;", "this call of %rd2 is not modelled"),
         (".surface thing;", "unknown directive"),
         ("ld.global.b32 %r1, %rd0;", "cannot read the address"),
@@ -335,6 +335,16 @@ def test_failed_assertions_trap():
     run.launch(None, 1, 1, {"x": ints(2)[1:]})
     with pytest.raises(TrapError, match="PTX line .*__assertfail"):
         run.launch(None, 1, 1, {"x": ints(1)})
+
+
+def test_what_a_kernel_prints():
+    from tests.emulator.conformance import all_cases
+
+    ptx = next(case for case in all_cases() if case.name == "vprintf").ptx
+    printed = load_ptx(ptx).launch(None, 1, 2, [torch.zeros(2, dtype=torch.int32)]).printed
+    assert printed == "  0|0|a word|0x123456789a|1.50|%\n  1|-1|a word|0x123456789a|1.50|%\n"
+    with pytest.raises(TrapError, match=r"executed trap; it printed:   0\|0\|a word"):
+        load_ptx(ptx.replace("    ret;\n}", "    trap;\n    ret;\n}")).launch(None, 1, 1, [ints(1)])
 
 
 def test_source_lines_come_from_loc():

@@ -184,3 +184,22 @@ def test_trap():
     body = pointers("flags") + _HEAD + "    setp.eq.u32 %p1, %r0, 7;\n    @%p1 trap;"
     with pytest.raises(TrapError, match="executed trap\n  at PTX line"):
         launch(body, ["flags"])
+
+
+def test_a_wait_that_counts_its_tries_comes_to_its_end():
+    """An mbarrier at which nobody arrives: try_wait gives up after a time, as on hardware, and the kernel may trap."""
+    body = (
+        "    mov.u32 %r4, word;\n    mov.u32 %r0, %tid.x;\n    setp.eq.u32 %p0, %r0, 0;\n"
+        "    @%p0 mbarrier.init.shared::cta.b64 [%r4], 1;\n    bar.sync 0;\n    mov.u32 %r1, 0;\n"
+        "$again:\n    mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r4], 0;\n    @%p1 bra $done;\n"
+        "    add.u32 %r1, %r1, 1;\n    setp.lt.u32 %p2, %r1, {tries};\n    @%p2 bra $again;\n    trap;\n$done:"
+    )
+
+    def run(tries):
+        text = module(body.format(tries=tries), {}, ".shared .align 8 .b8 word[8];", arch="sm_90")
+        load_ptx(text).launch(None, 1, 128, [], options=LaunchOptions(timeout_s=20))
+
+    with pytest.raises(TrapError):
+        run(tries=300)
+    with pytest.raises(DeadlockError, match="128 threads of .*mbarrier.try_wait"):
+        run(tries=1 << 30)

@@ -1,5 +1,6 @@
 """The CUDA backend without a device: what it refuses, which tiles it chooses, how it fails, how it is built."""
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -54,15 +55,44 @@ def test_tensors_elsewhere_are_refused(monkeypatch):
 def test_each_device_has_its_own_capability(monkeypatch):
     """Two GPUs of a machine need not be alike."""
     capabilities = {torch.device("cuda", 0): (8, 0), torch.device("cuda", 1): (9, 0)}
+    extension.variants()  # remembered before the extension's place is taken
     monkeypatch.setattr(extension, "load", lambda: (SimpleNamespace(device_count=lambda: 2), None))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.get)
-    cuda.unusable.cache_clear()
-    try:
-        assert "this device has 8.0" in cuda.why_unsupported(spec())
-        assert cuda.why_unsupported(spec()._replace(device=torch.device("cuda", 1))) is None
-    finally:
-        cuda.unusable.cache_clear()
+    monkeypatch.setattr(cuda, "_capability", functools.lru_cache(cuda._capability.__wrapped__))
+    assert "this device has 8.0" in cuda.why_unsupported(spec())
+    assert cuda.why_unsupported(spec()._replace(device=torch.device("cuda", 1))) is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert "this device has 8.0" in cuda.unusable()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda.unusable() is None, "of the device that is current now"
+
+
+@needs_extension
+def test_that_there_is_no_device_is_not_remembered(monkeypatch):
+    """Nor is an error. Each has its own reason, and none is an exception: then the next backend serves the call."""
+    runtime = SimpleNamespace(device_count=lambda: 0, device_error=lambda: "cudaErrorSystemNotReady: not yet")
+    state = {"available": False, "capability": RuntimeError("CUDA error: initialization\nhint")}
+
+    def capability(device):
+        if isinstance(state["capability"], Exception):
+            raise state["capability"]
+        return state["capability"]
+
+    extension.variants()  # remembered before the extension's place is taken
+    monkeypatch.setattr(extension, "load", lambda: (runtime, None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: state["available"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+    monkeypatch.setattr(cuda, "_capability", functools.lru_cache(cuda._capability.__wrapped__))
+    assert cuda.why_unsupported(spec()) == "no CUDA device"
+    state["available"] = True
+    assert cuda.why_unsupported(spec()) == (
+        "the extension's CUDA runtime finds no device (cudaErrorSystemNotReady: not yet)"
+    )
+    runtime.device_count = lambda: 1
+    assert cuda.why_unsupported(spec()) == "the device cannot be used: CUDA error: initialization"
+    state["capability"] = (9, 0)
+    assert cuda.why_unsupported(spec()) is None
 
 
 def test_slices_for_captured_launches_are_aligned_and_apart(monkeypatch):
@@ -156,7 +186,8 @@ def test_the_extension_loads_without_a_driver_and_a_launch_says_what_is_missing(
         backward=False, fp16=False, dropout=False, block_m=64, block_n=128, group_m=4, splits=1, fused=False, ctas=4,
         m=64, n=64, k=64, r=8,
     )  # fmt: skip
-    with pytest.raises(RuntimeError, match=r"no CUDA device or no driver: .*_bf16_64x128_r16 M=64 N=64 K=64 R=8"):
+    reason = r"no CUDA device \(cudaError\w+: .+\): cannot launch .*_bf16_64x128_r16 M=64 N=64 K=64 R=8"
+    with pytest.raises(RuntimeError, match=reason):
         plan.launch(device=0, stream=0, scale_in_s=1.0)
 
 

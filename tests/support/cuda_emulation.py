@@ -50,7 +50,13 @@ def unavailable() -> str | None:
 def _entries() -> dict[str, str]:
     """The PTX in the library: a module for each kernel."""
     library = extension.loaded().__file__
-    text = subprocess.run([tool("cuobjdump"), "-ptx", library], capture_output=True, text=True, check=True).stdout
+    return entries_of(
+        subprocess.run([tool("cuobjdump"), "-ptx", library], capture_output=True, text=True, check=True).stdout
+    )
+
+
+def entries_of(text: str) -> dict[str, str]:
+    """A module for each kernel of some modules' text, by the kernel's name."""
     entries = {}
     for module in re.split(r"^(?=\.version )", text, flags=re.M)[1:]:
         starts = [match.start() for match in re.finditer(r"^[ \t]*(?:\.weak |\.visible )?\.entry ", module, re.M)]

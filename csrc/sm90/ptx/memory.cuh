@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "spin.cuh"
+
 namespace fastlora::sm90 {
 
 __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
@@ -28,8 +30,8 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, uint4 v) {
                : "memory");
 }
 
-// Stores into the shared memory of another CTA of the cluster; the bytes count towards a barrier there. Whoever waits for
-// that sees them, without the fence over all memory that a release at the cluster's scope would be.
+// Stores into the shared memory of another CTA of the cluster; the bytes count towards a barrier there. Whoever waits
+// for that sees them, without the fence over all memory that a release at the cluster's scope would be.
 __device__ __forceinline__ void store_async_16(uint32_t peer, uint4 v, uint32_t peer_barrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(peer),
                "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(peer_barrier)
@@ -76,9 +78,13 @@ __device__ __forceinline__ int fetch_add_acq_rel(int* counter, int value) {
 }
 
 // Spins until the flag has reached a value.
-__device__ __forceinline__ void wait_for(const int* flag, int value) {
+__device__ __forceinline__ void wait_for(const int* flag, int value, [[maybe_unused]] WaitPlace place = {}) {
+#ifdef FASTLORA_SPIN_LIMIT
+  spin_until([=] { return load_acquire(flag) >= value; }, "flag at", reinterpret_cast<uint64_t>(flag), value, place);
+#else
   while (load_acquire(flag) < value) {
   }
+#endif
 }
 
 }  // namespace fastlora::sm90

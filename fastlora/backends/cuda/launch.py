@@ -14,22 +14,30 @@ from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
 
 
-@lru_cache(maxsize=64)
 def unusable(device: torch.device | None = None) -> str | None:
-    """Why these kernels cannot run on a device (None: the current one), or None."""
+    """Why these kernels cannot run on a device (None: the current one), or None. That there is no device is not
+    remembered, nor is an error: both may pass."""
     module, reason = extension.load()
     if module is None:
         return reason
     if not torch.cuda.is_available():
         return "no CUDA device"
     if module.device_count() == 0:
-        return "the driver is older than the CUDA runtime that the extension was built with"
-    major, minor = torch.cuda.get_device_capability(device)
+        return f"the extension's CUDA runtime finds no device ({module.device_error()})"
+    try:
+        major, minor = _capability(device or torch.device("cuda", torch.cuda.current_device()))
+    except (RuntimeError, AssertionError) as error:
+        return f"the device cannot be used: {str(error).splitlines()[0]}"
     compiled = sorted({variant["arch"] for variant in extension.variants()})
     if 10 * major + minor not in compiled:
         names = ", ".join(f"{arch // 10}.{arch % 10}" for arch in compiled)
         return f"compiled for compute capability {names}, this device has {major}.{minor}"
     return None
+
+
+@lru_cache(maxsize=64)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def why_not_compiled(spec: LaunchSpec) -> str | None:

@@ -68,6 +68,49 @@ def _calls():
     yield Case("calls", ptx, {"y": torch.zeros(64, dtype=torch.int64)}, {"y": expected}, block=64)
 
 
+_PRINT = """
+    .local .align 8 .b8 values[40];
+    mov.u32 %r0, %tid.x;
+    mov.u64 %rd1, values;
+    cvta.local.u64 %rd2, %rd1;
+    neg.s32 %r1, %r0;
+    st.local.v2.u32 [%rd1], {%r0, %r1};
+    mov.u64 %rd3, word;
+    cvta.global.u64 %rd3, %rd3;
+    st.local.u64 [%rd1+8], %rd3;
+    mov.u64 %rd4, 0x123456789a;
+    st.local.u64 [%rd1+16], %rd4;
+    mov.f64 %fd1, 0d3ff8000000000000;
+    st.local.f64 [%rd1+24], %fd1;
+    mov.u64 %rd5, format;
+    cvta.global.u64 %rd5, %rd5;
+    {
+    .param .b64 param0;
+    st.param.b64 [param0], %rd5;
+    .param .b64 param1;
+    st.param.b64 [param1], %rd2;
+    .param .b32 retval0;
+    call.uni (retval0), vprintf, (param0, param1);
+    ld.param.b32 %r2, [retval0];
+    }
+    mul.wide.u32 %rd6, %r0, 4;
+    add.s64 %rd0, %rd0, %rd6;
+    st.global.b32 [%rd0], %r2;"""
+
+
+def _variable(name, text):
+    data = text.encode() + b"\0"
+    return f".global .align 1 .b8 {name}[{len(data)}] = {{{', '.join(map(str, data))}}};\n"
+
+
+def _prints():
+    declared = ".extern .func (.param .b32 func_retval0) vprintf(.param .b64 vprintf_0, .param .b64 vprintf_1);\n"
+    declared += _variable("format", "%3u|%d|%s|%#llx|%.2f|%%\n") + _variable("word", "a word")
+    ptx = module(pointers("y") + _PRINT, {"y": "u64"}, declared)
+    counts = torch.full((2,), 5, dtype=torch.int32)
+    yield Case("vprintf", ptx, {"y": torch.zeros_like(counts)}, {"y": counts}, block=2)
+
+
 def _spaces():
     """Lane by lane a global, a shared and a local address."""
     body = (
@@ -102,4 +145,5 @@ def _spaces():
 
 def cases():
     yield from _calls()
+    yield from _prints()
     yield from _spaces()

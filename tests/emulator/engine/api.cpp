@@ -13,7 +13,8 @@ const OpTable& OpTable::get() {
     OpTable t;
     for (auto add :
          {add_integer_ops, add_float_ops, add_convert_ops, add_control_ops, add_warp_ops, add_memory_ops, add_atomic_ops,
-          add_barrier_ops, add_mbarrier_ops, add_matrix_ops, add_wgmma_ops, add_cp_async_ops, add_tma_ops})
+          add_barrier_ops, add_mbarrier_ops, add_matrix_ops, add_wgmma_ops, add_cp_async_ops, add_tma_ops,
+          add_print_ops})
       add(t);
     return t;
   }();
@@ -91,7 +92,7 @@ Program* emu_program(const ProgramSpec* spec) {
 
 void emu_free(Program* program) { delete program; }
 
-// Runs a launch. Returns an ErrorKind; the message goes to `text`.
+// Runs a launch. Returns an ErrorKind; the message goes to `text`, or where there is none what the kernel has printed.
 int emu_launch(const Program* program, const LaunchShape* shape, const Options* options, BufferSpec* buffers, u64 n_buffers,
                const char* params, u64 param_bytes, Stats* stats, u32* agent_shift, char* text, u64 text_bytes) {
   std::vector<Region> regions(n_buffers);
@@ -114,6 +115,7 @@ int emu_launch(const Program* program, const LaunchShape* shape, const Options* 
   int result = int(ErrorKind::kNone);
   try {
     engine.run();
+    snprintf(text, text_bytes, "%s", engine.printed.c_str());
   } catch (const Fault& found) {
     result = int(found.kind);
     snprintf(text, text_bytes, "%s", found.text.c_str());

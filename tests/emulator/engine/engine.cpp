@@ -156,7 +156,8 @@ void Engine::complete_some_bulk(bool idle) {
   progress++;
 }
 
-// Nothing else can run: those who seem to spin on a flag get another try, since a loop may read a flag twice and go on.
+// Nothing else can run: those who seem to spin on a flag get another try, since a loop may read a flag twice and go on. Waits
+// for an mbarrier give up once, since the hardware's end after a time and a loop may count them.
 bool Engine::retry_pollers() {
   if (progress != seen_progress_) retries_ = 0;
   seen_progress_ = progress;
@@ -168,6 +169,14 @@ bool Engine::retry_pollers() {
       wake(warp);
       any = true;
     }
+  for (auto& cluster : clusters_)
+    for (auto& cta : cluster->ctas)
+      for (auto& [offset, barrier] : cta->mbarriers)
+        for (Warp* warp : std::exchange(barrier.waiters, {})) {
+          for (Group& group : warp->groups) group.expired |= group.state == GroupState::kBlocked;
+          wake(warp);
+          any = true;
+        }
   return any;
 }
 

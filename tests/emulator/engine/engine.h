@@ -88,6 +88,7 @@ struct Engine {
   std::deque<std::shared_ptr<BulkCopy>> bulk;  // in flight
   int lane = -1;                               // the lane being served, for messages
   u64 progress = 0;                            // counts everything that polling loops do not do
+  std::string printed;                         // by the kernel
 
   bool racing() const { return options.race; }
   u64 random() {
@@ -138,6 +139,8 @@ struct Engine {
   friend struct Warp;
 };
 
+void read_generic(Warp& warp, u32 lane, u64 address, char* into, u64 bytes);  // of any space, as ld would
+char* local_memory(Warp& warp, u32 lane, u64 offset, u64 bytes);
 void read_bulk(Engine& engine, BulkCopy& copy);  // the reading half of a store
 void run_bulk(Engine& engine, BulkCopy& copy);   // completes a copy
 MBarrier& use_mbarrier(Warp& warp, u32 pc, u32 lane, Cta& cta, u32 offset);

@@ -26,6 +26,7 @@ struct Group {
   u32 waits_at = 0;
   u64 poll_seen = 0, poll_actions = 0;  // what the last strong load saw, and the warp's actions until then
   u32 tried_at = 0;                     // 1 + the last mbarrier wait that gave up
+  bool expired = false;                 // the mbarrier wait that it blocks in gives up, as the hardware's time limit makes it
   u64 yielded = 0;                      // when it last polled in vain, so that other lanes of the warp go first; 0: it did not
 };
 

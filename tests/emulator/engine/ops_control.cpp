@@ -17,7 +17,11 @@ void branch(Warp& warp, const Instruction& in, u32 mask) {
 
 void leave(Warp& warp, const Instruction&, u32 mask) { warp.exit(mask); }
 
-void trap(Warp&, const Instruction&, u32) { fault(ErrorKind::kTrap, "the kernel executed trap"); }
+void trap(Warp& warp, const Instruction&, u32) {
+  const std::string& printed = warp.engine->printed;
+  if (printed.empty()) fault(ErrorKind::kTrap, "the kernel executed trap");
+  fault(ErrorKind::kTrap, "the kernel executed trap; it printed: %.800s", printed.c_str());
+}
 
 void sleep(Warp& warp, const Instruction&, u32) { warp.engine->polled(warp); }
 

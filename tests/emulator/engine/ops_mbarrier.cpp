@@ -148,6 +148,10 @@ void wait(Warp& warp, const Instruction& in, u32 mask) {
   engine.lane = -1;
   // The first try gives up, as the hardware may: who does not try again is found out.
   Group& group = warp.group();
+  if (std::exchange(group.expired, false) && done != mask) {
+    write_predicate(warp, in.reg[0], mask, done);
+    return warp.yield();
+  }
   bool tried = group.tried_at == in.pc + 1 && group.poll_actions == warp.actions;
   group.tried_at = in.pc + 1;
   group.poll_actions = warp.actions;

@@ -20,13 +20,6 @@ u64 extend(u64 value, u32 bytes, bool sign) {
   return u64(i64(value << up) >> up);
 }
 
-char* local_address(Warp& warp, u32 lane, u64 offset, u64 bytes) {
-  u64 size = warp.engine->program.local_bytes;
-  if (offset + bytes > size || offset + bytes < bytes)
-    fault(ErrorKind::kBounds, "local access of %llu bytes at %llu of %llu", bytes, offset, size);
-  return warp.local.data() + u64(lane) * size + offset;
-}
-
 const char* param_address(const Engine& engine, u64 offset, u64 bytes) {
   if (offset + bytes > engine.param_bytes || offset + bytes < bytes)
     fault(ErrorKind::kBounds, "kernel parameter access of %llu bytes at %llu of %llu", bytes, offset, engine.param_bytes);
@@ -66,7 +59,7 @@ void load(Warp& warp, const Instruction& in, u32 mask) {
     char bytes[kMaxBytes];
     Space space = resolve(layout.space, address);
     if (space == Space::kLocal) {
-      memcpy(bytes, local_address(warp, l, address, total), total);
+      memcpy(bytes, local_memory(warp, l, address, total), total);
     } else if (space == Space::kParam) {
       memcpy(bytes, param_address(engine, address, total), total);
     } else {
@@ -103,7 +96,7 @@ void store(Warp& warp, const Instruction& in, u32 mask) {
     }
     Space space = resolve(layout.space, address);
     if (space == Space::kLocal) {
-      memcpy(local_address(warp, l, address, total), bytes, total);
+      memcpy(local_memory(warp, l, address, total), bytes, total);
       return;
     }
     Place at = engine.place(warp, l, address, space, total, total, true);
@@ -125,6 +118,24 @@ void store(Warp& warp, const Instruction& in, u32 mask) {
 void nothing(Warp&, const Instruction&, u32) {}
 
 }  // namespace
+
+char* local_memory(Warp& warp, u32 lane, u64 offset, u64 bytes) {
+  u64 size = warp.engine->program.local_bytes;
+  if (offset + bytes > size || offset + bytes < bytes)
+    fault(ErrorKind::kBounds, "local access of %llu bytes at %llu of %llu", bytes, offset, size);
+  return warp.local.data() + u64(lane) * size + offset;
+}
+
+void read_generic(Warp& warp, u32 lane, u64 address, char* into, u64 bytes) {
+  Space space = resolve(Space::kGeneric, address);
+  if (space == Space::kLocal) {
+    memcpy(into, local_memory(warp, lane, address, bytes), bytes);
+  } else if (space == Space::kParam) {
+    memcpy(into, param_address(*warp.engine, address, bytes), bytes);
+  } else {
+    memcpy(into, warp.engine->place(warp, lane, address, space, bytes, 1, false).host(), bytes);
+  }
+}
 
 void add_memory_ops(OpTable& t) {
   t.add("ld", load);

@@ -121,5 +121,6 @@ void add_matrix_ops(OpTable&);
 void add_wgmma_ops(OpTable&);
 void add_cp_async_ops(OpTable&);
 void add_tma_ops(OpTable&);
+void add_print_ops(OpTable&);
 
 }  // namespace emu

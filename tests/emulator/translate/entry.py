@@ -3,7 +3,7 @@
 import re
 
 from ..errors import PtxError
-from ..program import LOCAL_WINDOW, PARAM_WINDOW, Builder, Scope
+from ..program import FILE_64, LOCAL_WINDOW, PARAM_WINDOW, Builder, Scope
 from ..ptx import SIZES, Block, Label, Site, parse_variable, split_operands
 from .control import RETURN
 from .registry import Instruction, translate, translates
@@ -123,6 +123,9 @@ def _call(instruction, builder):
     name, *rest = operands
     if name == "__assertfail":
         return builder.emit("trap")
+    if name == "vprintf":
+        places = [*_names(rest[0]), *results]
+        return builder.emit("vprintf", [], [builder.constant(builder.symbols[each], FILE_64) for each in places])
     function = builder.functions.get(name)
     if function is None or name in builder.calls or builder.guard != (-1, False):
         raise PtxError(f"{'a recursive' if name in builder.calls else 'this'} call of {name} is not modelled")

@@ -1,0 +1,142 @@
+"""fastlora._C over a CUDA runtime for machines without a GPU (cudart.cpp).
+
+The host code of csrc is compiled as it is; of the kernels it knows what the built extension says. So plans, tensor
+maps and their cache, the device guard and the launch run for real, and the launch ends in a function of the caller's.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks import cuda_resources
+from fastlora.backends.cuda import extension
+from tests.emulator.engine_library import build_once, cache_directory
+
+RUNTIME = Path(__file__).with_name("cudart.cpp")
+_FLAGS = ("-std=c++17", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+_FIELDS = (
+    "name", "kernel", "arch", "backward", "fp16", "dropout", "splits", "fuses", "cluster", "threads", "block_m",
+    "block_n", "block_k", "rank", "shared_bytes", "gradient_columns", "split_partial_floats",
+    "gradient_partial_floats",
+)  # fmt: skip
+_HOOK = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
+    ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A kernel launch as the runtime was asked for it; ``parameters`` is the address of the kernel's structure."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    stream: int
+    parameters: int
+
+
+def unavailable() -> str | None:
+    """Why it cannot be built here, or None."""
+    return extension.load()[1] or (None if cuda_resources.load_setup().NVCC else "nvcc is not found")
+
+
+def _registrations() -> str:
+    """C++ that registers the extension's kernels; each is a place of its own, which nobody can run."""
+    lines = ['#include "host/variant.h"', "static char kernels[1024];"]
+    for i, variant in enumerate(extension.variants()):
+        given = {**variant, "kernel": None, "fp16": variant["dtype"] == "float16"}
+        values = [json.dumps(given[field]) if field != "kernel" else f"kernels + {i}" for field in _FIELDS]
+        lines.append(f"static const fastlora::Registration r{i}({{{', '.join(values)}}});")
+    return "\n".join(lines)
+
+
+@functools.cache
+def library() -> Path:
+    """The compiled extension; built once for the sources and kernels that it is made of."""
+    setup = cuda_resources.load_setup()
+    registrations = _registrations()
+    headers = [*(setup.CSRC / "host").iterdir(), setup.CSRC / "schedule.h", RUNTIME]
+    digest = hashlib.sha256(repr((registrations, _FLAGS, setup.NVCC, sysconfig.get_config_var("SOABI"))).encode())
+    for path in sorted(headers):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    target = cache_directory() / f"cuda-{digest.hexdigest()[:24]}.so"
+    build_once(target, functools.partial(_build, setup, registrations))
+    return target
+
+
+def _build(setup: ModuleType, registrations: str, target: Path) -> None:
+    includes = [f"-I{setup.CSRC}", "-isystem", sysconfig.get_paths()["include"], "-isystem", setup.pybind11_include()]
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        variants = Path(work, "variants.cpp")
+        variants.write_text(registrations)
+        sources = [*sorted((setup.CSRC / "host").glob("*.cpp")), RUNTIME, variants]
+
+        def compile_one(source: Path) -> str:
+            out = str(Path(work, source.name).with_suffix(".o"))
+            subprocess.run([setup.NVCC, *_FLAGS, *includes, "-c", source, "-o", out], check=True)
+            return out
+
+        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            objects = list(pool.map(compile_one, sources))
+        linked = Path(work, "linked.so")
+        subprocess.run([setup.NVCC, "-shared", "-cudart", "none", *objects, "-o", linked], check=True)
+        linked.replace(target)
+
+
+class Runtime:
+    """The emulated runtime of this process.
+
+    module: the extension; takes the place of fastlora._C.
+    """
+
+    def __init__(self) -> None:
+        spec = importlib.util.spec_from_file_location("emulated._C", library())
+        self.module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.module)
+        self._library = ctypes.CDLL(str(library()))
+        self._library.fake_calls.restype = ctypes.c_char_p
+        self._hook = None
+
+    def calls(self) -> list[str]:
+        """What csrc has called since the last time, in order."""
+        return self._library.fake_calls().decode().splitlines()
+
+    def devices(self, count: int, error: int = 0) -> None:
+        """How many devices there are, or the cudaError_t that asking for them gives."""
+        self._library.fake_devices(count, error)
+
+    def on_launch(self, launched: Callable[[Launched], int] | None) -> None:
+        """Where launches go; a result other than 0 is a failed launch. None: nowhere."""
+
+        def call(kernel, grid, block, shared_bytes, stream, arguments):
+            return launched(
+                Launched(kernel.decode(), tuple(grid[:3]), tuple(block[:3]), shared_bytes, stream or 0, arguments[0])
+            )
+
+        self._hook = _HOOK(call) if launched else _HOOK()
+        self._library.fake_hook(self._hook)
+
+
+@functools.cache
+def runtime() -> Runtime:
+    """The one of this process, with one device.
+
+    Raises:
+        RuntimeError: there is no compiled extension whose kernels it could know.
+    """
+    loaded = Runtime()
+    loaded.devices(1)
+    return loaded
