@@ -268,6 +268,13 @@ def test_a_step_of_a_fused_tile_loads_the_shrinking_factor(names, tmp_path):
     assert (rows["producer fused: loop"]["issued"], rows["producer fused: loop"]["stalls"]) == (3, 15)
 
 
+def test_the_loop_over_tiles_is_no_loop_of_a_tile(names):
+    around = (".L_x_0", *consumer(), *producer(*SECOND_TURN), ("@!P3 BRA `(.L_x_0)", 5, ("kernel.cuh", 3), CONSUME[1]))
+    rows = rows_of(names, *around)
+    assert set(rows) == set(rows_of(names, *consumer(), *producer(*SECOND_TURN))) | {"consumer: tile switch"}
+    assert rows["consumer base: loop"]["code"] == 3
+
+
 def as_table(rows: dict, **changes) -> dict:
     kernel = {"registers": 168, "shared": 1, "stack": 0, "spilled": 0, "rows": rows} | changes
     return {"nvcc": "13.0.88", "source": toolkit.source_digest(), "remarks": [], "kernels": {"k": kernel}}
