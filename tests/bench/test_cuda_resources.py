@@ -27,14 +27,14 @@ __device__ __forceinline__ void run() {
 PRODUCER = """  __device__ __forceinline__ void run() {
     load_output(tile);
   }
-  __device__ __forceinline__ void copy_to_cluster(int i) {
-    if (i % kCluster == cta) {
-      tma_load_multicast();
+  __device__ __forceinline__ void share_boxes(int i) {
+    for (int box = i + cta;;) {
+      if (kBoxes % kCluster == 0 || box < kBoxes) copy_box(box);
     }
   }
   __device__ __forceinline__ void load_output(TileInfo tile) {
     copy(act);
-    copy_to_cluster(i);
+    share_boxes(i);
     if (makes_s) Branch::load_down();
     if (claims) ticket = claim();
   }
@@ -184,13 +184,15 @@ def test_the_costliest_way_avoids_and_shares():
         ("end", 2),
     )
 
-    def way(avoided=(), share=1):
-        found = costliest_way(code, lambda e: e.is_a(*avoided), lambda e: e.is_a("turn"), share)
+    def way(avoided=(), share=1, shared=("turn",)):
+        found = costliest_way(code, lambda e: e.is_a(*avoided), lambda e: e.is_a(*shared), share)
         return found and [each.opcode for each in found if not each.is_a("BRA")], found and sum(e.stall for e in found)
 
     assert way() == (["rare", "turn", "turn", "MOV", "end"], 29)
     assert way(("rare",)) == (["turn", "turn", "MOV", "end"], 14)
     assert way(("rare",), share=2) == (["turn", "MOV", "end"], 10), "one turn of two, the costlier"
+    every_ways = ("turn", "BRA", "end")
+    assert way(("rare",), 2, every_ways) == (["turn", "MOV", "end"], 10), "turns that no way goes around are no turns"
     assert way(("end",)) is not None and way(("BRA",)) == (None, None)
 
 
