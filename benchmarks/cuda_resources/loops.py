@@ -60,8 +60,8 @@ def costliest_way(
 ) -> list[Instruction] | None:
     """The way from the first instruction to the last, by jumps forward, with the highest sum of stalls.
 
-    Of those that meet no ``avoided`` instruction, and of the ``shared`` ones the number nearest above one in ``share``:
-    each CTA of a cluster takes its share of them. None where there is no way.
+    Of those that meet no ``avoided`` instruction and one in ``share``, rounded up, of the ``shared`` ones that can be
+    gone around: a CTA of a cluster takes its turn at them. None where there is no way.
     """
     index = {each.address: i for i, each in enumerate(code)}
     total = sum(shared(each) for each in code)
@@ -83,7 +83,7 @@ def costliest_way(
     counts = {met + shared(code[-1]) for met in best[-1]}
     if not counts:
         return None
-    wanted = -(-total // share)
+    wanted = min(counts) + -(-(total - min(counts)) // share)
     met = min(counts, key=lambda count: (count < wanted, abs(count - wanted))) - shared(code[-1])
     way = [code[-1]]
     before = best[-1][met][1]

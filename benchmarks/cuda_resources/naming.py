@@ -36,6 +36,8 @@ PARTS = {
     "store_gradient": "store",
     "transfer_partials": "reduce",
 }
+# On the line of a call that the CTAs of a cluster take turns at, where there is one for some of them only.
+TURN = "box < kBoxes"
 
 
 class Names:
@@ -107,10 +109,11 @@ class Names:
         for place in instruction.places:
             function = self.function_at(*place)
             inside = inside or (function is not None and function[1] in LOADS)
-            if inside and self.source(*place).lstrip().startswith("if ("):
+            text = self.source(*place).lstrip()
+            if inside and text.startswith("if (") and TURN not in text:
                 return True
         return False
 
     def is_shared(self, instruction: Instruction) -> bool:
-        """Whether the CTAs of a cluster take turns at the instruction: a test of the CTA stands on the line above."""
-        return any("== cta" in self.source(file, line - 1) for file, line in instruction.places)
+        """Whether the CTAs of a cluster may take turns at the instruction."""
+        return any(TURN in self.source(*place) for place in instruction.places)

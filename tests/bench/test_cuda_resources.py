@@ -27,14 +27,14 @@ __device__ __forceinline__ void run() {
 PRODUCER = """  __device__ __forceinline__ void run() {
     load_output(tile);
   }
-  __device__ __forceinline__ void copy_to_cluster(int i) {
-    if (i % kCluster == cta) {
-      tma_load_multicast();
+  __device__ __forceinline__ void share_boxes(int i) {
+    for (int box = i + cta;;) {
+      if (kBoxes % kCluster == 0 || box < kBoxes) copy_box(box);
     }
   }
   __device__ __forceinline__ void load_output(TileInfo tile) {
     copy(act);
-    copy_to_cluster(i);
+    share_boxes(i);
     if (makes_s) Branch::load_down();
     if (claims) ticket = claim();
   }
@@ -184,13 +184,15 @@ def test_the_costliest_way_avoids_and_shares():
         ("end", 2),
     )
 
-    def way(avoided=(), share=1):
-        found = costliest_way(code, lambda e: e.is_a(*avoided), lambda e: e.is_a("turn"), share)
+    def way(avoided=(), share=1, shared=("turn",)):
+        found = costliest_way(code, lambda e: e.is_a(*avoided), lambda e: e.is_a(*shared), share)
         return found and [each.opcode for each in found if not each.is_a("BRA")], found and sum(e.stall for e in found)
 
     assert way() == (["rare", "turn", "turn", "MOV", "end"], 29)
     assert way(("rare",)) == (["turn", "turn", "MOV", "end"], 14)
     assert way(("rare",), share=2) == (["turn", "MOV", "end"], 10), "one turn of two, the costlier"
+    every_ways = ("turn", "BRA", "end")
+    assert way(("rare",), 2, every_ways) == (["turn", "MOV", "end"], 10), "turns that no way goes around are no turns"
     assert way(("end",)) is not None and way(("BRA",)) == (None, None)
 
 
@@ -266,6 +268,13 @@ def test_a_step_of_a_fused_tile_loads_the_shrinking_factor(names, tmp_path):
     rows = rows_of(Names(tmp_path), *consumer(), *producer(*SECOND_TURN))
     assert rows["producer base: loop"]["issued"] == 2
     assert (rows["producer fused: loop"]["issued"], rows["producer fused: loop"]["stalls"]) == (3, 15)
+
+
+def test_the_loop_over_tiles_is_no_loop_of_a_tile(names):
+    around = (".L_x_0", *consumer(), *producer(*SECOND_TURN), ("@!P3 BRA `(.L_x_0)", 5, ("kernel.cuh", 3), CONSUME[1]))
+    rows = rows_of(names, *around)
+    assert set(rows) == set(rows_of(names, *consumer(), *producer(*SECOND_TURN))) | {"consumer: tile switch"}
+    assert rows["consumer base: loop"]["code"] == 3
 
 
 def as_table(rows: dict, **changes) -> dict:
