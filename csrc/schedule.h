@@ -6,6 +6,9 @@
 //
 //   column 0 of group 0 | group 0 ..., column 0 of group 1, ... one wave | gradients of group 0 | group 1 ... and so on
 //
+// Where a tile of the output takes long, short gradient tiles between these make the last wave ragged; then all of them
+// come last, group by group.
+//
 // A tile waits only for tiles of a lower number, whose owners are running: nothing can deadlock, however few CTAs fit.
 #pragma once
 
@@ -22,7 +25,8 @@ struct Schedule {
   int rows;            // row blocks of the output
   int columns;         // columns of tiles; column 0 makes S
   int group_m;         // row blocks of a group
-  int gradient_tiles;  // that follow each group
+  int gradient_tiles;  // of each group
+  int gradients_last;  // gradient tiles follow all other tiles, not their own group's
   int splits;          // of the contraction of each tile of a column
 };
 
@@ -35,22 +39,27 @@ FL_HOST_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 FL_HOST_DEVICE int count_groups(const Schedule& s) { return ceil_div(s.rows, s.group_m); }
 
+FL_HOST_DEVICE int count_column_tiles(const Schedule& s) { return s.rows * s.columns * s.splits; }
+
 FL_HOST_DEVICE int count_tiles(const Schedule& s) {
-  return s.rows * s.columns * s.splits + count_groups(s) * s.gradient_tiles;
+  return count_column_tiles(s) + count_groups(s) * s.gradient_tiles;
 }
 
 // What ticket number `ticket` stands for, where `wave` clusters run at once.
 FL_HOST_DEVICE Tile locate(const Schedule& s, int ticket, int wave) {
+  const int behind = ticket - count_column_tiles(s);
+  if (s.gradients_last && behind >= 0) return {behind / s.gradient_tiles, 0, 0, behind % s.gradient_tiles};
+
   const int column_tiles = s.columns > 0 ? s.splits : 0;  // of one row block, in column 0
   const int other_columns = s.columns > 0 ? s.columns - 1 : 0;
   const int first_rows = s.rows < s.group_m ? s.rows : s.group_m;
   if (ticket < first_rows * column_tiles) return {ticket / s.splits, 0, ticket % s.splits, -1};
 
-  // A group's stretch of the queue: its other columns, column 0 of the next group, its gradient tiles. Only the last
-  // group is smaller.
+  // A group's stretch of the queue: its other columns, column 0 of the next group, its gradient tiles if they are here.
+  // Only the last group is smaller.
   const int last = count_groups(s) - 1;
   const int rows_in_last = s.rows - last * s.group_m;
-  const int stretch = s.group_m * s.columns * s.splits + s.gradient_tiles;
+  const int stretch = s.group_m * s.columns * s.splits + (s.gradients_last ? 0 : s.gradient_tiles);
   const int last_start = last == 0 ? 0 : last * stretch - (s.group_m - rows_in_last) * column_tiles;
   int t = ticket - first_rows * column_tiles;
   const int group = t >= last_start ? last : t / stretch;

@@ -18,6 +18,7 @@ from benchmarks import RESULTS
 from benchmarks.cuda_resources import sass, table, toolkit
 from benchmarks.cuda_resources.naming import Names
 from benchmarks.cuda_resources.report import as_markdown
+from fastlora.backends.cuda import extension
 
 TABLE = RESULTS / "cuda_resources.json"
 
@@ -54,9 +55,10 @@ def print_listing(kernel: str, library: Path) -> None:
 @click.option("--show", metavar="REGEX", help="Print the rows of kernels of the built library; write nothing.")
 @click.option("--listing", metavar="KERNEL", help="Print a kernel's instructions with their control bits.")
 def main(checks: bool, show: str | None, listing: str | None) -> None:
-    from fastlora import _C
-
-    library, variants = Path(_C.__file__), _C.variants()
+    module, reason = extension.load()
+    if module is None:
+        raise click.ClickException(f"the kernels are not built: {reason}")
+    library, variants = Path(module.__file__), module.variants()
     if listing:
         print_listing(listing, library)
         return

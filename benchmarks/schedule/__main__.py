@@ -12,7 +12,8 @@ import click
 
 from benchmarks import RESULTS
 from benchmarks.schedule.fit import fit, read_measured
-from benchmarks.schedule.model import LABEL, Machine, Problem, frozen_baseline, simulate
+from benchmarks.schedule.machine import Machine
+from benchmarks.schedule.model import LABEL, Problem, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import Schedule
 from benchmarks.schedule.sweep import calibration_text, sweep, write_sweep
 

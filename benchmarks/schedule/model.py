@@ -14,42 +14,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 
+from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.queue_order import Schedule, Tile, build_queue, cdiv
 
 LABEL = "model, not a measurement"
-MAX_STEPS = 24_000  # K chunks grow until one run has about this many events, so that most shapes take seconds
+MAX_STEPS = 8_000  # K chunks grow until one run has about this many events, so that most shapes take seconds
 MAX_TILES = 1_000_000  # a minute
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the model takes for granted about a GPU. Defaults: H200 SXM, from the sources named field by field.
-
-    sm_count: vendor's datasheet.
-    flops: FLOP/s of all SMs inside a main loop. cuBLAS reaches 788e12 on random bf16 data over a whole 8192³ product;
-        the rest is waves that do not fill and the tile's own overhead below.
-    dram_bandwidth: bytes/s; a large device-to-device copy moved 4.3e12, read and written bytes counted.
-    l2_bandwidth: bytes/s of all SMs together: 5120 B per clock (vendor) at 1.7 GHz under load.
-    sm_bandwidth: bytes/s into one SM: 64 B per clock at 1.7 GHz.
-    l2_bytes: vendor's 50 MB (the runtime reports 60 MB, of which a part is not usable by one side).
-    load_latency, flag_latency: seconds from a miss to shared memory; from a release to the acquire that sees it.
-    tile_overhead: seconds a tile spends outside loads and products (claim, accumulator to shared memory).
-    shrink_floor: the shrink product reads its 64×16 fragment of U from shared memory in as many clocks as 32 columns
-        compute, so fewer columns save nothing.
-    philox: seconds per element of U that dropout costs one SM: about 50 instructions for 8 elements on 128 lanes.
-    """
-
-    sm_count: int = 132
-    flops: float = 815e12
-    dram_bandwidth: float = 4.3e12
-    l2_bandwidth: float = 8.7e12
-    sm_bandwidth: float = 109e9
-    l2_bytes: float = 50e6
-    load_latency: float = 0.7e-6
-    flag_latency: float = 1.0e-6
-    tile_overhead: float = 0.5e-6
-    shrink_floor: int = 32
-    philox: float = 2.9e-11
+DRAWN_COLUMNS = 16  # of dX, whose mask the CUDA kernels draw in a step of its product
 
 
 @dataclass(frozen=True)
@@ -242,7 +213,10 @@ class Simulation:
                 loads.append((("D", tile.column, chunk), d, False))
             seconds = 2 * schedule.block_m * columns * depth / self.sm_flops
             if width and problem.dropout and not problem.backward:
-                seconds += schedule.block_m * depth * machine.philox
+                drawn = schedule.block_m * depth * machine.philox
+                if not alone and schedule.overlap:  # the base product is in flight meanwhile
+                    drawn = max(0.0, drawn - 2 * schedule.block_m * schedule.block_n * depth / self.sm_flops)
+                seconds += drawn
             yield self._load(sm, loads, u + v / schedule.cluster + d, seconds, first=chunk == 0)
         if width:
             made = self._extent(tile)[0] * self.rank * 2 if tile.column == 0 else 0
@@ -274,7 +248,9 @@ class Simulation:
         s, p = (size * self.rank * 2 for size in self._extent(tile))
         seconds = 2 * schedule.block_m * schedule.block_n * self.rank / self.sm_flops
         if self.problem.dropout and self.problem.backward:
-            seconds += schedule.block_m * schedule.block_n * self.machine.philox
+            # A call a step, for DRAWN_COLUMNS, is made while products are in flight, which last longer.
+            hidden = DRAWN_COLUMNS * cdiv(self.problem.reduction, schedule.block_k) if schedule.overlap else 0
+            seconds += schedule.block_m * max(0, schedule.block_n - hidden) * self.machine.philox
         loads = [(("P", tile.column), p, False)] + [(("S", tile.block), s, False)] * reads_s
         self._load(sm, loads, p + s * reads_s, seconds)
 

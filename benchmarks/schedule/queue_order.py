@@ -41,6 +41,7 @@ class Schedule:
         overlap: whether the loads of the next tile start during the last steps of this one and its store is
             asynchronous (a producer warp and TMA stores), or every tile fills and drains the pipeline itself.
         cluster: CTAs along M that share each load of V (multicast).
+        gradients_last: whether gradient tiles follow all products, or each group's its own.
     """
 
     block_m: int = 128
@@ -52,6 +53,7 @@ class Schedule:
     grad_columns: int = 256
     overlap: bool = True
     cluster: int = 2
+    gradients_last: bool = False
 
     def __post_init__(self):
         for name in ("block_m", "block_n", "block_k", "group_m", "shrink_width", "grad_columns", "cluster"):
@@ -71,19 +73,22 @@ def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, i
 
     Returns:
         A list of Tile: S_0, then for each row group g its other tiles, with S_{g+1} put in ``wave`` tiles before their
-        end, then the gradient tiles of the part of M that the group is, dB's first.
+        end, then the gradient tiles of the part of M that the group is, dB's first; these at the very end where
+        schedule.gradients_last.
     """
     starts = range(0, rows, schedule.group_m)
     groups = [range(start, min(start + schedule.group_m, rows)) for start in starts]
     columns_b, columns_a = grad_columns
     shrinks = [[Tile("shrink", m, n) for n in range(shrink) for m in group] for group in groups]
     first = shrink if schedule.fused else 0
-    queue = list(shrinks[0])
+    queue, gradients = list(shrinks[0]), []
     for part, group in enumerate(groups):
         plain = [Tile("plain", m, n) for n in range(first, columns) for m in group]
         following = shrinks[part + 1] if part + 1 < len(groups) else []
         cut = max(0, len(plain) - wave)
         queue += plain[:cut] + following + plain[cut:]
-        queue += [Tile("dB", part, column) for column in range(columns_b)]
-        queue += [Tile("dA", part, column) for column in range(columns_a)]
-    return queue
+        gradients += [Tile("dB", part, column) for column in range(columns_b)]
+        gradients += [Tile("dA", part, column) for column in range(columns_a)]
+        if not schedule.gradients_last:
+            queue, gradients = queue + gradients, []
+    return queue + gradients

@@ -3,14 +3,15 @@
 import json
 import math
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 
 from tqdm import tqdm
 
 from benchmarks.schedule.fit import Fit, as_launched
-from benchmarks.schedule.model import LABEL, Machine, Problem, frozen_baseline, simulate
+from benchmarks.schedule.machine import Machine
+from benchmarks.schedule.model import LABEL, Problem, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import Schedule
 from fastlora.backends.configs import TILE_TABLES
 from fastlora.backends.cuda.tiles import group_size
@@ -22,6 +23,7 @@ RANKS = (16, 64)
 COLUMNS = (
     "kernel",
     "direction",
+    "dropout",
     "m",
     "n",
     "k",
@@ -43,10 +45,12 @@ KERNELS = {
 SHIPPED = {"overlapped stores, multicast": "CUDA", "serial tiles": "Triton"}  # which of our kernels are so
 
 
-def schedules(kernel: Schedule) -> list[Schedule]:
-    """Group sizes, and at the middle ones separate shrink tiles."""
+def schedules(kernel: Schedule, backward: bool) -> list[Schedule]:
+    """Group sizes, and at the middle ones separate shrink tiles and, in a backward, gradient tiles last."""
     groups = [replace(kernel, group_m=g) for g in (4, 8, 16, 32)]
-    return groups + [replace(kernel, group_m=g, fused=False) for g in (8, 16)]
+    middle = [replace(kernel, group_m=g, fused=fused) for g in (8, 16) for fused in (False, True)]
+    groups += [schedule for schedule in middle if not schedule.fused]
+    return groups + [replace(schedule, gradients_last=True) for schedule in middle if backward]
 
 
 def default_schedule(kernel: str, problem: Problem, machine: Machine) -> Schedule:
@@ -66,40 +70,40 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def sweep(machine: Machine, layers=LAYERS, tokens=TOKENS, ranks=RANKS, progress: bool = True) -> list[dict]:
-    """One row per kernel, direction, layer, M, R and schedule: ratio to the frozen GEMM (mean over neighbouring M),
-    stall in µs and DRAM bytes (at M itself)."""
-    baseline = lru_cache(maxsize=None)(lambda problem, kernel: frozen_baseline(problem, kernel, machine))
+    """One row per kernel, direction (the forward with and without dropout), layer, M, R and schedule: ratio to the
+    frozen GEMM (mean over neighbouring M), stall in µs and DRAM bytes (at M itself)."""
     points = [
-        (name, backward, layer, m, r)
+        (name, backward, dropout, layer, m, machine, ranks)
         for name in KERNELS
-        for backward in (False, True)
+        for backward, dropout in ((False, False), (False, True), (True, False))
         for layer in layers
         for m in tokens
-        for r in ranks
     ]
-    rows = []
-    for name, backward, (n, k), m, r in tqdm(points, disable=not progress, unit="point"):
-        kernel = KERNELS[name]
-        for schedule in schedules(kernel):
-            ratios = []
-            for tokens_near in neighbours(m):
-                problem = Problem(tokens_near, n, k, r, backward)
-                found, base = simulate(problem, schedule, machine), baseline(problem.frozen, kernel)
-                ratios.append(found.makespan / base.makespan)
-                if tokens_near == m:
-                    at_m, base_at_m = found, base
+    with ProcessPoolExecutor() as pool:
+        found = pool.map(_sweep_point, points)
+        return [row for rows in tqdm(found, total=len(points), disable=not progress, unit="point") for row in rows]
+
+
+def _sweep_point(point: tuple) -> list[dict]:
+    name, backward, dropout, (n, k), m, machine, ranks = point
+    kernel, near, rows = KERNELS[name], neighbours(m), []
+    baselines = {t: frozen_baseline(Problem(t, n, k, 0, backward), kernel, machine) for t in near}
+    for r in ranks:
+        for schedule in schedules(kernel, backward):
+            found = {t: simulate(Problem(t, n, k, r, backward, dropout), schedule, machine) for t in near}
+            ratios = {t: found[t].makespan / baselines[t].makespan for t in near}
             rows.append(
                 {
                     "kernel": name,
                     "direction": "backward" if backward else "forward",
-                    **{"m": m, "n": n, "k": k, "r": r},
+                    **{"dropout": dropout, "m": m, "n": n, "k": k, "r": r},
                     "schedule": asdict(schedule),
-                    "ratio": geometric_mean(ratios),
-                    "ratio_at_m": at_m.makespan / base_at_m.makespan,
-                    "makespan_us": at_m.makespan,
-                    "stall_us": at_m.stall,
-                    "dram_bytes": at_m.dram_bytes,
-                    "frozen_dram_bytes": base_at_m.dram_bytes,
+                    "ratio": geometric_mean(list(ratios.values())),
+                    "ratio_at_m": ratios[m],
+                    "makespan_us": found[m].makespan,
+                    "stall_us": found[m].stall,
+                    "dram_bytes": found[m].dram_bytes,
+                    "frozen_dram_bytes": baselines[m].dram_bytes,
                 }
             )
     return rows
@@ -107,14 +111,20 @@ def sweep(machine: Machine, layers=LAYERS, tokens=TOKENS, ranks=RANKS, progress:
 
 def describe(schedule: dict) -> str:
     """The schedule's parameters in words."""
-    return f"GROUP_M {schedule['group_m']}" + ", separate shrink" * (not schedule["fused"])
+    text = f"GROUP_M {schedule['group_m']}" + ", separate shrink" * (not schedule["fused"])
+    return text + ", gradients last" * schedule["gradients_last"]
+
+
+def way_of(row: dict) -> str:
+    """ "forward", "forward with dropout" or "backward"."""
+    return row["direction"] + " with dropout" * row["dropout"]
 
 
 def best_by_class(rows: list[dict]) -> dict[tuple, list[tuple[float, dict]]]:
-    """(kernel, direction, M, R) -> schedules by mean ratio over the layers, best first."""
+    """(kernel, way, M, R) -> schedules by mean ratio over the layers, best first."""
     ratios: dict[tuple, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        key = (row["kernel"], row["direction"], row["m"], row["r"])
+        key = (row["kernel"], way_of(row), row["m"], row["r"])
         ratios[key][json.dumps(row["schedule"])].append(row["ratio"])
     return {
         key: sorted(((geometric_mean(v), json.loads(s)) for s, v in found.items()), key=lambda item: item[0])
@@ -127,22 +137,25 @@ def defaults_table(rows: list[dict], machine: Machine) -> list[str]:
     found: dict[tuple, list[tuple[Schedule, float, float]]] = defaultdict(list)
     by_problem: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
-        by_problem[tuple(row[name] for name in ("kernel", "direction", "m", "n", "k", "r"))].append(row)
-    for (kernel, direction, m, n, k, r), candidates in by_problem.items():
-        default = default_schedule(kernel, Problem(m, n, k, r, direction == "backward"), machine)
+        by_problem[(row["kernel"], way_of(row), *(row[name] for name in ("m", "n", "k", "r")))].append(row)
+    for (kernel, way, m, n, k, r), candidates in by_problem.items():
+        problem = Problem(m, n, k, r, way == "backward", candidates[0]["dropout"])
+        default = default_schedule(kernel, problem, machine)
         (ratio,) = (row["ratio"] for row in candidates if row["schedule"] == asdict(default))
         best = min(row["ratio"] for row in candidates)
-        found[kernel, direction, m, r].append((default, ratio, best))
+        found[kernel, way, m, r].append((default, ratio, best))
     lines = [
-        "| kernels | direction | M | R | GROUP_M | fused shrink | ratio | best of each layer | gap |",
-        "|" + "---|" * 9,
+        "| kernels | direction | M | R | GROUP_M | fused shrink | gradients last | ratio | best of each layer | gap |",
+        "|" + "---|" * 10,
     ]
-    for (kernel, direction, m, r), layers in found.items():
+    for (kernel, way, m, r), layers in found.items():
         beside = f"{sum(default.fused for default, *_ in layers)} of {len(layers)} layers"
+        last = f"{sum(default.gradients_last for default, *_ in layers)} of {len(layers)} layers"
         name, group = SHIPPED[kernel], layers[0][0].group_m
         ratio, best = (geometric_mean([layer[i] for layer in layers]) for i in (1, 2))
         gap = f"{100 * (ratio / best - 1):.1f}%"
-        lines.append(f"| {name} | {direction} | {m} | {r} | {group} | {beside} | {ratio:.3f} | {best:.3f} | {gap} |")
+        last = last if way == "backward" else "–"
+        lines.append(f"| {name} | {way} | {m} | {r} | {group} | {beside} | {last} | {ratio:.3f} | {best:.3f} | {gap} |")
     return lines
 
 
@@ -166,22 +179,26 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         "",
         f"## Defaults ({LABEL})",
         "",
-        "What the kernels are launched with: their group size, and S by the rule of",
-        "`fastlora.backends.configs.fuses_shrink`, against the best schedule of the sweep for each layer by itself.",
+        "What the kernels are launched with: their group size, S by `fastlora.backends.configs.fuses_shrink` (the CUDA",
+        "kernels with dropout by `fastlora.backends.cuda.tiles.fuses_drawn`), the gradient tiles by `gradients_last`,",
+        "against the best schedule of the sweep for each layer by itself.",
         "",
         *defaults_table(rows, machine),
     ]
     for kernel in KERNELS:
-        for direction in ("forward", "backward"):
+        for direction in ("forward", "forward with dropout", "backward"):
             lines += ["", f"## {kernel}, {direction} ({LABEL})", ""]
             lines += [
-                "| M | R | best | ratio | 2nd | fused shrink | separate shrink | G 4 | G 8 | G 16 | G 32 |",
-                "|" + "---|" * 11,
+                "| M | R | best | ratio | 2nd | fused shrink | separate shrink | gradients between | gradients last |"
+                " G 4 | G 8 | G 16 | G 32 |",
+                "|" + "---|" * 13,
             ]
             for (name, way, m, r), ranked in best_by_class(rows).items():
                 if (name, way) == (kernel, direction):
                     cells = [_mean_of(ranked, fused=fused) for fused in (True, False)]
-                    cells += [_mean_of(ranked, group_m=group, fused=True) for group in (4, 8, 16, 32)]
+                    cells += [_mean_of(ranked, gradients_last=last) for last in (False, True)]
+                    between = {"fused": True, "gradients_last": False}
+                    cells += [_mean_of(ranked, group_m=group, **between) for group in (4, 8, 16, 32)]
                     first, second = ranked[:2]
                     cells = [describe(first[1]), f"{first[0]:.3f}", f"{describe(second[1])}: {second[0]:.3f}", *cells]
                     lines.append(f"| {m} | {r} | {' | '.join(cells)} |")

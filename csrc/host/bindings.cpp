@@ -82,6 +82,7 @@ Problem problem(const py::kwargs& given) {
   named.required("splits", p.splits);
   named.required("fused", p.fused);
   named.required("ctas", p.ctas);
+  named.optional("gradients_last", p.gradients_last);
   named.optional("makes_out", p.makes_out);
   named.optional("grad_a", p.grad_a);
   named.optional("grad_b", p.grad_b);

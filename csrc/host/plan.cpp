@@ -66,6 +66,7 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   s.columns = out_columns + (makes_s && !problem.fused);
   s.group_m = ceil_div(problem.group_m, variant.cluster);
   s.gradient_tiles = p.grad_b_tiles + (problem.grad_a ? ceil_div(int(n), gradient_columns) : 0);
+  s.gradients_last = problem.gradients_last;
   s.splits = problem.splits;
 
   const int64_t column_tiles = int64_t(s.rows) * s.columns, groups = count_groups(s);

@@ -20,6 +20,7 @@ struct Problem {
   int group_m = 0;     // row blocks of a group
   int splits = 1;      // of the contraction of each tile
   bool fused = false;  // S is made fused with column 0
+  bool gradients_last = false;  // gradient tiles follow all others, not their own group's
   int ctas = 0;        // that run at once
   bool makes_out = true, grad_a = false, grad_b = false, grad_bias = false;
 };

@@ -9,6 +9,9 @@ MAX_RANK = 256
 FUSED_RANK = 64  # the largest for the fused shrink: beyond, two accumulators do not fit
 LONGEST_WAIT = 0.015  # of a launch, for S: about the resolution of the schedule model
 _LEAST_COLUMNS = 32  # a narrower product takes as long: its left operand has to be read all the same
+# As long as a product with so many columns takes drawing dropout's mask for its rows: instructions counted in the
+# machine code (benchmarks/schedule/machine.py).
+MASK_COLUMNS = 125
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def padded_rank(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def fuses_shrink(rank: int, block_n: int, n_tiles: int, n_programs: int) -> bool:
+def fuses_shrink(rank: int, block_n: int, n_tiles: int, n_programs: int, *, draws: bool = False) -> bool:
     """Whether the tiles of column 0 should make S with their own product, or S have short tiles of its own.
 
     Fused, S costs no pass over the rows, which column 0 multiplies anyway. But these tiles take longer, by S's share of
@@ -109,9 +112,27 @@ def fuses_shrink(rank: int, block_n: int, n_tiles: int, n_programs: int) -> bool
     Args:
         rank: of the adapter; block_n: columns of a tile.
         n_tiles: of the product; n_programs: that run at once.
+        draws: whether the tiles that make S draw dropout's mask, in front of their products.
     """
     waves = -(-n_tiles // n_programs)
-    return rank <= FUSED_RANK and max(padded_rank(rank), _LEAST_COLUMNS) <= LONGEST_WAIT * waves * block_n
+    columns = max(padded_rank(rank), _LEAST_COLUMNS) + (MASK_COLUMNS if draws else 0)
+    return rank <= FUSED_RANK and columns <= LONGEST_WAIT * waves * block_n
+
+
+def gradients_last(m: int, columns: int, contracted: int, block_m: int, block_n: int) -> bool:
+    """Whether a backward's gradient tiles should follow all of dX's, or each row group its own.
+
+    Between the products they find their rows in L2, and its bandwidth free; but the last wave becomes ragged, by half
+    of one of dX's tiles on average: N·block_m·block_n/2 multiply-adds of a multiprocessor. At the end they read dY and
+    X from DRAM, all at once. By the bandwidths of DRAM and of all multiprocessors' ports an element costs 3.3e-13 s
+    more there, on an H200 as much as a multiply-add. What the schedule model makes of it:
+    benchmarks/results/schedule.md.
+
+    Args:
+        m, columns, contracted: dX's sizes M, K, and N that it contracts.
+        block_m, block_n: its tile.
+    """
+    return 2 * m * (columns + contracted) < contracted * block_m * block_n
 
 
 def table_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
@@ -133,7 +154,17 @@ def table_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
 
 @lru_cache(maxsize=4096)
 def choose_config(
-    direction: Direction, m: int, n: int, k: int, r: int, *, arch: int, n_sms: int, element_size: int, aligned: bool
+    direction: Direction,
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    *,
+    arch: int,
+    n_sms: int,
+    element_size: int,
+    aligned: bool,
+    dropout: bool = False,
 ) -> TileConfig:
     """The largest tile that is not much taller than the problem and still gives every multiprocessor work; where none
     does, the one that gives the most of them work. Fused or separate shrink as fuses_shrink says.
@@ -144,6 +175,7 @@ def choose_config(
         arch, n_sms: compute capability (90 for 9.0) and multiprocessors of the GPU.
         element_size: bytes of one element of x.
         aligned: whether every operand's rows start on 16 bytes.
+        dropout: whether the call drops elements of x.
     """
     columns = n if direction == "forward" else k
     table = TILE_TABLES[table_for(arch, r, element_size, aligned)]
@@ -154,5 +186,7 @@ def choose_config(
     fitting = [c for c in table if c.block_m <= max(16, 1 << (m - 1).bit_length())] or [table[-1]]
     chosen = next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))
     # In float32 the separate tiles of S spill at rank 64.
-    fused = element_size == 4 or fuses_shrink(r, chosen.block_n, n_tiles(chosen), n_sms * chosen.programs_per_sm)
+    draws = dropout and direction == "forward"
+    n_programs = n_sms * chosen.programs_per_sm
+    fused = element_size == 4 or fuses_shrink(r, chosen.block_n, n_tiles(chosen), n_programs, draws=draws)
     return replace(chosen, fused=fused)

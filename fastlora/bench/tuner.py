@@ -103,8 +103,9 @@ def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, 
     sets = input_sets(case, "cuda" if isinstance(clock, EventClock) else "cpu")
     size = case.torch_dtype.itemsize
     table = choose_config(
-        direction, case.m, case.n, case.k, case.r, arch=target.arch, n_sms=target.n_sms, element_size=size, aligned=True
-    )
+        direction, case.m, case.n, case.k, case.r,
+        arch=target.arch, n_sms=target.n_sms, element_size=size, aligned=True, dropout=case.dropout > 0,
+    )  # fmt: skip
     wanted = make_call(reference, direction, sets[0], case.dropout)()
     started = time.perf_counter()
     quick: dict[TileConfig, Measured] = {}

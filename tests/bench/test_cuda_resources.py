@@ -6,6 +6,7 @@ import os
 import struct
 
 import pytest
+from click.testing import CliRunner
 
 from benchmarks.cuda_resources import __main__ as command
 from benchmarks.cuda_resources import sass, table, toolkit
@@ -13,6 +14,7 @@ from benchmarks.cuda_resources.count import COLUMNS, count_kernel
 from benchmarks.cuda_resources.loops import costliest_way, find_loops, is_wait, is_waterfall
 from benchmarks.cuda_resources.naming import Names
 from benchmarks.cuda_resources.report import as_markdown
+from fastlora.backends.cuda import extension
 
 # A source tree with the functions by which code is named.
 KERNEL = """template <class Traits>
@@ -326,6 +328,12 @@ def test_the_check(names, monkeypatch, tmp_path):
     assert problems == ["k, producer base: loop: 1 waterfalls"] and "nvcc 13.0.88, here is 12.8.55" in notes[0]
     problems, _ = command.check({**good, "source": "another"}, tmp_path, [])
     assert len(problems) == 1 and "csrc/ has changed" in problems[0]
+
+
+def test_without_the_extension_the_command_says_so(monkeypatch):
+    monkeypatch.setattr(extension, "load", lambda: (None, "no nvcc was found"))
+    result = CliRunner().invoke(command.main, ["--check"])
+    assert result.exit_code == 1 and "Error: the kernels are not built: no nvcc was found" in result.output
 
 
 def test_a_library_older_than_the_sources_is_refused(tmp_path):

@@ -19,11 +19,16 @@ FEW_SMS = Machine(sm_count=3)
 
 
 def short(schedule):
-    return "-".join(str(getattr(schedule, name)) for name in ("fused", "group_m"))
+    return "-".join(str(getattr(schedule, name)) for name in ("fused", "group_m", "gradients_last"))
 
 
 def schedules():
-    return [replace(SMALL, fused=fused, group_m=group) for fused in (True, False) for group in (1, 2, 3, 5)]
+    return [
+        replace(SMALL, fused=fused, group_m=group, gradients_last=last)
+        for fused in (True, False)
+        for group in (1, 2, 3, 5)
+        for last in (False, True)
+    ]
 
 
 @pytest.mark.parametrize("schedule", schedules(), ids=short)
@@ -57,6 +62,41 @@ def test_the_next_groups_shrink_tiles_come_one_wave_before_the_end():
         *shrink[:2], *first, *shrink[2:], plain[0, 2], plain[1, 2],
         plain[2, 1], plain[3, 1], plain[2, 2], plain[3, 2],
     ]  # fmt: skip
+
+
+def test_gradient_tiles_follow_their_group_or_everything():
+    """The first wait only on those of the group before, in either order."""
+    tiles = {last: build_queue(4, 2, 1, (1, 1), replace(SMALL, gradients_last=last), wave=1) for last in (False, True)}
+    gradients = [Tile(kind, part, 0) for part in (0, 1) for kind in ("dB", "dA")]
+    assert tiles[True][-4:] == gradients and [t for t in tiles[False] if t in gradients] == gradients
+    assert tiles[False].index(gradients[0]) < tiles[False].index(Tile("plain", 2, 1))
+    assert sorted(tiles[True]) == sorted(tiles[False])
+
+
+def test_gradients_last_pay_where_a_tile_takes_long():
+    """8192 rows: 2 waves of long tiles, or 8 of short ones, whose rows would have to come from DRAM once more."""
+    for n, k, better in ((4096, 1024, True), (1024, 4096, False)):
+        problem, schedule = Problem(8192, n, k, 16, backward=True), Schedule(fused=False)
+        between, last = (simulate(problem, replace(schedule, gradients_last=x)).makespan for x in (False, True))
+        assert (last < between) == better
+        assert as_launched(problem, schedule, Machine()).gradients_last == better
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_a_producer_kernel_draws_dropouts_mask_beneath_its_products(backward):
+    """Not so a separate tile of S, nor a kernel that does one thing after the other."""
+    problem = Problem(4096, 4096, 4096, 16, backward)
+
+    def costs(**schedule):
+        return [simulate(replace(problem, dropout=d), Schedule(**schedule)).makespan for d in (False, True)]
+
+    plain, dropped = costs(fused=True)
+    assert dropped == plain if not backward else dropped > plain  # dA masks X in front of its products
+    if not backward:
+        plain, dropped = costs(fused=False)
+        assert dropped > 1.05 * plain
+        plain, dropped = costs(fused=True, overlap=False, cluster=1)
+        assert dropped > 1.05 * plain
 
 
 @pytest.mark.parametrize("field, value", [("group_m", 0), ("grad_columns", -1), ("cluster", 0)])
@@ -204,7 +244,7 @@ def test_the_sweep_writes_labelled_tables_and_says_that_nothing_calibrated_it(tm
     rows = sweep(Machine(), layers=((256, 256),), tokens=(512,), ranks=(16,), progress=False)
     assert all(row["ratio"] >= 1 and math.isfinite(row["makespan_us"]) for row in rows)
     best = best_by_class(rows)
-    assert {key[1] for key in best} == {"forward", "backward"}
+    assert {key[1] for key in best} == {"forward", "forward with dropout", "backward"}
     for ranked in best.values():
         assert [ratio for ratio, _ in ranked] == sorted(ratio for ratio, _ in ranked)
     written, text = write_sweep(tmp_path, rows, Machine(), None, "the command")

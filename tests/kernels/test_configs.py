@@ -4,9 +4,18 @@ import dataclasses
 
 import pytest
 
-from benchmarks.schedule.model import Machine, Problem, simulate
+from benchmarks.schedule.machine import Machine
+from benchmarks.schedule.model import Problem, simulate
 from benchmarks.schedule.sweep import KERNELS, default_schedule
-from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, TileConfig, choose_config, fuses_shrink, table_for
+from fastlora.backends.configs import (
+    FUSED_RANK,
+    TILE_TABLES,
+    TileConfig,
+    choose_config,
+    fuses_shrink,
+    gradients_last,
+    table_for,
+)
 
 
 def choose(direction="forward", m=8192, n=4096, k=4096, r=16, arch=90, element_size=2, aligned=True) -> TileConfig:
@@ -53,11 +62,31 @@ def test_the_wait_for_s_is_a_small_part_of_the_launch(rank, block_n, waves, fuse
     assert fuses_shrink(rank, block_n, (waves - 1) * 132 + 1, 132) == fused
 
 
+def test_drawing_a_mask_in_front_of_a_product_makes_the_wait_for_s_longer():
+    plain = dict(rank=16, block_n=256, n_tiles=40 * 132, n_programs=132)
+    assert fuses_shrink(**plain) and not fuses_shrink(**plain, draws=True)
+    assert fuses_shrink(**{**plain, "n_tiles": 41 * 132}, draws=True)
+    sizes = dict(m=16384, n=14336, k=4096, r=16, arch=90, n_sms=132, element_size=2, aligned=True)
+    drops = {direction: choose_config(direction, **sizes, dropout=True).fused for direction in ("forward", "backward")}
+    assert drops == {"forward": True, "backward": True}
+    sizes["n"] = 4096
+    assert choose_config("forward", **sizes).fused and not choose_config("forward", **sizes, dropout=True).fused
+    assert choose_config("backward", **sizes, dropout=True).fused, "dS is made of dY, which has no mask"
+
+
+def test_gradients_are_last_where_a_tile_takes_longer_than_reading_them_again():
+    assert gradients_last(8192, 1024, 4096, 128, 256) and not gradients_last(8192, 4096, 1024, 128, 256)
+    assert not gradients_last(8192, 4096, 4096, 128, 256), "both cost the same"
+    assert gradients_last(8191, 4096, 4096, 128, 256)
+    assert not gradients_last(8191, 4096, 4096, 128, 128)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("way", ("forward", "dropout"))
 @pytest.mark.parametrize("m, n, k, r", ((512, 4096, 4096, 16), (8192, 8192, 8192, 16), (2048, 14336, 4096, 64)))
-def test_defaults_are_what_the_schedule_model_finds_best(kernel, m, n, k, r):
+def test_defaults_are_what_the_schedule_model_finds_best(kernel, m, n, k, r, way):
     """To 3%, which is more than an uncalibrated model can tell apart."""
-    problem, machine = Problem(m, n, k, r), Machine()
+    problem, machine = Problem(m, n, k, r, dropout=way == "dropout"), Machine()
     default = default_schedule(kernel, problem, machine)
     other = dataclasses.replace(default, fused=not default.fused)
     found, found_other = (simulate(problem, schedule, machine).makespan for schedule in (default, other))

@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from benchmarks.cuda_resources import toolkit
+from benchmarks.schedule.fit import FUSED_RANK_DRAWN
 from fastlora.backends import workspace
 from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Aligned, LaunchSpec, Sizes
 
+# The kernels of the largest tile that draw a mask for S.
+DRAWN = {"block_n": 256, "backward": False, "dropout": True}
 needs_extension = pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
 
 
@@ -141,6 +144,28 @@ def test_s_is_fused_only_where_the_kernel_can():
     assert tiles.choose_tile(*layer).fused and tiles.choose_tile(*layer, dropout=True, backward=True).fused
     assert not tiles.choose_tile(*layer, dropout=True).fused
     assert tiles.choose_tile(16384, 14336, 4096, 32, 132, dropout=True).fused
+    drawn = max(v["rank"] for v in extension.variants() if v.items() >= {**DRAWN, "fuses": True}.items())
+    assert drawn == FUSED_RANK_DRAWN, "what the schedule model takes it for"
+
+
+@needs_extension
+def test_with_dropout_s_is_fused_unless_idle_multiprocessors_make_it():
+    """Separate tiles of S take half as long as the product's; the kernels draw the mask beneath products."""
+    assert not tiles.choose_tile(8192, 4096, 4096, 16, 132).fused
+    assert tiles.choose_tile(8192, 4096, 4096, 16, 132, dropout=True).fused
+    assert not tiles.choose_tile(8192, 4096, 4096, 16, 132, dropout=True, backward=True).fused
+    # 896 tiles leave 28 of 7 waves' places empty, enough for 16 row blocks; 3080 leave 88 for 55, 1024 leave 32 for 64.
+    assert not tiles.choose_tile(2048, 14336, 4096, 16, 132, dropout=True).fused
+    assert [tiles.fuses_drawn(*each, 132) for each in ((16, 896), (28, 896), (29, 896), (64, 1024))] == [
+        False, False, True, True
+    ]  # fmt: skip
+
+
+@needs_extension
+def test_gradients_come_last_where_a_tile_takes_long():
+    assert tiles.choose_tile(8192, 1024, 4096, 16, 132, backward=True).gradients_last
+    assert not tiles.choose_tile(8192, 4096, 1024, 16, 132, backward=True).gradients_last
+    assert not tiles.choose_tile(8192, 1024, 4096, 16, 132).gradients_last, "a forward has none"
 
 
 @needs_extension

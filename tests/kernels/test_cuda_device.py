@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(cuda.unusable() is not None, reason=f"CUDA kerne
 
 LARGEST = cuda.CudaTile(128, 256, 16)
 TILES = (
-    LARGEST, cuda.CudaTile(128, 256, 4, fused=True), cuda.CudaTile(128, 128, 4, 2), cuda.CudaTile(64, 128, 4, 4)
+    LARGEST, cuda.CudaTile(128, 256, 4, fused=True, gradients_last=True), cuda.CudaTile(128, 128, 4, 2),
+    cuda.CudaTile(64, 128, 4, 4),
 )  # fmt: skip
 
 

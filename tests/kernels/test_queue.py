@@ -23,7 +23,7 @@ QUEUES = (
 )
 
 
-def expected(rows, columns, gradients, group_m, wave, fused) -> list[tuple[int, int, int]]:
+def expected(rows, columns, gradients, group_m, wave, fused, last) -> list[tuple[int, int, int]]:
     """(row block or group, column, gradient tile or -1); column 0 makes S."""
 
     def listed(tile: Tile) -> tuple[int, int, int]:
@@ -31,13 +31,14 @@ def expected(rows, columns, gradients, group_m, wave, fused) -> list[tuple[int, 
             return tile.block, 0, tile.column + (gradients[0] if tile.kind == "dA" else 0)
         return tile.block, 0 if tile.kind == "shrink" else tile.column + (not fused), -1
 
-    schedule = Schedule(group_m=group_m, fused=fused)
+    schedule = Schedule(group_m=group_m, fused=fused, gradients_last=last)
     return [listed(tile) for tile in queue_order.build_queue(rows, columns, 1, gradients, schedule, wave)]
 
 
+@pytest.mark.parametrize("last", (False, True))
 @pytest.mark.parametrize("fused", (False, True))
 @pytest.mark.parametrize("rows, columns, gradients, group_m, wave", QUEUES)
-def test_triton(rows, columns, gradients, group_m, wave, fused):
+def test_triton(rows, columns, gradients, group_m, wave, fused, last):
     """The source of locate itself, on Python's integers."""
     pytest.importorskip("triton")
     from fastlora.backends.triton import schedule
@@ -52,16 +53,17 @@ def test_triton(rows, columns, gradients, group_m, wave, fused):
     n_tiles = rows * n_columns + queue_order.cdiv(rows, group_m) * n_gradients
     found = []
     for ticket in range(n_tiles):
-        row, column, group, gradient = locate(ticket, rows, n_columns, n_gradients, wave, group_m)
+        row, column, group, gradient = locate(ticket, rows, n_columns, n_gradients, int(last), wave, group_m)
         found.append((row, column, -1) if gradient < 0 else (group, 0, gradient))
-    assert found == expected(rows, columns, gradients, group_m, wave, fused)
+    assert found == expected(rows, columns, gradients, group_m, wave, fused, last)
 
 
 @pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
+@pytest.mark.parametrize("last", (False, True))
 @pytest.mark.parametrize("fused", (False, True))
 @pytest.mark.parametrize("tile", ((128, 256), (128, 128)))
 @pytest.mark.parametrize("rows, columns, gradients, group_m, wave", QUEUES)
-def test_cuda(rows, columns, gradients, group_m, wave, tile, fused):
+def test_cuda(rows, columns, gradients, group_m, wave, tile, fused, last):
     """By the plan of a launch of as many tiles, in units of the cluster's tiles."""
     if fused and not columns:
         return
@@ -76,11 +78,11 @@ def test_cuda(rows, columns, gradients, group_m, wave, tile, fused):
     plan = extension.loaded().Plan(
         backward=True, fp16=False, dropout=False, block_m=tile[0], block_n=tile[1], r=16, splits=1, fused=fused,
         m=rows * tile[0] * variant["cluster"] - 5, n=n, k=max(gradients[0] * gradient_columns - 8, 8),
-        group_m=group_m * variant["cluster"], ctas=wave * variant["cluster"], **makes,
+        group_m=group_m * variant["cluster"], ctas=wave * variant["cluster"], gradients_last=last, **makes,
     )  # fmt: skip
     found = [(row, column, gradient) for row, column, split, gradient in plan.queue()]
     wave = plan.ctas // variant["cluster"]
-    assert found == expected(rows, columns, blocks, group_m, wave, fused)
+    assert found == expected(rows, columns, blocks, group_m, wave, fused, last)
 
 
 @pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")

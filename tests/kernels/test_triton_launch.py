@@ -58,6 +58,7 @@ def test_no_value_of_a_seed_is_compiled_for():
             pytest.skip("Triton interprets in this process")
         by_name = {param.name: param for param in kernel.params}
         assert all(by_name[name].do_not_specialize for name in ("seed", "n_words", "wave"))
+    assert {param.name: param for param in triton_lora.lora_backward_kernel.params}["gradients_last"].do_not_specialize
 
 
 INTERPRETED = """

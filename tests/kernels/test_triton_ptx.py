@@ -51,6 +51,17 @@ def test_small_ranks_by_tiles_of_their_own(arch):
         numerics.assert_exact(results, case)
 
 
+@pytest.mark.parametrize("last", (False, True))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_gradients_between_the_other_tiles_and_behind_them(monkeypatch, arch, last):
+    """Several parts of each; which comes first is the launch's choice, and no kernel's own."""
+    monkeypatch.setattr(triton_lora, "gradients_last", lambda *sizes: last)
+    case = numerics.draw_integer_case(*LONG[0], 16, torch.bfloat16)
+    for options in SCHEDULES[1:4]:
+        results, _ = run(case, dataclasses.replace(SMALL[arch], group_m=1), arch, options)
+        numerics.assert_exact(results, case)
+
+
 def test_results_are_the_same_bits_under_every_schedule():
     case = numerics.draw_case(*LONG[0], 16, torch.bfloat16, dropout_p=0.1)
     first, *others = [run(case, SMALL[90], 90, options)[0] for options in SCHEDULES]

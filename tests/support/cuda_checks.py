@@ -39,9 +39,9 @@ def draw_dropped_integers(m: int, n: int, k: int, r: int, dtype: torch.dtype) ->
 
 
 # Every compiled kernel: each tile, with dropout and without, at a rank of each class. Beyond rank 64 S is always made
-# in separate tiles, and only the largest tile is compiled.
+# in separate tiles, and only the largest tile is compiled. Gradient tiles come between the others or last.
 EVERY_KERNEL = tuple(
-    (replace(tile, fused=fused), dropout, rank)
+    (replace(tile, fused=fused, gradients_last=fused != dropout), dropout, rank)
     for tile in (LARGE, MEDIUM, SMALL)
     for fused in (False, True)
     for dropout in (False, True)
@@ -52,7 +52,8 @@ EVERY_KERNEL = tuple(
 
 def describe(value) -> str:
     if isinstance(value, cuda.CudaTile):
-        return f"{value.block_m}x{value.block_n}-{'fused' if value.fused else 'separate'}"
+        order = "-last" if value.gradients_last else ""
+        return f"{value.block_m}x{value.block_n}-{'fused' if value.fused else 'separate'}{order}"
     return {True: "dropout", False: "plain"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
@@ -95,13 +96,13 @@ def check_needs(needs: Needs, ptx=ptx_of):
         assert launch.stats[1].macs < whole, "dX's products were computed all the same"
 
 
-FUSED = cuda.CudaTile(128, 256, 2, fused=True)
+FUSED = cuda.CudaTile(128, 256, 2, fused=True, gradients_last=True)
 ONE_GROUP = cuda.CudaTile(64, 128, 12)
 LAYERS = (
     (LARGE, (520, 328, 264, 16)),
     (FUSED, (520, 328, 264, 64)),
     (LARGE, (392, 328, 264, 72)),
-    (MEDIUM, (264, 136, 264, 64)),
+    (replace(MEDIUM, gradients_last=True), (264, 136, 264, 64)),
     (SMALL, (136, 136, 264, 16)),
     (ONE_GROUP, (136, 328, 264, 16)),
 )

@@ -131,7 +131,8 @@ def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = N
     plan = extension.loaded().Plan(
         backward=backward, fp16=spec.dtype == torch.float16, dropout=spec.dropout, m=m, n=out_columns, k=contracted,
         r=r, block_m=tile.block_m, block_n=tile.block_n, group_m=tile.group_m, splits=tile.splits,
-        fused=tile.fused and (needs.dx or not backward), ctas=ctas, **(makes if backward else {}),
+        fused=tile.fused and (needs.dx or not backward), gradients_last=tile.gradients_last and needs.dx, ctas=ctas,
+        **(makes if backward else {}),
     )  # fmt: skip
     return partial(_backward if backward else _forward, spec, plan)
 

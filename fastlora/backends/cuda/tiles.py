@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from fastlora.backends.configs import fuses_shrink
+from fastlora.backends.configs import fuses_shrink, gradients_last
 from fastlora.backends.cuda.extension import variants
 
 
@@ -16,7 +16,8 @@ class CudaTile:
     group_m: row blocks of a group, which share a stretch of the queue, so that their rows stay in L2.
     splits: of the contraction of each tile; their sums are added in order.
     fused: whether S is made fused with the first column's tiles, from what they read anyway, or in short separate
-        tiles; see fastlora.backends.configs.fuses_shrink.
+        tiles; see fuses_drawn and fastlora.backends.configs.fuses_shrink.
+    gradients_last: whether the gradient tiles follow all others; see fastlora.backends.configs.gradients_last.
     """
 
     block_m: int
@@ -24,6 +25,7 @@ class CudaTile:
     group_m: int
     splits: int = 1
     fused: bool = False
+    gradients_last: bool = False
 
 
 SPLITS = (1, 2, 4, 8)
@@ -52,7 +54,7 @@ def choose_tile(
 ) -> CudaTile:
     """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
 
-    S is fused where fuses_shrink says so and the kernel of this direction, with or without dropout, can do it.
+    S is fused where that is faster and the kernel of this direction, with or without dropout, can do it.
 
     Raises:
         RuntimeError: the extension is not built.
@@ -70,8 +72,29 @@ def choose_tile(
         candidates,
         key=lambda each: (_estimated_clocks(each[0], each[1], m, n, k, n_sms), each[0].block_m * each[0].block_n),
     )
-    n_tiles = -(-m // tile.block_m) * -(-n // tile.block_n) * tile.splits
-    return replace(tile, fused=kernel["fuses"] and fuses_shrink(r, tile.block_n, n_tiles, n_sms))
+    shrink_tiles = -(-m // tile.block_m) * tile.splits
+    n_tiles = shrink_tiles * -(-n // tile.block_n)
+    if dropout and not backward:
+        fused = fuses_drawn(shrink_tiles, n_tiles, n_sms)
+    else:
+        fused = fuses_shrink(r, tile.block_n, n_tiles, n_sms)
+    return replace(
+        tile,
+        fused=kernel["fuses"] and fused,
+        gradients_last=backward and gradients_last(m, n, k, tile.block_m, tile.block_n),
+    )
+
+
+def fuses_drawn(shrink_tiles: int, n_tiles: int, n_sms: int) -> bool:
+    """Whether column 0 should make S with its own product where that draws dropout's mask: these kernels do it while
+    products are in flight. Separate tiles of S take half as long as a tile of the product to draw it; they cost nothing
+    only where the last wave has a multiprocessor idle for each of them.
+
+    Args:
+        shrink_tiles: separate tiles of S; n_tiles: of the product.
+        n_sms: multiprocessors.
+    """
+    return shrink_tiles > -n_tiles % n_sms
 
 
 def kernels(r: int, *, dropout: bool, backward: bool, dtype: str = "bfloat16") -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from fastlora.backends.triton.tiles import product_tile
 from fastlora.backends.triton.variant import variant_of
 
 # Arguments whose values Triton must not compile for: every sixteenth seed would bring a compilation into training.
-UNSPECIALISED = ("seed", "n_words", "wave")
+UNSPECIALISED = ("seed", "n_words", "wave", "gradients_last")
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -26,7 +26,7 @@ def lora_forward_kernel(
     n_rows = tl.cdiv(M, variant.tile.block_m)
     n_columns = tl.cdiv(N, variant.tile.block_n) + variant.shrink_columns
     dropout = dropout_of(seed, threshold, 1.0)
-    row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, wave, variant.tile.group_m)
+    row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, 0, wave, variant.tile.group_m)
     product = Product(
         act=Matrix(x, stride_xm),
         weight=Matrix(weight, stride_wn),
@@ -44,7 +44,7 @@ def lora_forward_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def lora_backward_kernel(
     dy, weight, lora_b, dy_ptr, x_ptr, lora_a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
-    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, wave,
+    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, wave, gradients_last,
     stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, on_branch, inverse_keep, seed, threshold,
     SERIAL: tl.constexpr, plain_variant: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def lora_backward_kernel(
     if on_branch is not None:
         scale_b = on_branch
     row, column, group, gradient = locate(
-        claim(workspace_ptr), n_rows, n_columns, tiles_b + tiles_a, wave, variant.tile.group_m
+        claim(workspace_ptr), n_rows, n_columns, tiles_b + tiles_a, gradients_last, wave, variant.tile.group_m
     )
     chunk = row_chunk(group, n_chunks, M, variant)
     if gradient < 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import philox
-from fastlora.backends.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, padded_rank
+from fastlora.backends.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, gradients_last, padded_rank
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton.kernels import lora_backward_kernel, lora_forward_kernel
 from fastlora.backends.triton.schedule import N_COUNTERS
@@ -74,7 +74,7 @@ def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
             return tuned
     return choose_config(
         spec.direction, *spec.sizes,
-        arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned,
+        arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
     )  # fmt: skip
 
 
@@ -162,6 +162,7 @@ class _Backward(_Prepared):
         self.grid = (self.n_rows * n_columns + n_chunks * (tiles_a + tiles_b),)
         self.n_words = N_COUNTERS.value + self.n_rows + tiles_a + tiles_b
         self.makes_ds, self.serial = n_columns > 0, n_chunks > 1
+        self.gradients_last = int(needs.dx and gradients_last(m, k, n, config.block_m, config.block_n))
 
     def __call__(self, operands: BackwardOperands) -> Gradients:
         dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
@@ -186,7 +187,7 @@ class _Backward(_Prepared):
                 dx_ptr=dx, ds_ptr=ds, da_ptr=da, db_ptr=db, dbias_ptr=dbias,
                 partial_a_ptr=partial_a, partial_b_ptr=partial_b, partial_bias_ptr=partial_bias,
                 workspace_ptr=borrow_workspace(self.n_words, dy.device), n_words=self.n_words, wave=self.wave,
-                M=m, N=n, K=k, R=r,
+                gradients_last=self.gradients_last, M=m, N=n, K=k, R=r,
                 stride_dym=dy.stride(0), stride_xm=x.stride(0) if needs.da and x is not None else 0,
                 stride_wn=weight.stride(0), stride_ar=lora_a.stride(0), stride_bn=lora_b.stride(0),
                 scaling=scaling, on_branch=_scale_of_branch(scaling, dy.dtype),

@@ -47,7 +47,7 @@ def reset_if_last(workspace_ptr, n_words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(ticket, n_rows, n_columns, n_gradients, wave, GROUP_M: tl.constexpr):
+def locate(ticket, n_rows, n_columns, n_gradients, gradients_last, wave, GROUP_M: tl.constexpr):
     """The tile of a ticket.
 
     The output's n_rows x n_columns tiles are walked in groups of GROUP_M row blocks, all columns of a group before the
@@ -56,6 +56,9 @@ def locate(ticket, n_rows, n_columns, n_gradients, wave, GROUP_M: tl.constexpr):
     of it. Each group is followed by n_gradients gradient tiles that read the rows it has just used.
 
         column 0 of group 0 | group 0 …, column 0 of group 1, … one wave | gradients of group 0 | group 1 … and so on
+
+    Where a tile of the output takes long, short gradient tiles between these make the last wave ragged; then all of
+    them come last, group by group (gradients_last, 0 or 1; it takes columns).
 
     Returns:
         (row block, column, group, gradient tile or -1)
@@ -67,7 +70,7 @@ def locate(ticket, n_rows, n_columns, n_gradients, wave, GROUP_M: tl.constexpr):
     if n_columns == 0:
         first = 0
     # A group's section of the queue holds its columns 1…, column 0 of the next group, and its gradient tiles.
-    section = GROUP_M * n_columns + n_gradients
+    section = GROUP_M * n_columns + n_gradients * (1 - gradients_last)
     last_start = tl.maximum(last * section - tl.where(n_columns > 0, GROUP_M - rows_in_last, 0), 0)
     t = ticket - first
     group = tl.where(t >= last_start, last, t // section)
@@ -85,4 +88,7 @@ def locate(ticket, n_rows, n_columns, n_gradients, wave, GROUP_M: tl.constexpr):
     column = tl.where(is_ahead, 0, 1 + t // rows)
     if ticket < first:
         row, column, gradient = ticket, 0, -1
+    behind = ticket - n_rows * n_columns
+    if gradients_last * (behind + 1) > 0:
+        group, gradient = behind // n_gradients, behind % n_gradients
     return row, column, group, tl.maximum(gradient, -1)
