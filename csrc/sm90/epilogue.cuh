@@ -112,7 +112,7 @@ struct KeepBits {
   }
 };
 
-// Stores acc + S*up^T + bias; the bias is zero in a backward.
+// Stores acc + S*up^T, and in a forward the bias.
 template <class Traits>
 struct BiasEpilogue {
   __device__ __forceinline__ static void run(Consumer<Traits>& c, TileInfo tile, int slot,
@@ -121,20 +121,30 @@ struct BiasEpilogue {
     expand(c, acc, s);
 #pragma unroll
     for (int j = 0; j < Traits::kSlices; ++j) {
-      float2 bias[8];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        bias[i] = make_float2(0.f, 0.f);
-        if constexpr (!Traits::kBackward) {
-          const int column = c.warpgroup_column * Traits::kColumns + j * kBox + i * 8 + c.fragment_column();
-          bias[i] = unpack<typename Traits::Element>(load_shared(c.shared.bias(slot) + column * kElementBytes));
-        }
+      const float* sums = acc + j * Traits::kSliceAccumulators;
+      if constexpr (Traits::kBackward) {
+        store_slice(c, tile, j, [&](int i) { return sums[i]; });
+      } else {
+        float2 bias[kBox / 8];
+        load_bias(c, slot, c.warpgroup_column * Traits::kColumns + j * kBox, bias);
+        store_slice(c, tile, j, [&](int i) {
+          const float of_bias = i % 2 ? bias[i / 4].y : bias[i / 4].x;
+          return Traits::kSplitsScaling ? fmaf(sums[i], c.params.scale_on_branch, of_bias) : sums[i] + of_bias;
+        });
       }
-      store_slice(c, tile, j, [&](int i) {
-        const float of_bias = i % 2 ? bias[i / 4].y : bias[i / 4].x;
-        return Traits::kSplitsScaling ? fmaf(acc[j * Traits::kSliceAccumulators + i], c.params.scale_on_branch, of_bias)
-                                      : acc[j * Traits::kSliceAccumulators + i] + of_bias;
-      });
+    }
+  }
+
+ private:
+  // The bias of this thread's pairs of columns, in 64 from `column` on: the fragment of a block whose rows are all one.
+  __device__ __forceinline__ static void load_bias(const Consumer<Traits>& c, int slot, int column,
+                                                   float2 (&bias)[kBox / 8]) {
+#pragma unroll
+    for (int i = 0; i < kBox / 8; i += 4) {
+      uint32_t pairs[4];
+      load_matrix(pairs, c.shared.bias(slot) + (column + (i + lane_id() / 8) * kChunkElements) * kElementBytes);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) bias[i + j] = unpack<typename Traits::Element>(pairs[j]);
     }
   }
 };
