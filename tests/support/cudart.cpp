@@ -19,7 +19,7 @@ using Hook = int (*)(const char* kernel, const unsigned* grid, const unsigned* b
                      void** arguments);
 
 constexpr int kSharedByDefault = 48 << 10, kSharedAtMost = 227 << 10;
-// As in the emulator's tests/emulator/tensor_map.py.
+// A map is laid out as the emulator's are, in tests/emulator/tensor_map.py; the last word is the driver's element type.
 constexpr unsigned long long kMapMagic = 0x70616D726F736E74;
 
 std::mutex mutex;
@@ -67,17 +67,10 @@ CUresult CUDAAPI encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t r
     unsigned long long magic, address;
     unsigned rank, element_bytes;
     unsigned long long size[5], stride[4];
-    unsigned box[5], swizzle, element_type, unused;
-  } described = {kMapMagic,
-                 (unsigned long long)address,
-                 2,
-                 kElementBytes,
-                 {size[0], size[1]},
-                 {stride[0]},
-                 {box[0], box[1]},
-                 span,
-                 0,
-                 0};
+    unsigned box[5], swizzle, reduction, element_type;
+  } described = {
+      kMapMagic, uintptr_t(address), 2, kElementBytes, {size[0], size[1]}, {stride[0]}, {box[0], box[1]}, span,
+      0,         unsigned(type)};
   static_assert(sizeof described == sizeof *map);
   memcpy(map, &described, sizeof described);
   return CUDA_SUCCESS;
