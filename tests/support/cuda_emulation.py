@@ -9,7 +9,6 @@ import ctypes
 import functools
 import re
 import shutil
-import struct
 import subprocess
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -23,8 +22,9 @@ import torch
 from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Needs
-from tests.emulator import LaunchOptions, Struct, TensorMap, load_ptx
+from tests.emulator import LaunchOptions, Struct, load_ptx
 from tests.emulator.conformance import coverage
+from tests.emulator.tensor_map import unpack
 from tests.support import cuda_runtime, launches
 from tests.support.numerics import Case
 
@@ -36,11 +36,6 @@ SCHEDULES = (
     LaunchOptions(seed=4, async_policy="late", shuffle_ctas=True, proxy_fence="both"),
 )
 STREAM = 0x5712EA  # a handle that a launch must be given
-# A tensor map in the emulated runtime's form: magic, address, rank, bytes of an element, sizes, strides in bytes, box,
-# swizzle, the driver's number of the element type.
-_MAP = struct.Struct("<QQII5Q4Q5IIII")
-_MAP_MAGIC = struct.pack("<Q", 0x70616D726F736E74)
-_ELEMENT_TYPES = {6: torch.float16, 9: torch.bfloat16}
 _WRITTEN = ("out", "s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "split_partials")
 
 
@@ -196,25 +191,11 @@ def _parameters(raw: bytes, by_address: dict[int, torch.Tensor]) -> Struct:
     """The structure that ``raw`` holds, with tensors and tensor maps in the emulator's terms."""
     fields, offset = [], 0
     while offset < len(raw):
-        if offset % TensorMap.alignment == 0 and raw.startswith(_MAP_MAGIC, offset):
-            fields.append(_tensor_map(_MAP.unpack_from(raw, offset), by_address))
-            offset += _MAP.size
+        if tensor_map := unpack(raw, offset, by_address):
+            fields.append(tensor_map)
+            offset += 128
             continue
         word = raw[offset : offset + 8]
         fields.append(by_address.get(int.from_bytes(word, "little"), word))
         offset += 8
     return Struct(fields)
-
-
-def _tensor_map(described: tuple, by_address: dict[int, torch.Tensor]) -> TensorMap:
-    _, address, rank, element_bytes, *rest = described
-    sizes, strides, box, (swizzle, _, element_type) = rest[:5], rest[5:9], rest[9:14], rest[14:]
-    tensor = by_address[address]
-    assert tensor.dtype == _ELEMENT_TYPES[element_type], f"a map of {_ELEMENT_TYPES[element_type]} over {tensor.dtype}"
-    return TensorMap(
-        tensor,
-        box=tuple(reversed(box[:rank])),
-        swizzle=swizzle,
-        shape=tuple(reversed(sizes[:rank])),
-        strides=(*(stride // element_bytes for stride in reversed(strides[: rank - 1])), 1),
-    )
