@@ -26,11 +26,12 @@ _FLAGS = [
 ]
 
 
-def _compiler():
-    compiler = os.environ.get("CXX") or shutil.which("g++")
-    if not compiler:
+def compiler():
+    """The C++ compiler. Raises RuntimeError where there is none."""
+    found = os.environ.get("CXX") or shutil.which("g++")
+    if not found:
         raise RuntimeError("the emulator needs g++ (11 or later) to build its engine")
-    return compiler
+    return found
 
 
 def _host():
@@ -57,14 +58,12 @@ def cache_directory():
 
 def _build(target):
     """Compiles into a directory of its own and moves the result into place, so that a reader never sees half a file."""
-    compiler = _compiler()
+    cxx = compiler()
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
 
         def compile_one(source):
             result = Path(work) / f"{source.stem}.o"
-            done = subprocess.run(
-                [compiler, *_FLAGS, "-c", str(source), "-o", str(result)], capture_output=True, text=True
-            )
+            done = subprocess.run([cxx, *_FLAGS, "-c", str(source), "-o", str(result)], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"{source.name}:\n{done.stderr[:4000]}")
             return str(result)
@@ -72,7 +71,7 @@ def _build(target):
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = list(pool.map(compile_one, sorted(_SOURCES.glob("*.cpp"))))
         linked = Path(work) / "engine.so"
-        subprocess.run([compiler, "-shared", "-o", str(linked), *objects], check=True)
+        subprocess.run([cxx, "-shared", "-o", str(linked), *objects], check=True)
         os.replace(linked, target)
 
 
@@ -82,7 +81,7 @@ def _load():
     digest = hashlib.sha256()
     for source in sorted(_SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    version = subprocess.run([_compiler(), "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([compiler(), "-dumpfullversion"], capture_output=True, text=True, check=True).stdout
     digest.update(repr((_FLAGS, version, _host())).encode())
     target = cache_directory() / f"engine-{digest.hexdigest()[:24]}.so"
     try:

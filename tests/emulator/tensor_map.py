@@ -3,6 +3,8 @@
 import struct
 from dataclasses import dataclass
 
+import torch
+
 from .errors import LaunchError
 
 _MAGIC = 0x70616D726F736E74
@@ -80,6 +82,36 @@ class TensorMap:
             *padded(inner_first[2], _MAX_RANK),
             self.swizzle, _REDUCTION_TYPES.get(str(self.tensor.dtype), 0), 0,
         )  # fmt: skip
+
+
+_FORM = struct.Struct("<QQII5Q4Q5IIII")
+_DRIVER_TYPES = {3: torch.int32, 6: torch.float16, 7: torch.float32, 9: torch.bfloat16}
+
+
+def unpack(data, offset, by_address):
+    """The TensorMap at an offset of a kernel's parameters, as an emulated driver has encoded it, or None where there is
+    none. Its last word is the driver's number of the element type.
+
+    Args: by_address: tensors by the address of their first element.
+    Raises: LaunchError: the map lies over none of them, or over one of another type.
+    """
+    if offset % TensorMap.alignment or len(data) - offset < _FORM.size:
+        return None
+    magic, address, rank, element_bytes, *rest = _FORM.unpack_from(data, offset)
+    if magic != _MAGIC:
+        return None
+    sizes, strides, box, (swizzle, _, element_type) = rest[:5], rest[5:9], rest[9:14], rest[14:]
+    tensor = by_address.get(address)
+    if tensor is None or tensor.dtype != _DRIVER_TYPES.get(element_type):
+        what = "no operand" if tensor is None else f"a tensor of {tensor.dtype}"
+        raise LaunchError(f"a tensor map of the driver's element type {element_type} lies over {what}")
+    return TensorMap(
+        tensor,
+        box=tuple(reversed(box[:rank])),
+        swizzle=swizzle,
+        shape=tuple(reversed(sizes[:rank])),
+        strides=(*(stride // element_bytes for stride in reversed(strides[: rank - 1])), 1),
+    )
 
 
 def triton_descriptor(name, tensor, metadata):

@@ -1,6 +1,9 @@
 """csrc's host code over an emulated CUDA runtime: the cache of tensor maps, contexts, devices that come and fail."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -8,10 +11,6 @@ from tests.support import cuda_runtime
 
 pytestmark = pytest.mark.skipif(cuda_runtime.unavailable() is not None, reason=f"{cuda_runtime.unavailable()}")
 
-SIZES = dict(
-    backward=False, fp16=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8,
-    block_m=64, block_n=128,
-)  # fmt: skip
 ENTRIES = 4096  # of the cache
 # cudaErrorNoDevice, InsufficientDriver, SystemNotReady, InitializationError (a forked process), Unknown
 COUNTING_FAILS = (100, 35, 802, 3, 999)
@@ -29,14 +28,6 @@ def runtime():
     found.calls()
 
 
-def launch(runtime, act, device=0, weight=0):
-    """A launch of a plan with activations and a weight at addresses of their own."""
-    matrices = {"act": act, "weight": weight or 1 << 40, "lora_a": 2 << 40, "lora_b": 3 << 40, "out": 4 << 40}
-    operands = {name: (address, 8 if name == "lora_b" else 64) for name, address in matrices.items()}
-    operands |= {"s": 5 << 40, "workspace": 6 << 40, "scale_in_s": 1.0}
-    runtime.module.Plan(**SIZES).launch(device=device, stream=7, **operands)
-
-
 def encoded(runtime):
     """Addresses of the maps that were encoded since the last look."""
     return [int(call.split()[1], 16) for call in runtime.calls() if call.startswith("encode")]
@@ -49,18 +40,18 @@ def activations(first, count):
 def test_maps_make_room_one_at_a_time_and_by_last_use(runtime):
     """What every launch uses is encoded once, however many maps come and go; of the others the last ones stay."""
     start = 7 << 40
-    launch(runtime, start)
+    runtime.launch(start)
     fixed = encoded(runtime)
     assert len(fixed) == len(set(fixed)) >= 5
     others = ENTRIES - (len(fixed) - 1)  # places beside what every launch uses
     moved = activations(start, others + 100)
     for act in moved[1:]:
-        launch(runtime, act)
+        runtime.launch(act)
     assert encoded(runtime) == list(moved[1:]), "each once, and no other map again"
     for act in moved[-others:]:
-        launch(runtime, act)
+        runtime.launch(act)
     assert encoded(runtime) == []
-    launch(runtime, moved[99])
+    runtime.launch(moved[99])
     assert encoded(runtime) == [moved[99]], "the longest unused has made room"
 
 
@@ -70,7 +61,7 @@ def test_a_context_is_made_current_before_a_map_is_encoded(runtime):
 
     def in_a_thread(device, act):
         try:
-            launch(runtime, act, device)
+            runtime.launch(act, device)
         except Exception as error:
             failed.append(error)
 
@@ -87,12 +78,12 @@ def test_a_context_is_made_current_before_a_map_is_encoded(runtime):
 
 def test_the_callers_device_is_current_again_after_a_launch(runtime):
     runtime.devices(2)
-    launch(runtime, 10 << 40)
-    launch(runtime, 10 << 40, device=1)
+    runtime.launch(10 << 40)
+    runtime.launch(10 << 40, device=1)
     calls = runtime.calls()
     assert [c for c in calls if c.startswith("cudaSetDevice")] == [f"cudaSetDevice {device}" for device in (0, 1, 0)]
     with pytest.raises(RuntimeError, match=r"cudaSetDevice\(2\): error 101"):
-        launch(runtime, 10 << 40, device=2)
+        runtime.launch(10 << 40, device=2)
 
 
 @pytest.mark.parametrize("error", COUNTING_FAILS)
@@ -106,22 +97,18 @@ def test_asking_for_devices_never_throws(runtime, error):
 
 def test_that_there_was_no_device_is_forgotten():
     """In a process of its own: one launch that succeeds settles it."""
-    import subprocess
-    import sys
-    from pathlib import Path
-
     code = (
-        "from tests.kernels.test_cuda_host import launch, cuda_runtime\n"
+        "from tests.support import cuda_runtime\n"
         "runtime = cuda_runtime.runtime()\n"
         "runtime.devices(0)\n"
         "for error in (0, 802):\n"
         "    runtime.devices(1 if error else 0, error)\n"
         "    try:\n"
-        "        launch(runtime, 1 << 41)\n"
+        "        runtime.launch(1 << 41)\n"
         "    except RuntimeError as refused:\n"
         "        print(refused)\n"
         "runtime.devices(1)\n"
-        "launch(runtime, 1 << 41)\n"
+        "runtime.launch(1 << 41)\n"
         "print(runtime.calls()[-1])\n"
     )
     root = Path(__file__).resolve().parents[2]
@@ -135,14 +122,14 @@ def test_that_there_was_no_device_is_forgotten():
 def test_a_failed_launch_says_what_it_was(runtime):
     runtime.on_launch(lambda launched: 1)
     with pytest.raises(RuntimeError, match=r"launching lora_sm90_forward_bf16_64x128_r16 M=64.*: error 719"):
-        launch(runtime, 1 << 42)
+        runtime.launch(1 << 42)
 
 
 def test_what_a_launch_asks_for(runtime):
     asked = []
     runtime.on_launch(lambda launched: asked.append(launched) or 0)
-    launch(runtime, 1 << 42)
-    plan = runtime.module.Plan(**SIZES)
+    runtime.launch(1 << 42)
+    plan = runtime.module.Plan(**cuda_runtime.PROBLEM)
     variant = plan.variant
     (launched,) = asked
     assert (launched.kernel, launched.block, launched.stream) == (variant["name"], (variant["threads"], 1, 1), 7)

@@ -1,9 +1,11 @@
 """Runs the launchers of fastlora.backends.cuda.launch on the CPU.
 
-The parameters are the very ones that would go to the GPU; the kernel is the PTX that the library holds next to the code
-for the GPU; the emulator stands in for the device.
+Everything down to the CUDA runtime is what a GPU would get: csrc's host code, and what it passes to cudaLaunchKernel.
+There cuda_runtime.py takes over; the kernel is the PTX that the library holds next to the code for the GPU, and the
+emulator stands in for the device.
 """
 
+import ctypes
 import functools
 import re
 import shutil
@@ -12,15 +14,18 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Needs
-from tests.emulator import LaunchOptions, Struct, TensorMap, load_ptx
+from tests.emulator import LaunchOptions, Struct, load_ptx
 from tests.emulator.conformance import coverage
-from tests.support import launches
+from tests.emulator.tensor_map import unpack
+from tests.support import cuda_runtime, launches
 from tests.support.numerics import Case
 
 # Residencies (of clusters), orders and moments in which asynchronous copies take effect.
@@ -30,6 +35,7 @@ SCHEDULES = (
     LaunchOptions(seed=3, async_policy="random", shuffle_ctas=True),
     LaunchOptions(seed=4, async_policy="late", shuffle_ctas=True, proxy_fence="both"),
 )
+STREAM = 0x5712EA  # a handle that a launch must be given
 _WRITTEN = ("out", "s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "split_partials")
 
 
@@ -43,7 +49,7 @@ def tool(name: str) -> str | None:
 
 def unavailable() -> str | None:
     """Why the compiled kernels cannot be tested here, or None."""
-    return extension.load()[1] or (None if tool("cuobjdump") else "cuobjdump is not found")
+    return cuda_runtime.unavailable() or (None if tool("cuobjdump") else "cuobjdump is not found")
 
 
 @functools.cache
@@ -89,7 +95,7 @@ def _module(text: str):
 
 
 class EmulatedLaunch:
-    """Takes the place of fastlora.backends.cuda.launch._launch.
+    """Where the launches of the emulated runtime end.
 
     Args:
         options: how the emulator runs.
@@ -100,21 +106,41 @@ class EmulatedLaunch:
 
     def __init__(self, options: LaunchOptions | None = None, ptx: Callable[[str], str] = ptx_of):
         self.options, self.stats, self._ptx = options or LaunchOptions(), [], ptx
+        self._operands: dict[str, torch.Tensor] = {}  # of the launch at hand
+        self._error: Exception | None = None
 
-    def __call__(self, plan, device, operands):
-        raw, maps = plan.parameters(**{name: cuda._address(operand) for name, operand in operands.items()})
-        tensors = {name: operand for name, operand in operands.items() if isinstance(operand, torch.Tensor)}
-        variant = plan.variant
+    def launch(self, real: Callable, plan, device, operands) -> None:
+        """fastlora.backends.cuda.launch._launch, given as ``real``, with its operands known to the emulator. Raises
+        what the emulator finds."""
+        self._operands = {name: operand for name, operand in operands.items() if isinstance(operand, torch.Tensor)}
+        self._error = None
+        try:
+            real(plan, device, operands)
+        except RuntimeError as failed:
+            raise self._error or failed from None
+
+    def __call__(self, asked: cuda_runtime.Launched) -> int:
+        try:
+            self._run(asked)
+        except Exception as error:
+            self._error = error
+            return 1
+        return 0
+
+    def _run(self, asked: cuda_runtime.Launched) -> None:
+        assert asked.stream == STREAM, f"launched on stream {asked.stream:#x}"
         if self._ptx is ptx_of:  # the kernel as it is: every instruction must have a conformance case
-            coverage.check(ptx_of(variant["name"]))
+            coverage.check(ptx_of(asked.kernel))
+        module, tensors = _module(self._ptx(asked.kernel)), self._operands
+        raw = ctypes.string_at(asked.parameters, module.param_bytes(asked.kernel))
         self.stats.append(
-            _module(self._ptx(variant["name"])).launch(
-                variant["name"],
-                grid=plan.ctas,
-                block=variant["threads"],
-                cluster=(variant["cluster"], 1, 1),
-                args=[_parameters(raw, maps, {t.data_ptr(): t for t in tensors.values()})],
-                shared_bytes=variant["shared_bytes"],
+            module.launch(
+                asked.kernel,
+                grid=asked.grid,
+                block=asked.block,
+                cluster=None,
+                args=[_parameters(raw, {t.data_ptr(): t for t in tensors.values()})],
+                shared_bytes=asked.shared_bytes,
                 buffers=tensors,
                 read_only=[name for name in tensors if name not in _WRITTEN and name != "workspace"],
                 uninitialised=[name for name in tensors if name in _WRITTEN],
@@ -126,12 +152,19 @@ class EmulatedLaunch:
 @contextmanager
 def emulated(options: LaunchOptions | None = None, ptx: Callable[[str], str] = ptx_of):
     """Within it, the CUDA launchers run in the emulator; yields the EmulatedLaunch."""
-    launch, real = EmulatedLaunch(options, ptx), cuda._launch
-    cuda._launch = launch
+    _entries()  # of the library that is built
+    runtime, launch = cuda_runtime.runtime(), EmulatedLaunch(options, ptx)
+    stream = SimpleNamespace(device_index=0, cuda_stream=STREAM)
+    runtime.on_launch(launch)
     try:
-        yield launch
+        with (
+            mock.patch.object(cuda, "_launch", functools.partial(launch.launch, cuda._launch)),
+            mock.patch.object(extension, "load", lambda: (runtime.module, None)),
+            mock.patch.object(torch.cuda, "current_stream", lambda device=None: stream),
+        ):
+            yield launch
     finally:
-        cuda._launch = real
+        runtime.on_launch(None)
 
 
 def run_layer(case: Case, tile: tiles.CudaTile, ctas: int, needs: Needs = Needs(True, True, True, True)):  # noqa: B008
@@ -154,26 +187,15 @@ def run_layer(case: Case, tile: tiles.CudaTile, ctas: int, needs: Needs = Needs(
     return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, s
 
 
-def _parameters(raw: bytes, maps: list[dict], by_address: dict[int, torch.Tensor]) -> Struct:
+def _parameters(raw: bytes, by_address: dict[int, torch.Tensor]) -> Struct:
     """The structure that ``raw`` holds, with tensors and tensor maps in the emulator's terms."""
-    at = {each["offset"]: _tensor_map(each, by_address[each["address"]]) for each in maps}
     fields, offset = [], 0
     while offset < len(raw):
-        if offset in at:
-            fields.append(at[offset])
+        if tensor_map := unpack(raw, offset, by_address):
+            fields.append(tensor_map)
             offset += 128
             continue
         word = raw[offset : offset + 8]
         fields.append(by_address.get(int.from_bytes(word, "little"), word))
         offset += 8
     return Struct(fields)
-
-
-def _tensor_map(described: dict, tensor: torch.Tensor) -> TensorMap:
-    return TensorMap(
-        tensor,
-        box=described["box"],
-        swizzle=described["swizzle"],
-        shape=(described["rows"], described["columns"]),
-        strides=(described["stride_bytes"] // 2, 1),
-    )

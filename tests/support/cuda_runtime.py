@@ -23,8 +23,12 @@ from benchmarks import cuda_resources
 from fastlora.backends.cuda import extension
 from tests.emulator.engine_library import build_once, cache_directory
 
-RUNTIME = Path(__file__).with_name("cudart.cpp")
+RUNTIME, MAPS = (Path(__file__).with_name(name) for name in ("cudart.cpp", "emulated_map.h"))
 _FLAGS = ("-std=c++17", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+PROBLEM = dict(
+    backward=False, fp16=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8,
+    block_m=64, block_n=128,
+)  # fmt: skip
 _FIELDS = (
     "name", "kernel", "arch", "backward", "fp16", "dropout", "splits", "fuses", "cluster", "threads", "block_m",
     "block_n", "block_k", "rank", "shared_bytes", "gradient_columns", "split_partial_floats",
@@ -68,9 +72,9 @@ def library() -> Path:
     """The compiled extension; built once for the sources and kernels that it is made of."""
     setup = cuda_resources.load_setup()
     registrations = _registrations()
-    headers = [*(setup.CSRC / "host").iterdir(), setup.CSRC / "schedule.h", RUNTIME]
+    sources = [*(setup.CSRC / "host").iterdir(), setup.CSRC / "schedule.h", RUNTIME, MAPS]
     digest = hashlib.sha256(repr((registrations, _FLAGS, setup.NVCC, sysconfig.get_config_var("SOABI"))).encode())
-    for path in sorted(headers):
+    for path in sorted(sources):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_directory() / f"cuda-{digest.hexdigest()[:24]}.so"
     build_once(target, functools.partial(_build, setup, registrations))
@@ -128,6 +132,13 @@ class Runtime:
 
         self._hook = _HOOK(call) if launched else _HOOK()
         self._library.fake_hook(self._hook)
+
+    def launch(self, act: int, device: int = 0) -> None:
+        """A launch of PROBLEM with activations at this address, and all else at others that never change."""
+        matrices = {"act": act, "weight": 1 << 40, "lora_a": 2 << 40, "lora_b": 3 << 40, "out": 4 << 40}
+        operands = {name: (address, 8 if name == "lora_b" else 64) for name, address in matrices.items()}
+        vectors = {"s": 5 << 40, "workspace": 6 << 40, "scale_in_s": 1.0}
+        self.module.Plan(**PROBLEM).launch(device=device, stream=7, **operands, **vectors)
 
 
 @functools.cache

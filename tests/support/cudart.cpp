@@ -10,6 +10,7 @@
 #include <string>
 
 #include "../../csrc/host/variant.h"
+#include "emulated_map.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 
@@ -19,8 +20,6 @@ using Hook = int (*)(const char* kernel, const unsigned* grid, const unsigned* b
                      void** arguments);
 
 constexpr int kSharedByDefault = 48 << 10, kSharedAtMost = 227 << 10;
-// As in the emulator's tests/emulator/tensor_map.py.
-constexpr unsigned long long kMapMagic = 0x70616D726F736E74;
 
 std::mutex mutex;
 std::string calls;
@@ -46,41 +45,13 @@ const char* kernel_name(const void* kernel) {
   return nullptr;
 }
 
-// The conditions of cuda.h for a matrix of 16-bit elements, and the emulator's form of a map.
 CUresult CUDAAPI encode(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
                         const cuuint64_t* size, const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* step,
                         CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
                         CUtensorMapFloatOOBfill fill) {
-  note("encode %p %llu x %llu", address, (unsigned long long)size[1], (unsigned long long)size[0]);
+  note("encode %p", address);
   if (!has_context) return CUDA_ERROR_INVALID_CONTEXT;
-  constexpr unsigned kElementBytes = 2, kSpans[] = {0, 32, 64, 128};
-  const bool halves = type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const unsigned span = swizzle > CU_TENSOR_MAP_SWIZZLE_128B ? 0 : kSpans[swizzle], row = box[0] * kElementBytes;
-  bool fits = halves && rank == 2 && swizzle <= CU_TENSOR_MAP_SWIZZLE_128B && !interleave && !fill &&
-              uintptr_t(address) % 16 == 0 && uintptr_t(map) % 64 == 0 && stride[0] % 16 == 0 &&
-              stride[0] < 1ull << 40 && stride[0] >= size[0] * kElementBytes && row % 16 == 0 && (!span || row <= span);
-  for (int i = 0; i < 2; ++i) {
-    fits = fits && size[i] >= 1 && size[i] <= 1ull << 32 && box[i] >= 1 && box[i] <= 256 && step[i] == 1;
-  }
-  if (!fits) return CUDA_ERROR_INVALID_VALUE;
-  struct {
-    unsigned long long magic, address;
-    unsigned rank, element_bytes;
-    unsigned long long size[5], stride[4];
-    unsigned box[5], swizzle, element_type, unused;
-  } described = {kMapMagic,
-                 (unsigned long long)address,
-                 2,
-                 kElementBytes,
-                 {size[0], size[1]},
-                 {stride[0]},
-                 {box[0], box[1]},
-                 span,
-                 0,
-                 0};
-  static_assert(sizeof described == sizeof *map);
-  memcpy(map, &described, sizeof described);
-  return CUDA_SUCCESS;
+  return emulated::encode_map(map, type, rank, address, size, stride, box, step, interleave, swizzle, fill);
 }
 
 }  // namespace

@@ -42,8 +42,8 @@ def _with_tensor(value, tensor):
     return value if tensor is None else tensor
 
 
-class CudaRunner:
-    """Runs cases on the current CUDA device."""
+class CudaDevice:
+    """The current CUDA device: its driver, and where tensors are for it."""
 
     def __init__(self):
         if not torch.cuda.is_available():
@@ -52,10 +52,27 @@ class CudaRunner:
         self.driver = ctypes.CDLL("libcuda.so.1")
         self.capability = torch.cuda.get_device_capability()
 
+    def upload(self, tensor):
+        """A copy that kernels can read and write."""
+        return tensor.cuda()
+
+    def synchronize(self):
+        """Waits for what has been launched."""
+        torch.cuda.synchronize()
+
+
+class CudaRunner:
+    """Runs cases on a CUDA device, the current one unless another is given."""
+
+    def __init__(self, device=None):
+        """device: something with driver (its library), capability, upload and synchronize, as CudaDevice has."""
+        self.device = device or CudaDevice()
+        self.driver = self.device.driver
+
     def supports(self, case):
         """sm_90a code runs on compute capability 9.0 only, other code on its own or any later one."""
         needed = int(case.arch[3:].rstrip("a"))
-        have = self.capability[0] * 10 + self.capability[1]
+        have = self.device.capability[0] * 10 + self.device.capability[1]
         return have == needed if case.arch.endswith("a") else have >= needed
 
     def _check(self, status, what):
@@ -66,7 +83,7 @@ class CudaRunner:
 
     def run(self, case):
         """As EmulatorRunner.run."""
-        tensors = _copies(case, torch.Tensor.cuda)
+        tensors = _copies(case, self.device.upload)
         loaded, function = ctypes.c_void_p(), ctypes.c_void_p()
         self._check(self.driver.cuModuleLoadData(ctypes.byref(loaded), case.ptx.encode()), "cuModuleLoadData")
         try:
@@ -80,7 +97,7 @@ class CudaRunner:
             self._launch(
                 function, case, [self._argument(value, tensors.get(name)) for name, value in case.args.items()]
             )
-            torch.cuda.synchronize()
+            self.device.synchronize()
         finally:
             self.driver.cuModuleUnload(loaded)
         return {name: tensor.cpu() for name, tensor in tensors.items()}
@@ -124,6 +141,7 @@ class CudaRunner:
 
         cluster = Attribute(4, 0, (ctypes.c_uint32 * 16)(*case.cluster))
         clustered = case.cluster != (1, 1, 1)
-        config = Config(*case.grid, case.block, 1, 1, case.shared_bytes, None, ctypes.pointer(cluster), int(clustered))
+        block = case.block if isinstance(case.block, tuple) else (case.block, 1, 1)
+        config = Config(*case.grid, *block, case.shared_bytes, None, ctypes.pointer(cluster), int(clustered))
         addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(argument) for argument in arguments))
         self._check(self.driver.cuLaunchKernelEx(ctypes.byref(config), function, addresses, None), "cuLaunchKernelEx")
