@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from fastlora.dispatch import count_fallback
-from fastlora.philox import inverse_keep, keep_mask
+from fastlora.philox import drop_mask, inverse_keep
 from fastlora.problem import Gradients, Needs, split_scaling
 
 FORWARD_MODE, TRACE = "forward-mode AD", "torch.jit.trace"
@@ -84,7 +84,7 @@ def gradients(
         a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
         scaled = dy * scaling
         if dropout_p > 0.0:
-            drop = drop_mask(seed, dropout_p, dy.shape[0], weight.shape[1], dy.device)
+            drop = drop_mask(seed, dropout_p, dy.shape[0], weight.shape[1], dy.device)  # type: ignore[arg-type]
         if x is not None:
             seen = dropped(x, drop, dropout_p)
         if needs.dx or needs.da:
@@ -132,11 +132,6 @@ class _Shrunk(torch.autograd.Function):
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """leftᵀ [·, M]·right [M, ·], added up in a parameter's dtype."""
     return left.to(dtype).t() @ right.to(dtype)
-
-
-def drop_mask(seed: Tensor | None, dropout_p: float, m: int, k: int, device: torch.device) -> Tensor:
-    """[M, K]: True where the branch does not see an element of x."""
-    return keep_mask(seed, dropout_p, m, k, device).logical_not()  # type: ignore[arg-type]  # dropout has a seed
 
 
 def dropped(rows: Tensor, drop: Tensor | None, dropout_p: float) -> Tensor:

@@ -77,3 +77,8 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
     halves = random_words(int(seed), counter).to(torch.int32).view(torch.int16)
     keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
     return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]
+
+
+def drop_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torch.device | str = "cpu") -> Tensor:
+    """The inverse of ``keep_mask``: True where the branch does not see an element."""
+    return keep_mask(seed, dropout_p, m, k, device).logical_not_()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlora.philox import inverse_keep, keep_mask
+from fastlora.philox import drop_mask, inverse_keep
 from fastlora.problem import Gradients, Launcher, LaunchSpec, Needs, split_scaling
 
 _ROWS_AT_A_TIME = 1024  # that are widened to float32 at once
@@ -47,7 +47,7 @@ def lora_forward(
     lora_a, lora_b = _cast(lora_a, x.dtype), _cast(lora_b, x.dtype)
     dropped, kept_scale = x, 1.0
     if dropout_p > 0.0:
-        dropped = x.masked_fill(_drop_mask(seed, dropout_p, x.shape[0], weight), 0.0)
+        dropped = x.masked_fill(drop_mask(seed, dropout_p, x.shape[0], x.shape[1], x.device), 0.0)  # type: ignore[arg-type]
         kept_scale = inverse_keep(dropout_p)
     in_s, on_branch = split_scaling(scaling, x.dtype)
     s = _shrink(dropped, lora_a, in_s * kept_scale)
@@ -78,7 +78,7 @@ def lora_backward(
     dx = da = db = dbias = drop = None
     kept_scale = 1.0
     if dropout_p > 0.0 and (need_dx or need_da):
-        drop = _drop_mask(seed, dropout_p, dy.shape[0], weight)
+        drop = drop_mask(seed, dropout_p, dy.shape[0], weight.shape[1], dy.device)  # type: ignore[arg-type]
         kept_scale = inverse_keep(dropout_p)
     a, b_t = _cast(lora_a, dy.dtype), lora_b.t()
     if need_dx or need_da:
@@ -126,9 +126,3 @@ def _gradient(left: Tensor, right: Tensor, scale: float, parameter: Tensor) -> T
     for some_left, some_right in pieces:
         total.addmm_(some_left.to(parameter.dtype), some_right.to(parameter.dtype), alpha=scale)
     return total
-
-
-def _drop_mask(seed: Tensor | None, dropout_p: float, m: int, weight: Tensor) -> Tensor:
-    """[M, K]: True where the side branch does not see an element of x."""
-    # Dropout comes with a seed.
-    return keep_mask(seed, dropout_p, m, weight.shape[1], weight.device).logical_not_()  # type: ignore[arg-type]

@@ -46,7 +46,7 @@ def make(kind, config, task, seed=0, **options):
     if task in ("ForSequenceClassification", "ForTokenClassification"):
         options = {"num_labels": 3, **options}
     config = getattr(transformers, f"{kind}Config")(**{"pad_token_id": 0, **config, **options})
-    return getattr(transformers, f"{kind}{task}")(config).eval()
+    return getattr(transformers, f"{kind}{task}")(config).double().eval()
 
 
 def llama(seed=0, task="ForSequenceClassification", **options):
@@ -101,7 +101,7 @@ def test_a_peft_adapter_with_its_head_loads(tmp_path, kind, config, task, peft_t
     base.load_state_dict(state, strict=False)
     load_adapter(base, tmp_path)
     for ours, theirs in zip(outputs(base), outputs(stock), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs)
     trains = {name for name, p in base.named_parameters() if p.requires_grad}
     assert {name for name in trains if "lora_" not in name} == {n for n in base.state_dict() if is_of_a_head(n)}
     save_adapter(base, tmp_path / "again")
@@ -135,7 +135,7 @@ def test_peft_loads_ours_with_its_head(tmp_path, kind, config, task, peft_task):
     assert peft.LoraConfig.from_pretrained(tmp_path).task_type == peft_task
     stock = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     for ours, theirs in zip(outputs(model), outputs(stock), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_head_that_peft_finds_by_the_end_of_its_name(tmp_path):
@@ -147,7 +147,7 @@ def test_a_head_that_peft_finds_by_the_end_of_its_name(tmp_path):
     model = make("DistilBert", DISTIL, "ForSequenceClassification")
     load_adapter(model, tmp_path)
     assert [name for name, _ in saved_modules(model)] == ["pre_classifier", "classifier"]
-    torch.testing.assert_close(logits(model), logits(stock), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), logits(stock))
 
 
 def test_a_module_saved_whole_trains_and_survives_copies_merging_and_a_second_injection(tmp_path):
