@@ -57,7 +57,7 @@ def print_listing(kernel: str, library: Path) -> None:
 def main(checks: bool, show: str | None, listing: str | None) -> None:
     module, reason = extension.load()
     if module is None:
-        raise click.ClickException(f"the kernels are not built: {reason}")
+        raise click.ClickException(f"nothing to count: {reason}")
     library, variants = Path(module.__file__), module.variants()
     if listing:
         print_listing(listing, library)

@@ -333,7 +333,7 @@ def test_the_check(names, monkeypatch, tmp_path):
 def test_without_the_extension_the_command_says_so(monkeypatch):
     monkeypatch.setattr(extension, "load", lambda: (None, "no nvcc was found"))
     result = CliRunner().invoke(command.main, ["--check"])
-    assert result.exit_code == 1 and "Error: the kernels are not built: no nvcc was found" in result.output
+    assert result.exit_code == 1 and "Error: nothing to count: no nvcc was found" in result.output
 
 
 def test_a_library_older_than_the_sources_is_refused(tmp_path):

@@ -99,6 +99,15 @@ def test_a_producer_kernel_draws_dropouts_mask_beneath_its_products(backward):
         assert dropped > 1.05 * plain
 
 
+@pytest.mark.parametrize("steps, exposed", ((16, 0), (8, 128)))
+def test_a_step_hides_the_mask_of_sixteen_of_dxs_columns(steps, exposed):
+    """One tile of dX and one of dA, whose mask is drawn for all 256 columns in front of its product."""
+    machine = Machine(sm_count=1, flops=Machine().flops / 132, philox=4e-10)
+    problem = Problem(128, 64 * steps, 256, 16, backward=True)
+    plain, dropped = (simulate(replace(problem, dropout=d), Schedule(), machine).makespan for d in (False, True))
+    assert dropped - plain == pytest.approx(128 * (256 + exposed) * machine.philox * 1e6)
+
+
 @pytest.mark.parametrize("field, value", [("group_m", 0), ("grad_columns", -1), ("cluster", 0)])
 def test_a_schedule_that_cannot_be_is_refused(field, value):
     with pytest.raises(ValueError, match=field):
