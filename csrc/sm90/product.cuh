@@ -4,16 +4,17 @@
 
 namespace fastlora::sm90 {
 
-// The fragments of a 64 x 64 block of the activations, dropped elements zeroed.
-template <class Traits>
-__device__ __forceinline__ void load_dropped(const Consumer<Traits>& c, uint32_t (&fragments)[kMmasPerStep][4],
-                                             uint32_t box, int row, int k) {
+// kCount fragments, from number `first` on, of a 64 x 64 block of the activations, dropped elements zeroed. The block
+// starts at (row, k) of X.
+template <int kCount, class Traits>
+__device__ __forceinline__ void load_dropped(const Consumer<Traits>& c, uint32_t (&fragments)[kCount][4], uint32_t box,
+                                             int row, int k, int first) {
   const uint32_t lane = lane_id(), block_row = c.warp * 16 + lane % 16;
 #pragma unroll
-  for (int i = 0; i < kMmasPerStep; ++i) {
-    load_matrix(fragments[i], chunk_address(box, block_row, i * 2 + lane / 16));
+  for (int i = 0; i < kCount; ++i) {
+    load_matrix(fragments[i], chunk_address(box, block_row, (first + i) * 2 + lane / 16));
     uint32_t words[4];
-    fragment_words(words, c.dropout, row, k + i * kMmaK);
+    fragment_words(words, c.dropout, row, k + (first + i) * kMmaK);
 #pragma unroll
     for (int j = 0; j < 4; ++j) fragments[i][j] = drop(fragments[i][j], words[j], c.dropout.last_dropped);
   }
@@ -63,14 +64,20 @@ __device__ __forceinline__ void multiply(Consumer<Traits>& c, TileInfo tile, flo
         wgmma_wait<kBase>();
         // The previous step's shrink product is done: its stage and its fragments are free.
         if (j == 0) c.advance_stage();
-        uint32_t fragments[kMmasPerStep][4];
-        load_dropped(c, fragments, box, row, (step + j) * kBlockK);
-        wgmma_fence();
+        constexpr int kFragments = kBase ? Traits::kFusedFragments : kMmasPerStep;
+        uint32_t fragments[kFragments][4];
 #pragma unroll
-        for (int i = 0; i < kMmasPerStep; ++i) {
-          wgmma<Element, 0>(shrink_acc, fragments[i], advance(down, i * Branch::kDownAdvance), accumulates || i > 0);
+        for (int first = 0; first < kMmasPerStep; first += kFragments) {
+          if (first > 0) wgmma_wait<0>();
+          load_dropped(c, fragments, box, row, (step + j) * kBlockK, first);
+          wgmma_fence();
+#pragma unroll
+          for (int i = 0; i < kFragments; ++i) {
+            wgmma<Element, 0>(shrink_acc, fragments[i], advance(down, (first + i) * Branch::kDownAdvance),
+                              accumulates || first + i > 0);
+          }
+          wgmma_commit();
         }
-        wgmma_commit();
       } else {
 #pragma unroll
         for (int i = 0; i < kMmasPerStep; ++i) {

@@ -58,9 +58,11 @@ struct KernelTraits {
   static constexpr int kColumns = kBlockN / kWarpgroupsN;  // of a warpgroup
   static constexpr int kSlices = kColumns / kBox;          // in which a warpgroup finishes its columns
 
-  // Column 0 may make S fused with its own tile where both accumulators fit (and X's fragments, where dropout masks
-  // them).
-  static constexpr bool kFuses = kRank <= (kBlockN == 256 && kDropout && !kBackward ? 32 : 64);
+  // Column 0 may make S fused with its own tile where both accumulators fit.
+  static constexpr bool kFuses = kRank <= 64;
+  // Fragments of X that a forward masks between two commits: all of a step's, or half of them where a fused tile's
+  // accumulators leave no room for more. Then the second half waits for the products of the first.
+  static constexpr int kFusedFragments = kBlockN == 256 && kRank > 32 ? kMmasPerStep / 2 : kMmasPerStep;
 
   // ---- registers of a thread
   // The accumulators of an output tile, or of whatever else a tile sums; the extra ones hold S in a fused tile, a slice
