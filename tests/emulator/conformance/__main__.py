@@ -1,4 +1,4 @@
-"""Runs every case in the emulator and, where there is one, on the CUDA device: `python -m tests.emulator.conformance`."""
+"""Runs every case in the emulator and, where there is one, on the CUDA device: python -m tests.emulator.conformance."""
 
 import sys
 
