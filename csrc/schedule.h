@@ -41,9 +41,7 @@ FL_HOST_DEVICE int count_groups(const Schedule& s) { return ceil_div(s.rows, s.g
 
 FL_HOST_DEVICE int count_column_tiles(const Schedule& s) { return s.rows * s.columns * s.splits; }
 
-FL_HOST_DEVICE int count_tiles(const Schedule& s) {
-  return count_column_tiles(s) + count_groups(s) * s.gradient_tiles;
-}
+FL_HOST_DEVICE int count_tiles(const Schedule& s) { return count_column_tiles(s) + count_groups(s) * s.gradient_tiles; }
 
 // What ticket number `ticket` stands for, where `wave` clusters run at once.
 FL_HOST_DEVICE Tile locate(const Schedule& s, int ticket, int wave) {

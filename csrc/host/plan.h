@@ -17,11 +17,11 @@ struct Problem {
   bool backward = false, fp16 = false, dropout = false;
   int block_m = 0, block_n = 0;
   int64_t m = 0, n = 0, k = 0, r = 0;
-  int group_m = 0;     // row blocks of a group
-  int splits = 1;      // of the contraction of each tile
-  bool fused = false;  // S is made fused with column 0
+  int group_m = 0;              // row blocks of a group
+  int splits = 1;               // of the contraction of each tile
+  bool fused = false;           // S is made fused with column 0
   bool gradients_last = false;  // gradient tiles follow all others, not their own group's
-  int ctas = 0;        // that run at once
+  int ctas = 0;                 // that run at once
   bool makes_out = true, grad_a = false, grad_b = false, grad_bias = false;
 };
 

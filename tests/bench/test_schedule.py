@@ -7,12 +7,16 @@ from dataclasses import replace
 import pytest
 from click.testing import CliRunner
 
-from benchmarks.schedule import model
+from benchmarks.cuda_resources import __main__ as command
+from benchmarks.cuda_resources import table
+from benchmarks.schedule import machine, model
 from benchmarks.schedule.__main__ import main
 from benchmarks.schedule.fit import Measured, as_launched, fit, read_measured
-from benchmarks.schedule.model import LABEL, Machine, Memory, Problem, frozen_baseline, simulate
+from benchmarks.schedule.machine import Machine
+from benchmarks.schedule.model import LABEL, Memory, Problem, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import Schedule, Tile, build_queue, cdiv
 from benchmarks.schedule.sweep import best_by_class, sweep, write_sweep
+from fastlora.backends.configs import MASK_COLUMNS
 
 SMALL = Schedule(block_m=16, block_n=16, block_k=16, group_m=2, grad_columns=16)
 FEW_SMS = Machine(sm_count=3)
@@ -184,6 +188,17 @@ def test_every_schedule_finishes_and_costs_no_less_than_the_gemm(schedule, overl
     found = simulate(problem, schedule, FEW_SMS)
     assert found == simulate(problem, schedule, FEW_SMS)
     assert found.makespan > simulate(problem.frozen, schedule, FEW_SMS).makespan
+
+
+def test_counted_costs_are_those_of_the_committed_kernels():
+    """To 10%: a kernel that changes by less does not move the sweep, of which this is the resolution at few waves."""
+    kernels = table.from_json(command.TABLE.read_text())["kernels"]
+    rows = {drops: kernels[f"lora_sm90_forward_bf16_128x256_r16{drops}"]["rows"] for drops in ("", "_dropout")}
+    assert pytest.approx(rows[""]["consumer base: epilogue"]["code"], rel=0.1) == machine.EPILOGUE_INSTRUCTIONS
+    plain, dropped = (rows[drops]["consumer shrink: loop"]["code"] for drops in ("", "_dropout"))
+    assert pytest.approx((dropped - plain) / 8, rel=0.1) == machine.PHILOX_INSTRUCTIONS
+    gpu = Machine()
+    assert math.ceil(gpu.philox * gpu.flops / gpu.sm_count / 2) == MASK_COLUMNS
 
 
 def test_idle_multiprocessors_make_s_for_free():
