@@ -6,12 +6,13 @@ python -m benchmarks.schedule --sweep --measured results/layer.json calibrated b
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
 from benchmarks import RESULTS
-from benchmarks.schedule.fit import fit, read_measured
+from benchmarks.schedule.fit import as_launched, fit, read_measured
 from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.model import LABEL, Problem, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import Schedule
@@ -27,17 +28,24 @@ from benchmarks.schedule.sweep import calibration_text, sweep, write_sweep
 @click.option("--block-m", default=128, type=click.IntRange(1))
 @click.option("--block-n", default=256, type=click.IntRange(1))
 @click.option("--group-m", default=16, type=click.IntRange(1), help="Row blocks per group.")
-@click.option("--fused/--alone", default=True, help="Whether a shrink tile also makes its tile of the output.")
+@click.option("--fused/--separate", default=None, help="Whether column 0 makes S; by default as the kernels choose.")
+@click.option(
+    "--gradients-last/--gradients-between",
+    default=None,
+    help="Where gradient tiles are; by default as kernels choose.",
+)
 @click.option("--overlap/--serial", default=True, help="Whether a tile's store overlaps the next tile.")
-@click.option("--cluster", default=2, type=click.IntRange(1), help="CTAs that share each load of V.")
+@click.option("--cluster", default=2, type=click.IntRange(1), help="CTAs that share each load of the weight.")
 @click.option(
     "--sweep", "run_sweep", is_flag=True, help="All shapes and schedules; writes schedule.json and schedule.md."
 )
 @click.option("--measured", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="fastlora bench JSON.")
 @click.option("--output", default=RESULTS, type=click.Path(file_okay=False, path_type=Path))
-def main(m, n, k, r, dropout, run_sweep, measured, output, **queue):
+def main(m, n, k, r, dropout, run_sweep, measured, output, fused, gradients_last, **queue):
     """The one-launch schedule's cost, by a discrete-event model."""
     schedule, fitted, machine = Schedule(**queue), None, Machine()
+    choices = {"fused": fused, "gradients_last": gradients_last}
+    asked = {name: choice for name, choice in choices.items() if choice is not None}
     if measured:
         try:
             fitted = fit(read_measured(measured), schedule, machine)
@@ -54,15 +62,17 @@ def main(m, n, k, r, dropout, run_sweep, measured, output, **queue):
         for path in write_sweep(output, sweep(machine), machine, fitted, command):
             click.echo(f"wrote {path}")
         return
-    click.echo(f"{LABEL}: M {m}, N {n}, K {k}, R {r}, {schedule}")
+    click.echo(f"{LABEL}: M {m}, N {n}, K {k}, R {r}{', dropout' if dropout else ''}")
     for backward in (False, True):
         problem = Problem(m, n, k, r, backward, dropout)
+        schedule = replace(as_launched(problem, schedule, machine), **asked)
         try:
             found, base = simulate(problem, schedule, machine), frozen_baseline(problem, schedule, machine)
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         click.echo(
-            f"{'backward' if backward else 'forward'}: {found.makespan:.1f} µs, {found.makespan / base.makespan:.3f}x "
+            f"{'backward' if backward else 'forward'}, {schedule}:\n"
+            f"  {found.makespan:.1f} µs, {found.makespan / base.makespan:.3f}x "
             f"the GEMM alone ({base.makespan:.1f} µs)  stalls {found.stall:.1f} µs/SM  "
             f"DRAM {found.dram_bytes / 2**30:.3f} GiB ({base.dram_bytes / 2**30:.3f} alone)  {found.tiles} tiles"
         )

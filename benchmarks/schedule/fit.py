@@ -8,13 +8,11 @@ from pathlib import Path
 from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.model import Problem, Schedule, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import cdiv
-from fastlora.backends.configs import fuses_shrink, gradients_last
+from fastlora.backends.configs import FUSED_RANK, fuses_shrink, gradients_last
 from fastlora.backends.cuda.tiles import fuses_drawn
 
 FITTED = ("flops", "dram_bandwidth", "tile_overhead")
 MIN_ROWS = 3
-# The highest rank at which the largest CUDA tile makes S beside its product with dropout; csrc/sm90/traits.cuh, kFuses.
-FUSED_RANK_DRAWN = 32
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,14 @@ def read_measured(path: Path) -> list[Measured]:
 
 
 def as_launched(problem: Problem, schedule: Schedule, machine: Machine) -> Schedule:
-    """The schedule with S made beside the tiles or alone, and the gradients between or behind them, as our kernels
+    """The schedule with a fused or a separate shrink, and the gradient tiles between the others or last, as our kernels
     decide it for this problem."""
     rows = cdiv(problem.m, schedule.block_m)
     n_tiles, draws = rows * cdiv(problem.width, schedule.block_n), problem.dropout and not problem.backward
     sizes = (problem.m, problem.width, problem.reduction, schedule.block_m, schedule.block_n)
     last = problem.backward and gradients_last(*sizes)
     if draws and schedule.overlap:
-        fused = problem.r <= FUSED_RANK_DRAWN and fuses_drawn(rows, n_tiles, machine.sm_count)
+        fused = problem.r <= FUSED_RANK and fuses_drawn(rows, n_tiles, machine.sm_count)
     else:
         fused = fuses_shrink(problem.r, schedule.block_n, n_tiles, machine.sm_count, draws=draws)
     return replace(schedule, fused=fused, gradients_last=last)

@@ -149,13 +149,13 @@ def defaults_table(rows: list[dict], machine: Machine) -> list[str]:
         "|" + "---|" * 10,
     ]
     for (kernel, way, m, r), layers in found.items():
-        beside = f"{sum(default.fused for default, *_ in layers)} of {len(layers)} layers"
+        fused = f"{sum(default.fused for default, *_ in layers)} of {len(layers)} layers"
         last = f"{sum(default.gradients_last for default, *_ in layers)} of {len(layers)} layers"
         name, group = SHIPPED[kernel], layers[0][0].group_m
         ratio, best = (geometric_mean([layer[i] for layer in layers]) for i in (1, 2))
         gap = f"{100 * (ratio / best - 1):.1f}%"
         last = last if way == "backward" else "–"
-        lines.append(f"| {name} | {way} | {m} | {r} | {group} | {beside} | {last} | {ratio:.3f} | {best:.3f} | {gap} |")
+        lines.append(f"| {name} | {way} | {m} | {r} | {group} | {fused} | {last} | {ratio:.3f} | {best:.3f} | {gap} |")
     return lines
 
 

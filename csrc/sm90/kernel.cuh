@@ -20,6 +20,7 @@ __device__ __forceinline__ void consume(const Params& params, SharedMemory<Trait
     const int slot = i & 1;
     const TileInfo tile = own_tile<Traits>(wait_tile(shared, i));
     if (tile.kind == kExit) break;
+    if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
     if (tile.kind == kGradATile || tile.kind == kGradBTile) {
       if constexpr (Traits::kBackward) compute_gradient_tile(consumer, tile, acc, extra_acc);
     } else {

@@ -38,6 +38,7 @@ struct Producer {
       }
       if (tile.kind == kExit) return;
       tile = own_tile<Traits>(tile);
+      note_tile(tile.kind, tile.row, tile.column, tile.split);
       if (tile.kind == kGradATile || tile.kind == kGradBTile) {
         if constexpr (Traits::kBackward) load_gradient(tile);
       } else if (tile.kind == kShrinkTile) {
