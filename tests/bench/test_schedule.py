@@ -282,7 +282,7 @@ def test_the_sweep_writes_labelled_tables_and_says_that_nothing_calibrated_it(tm
 def test_the_command_labels_its_answer(tmp_path):
     result = CliRunner().invoke(main, ["--m", "256", "--n", "256", "--k", "256", "--r", "8"])
     assert result.exit_code == 0, result.output
-    assert LABEL in result.output and "forward," in result.output and "backward:" in result.output
+    assert LABEL in result.output and "forward," in result.output and "backward," in result.output
     empty = tmp_path / "bench.json"
     empty.write_text("{}")
     refused = CliRunner().invoke(main, ["--measured", str(empty)])
