@@ -35,14 +35,14 @@ def backend_module(name: str) -> ModuleType:
 
 
 def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
-    unusable = triton_unusable() if name == "triton" else None
+    unusable = triton_unusable(spec.device) if name == "triton" else None
     reason = unusable or backend_module(name).why_unsupported(spec)
     return f"{name}: {reason}" if reason else None
 
 
-@lru_cache(maxsize=1)
-def triton_unusable() -> str | None:
-    """Why Triton's kernels cannot run here, or None."""
+def triton_unusable(device: torch.device | None = None) -> str | None:
+    """Why Triton's kernels cannot run on a device (None: the current one), or None. That there is no device is not
+    remembered."""
     from packaging.version import Version
 
     try:
@@ -55,7 +55,7 @@ def triton_unusable() -> str | None:
         return backend_module("triton").interpreter_unusable()
     if not torch.cuda.is_available():
         return "no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU"
-    major, minor = torch.cuda.get_device_capability()
+    major, minor = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
 
