@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import groupby, product
 
 import pytest
 from click.testing import CliRunner
@@ -15,7 +16,7 @@ from benchmarks.schedule.fit import Measured, as_launched, fit, read_measured
 from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.model import LABEL, Memory, Problem, frozen_baseline, simulate
 from benchmarks.schedule.queue_order import Schedule, Tile, build_queue, cdiv
-from benchmarks.schedule.sweep import best_by_class, sweep, write_sweep
+from benchmarks.schedule.sweep import KERNELS, WAYS, best_by_class, sweep, way_of, write_sweep
 from fastlora.backends.configs import MASK_COLUMNS
 
 SMALL = Schedule(block_m=16, block_n=16, block_k=16, group_m=2, grad_columns=16)
@@ -265,10 +266,18 @@ def test_only_gpu_rows_of_the_frozen_layer_and_fastlora_calibrate(tmp_path):
 
 
 def test_the_sweep_writes_labelled_tables_and_says_that_nothing_calibrated_it(tmp_path):
-    rows = sweep(Machine(), layers=((256, 256),), tokens=(512,), ranks=(16,), progress=False)
+    rows = sweep(Machine(), layers=((256, 256),), tokens=(256, 512), ranks=(16,), progress=False)
     assert all(row["ratio"] >= 1 and math.isfinite(row["makespan_us"]) for row in rows)
     best = best_by_class(rows)
-    assert {key[1] for key in best} == {"forward", "forward with dropout", "backward"}
+    ways = {"forward": {}, "forward with dropout": {"dropout": True}}
+    ways |= {"backward": {"backward": True}, "backward with dropout": {"backward": True, "dropout": True}}
+    assert list(WAYS) == list(ways)
+    assert [key for key, _ in groupby((row["kernel"], way_of(row)) for row in rows)] == list(product(KERNELS, ways))
+    for row in rows[:: len(rows) // 16]:
+        problem = Problem(row["m"], 256, 256, 16, **ways[way_of(row)])
+        kernel, schedule = KERNELS[row["kernel"]], Schedule(**row["schedule"])
+        found, base = simulate(problem, schedule), frozen_baseline(problem, kernel)
+        assert (row["makespan_us"], row["ratio_at_m"]) == (found.makespan, found.makespan / base.makespan), row
     for ranked in best.values():
         assert [ratio for ratio, _ in ranked] == sorted(ratio for ratio, _ in ranked)
     written, text = write_sweep(tmp_path, rows, Machine(), None, "the command")
