@@ -47,9 +47,9 @@ def is_waterfall(loop: Loop) -> bool:
 
 
 def is_wait(loop: Loop) -> bool:
-    """Whether the loop does nothing but look at a barrier or a flag again."""
-    looks = sum(each.is_a("SYNCS", "LDG", "LD", "NANOSLEEP") for each in loop.code)
-    return looks > 0 and len(loop.code) <= 8 and not any(each.is_a("ST", "STG", "STS") for each in loop.code)
+    """Whether the loop only polls a barrier or a flag."""
+    polls = sum(each.is_a("SYNCS", "LDG", "LD", "NANOSLEEP") for each in loop.code)
+    return polls > 0 and len(loop.code) <= 8 and not any(each.is_a("ST", "STG", "STS") for each in loop.code)
 
 
 def costliest_way(

@@ -1,4 +1,4 @@
-"""The compiler, the disassembler, and what the compiler itself says of the kernels."""
+"""The CUDA toolkit's programs, and what the compiler reports about the kernels."""
 
 import hashlib
 import importlib.util
@@ -17,15 +17,15 @@ REMARK = re.compile(r"\(C75\d\d\)[^\n]*")
 
 
 def tool(name: str) -> str:
-    """A program of the CUDA toolkit, or the copy that Triton brings along."""
+    """A program of the CUDA toolkit, or the copy in the Triton package."""
     found = shutil.which(name)
     if found:
         return found
     import triton
 
-    beside_triton = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if beside_triton.exists():
-        return str(beside_triton)
+    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if bundled.exists():
+        return str(bundled)
     raise FileNotFoundError(f"{name} is neither on PATH nor in the triton package")
 
 

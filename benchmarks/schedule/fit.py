@@ -1,4 +1,4 @@
-"""Fits the schedule model's machine to measured times of the frozen layer, and says how far off it is afterwards."""
+"""Fits the schedule model's machine to measured times of the frozen layer, and computes the error that remains."""
 
 import json
 import math

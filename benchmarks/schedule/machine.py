@@ -30,9 +30,9 @@ class Machine:
     load_latency, flag_latency: seconds from a miss to shared memory; from a release to the acquire that sees it.
     tile_overhead: seconds a tile exposes between its last product and the next tile's first: the constants above, two
         consumer warps a scheduler.
-    shrink_floor: the shrink product reads its 64×16 fragment of U from shared memory in as many clocks as 32 columns
+    shrink_floor: the shrink product reads its 64×16 fragment of act from shared memory in as many clocks as 32 columns
         compute, so fewer columns save nothing.
-    philox: seconds per element of U that dropout costs one SM's schedulers: PHILOX_INSTRUCTIONS for eight elements.
+    philox: seconds per element of act that dropout costs one SM's schedulers: PHILOX_INSTRUCTIONS for eight elements.
     """
 
     sm_count: int = 132

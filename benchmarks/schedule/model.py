@@ -198,31 +198,31 @@ class Simulation:
     def _product(self, sm: int, tile: Tile) -> Generator:
         schedule, machine, problem = self.schedule, self.machine, self.problem
         width = self._slice_width(tile)
-        alone = width > 0 and not schedule.fused
-        columns = 0 if alone else schedule.block_n
+        separate = width > 0 and not schedule.fused
+        columns = 0 if separate else schedule.block_n
         columns += max(width, machine.shrink_floor) if width else 0
         for chunk, first in enumerate(range(0, problem.reduction, self.chunk)):
             depth = min(self.chunk, problem.reduction - first)
-            u, v, d = (size * depth * 2 for size in (*self._extent(tile), width))
-            loads = [(("U", tile.block, chunk), u, False)]
-            if alone:
-                v = 0
+            act, weight, down = (size * depth * 2 for size in (*self._extent(tile), width))
+            loads = [(("act", tile.block, chunk), act, False)]
+            if separate:
+                weight = 0
             else:
-                loads.append((("V", tile.column, chunk), v, False))
+                loads.append((("weight", tile.column, chunk), weight, False))
             if width:
-                loads.append((("D", tile.column, chunk), d, False))
+                loads.append((("down", tile.column, chunk), down, False))
             seconds = 2 * schedule.block_m * columns * depth / self.sm_flops
             if width and problem.dropout and not problem.backward:
                 drawn = schedule.block_m * depth * machine.philox
-                if not alone and schedule.overlap:  # the base product is in flight meanwhile
+                if not separate and schedule.overlap:  # the base product is in flight meanwhile
                     drawn = max(0.0, drawn - 2 * schedule.block_m * schedule.block_n * depth / self.sm_flops)
                 seconds += drawn
-            yield self._load(sm, loads, u + v / schedule.cluster + d, seconds, first=chunk == 0)
+            yield self._load(sm, loads, act + weight / schedule.cluster + down, seconds, first=chunk == 0)
         if width:
             made = self._extent(tile)[0] * self.rank * 2 if tile.column == 0 else 0
             self._at(self.busy[sm], partial(self._store, sm, [(("S", tile.block), made, True)], made))
             self._signal(("S", tile.block, tile.column), self.busy[sm] + machine.tile_overhead + machine.flag_latency)
-        if alone:
+        if separate:
             self.busy[sm] += machine.tile_overhead
             return
         if problem.r:
@@ -233,7 +233,7 @@ class Simulation:
             self._expand(sm, tile, reads_s=not width)
         self.busy[sm] += machine.tile_overhead
         size = 2 * math.prod(self._extent(tile))
-        store = partial(self._store, sm, [(("C", tile.block, tile.column), size, True)], size)
+        store = partial(self._store, sm, [(("out", tile.block, tile.column), size, True)], size)
         self._at(self.busy[sm], store)
         if not schedule.overlap:
             yield self.busy[sm]
@@ -245,17 +245,17 @@ class Simulation:
 
     def _expand(self, sm: int, tile: Tile, reads_s: bool) -> None:
         schedule = self.schedule
-        s, p = (size * self.rank * 2 for size in self._extent(tile))
+        s, up = (size * self.rank * 2 for size in self._extent(tile))
         seconds = 2 * schedule.block_m * schedule.block_n * self.rank / self.sm_flops
         if self.problem.dropout and self.problem.backward:
             # A call a step, for DRAWN_COLUMNS, is made while products are in flight, which last longer.
             hidden = DRAWN_COLUMNS * cdiv(self.problem.reduction, schedule.block_k) if schedule.overlap else 0
             seconds += schedule.block_m * max(0, schedule.block_n - hidden) * self.machine.philox
-        loads = [(("P", tile.column), p, False)] + [(("S", tile.block), s, False)] * reads_s
-        self._load(sm, loads, p + s * reads_s, seconds)
+        loads = [(("up", tile.column), up, False)] + [(("S", tile.block), s, False)] * reads_s
+        self._load(sm, loads, up + s * reads_s, seconds)
 
     def _extent(self, tile: Tile) -> tuple[int, int]:
-        """Rows and columns of C that this tile covers, less at the edges."""
+        """Rows and columns of the output that this tile covers, less at the edges."""
         schedule, problem = self.schedule, self.problem
         rows = min(schedule.block_m, problem.m - tile.block * schedule.block_m)
         return rows, max(0, min(schedule.block_n, problem.width - tile.column * schedule.block_n))
@@ -284,8 +284,8 @@ class Simulation:
                     yield ("S", block, column)
                 self.stalled += self.now - max(before, min(self.now, self.busy[sm]))
                 loads = [(("X", block, tile.column), left, False), (("S", block), right, False)]
-            else:  # dY is this launch's U: the same bytes, met again
-                loads = [(("U", block, c), rows * self.chunk * 2, False) for c in self._chunks(tile.column)]
+            else:  # dY is this launch's act: the same bytes, met again
+                loads = [(("act", block, c), rows * self.chunk * 2, False) for c in self._chunks(tile.column)]
                 loads.append((("saved S", block), right, False))
             yield self._load(sm, loads, left + right, seconds, first=block == first)
         size = width * self.rank * 4
@@ -293,7 +293,7 @@ class Simulation:
         self.busy[sm] += machine.tile_overhead
 
     def _chunks(self, column: int) -> range:
-        """The K chunks of U that hold a gradient tile's columns of dY."""
+        """The chunks of act that hold a gradient tile's columns of dY."""
         width = self.schedule.grad_columns
         last = min((column + 1) * width, self.problem.reduction) - 1
         return range(column * width // self.chunk, last // self.chunk + 1)

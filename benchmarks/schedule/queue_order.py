@@ -16,10 +16,10 @@ def cdiv(a: int, b: int) -> int:
 class Tile(NamedTuple):
     """One entry of the queue.
 
-    kind: "shrink" (makes columns of S, and its tile of C where shrink tiles are fused), "plain" (a tile of C), "dA" or
-        "dB" (a gradient tile).
-    block: row block of C; for a gradient tile its part of M, a row group.
-    column: column block of C; for a gradient tile the block of K (dA) or N (dB).
+    kind: "shrink" (makes columns of S, and its tile of the output where they are fused), "base" (a tile of the
+        output), "dA" or "dB" (a gradient tile).
+    block: row block of the output; for a gradient tile its part of M, a row group.
+    column: column block of the output; for a gradient tile the block of K (dA) or N (dB).
     """
 
     kind: str
@@ -32,15 +32,16 @@ class Schedule:
     """Tile sizes and row groups of one kernel. The order is the kernels' own: see :func:`build_queue`.
 
     Args:
-        block_m, block_n, block_k: the tile of C and the K step, in elements.
+        block_m, block_n, block_k: the tile of the output and the step of the contraction, in elements.
         group_m: row blocks per group; a group's tiles are claimed column by column.
         grad_columns: columns of X or dY that one gradient tile covers.
-        fused: whether a shrink tile is a tile of C with a second accumulator for all of S's columns, or makes only S.
+        fused: whether a shrink tile is a tile of the output with a second accumulator for all of S's columns, or makes
+            only S.
         shrink_width: columns of S that a separate tile makes; a larger rank takes several of them. (Several
             fused ones per row block would wait for each other, the first for a later one.)
         overlap: whether the loads of the next tile start during the last steps of this one and its store is
             asynchronous (a producer warp and TMA stores), or every tile fills and drains the pipeline itself.
-        cluster: CTAs along M that share each load of V (multicast).
+        cluster: CTAs along M that share each load of the weight (multicast).
         gradients_last: whether gradient tiles follow all products, or each group's its own.
     """
 
@@ -65,7 +66,7 @@ def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, i
     """The queue of one launch.
 
     Args:
-        rows, columns: row and column blocks of C.
+        rows, columns: row and column blocks of the output.
         shrink: columns of shrink tiles; 0 without a side branch.
         grad_columns: (blocks of N for dB, blocks of K for dA); (0, 0) in a forward pass.
         schedule: group size, and who makes S.
@@ -83,10 +84,10 @@ def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, i
     first = shrink if schedule.fused else 0
     queue, gradients = list(shrinks[0]), []
     for part, group in enumerate(groups):
-        plain = [Tile("plain", m, n) for n in range(first, columns) for m in group]
+        base = [Tile("base", m, n) for n in range(first, columns) for m in group]
         following = shrinks[part + 1] if part + 1 < len(groups) else []
-        cut = max(0, len(plain) - wave)
-        queue += plain[:cut] + following + plain[cut:]
+        cut = max(0, len(base) - wave)
+        queue += base[:cut] + following + base[cut:]
         gradients += [Tile("dB", part, column) for column in range(columns_b)]
         gradients += [Tile("dA", part, column) for column in range(columns_a)]
         if not schedule.gradients_last:

@@ -5,6 +5,7 @@ import math
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -42,6 +43,13 @@ KERNELS = {
     "overlapped stores, multicast": Schedule(),
     "serial tiles": Schedule(overlap=False, cluster=1),
 }
+# (backward, dropout), in the order of the tables.
+WAYS = {
+    "forward": (False, False),
+    "forward with dropout": (False, True),
+    "backward": (True, False),
+    "backward with dropout": (True, True),
+}
 SHIPPED = {"overlapped stores, multicast": "CUDA", "serial tiles": "Triton"}  # which of our kernels are so
 
 
@@ -70,25 +78,27 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def sweep(machine: Machine, layers=LAYERS, tokens=TOKENS, ranks=RANKS, progress: bool = True) -> list[dict]:
-    """One row per kernel, direction (the forward with and without dropout), layer, M, R and schedule: ratio to the
-    frozen GEMM (mean over neighbouring M), stall in µs and DRAM bytes (at M itself)."""
+    """One row per kernel, way, layer, M, R and schedule: ratio to the frozen GEMM (mean over neighbouring M), stall in
+    µs and DRAM bytes (at M itself)."""
     points = [
-        (name, backward, dropout, layer, m, machine, ranks)
+        (name, backward, layer, m, machine, ranks)
         for name in KERNELS
-        for backward, dropout in ((False, False), (False, True), (True, False))
+        for backward in (False, True)
         for layer in layers
         for m in tokens
     ]
     with ProcessPoolExecutor() as pool:
-        found = pool.map(_sweep_point, points)
-        return [row for rows in tqdm(found, total=len(points), disable=not progress, unit="point") for row in rows]
+        found = tqdm(pool.map(_sweep_point, points), total=len(points), disable=not progress, unit="point")
+        rows = [row for rows in found for row in rows]
+    return sorted(rows, key=lambda row: (list(KERNELS).index(row["kernel"]), list(WAYS).index(way_of(row))))
 
 
 def _sweep_point(point: tuple) -> list[dict]:
-    name, backward, dropout, (n, k), m, machine, ranks = point
+    """With dropout and without, whose baseline is the same."""
+    name, backward, (n, k), m, machine, ranks = point
     kernel, near, rows = KERNELS[name], neighbours(m), []
     baselines = {t: frozen_baseline(Problem(t, n, k, 0, backward), kernel, machine) for t in near}
-    for r in ranks:
+    for dropout, r in product((False, True), ranks):
         for schedule in schedules(kernel, backward):
             found = {t: simulate(Problem(t, n, k, r, backward, dropout), schedule, machine) for t in near}
             ratios = {t: found[t].makespan / baselines[t].makespan for t in near}
@@ -116,7 +126,7 @@ def describe(schedule: dict) -> str:
 
 
 def way_of(row: dict) -> str:
-    """ "forward", "forward with dropout" or "backward"."""
+    """One of WAYS."""
     return row["direction"] + " with dropout" * row["dropout"]
 
 
@@ -139,13 +149,13 @@ def defaults_table(rows: list[dict], machine: Machine) -> list[str]:
     for row in rows:
         by_problem[(row["kernel"], way_of(row), *(row[name] for name in ("m", "n", "k", "r")))].append(row)
     for (kernel, way, m, n, k, r), candidates in by_problem.items():
-        problem = Problem(m, n, k, r, way == "backward", candidates[0]["dropout"])
+        problem = Problem(m, n, k, r, *WAYS[way])
         default = default_schedule(kernel, problem, machine)
         (ratio,) = (row["ratio"] for row in candidates if row["schedule"] == asdict(default))
         best = min(row["ratio"] for row in candidates)
         found[kernel, way, m, r].append((default, ratio, best))
     lines = [
-        "| kernels | direction | M | R | GROUP_M | fused shrink | gradients last | ratio | best of each layer | gap |",
+        "| kernels | way | M | R | GROUP_M | fused shrink | gradients last | ratio | best of each layer | gap |",
         "|" + "---|" * 10,
     ]
     for (kernel, way, m, r), layers in found.items():
@@ -154,7 +164,7 @@ def defaults_table(rows: list[dict], machine: Machine) -> list[str]:
         name, group = SHIPPED[kernel], layers[0][0].group_m
         ratio, best = (geometric_mean([layer[i] for layer in layers]) for i in (1, 2))
         gap = f"{100 * (ratio / best - 1):.1f}%"
-        last = last if way == "backward" else "–"
+        last = last if WAYS[way][0] else "–"
         lines.append(f"| {name} | {way} | {m} | {r} | {group} | {fused} | {last} | {ratio:.3f} | {best:.3f} | {gap} |")
     return lines
 
@@ -180,21 +190,21 @@ def to_markdown(rows: list[dict], machine: Machine, fitted: Fit | None, command:
         f"## Defaults ({LABEL})",
         "",
         "What the kernels are launched with: their group size, S by `fastlora.backends.configs.fuses_shrink` (the CUDA",
-        "kernels with dropout by `fastlora.backends.cuda.tiles.fuses_drawn`), the gradient tiles by `gradients_last`,",
+        "forward with dropout by `fastlora.backends.cuda.tiles.fuses_drawn`), the gradient tiles by `gradients_last`,",
         "against the best schedule of the sweep for each layer by itself.",
         "",
         *defaults_table(rows, machine),
     ]
     for kernel in KERNELS:
-        for direction in ("forward", "forward with dropout", "backward"):
-            lines += ["", f"## {kernel}, {direction} ({LABEL})", ""]
+        for way in WAYS:
+            lines += ["", f"## {kernel}, {way} ({LABEL})", ""]
             lines += [
                 "| M | R | best | ratio | 2nd | fused shrink | separate shrink | gradients between | gradients last |"
                 " G 4 | G 8 | G 16 | G 32 |",
                 "|" + "---|" * 13,
             ]
-            for (name, way, m, r), ranked in best_by_class(rows).items():
-                if (name, way) == (kernel, direction):
+            for (name, other, m, r), ranked in best_by_class(rows).items():
+                if (name, other) == (kernel, way):
                     cells = [_mean_of(ranked, fused=fused) for fused in (True, False)]
                     cells += [_mean_of(ranked, gradients_last=last) for last in (False, True)]
                     between = {"fused": True, "gradients_last": False}

@@ -3,6 +3,8 @@
 Each row is: case, text to replace, replacement, error, and a fragment of its message.
 """
 
+from dataclasses import replace
+
 import pytest
 
 from tests.emulator import (
@@ -13,7 +15,6 @@ from tests.emulator import (
     DeadlockError,
     DivergenceError,
     EmulatorError,
-    LaunchOptions,
     LivelockError,
     ProxyError,
     RaceError,
@@ -311,11 +312,6 @@ MUTANTS = RACES + COPIES + TENSOR_CORES + CLUSTERS + OTHERS
 POLICIES = [{}, {"seed": 1, "async_policy": "random"}, {"seed": 2, "async_policy": "early"}]
 
 
-def mutated(case, old, new):
-    assert old in case.ptx, f"{case.name} has no {old!r}"
-    return type(case)(**{**vars(case), "ptx": case.ptx.replace(old, new)})
-
-
 def describe(row):
     return f"{row[0]}: {row[1][:40]} -> {row[2][:40]}".replace("\n", " ")
 
@@ -324,7 +320,7 @@ def describe(row):
 def test_the_edit_is_found(row):
     """By one of the completion orders at least; every error must be the expected one."""
     name, old, new, error, fragment = row
-    case = mutated(CASES[name], old, new)
+    case = CASES[name].edited(old, new)
     found = []
     for options in POLICIES:
         runner = EmulatorRunner(timeout_s=20, **options)
@@ -346,34 +342,6 @@ def test_the_unedited_kernel_passes(name):
         assert CASES[name].mismatch(EmulatorRunner(**options).run(CASES[name])) is None
 
 
-WRITER, READER = "fence.proxy.async.global;  // by the writer", "fence.proxy.async.global;  // by the reader"
-
-
-@pytest.mark.parametrize(
-    ("proxy_fence", "removed", "found"),
-    [
-        ("path", [WRITER], False),
-        ("path", [READER], False),
-        ("path", [WRITER, READER], True),
-        ("writer", [WRITER], True),
-        ("writer", [READER], False),
-        ("both", [WRITER], True),
-        ("both", [READER], True),
-        ("both", [], False),
-    ],
-)
-def test_proxy_fence_policies(proxy_fence, removed, found):
-    case = CASES[HANDOVER]
-    for text in removed:
-        case = mutated(case, text, "")
-    runner = EmulatorRunner(proxy_fence=proxy_fence)
-    if not found:
-        assert case.mismatch(runner.run(case)) is None
-        return
-    with pytest.raises(ProxyError, match="has no fence.proxy.async for global memory"):
-        runner.run(case)
-
-
 @pytest.mark.parametrize(
     "store",
     ["st.shared.b32 [buffer], %r1;", "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r2], {%r1};"],
@@ -393,23 +361,16 @@ def test_replicated_stores_race_only_where_they_differ(store, own):
 
 
 def test_an_asynchronous_store_wants_a_cluster():
-    case = mutated(CASES[STORED], "xor.b32 %r6, %r20, 1;", "mov.b32 %r6, %r20;")
+    case = CASES[STORED].edited("xor.b32 %r6, %r20, 1;", "mov.b32 %r6, %r20;")
     assert case.mismatch(EmulatorRunner().run(case)), "each CTA stores to itself"
     with pytest.raises(AsyncCopyError, match="wants a cluster of more than one CTA"):
-        EmulatorRunner().run(type(case)(**{**vars(case), "cluster": (1, 1, 1)}))
+        EmulatorRunner().run(replace(case, cluster=(1, 1, 1)))
 
 
 def test_an_asynchronous_store_publishes_nothing_else():
     """What its thread stored before it in the ordinary way is not for whoever waits for its bytes."""
     store, load = "st.async.shared::cluster", "ld.shared.b32 %r9, [%r5+0];"
-    case = mutated(CASES[STORED], store, "st.shared::cluster.b32 [%r9+512], %r10;\n    " + store)
+    case = CASES[STORED].edited(store, "st.shared::cluster.b32 [%r9+512], %r10;\n    " + store)
     EmulatorRunner().run(case)
     with pytest.raises(RaceError, match="read of shared memory"):
-        EmulatorRunner().run(mutated(case, load, load.replace("+0", "+512")))
-
-
-def test_without_race_detection_only_the_result_tells():
-    case = mutated(CASES["bar.sync 0"], "bar.sync 0;", "")
-    runner = EmulatorRunner()
-    runner.options = LaunchOptions(race=False)
-    runner.run(case)  # no error
+        EmulatorRunner().run(case.edited(load, load.replace("+0", "+512")))

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.model import Problem, simulate
+from benchmarks.schedule.queue_order import Schedule
 from benchmarks.schedule.sweep import KERNELS, default_schedule
 from fastlora.backends.configs import (
     FUSED_RANK,
@@ -13,7 +14,6 @@ from fastlora.backends.configs import (
     TileConfig,
     choose_config,
     fuses_shrink,
-    gradients_last,
     table_for,
 )
 
@@ -74,20 +74,28 @@ def test_drawing_a_mask_in_front_of_a_product_makes_the_wait_for_s_longer():
     assert choose_config("backward", **sizes, dropout=True).fused, "dS is made of dY, which has no mask"
 
 
-def test_gradients_are_last_where_a_tile_takes_longer_than_reading_them_again():
-    assert gradients_last(8192, 1024, 4096, 128, 256) and not gradients_last(8192, 4096, 1024, 128, 256)
-    assert not gradients_last(8192, 4096, 4096, 128, 256), "both cost the same"
-    assert gradients_last(8191, 4096, 4096, 128, 256)
-    assert not gradients_last(8191, 4096, 4096, 128, 128)
+def default_and_other(kernel: str, problem: Problem, choice: str) -> tuple[Schedule, float, float]:
+    """What the kernels are launched with, the model's time of it, and that of the other ``choice``."""
+    default = default_schedule(kernel, problem, Machine())
+    other = dataclasses.replace(default, **{choice: not getattr(default, choice)})
+    return default, *(simulate(problem, schedule).makespan for schedule in (default, other))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("way", ("forward", "dropout"))
 @pytest.mark.parametrize("m, n, k, r", ((512, 4096, 4096, 16), (8192, 8192, 8192, 16), (2048, 14336, 4096, 64)))
-def test_defaults_are_what_the_schedule_model_finds_best(kernel, m, n, k, r, way):
+def test_shrinks_are_fused_where_the_schedule_model_finds_it_best(kernel, m, n, k, r, way):
     """To 3%, which is more than an uncalibrated model can tell apart."""
-    problem, machine = Problem(m, n, k, r, dropout=way == "dropout"), Machine()
-    default = default_schedule(kernel, problem, machine)
-    other = dataclasses.replace(default, fused=not default.fused)
-    found, found_other = (simulate(problem, schedule, machine).makespan for schedule in (default, other))
+    _, found, found_other = default_and_other(kernel, Problem(m, n, k, r, dropout=way == "dropout"), "fused")
     assert found <= 1.03 * found_other
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "m, n, k, last",
+    ((8192, 4096, 1024, True), (8192, 1024, 4096, False), (2048, 1024, 4096, True), (4096, 1024, 4096, False)),
+)
+def test_gradients_are_last_where_the_schedule_model_finds_it_best(kernel, m, n, k, last):
+    """Few long tiles of dX, or many short ones whose rows would have to come from DRAM once more."""
+    default, found, found_other = default_and_other(kernel, Problem(m, n, k, 16, backward=True), "gradients_last")
+    assert default.gradients_last == last and 1.03 * found < found_other

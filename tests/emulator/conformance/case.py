@@ -1,6 +1,6 @@
 """What a conformance case is: PTX, inputs and what a plain model says must come out, on any machine that runs PTX."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -44,6 +44,11 @@ class Case:
             for name, value in self.args.items()
             if not isinstance(value, (int, bytes))
         }
+
+    def edited(self, old, new):
+        """This case with ``old``, which its PTX must have, replaced by ``new``."""
+        assert old in self.ptx, f"{self.name} has no {old!r}"
+        return replace(self, ptx=self.ptx.replace(old, new))
 
     def mismatch(self, results):
         """The first difference between the results and the model as text, or None."""
