@@ -6,7 +6,7 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import cuda_resources
+from benchmarks.cuda_resources import toolkit
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.cuda import tiles
@@ -14,7 +14,7 @@ from tests.emulator import DeadlockError, LaunchOptions, LivelockError, TrapErro
 from tests.support import cuda_emulation, deletions, launches
 from tests.support.numerics import draw_case
 
-setup = cuda_resources.load_setup()
+setup = toolkit.load_setup()
 unavailable = cuda_emulation.unavailable() or (None if setup.NVCC else "nvcc is not found")
 pytestmark = pytest.mark.skipif(unavailable is not None, reason=f"CUDA kernels: {unavailable}")
 

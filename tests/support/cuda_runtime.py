@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from benchmarks import cuda_resources
+from benchmarks.cuda_resources import toolkit
 from fastlora.backends.cuda import extension
 from tests.emulator.engine_library import build_once, cache_directory
 
@@ -54,7 +54,7 @@ class Launched:
 
 def unavailable() -> str | None:
     """Why it cannot be built here, or None."""
-    return extension.load()[1] or (None if cuda_resources.load_setup().NVCC else "nvcc is not found")
+    return extension.load()[1] or (None if toolkit.load_setup().NVCC else "nvcc is not found")
 
 
 def _registrations() -> str:
@@ -70,7 +70,7 @@ def _registrations() -> str:
 @functools.cache
 def library() -> Path:
     """The compiled extension; built once for the sources and kernels that it is made of."""
-    setup = cuda_resources.load_setup()
+    setup = toolkit.load_setup()
     registrations = _registrations()
     sources = [*(setup.CSRC / "host").iterdir(), setup.CSRC / "schedule.h", RUNTIME, MAPS]
     digest = hashlib.sha256(repr((registrations, _FLAGS, setup.NVCC, sysconfig.get_config_var("SOABI"))).encode())
