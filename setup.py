@@ -30,7 +30,7 @@ def debug_flags() -> str:
     limit = os.environ.get(SPIN_LIMIT, "")
     if limit and not (limit.isdecimal() and 0 < int(limit) < 2**63):
         raise ValueError(f"{SPIN_LIMIT}={limit!r} is not a number of tries from 1 on")
-    return f"-D{SPIN_LIMIT}={limit}" if limit else ""
+    return f"-D{SPIN_LIMIT}={int(limit)}" if limit else ""
 
 
 def tiles() -> list[tuple[int, int]]:

@@ -13,7 +13,8 @@ namespace fastlora {
 namespace {
 
 // Makes a device current for as long as this lives, and its context with it: a thread that has used no device yet, as
-// autograd's may be, has none, and the driver encodes no map without one. cudaGetDevice does not tell the two apart.
+// autograd's may be, has none, and the driver encodes no map without one. cudaGetDevice returns the same with one and
+// without.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {

@@ -87,6 +87,8 @@ void Plan::check_operands(const Operands& o) const {
   require(!(o.seed_address && o.seed), "the seed is given by value and by address");
   require(variant_->dropout || (o.drop_threshold == 0 && o.inverse_keep == 1 && o.seed == 0),
           "dropout is given to a kernel without it");
+  require(!variant_->dropout || (o.drop_threshold >= 1 && o.drop_threshold <= 1 << 16),
+          "a kernel with dropout takes a threshold of 1 to 65536, got " + std::to_string(o.drop_threshold));
   require(variant_->fp16 || o.scale_on_branch == 1, "only fp16 kernels scale the branch");
 }
 

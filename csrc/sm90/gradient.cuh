@@ -17,7 +17,7 @@ __device__ __forceinline__ void drop_in_place(const Consumer<Traits>& c, uint32_
   constexpr uint32_t kChunksPerRow = kSwizzleSpan / kChunkBytes;
   static_assert(kChunkElements == kElementsPerCall, "one call of the generator serves a chunk");
   const uint32_t chunk = c.thread % kChunksPerRow;
-// Two calls at a time: one alone is a chain of dependent products.
+// Two calls at a time: within one, each product needs the one before.
 #pragma unroll 2 / Traits::kGradBlocks
   for (uint32_t row = c.thread / kChunksPerRow; row < kBox; row += kWarpgroupThreads / kChunksPerRow) {
     const uint64_t counter = uint64_t(m + row) * c.dropout.calls_per_row + column / kElementsPerCall + chunk;

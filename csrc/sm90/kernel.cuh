@@ -54,6 +54,7 @@ __device__ __forceinline__ void sync_cluster() {
 
 template <class Traits>
 __device__ __forceinline__ void run(const Params& params) {
+  if (lane_id() == 0) note_tile(-1, 0, 0, 0);
   extern __shared__ __align__(kSwizzleRows * kSwizzleSpan) unsigned char memory[];
   const SharedMemory<Traits> shared = {shared_address(memory)};
   if (threadIdx.x == 0) {

@@ -61,7 +61,8 @@ struct KernelTraits {
   // Column 0 may make S fused with its own tile where both accumulators fit.
   static constexpr bool kFuses = kRank <= 64;
   // Fragments of X that a forward masks between two commits: all of a step's, or half of them where a fused tile's
-  // accumulators leave no room for more. Then the second half waits for the products of the first.
+  // accumulators leave no room for more. Then the second half waits for all products in flight, the base product's too,
+  // and the tensor cores have the other warpgroup's meanwhile.
   static constexpr int kFusedFragments = kBlockN == 256 && kRank > 32 ? kMmasPerStep / 2 : kMmasPerStep;
 
   // ---- registers of a thread

@@ -11,15 +11,15 @@ namespace fastlora::sm90 {
 #ifdef FASTLORA_SPIN_LIMIT
 
 constexpr int kNotedCtas = 1024, kNotedWarps = 12;
-// What each warp has in hand: 1 + kind, row, column and split of its tile, as in pipeline.cuh. CTAs of a larger grid
-// share places.
+// The tile in progress of each warp, for the message: 1 + kind, row, column and split, as in pipeline.cuh. CTAs of a
+// larger grid, and launches that run at once, share places.
 static __device__ int noted_tiles[kNotedCtas][kNotedWarps][4];
 
 __device__ __forceinline__ volatile int* noted_tile() {
   return noted_tiles[blockIdx.x % kNotedCtas][threadIdx.x / 32 % kNotedWarps];
 }
 
-// Takes down the tile that the calling warp turns to, for the message. One of its threads calls this.
+// Records a warp's tile in progress; kind -1: none. One of its threads calls this.
 __device__ __forceinline__ void note_tile(int kind, int row, int column, int split) {
   volatile int* tile = noted_tile();
   tile[0] = 1 + kind, tile[1] = row, tile[2] = column, tile[3] = split;
@@ -41,8 +41,8 @@ struct WaitPlace {
       : file(file_name(path)), line(at) {}
 };
 
-// Returns once done() holds. What is waited for: a name, its address in the space that the name says, a value. One
-// thread of a warp speaks for all that give up with it.
+// Returns once done() holds. What is waited for: a name, its address in the space that the name says, a value. Of the
+// threads of a warp that give up together, one prints.
 template <class Done>
 __device__ __forceinline__ void spin_until(Done done, const char* name, uint64_t address, int value, WaitPlace place) {
   for (long long tries = FASTLORA_SPIN_LIMIT; !done(); --tries) {

@@ -11,8 +11,8 @@ __device__ __forceinline__ uint32_t lane_id() { return threadIdx.x & 31; }
 // The warp's index, known to the compiler to be the same in all lanes.
 __device__ __forceinline__ uint32_t warp_id() { return __shfl_sync(kFullMask, threadIdx.x >> 5, 0); }
 
-// True in one lane of a converged warp. The assembler knows that only one is left, and issues copies without a loop
-// over the active lanes, which it wraps around them behind a comparison of threadIdx.
+// True in one lane of a converged warp. Behind a comparison of threadIdx instead, the assembler wraps each copy in a
+// loop over the active lanes; here it can prove that there is one.
 __device__ __forceinline__ bool elect_one() {
   uint32_t elected;
   asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
