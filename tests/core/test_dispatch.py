@@ -8,7 +8,7 @@ import torch
 import fastlora
 from fastlora import dispatch
 from fastlora.dispatch import select_backend
-from fastlora.problem import LaunchSpec, PassingReason, Sizes
+from fastlora.problem import LaunchSpec, Sizes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
