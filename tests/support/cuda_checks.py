@@ -94,6 +94,12 @@ def check_mask(tile, rank: int, dropout_p: float, ptx=ptx_of):
     assert torch.equal(s.double(), dropped @ case.lora_a.double().t())
 
 
+def check_masks(tile, rank: int, ptx=ptx_of):
+    _, equal = masked_seed()
+    for dropout_p in (equal, *ENDS.values()):
+        check_mask(tile, rank, dropout_p, ptx)
+
+
 # Every compiled kernel: each tile, with dropout and without, at a rank of each class. Beyond rank 64 S is always made
 # in separate tiles, and only the largest tile is compiled. Gradient tiles come between the others or last.
 EVERY_KERNEL = tuple(
