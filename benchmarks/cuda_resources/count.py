@@ -1,10 +1,10 @@
 """Counts of a kernel's machine code: by loop and by what runs once a tile, as the sources name them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 
 from benchmarks.cuda_resources.loops import Loop, costliest_way, find_loops, is_wait, is_waterfall
-from benchmarks.cuda_resources.naming import Names
+from benchmarks.cuda_resources.naming import LOADS, Names
 from benchmarks.cuda_resources.sass import Instruction
 
 _COPIES = ("UTMALDG",)
@@ -37,12 +37,16 @@ def _counts(code: Sequence[Instruction], way: Sequence[Instruction], issued: int
     } | {what: sum(each.is_a(*names) for each in way) for what, names in _EVENTS.items()}
 
 
-def _loop_row(loop: Loop, names: Names, cluster: int, waterfalls: int, also: Iterable[str] = ()) -> dict[str, int]:
+def _loop_row(
+    loop: Loop, part: str, names: Names, cluster: int, waterfalls: int, also: Collection[str] = ()
+) -> dict[str, int]:
     """``also``: functions whose conditional copies belong to the step that is counted."""
+    # The expand loop is in a function of its own; the condition of its call holds for the loop, not for a step of it.
+    functions = ("load_expand",) if part == "expand" else tuple(LOADS)
 
     def rare(each: Instruction) -> bool:
         wanted = any(name in also for name, _ in names.calls(each.places))
-        return each.is_a(*_COPIES, "ATOMG") and names.is_conditional(each) and not wanted
+        return each.is_a(*_COPIES, "ATOMG") and names.is_conditional(each, functions) and not wanted
 
     def shared(each: Instruction) -> bool:
         return cluster > 1 and each.is_a(*_COPIES) and names.is_shared(each) and not rare(each)
@@ -79,9 +83,9 @@ def count_kernel(code: Sequence[Instruction], names: Names, cluster: int) -> dic
         # Where most of a step is the mask, it is still the loop.
         name = f"{owner}: loop" if part == "rest" or (works and part == "mask") else f"{owner}: {part} loop"
         inside = sum(each in loop for each in waterfalls)
-        add(name, _loop_row(loop, names, cluster, inside))
+        add(name, _loop_row(loop, part, names, cluster, inside))
         if name == "producer base: loop" and any(_loads_down(each, names) for each in loop.code):
-            add("producer fused: loop", _loop_row(loop, names, cluster, inside, also=("load_down",)))
+            add("producer fused: loop", _loop_row(loop, part, names, cluster, inside, also=("load_down",)))
 
     straight: dict[str, list[Instruction]] = {}
     for each in code:

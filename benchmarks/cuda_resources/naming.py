@@ -8,6 +8,7 @@ a tile. Nothing here knows an address or an instruction.
 import bisect
 import re
 from collections import Counter
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -102,13 +103,13 @@ class Names:
         sums_columns = any(each.opcode.startswith("HGMMA.64x8x16") for each in loop.code)
         return name if sums_columns else name.replace("dB, dbias", "dB")
 
-    def is_conditional(self, instruction: Instruction) -> bool:
-        """Whether a call on the way from a producer's loop to the instruction stands behind an if on the same line: a
-        thing not done in every step."""
+    def is_conditional(self, instruction: Instruction, functions: Collection[str] = tuple(LOADS)) -> bool:
+        """Whether a call on the way from one of these functions, which a loop of the producer is in, to the instruction
+        stands behind an if on the same line: a thing not done in every step."""
         inside = False
         for place in instruction.places:
             function = self.function_at(*place)
-            inside = inside or (function is not None and function[1] in LOADS)
+            inside = inside or (function is not None and function[1] in functions)
             text = self.source(*place).lstrip()
             if inside and text.startswith("if (") and TURN not in text:
                 return True

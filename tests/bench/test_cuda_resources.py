@@ -39,6 +39,12 @@ PRODUCER = """  __device__ __forceinline__ void run() {
     share_boxes(i);
     if (makes_s) Branch::load_down();
     if (claims) ticket = claim();
+    if (expands) load_expand(tile);
+  }
+  __device__ __forceinline__ void load_expand(TileInfo tile) {
+    copy(s);
+    share_boxes(0);
+    if (bias_now) copy(bias);
   }
 """
 PRODUCT = """__device__ __forceinline__ void multiply() {
@@ -270,6 +276,26 @@ def test_a_step_of_a_fused_tile_loads_the_shrinking_factor(names, tmp_path):
     rows = rows_of(Names(tmp_path), *consumer(), *producer(*SECOND_TURN))
     assert rows["producer base: loop"]["issued"] == 2
     assert (rows["producer fused: loop"]["issued"], rows["producer fused: loop"]["stalls"]) == (3, 15)
+
+
+def test_a_step_of_the_expand_loop_has_the_copies_of_its_every_step(names):
+    """Not every tile has the loop, but each of its steps does the same, but for what is conditional inside."""
+    call = ("producer.cuh", 14), *LOAD
+    turn = ("producer.cuh", 6), ("producer.cuh", 18), *call
+    expand = (
+        ".L_x_6",
+        ("UTMALDG.2D [UR8], [UR4]", 2, ("producer.cuh", 17), *call),
+        ("@UP0 UTMALDG.2D.MULTICAST [UR8], [UR4], UR6", 2, *turn),
+        ("@!UP0 UTMALDG.2D.MULTICAST [UR8], [UR4], UR6", 2, *turn),
+        ("@P2 BRA `(.L_x_7)", 1, ("producer.cuh", 19), *call),
+        ("UTMALDG.2D [UR8], [UR4]", 2, ("producer.cuh", 19), *call),
+        ".L_x_7",
+        ("@!P2 BRA `(.L_x_6)", 5, ("producer.cuh", 17), *call),
+    )
+    rows = rows_of(names, *consumer(), *producer(*SECOND_TURN), *expand)
+    loop = {"code": 6, "step": 5, "stalls": 12, "copies": 4, "issued": 2}
+    assert rows["producer base: expand loop"] == dict.fromkeys(COLUMNS, 0) | loop
+    assert rows["producer base: loop"] == rows_of(names, *consumer(), *producer(*SECOND_TURN))["producer base: loop"]
 
 
 def test_the_loop_over_tiles_is_no_loop_of_a_tile(names):

@@ -43,8 +43,8 @@ def group_size(cluster: int, m: int) -> int:
     """Row blocks of a group, for tiles that clusters of ``cluster`` CTAs take.
 
     A wave of 132 of the largest tiles, those of clusters, reads the fewest rows of both operands when it is about as
-    high as wide. Few rows make two groups all the same: the gradient tiles of the first run next to products of the
-    second (benchmarks/results/schedule.md)."""
+    high as wide. Few rows make two groups all the same: by the schedule model that is as fast where gradient tiles come
+    last, and faster where they follow their group (benchmarks/results/schedule.md)."""
     return 16 if cluster > 1 and m > SHORT_ROWS else 8
 
 
