@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlora.backends import reference, tuning
 from fastlora.operands import describe_backward, describe_forward
-from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, Needs
+from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, Needs, PassingReason
 
 BACKENDS = ("cuda", "triton", "reference")  # in order of preference on a GPU
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
@@ -37,12 +37,12 @@ def backend_module(name: str) -> ModuleType:
 def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
     unusable = triton_unusable(spec.device) if name == "triton" else None
     reason = unusable or backend_module(name).why_unsupported(spec)
-    return f"{name}: {reason}" if reason else None
+    return type(reason)(f"{name}: {reason}") if reason else None
 
 
 def triton_unusable(device: torch.device | None = None) -> str | None:
-    """Why Triton's kernels cannot run on a device (None: the current one), or None. That there is no device is not
-    remembered."""
+    """Why Triton's kernels cannot run on a device (None: the current one), or None. That there is no device is a
+    PassingReason."""
     from packaging.version import Version
 
     try:
@@ -54,7 +54,7 @@ def triton_unusable(device: torch.device | None = None) -> str | None:
     if triton.knobs.runtime.interpret:
         return backend_module("triton").interpreter_unusable()
     if not torch.cuda.is_available():
-        return "no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU"
+        return PassingReason("no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU")
     major, minor = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
     return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
 
@@ -111,9 +111,12 @@ tuning.on_change(_route.cache_clear)
 
 
 def _counted(route: _Route) -> Launcher:
+    """The launcher of the call at hand. Where a reason may have passed by the next call, routes are found anew."""
     _calls[route.name] += 1
     for reason in route.passed_over:
         _fallbacks[reason] += 1
+        if isinstance(reason, PassingReason):
+            _route.cache_clear()
     return route.launcher
 
 

@@ -21,6 +21,10 @@ class Sizes(NamedTuple):
     r: int
 
 
+class PassingReason(str):
+    """Why a backend cannot serve a call now, of which the next call may be free: the state of the device, say."""
+
+
 class Needs(NamedTuple):
     """Which gradients to compute."""
 

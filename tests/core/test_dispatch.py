@@ -1,5 +1,7 @@
 """The choice of a backend, and what is counted."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -73,6 +75,83 @@ def test_fallbacks_are_counted_by_reason(counts, reasons):
     assert counts()["fallbacks"] == {"cuda: not built": 3, "triton: dtype torch.float64": 3}
     dispatch.count_fallback("peft: merged")
     assert counts()["fallbacks"]["peft: merged"] == 1
+
+
+def choose(description: LaunchSpec) -> str:
+    """The backend that serves a call: what dispatch.forward does of it, without a GPU's tensors."""
+    fastlora.reset_dispatch_counts()
+    dispatch._counted(dispatch._route(description, None))
+    (name,) = (name for name in dispatch.BACKENDS if fastlora.dispatch_counts()[name])
+    return name
+
+
+@pytest.fixture
+def backends(monkeypatch, counts):
+    """A device on which every backend runs; nothing is launched. ``prepared`` lists the calls that a GPU's backends
+    have been prepared for."""
+    from fastlora.backends.cuda import extension
+    from fastlora.backends.cuda import launch as cuda
+
+    prepared = []
+
+    def prepare(spec):
+        prepared.append(spec)
+        return lambda operands: (operands[0], operands[0])
+
+    module = SimpleNamespace(device_count=lambda: 1, device_error=lambda: "no CUDA-capable device is detected")
+    monkeypatch.setattr(extension, "load", lambda: (module, None))
+    monkeypatch.setattr(extension, "variants", lambda: ({"arch": 90},))
+    monkeypatch.setattr(cuda, "why_not_compiled", lambda spec: None)
+    monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(dispatch.backend_module(name), "prepare", prepare)
+    monkeypatch.setattr(dispatch.backend_module("triton"), "why_unsupported", lambda spec: None)
+    dispatch._route.cache_clear()
+    yield SimpleNamespace(module=module, extension=extension, cuda=cuda, prepared=prepared)
+    dispatch._route.cache_clear()
+
+
+def no_device(backends, patch):
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def none_that_the_runtime_finds(backends, patch):
+    patch.setattr(backends.module, "device_count", lambda: 0)
+
+
+def a_busy_device(backends, patch):
+    def fail(device):
+        raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable")
+
+    patch.setattr(backends.cuda, "_capability", fail)
+
+
+@pytest.mark.parametrize("fails", (no_device, none_that_the_runtime_finds, a_busy_device))
+def test_a_reason_that_may_pass_is_asked_again_at_the_next_call(backends, fails):
+    with pytest.MonkeyPatch.context() as patch:
+        fails(backends, patch)
+        for _ in range(2):
+            assert choose(spec()) != "cuda"
+    assert choose(spec()) == "cuda"
+    known = len(backends.prepared)
+    assert choose(spec()) == "cuda" and len(backends.prepared) == known, "a route without such a reason is remembered"
+
+
+def test_that_triton_has_no_device_may_pass(backends, monkeypatch):
+    monkeypatch.setattr(pytest.importorskip("triton").knobs.runtime, "interpret", False)
+    monkeypatch.setattr(backends.extension, "load", lambda: (None, "not built"))
+    with pytest.MonkeyPatch.context() as patch:
+        no_device(backends, patch)
+        assert choose(spec()) == choose(spec()) == "reference"
+    assert choose(spec()) == "triton"
+
+
+def test_a_reason_that_stays_is_remembered(backends, monkeypatch):
+    monkeypatch.setattr(backends.cuda, "_capability", lambda device: (8, 0))
+    assert choose(spec()) == choose(spec()) == "triton"
+    assert len(backends.prepared) == 1
 
 
 def test_the_environment_variable_insists(counts, monkeypatch):

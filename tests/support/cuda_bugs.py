@@ -1,6 +1,7 @@
 """Bugs planted in the PTX of the compiled CUDA kernels, each of which the emulator or a comparison finds."""
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,11 +9,11 @@ import torch
 from fastlora.backends.cuda.tiles import CudaTile
 from tests.emulator import LaunchOptions
 from tests.support import numerics
-from tests.support.cuda_checks import LARGE, ONE_GROUP, SMALL, is_clean
+from tests.support.cuda_checks import FUSED, LARGE, ONE_GROUP, SMALL, check_masks, is_clean
 from tests.support.cuda_emulation import emulated, ptx_of, run_layer
 
 
-def replace(pattern: str, replacement: str, count: int = 0):
+def replace(pattern: str, replacement: str | Callable[[re.Match], str], count: int = 0):
     """An edit that must change something."""
 
     def edit(text: str) -> str:
@@ -33,17 +34,72 @@ RELAXED_RELEASE = replace(r"red\.release\.gpu", "red.relaxed.gpu")
 
 
 class Broken(NamedTuple):
-    """A layer's kernels of one tile, and which of the two an edit breaks."""
+    """A layer's kernels of one tile, and which of the two an edit breaks. ``masks``: what shows the mask's single bits
+    is run in the layer's place."""
 
     tile: CudaTile
     direction: str
     dropout_p: float = 0.0
     dtype: torch.dtype = torch.bfloat16
+    rank: int = 16
+    masks: bool = False
 
 
 FORWARD, BACKWARD, DROPOUT = Broken(LARGE, "forward"), Broken(LARGE, "backward"), Broken(LARGE, "forward", 0.5)
 DX_DROPOUT, SPLIT, SMALL_BACKWARD = Broken(LARGE, "backward", 0.5), Broken(SMALL, "forward"), Broken(SMALL, "backward")
 FEW, FP16 = Broken(ONE_GROUP, "backward"), Broken(LARGE, "forward", dtype=torch.float16)
+FUSED_DROPOUT = Broken(FUSED, "forward", 0.5, rank=64)
+FORWARD_MASK, BACKWARD_MASK = Broken(SMALL, "forward", masks=True), Broken(SMALL, "backward", masks=True)
+
+# A tile is stored into the other CTA's memory: its bytes are announced, and the addresses there are derived from those
+# of the own barrier and of the own slot.
+_ANNOUNCED = r"(mbarrier\.arrive)\.expect_tx(\.shared::cluster\.b64 _, \[%r\d+\]), %r\d+;"
+_DERIVED = r"mapa\.shared::cluster\.u32 (%r\d+), (%r\d+), %r\d+;"
+_OWN_SLOT = replace(rf"({_DERIVED}[^;]*st\.async\S*) \[\2\]", r"\1 [\3]")
+_OWN_BARRIER = replace(rf"({_DERIVED}(?:(?!mapa)[\s\S])*mapa[^;]*;[^;]*st\.async[^}}]*\}}), \[\2\]", r"\1, [\3]")
+_OTHER_BARRIER = replace(
+    r"(st\.async[^}]*\}), \[(%r\d+)\];", r"{ .reg .u32 other; xor.b32 other, \2, 8; \1, [other]; }"
+)
+# A CTA's first column and byte of the weight, of the two halves; and the second and third slice's first columns.
+_HALF = r"and\.b32 (%r\d+), %r\d+, (?:128|16384);"
+_SLICE = r"or\.b32 (%r\d+), (%r\d+), (64|128);(?=[^{}]*\{\1,)"
+# An element's bits against the last of the dropped ones; the compiler writes it either way round.
+_KEEPS = r"setp\.(gt|lt)\.u32 (%p\d+), (%r\d+), (%r\d+);"
+
+
+def keep_what_equals(text: str) -> str:
+    """Compares with or equal: a word of random bits that equals the threshold's is kept."""
+    return replace(_KEEPS, lambda found: found.group().replace(".gt.", ".ge.").replace(".lt.", ".le."))(text)
+
+
+def compare_with(difference: int):
+    """Compares with a threshold that is so much higher."""
+
+    def moved(found: re.Match) -> str:
+        which, kept, left, right = found.groups()
+        last, word = (right, left) if which == "gt" else (left, right)
+        moved_last = f".reg .u32 last; add.u32 last, {last}, {difference << 16};"
+        return f"{{ {moved_last} setp.gt.u32 {kept}, {word}, last; }}"
+
+    return replace(_KEEPS, moved)
+
+
+def overwrite_fragments(text: str, waits: bool = False) -> str:
+    """The second half of a step's fragments takes the registers of the first, as in the machine code, but does not
+    wait for the products that read them. With ``waits`` the kernel is still right."""
+    until_wait = r"((?:(?!wgmma\.wait_group)[\s\S])*)wgmma\.wait_group\S*"
+    halves = re.search(rf"wgmma\.wait_group\S* 1;{until_wait} 0;{until_wait} 0;", text)
+    first, second = (
+        re.findall(r"%r\d+", "".join(re.findall(r"\}, (\{[^}]*\}), %rd", half))) for half in halves.groups()
+    )
+    assert len(first) == len(second) > 0
+    register = dict(zip(second, first, strict=True))
+    wait = halves.end(1)
+    if not waits:
+        text = text[:wait] + re.sub(r"[^;]*;", "", text[wait:], count=1)
+    return re.sub(r"%r\d+", lambda found: register.get(found.group(), found.group()), text)
+
+
 SEEDED_BUGS = {
     "S is read without acquiring its flag": (FORWARD, RELAXED_ACQUIRE),
     "S is not released": (FORWARD, RELAXED_RELEASE),
@@ -87,18 +143,47 @@ SEEDED_BUGS = {
     ),
     "another generator in the forward": (DROPOUT, replace(r"-845247145|3449720151", "845247147")),
     "another generator in the backward": (DX_DROPOUT, replace(r"-845247145|3449720151", "845247147")),
+    "too few bytes of a tile are announced to the other CTA": (FORWARD, replace(_ANNOUNCED, r"\1.expect_tx\2, 8;")),
+    "too many bytes of a tile are announced to the other CTA": (FORWARD, replace(_ANNOUNCED, r"\1.expect_tx\2, 32;")),
+    "no bytes of a tile are announced to the other CTA": (FORWARD, replace(_ANNOUNCED, r"\1\2;")),
+    "a tile for the other CTA is stored to the own one": (FORWARD, _OWN_SLOT),
+    "a tile for the other CTA signals the own one's barrier": (FORWARD, _OWN_BARRIER),
+    "a tile for the other CTA signals the other slot's barrier": (FORWARD, _OTHER_BARRIER),
+    "both CTAs copy the same half of the weight": (FORWARD, replace(_HALF, r"mov.b32 \1, 0;")),
+    "both CTAs copy the same half of the weight, each to its own half's place": (
+        FORWARD,
+        replace(_HALF.replace("(?:128|16384)", "128"), r"mov.b32 \1, 0;"),
+    ),
+    "two slices of a finished tile are stored to each other's columns": (
+        FORWARD,
+        replace(_SLICE, lambda found: f"or.b32 {found[1]}, {found[2]}, {192 - int(found[3])};"),
+    ),
+    "a slice of a finished tile is stored to another's columns": (FORWARD, replace(_SLICE, r"or.b32 \1, \2, 128;")),
+    "the second half of X's fragments overwrites the first while products read it": (
+        FUSED_DROPOUT,
+        overwrite_fragments,
+    ),
+    "a word of bits that equals the threshold's is kept in a forward": (FORWARD_MASK, keep_what_equals),
+    "a word of bits that equals the threshold's is kept in a backward": (BACKWARD_MASK, keep_what_equals),
+    "a forward's threshold is one too high": (FORWARD_MASK, compare_with(1)),
+    "a forward's threshold is one too low": (FORWARD_MASK, compare_with(-1)),
+    "a backward's threshold is one too high": (BACKWARD_MASK, compare_with(1)),
+    "a backward's threshold is one too low": (BACKWARD_MASK, compare_with(-1)),
     "a split's partial sum is added before it is written": (SPLIT, RELAXED_ACQUIRE),
     "a split's partial sum is not released": (SPLIT, RELAXED_RELEASE),
 }
 
 
 def check_seeded(name: str):
-    (tile, direction, dropout_p, dtype), edit = SEEDED_BUGS[name]
-    case = numerics.draw_case(520 if tile is LARGE else 136, 328, 264, 16, dtype, dropout_p=dropout_p)
+    (tile, direction, dropout_p, dtype, rank, masks), edit = SEEDED_BUGS[name]
+    case = numerics.draw_case(520 if tile.block_m == 128 else 136, 328, 264, rank, dtype, dropout_p=dropout_p)
 
     def ptx(kernel: str) -> str:
         return edit(ptx_of(kernel)) if direction in kernel else ptx_of(kernel)
 
+    if masks:
+        check_masks(tile, rank, ptx)
+        return
     with emulated(LaunchOptions(timeout_s=60), ptx):
         results, _ = run_layer(case, tile, ctas=4)
     numerics.assert_accurate(results, case)

@@ -1,15 +1,18 @@
 """Layers run by the compiled CUDA kernels' own PTX in the emulator, and checked: what their tests, the sweep and the
 search for planted defects have in common."""
 
+import functools
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
+from fastlora import philox
 from fastlora.backends import workspace
 from fastlora.backends.cuda import extension
 from fastlora.backends.cuda import launch as cuda
-from fastlora.philox import keep_mask
+from fastlora.philox import keep_mask, random_words
 from fastlora.problem import Needs, split_scaling
 from tests.emulator import LaunchOptions
 from tests.support import numerics
@@ -36,6 +39,65 @@ def draw_dropped_integers(m: int, n: int, k: int, r: int, dtype: torch.dtype) ->
     for name, value in numerics.compose(case.to(torch.float64)).items():
         assert torch.equal(value, value.to(dtype).double()), f"{name} is not exact: draw sparser numbers"
     return case
+
+
+def draw_masked_integers(m: int, n: int, k: int, r: int, seed: int, dropout_p: float) -> numerics.Case:
+    """Integers for which every single bit of the mask changes S, dX and dA. No element of X is zero, a column of A has
+    one that is not, and a row of dY picks a row of B. All is exact where kept elements are not scaled."""
+    generator = torch.Generator().manual_seed(1)
+
+    def signs(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 2, shape, generator=generator) * 2 - 1
+
+    def one_of(rows: int, columns: int) -> torch.Tensor:
+        return torch.eye(columns)[torch.arange(rows) % columns]
+
+    case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
+    lora_a, dy = one_of(k, r).T * signs(r, k), one_of(m, n) * signs(m, n)
+    return replace(
+        case, x=signs(m, k), lora_a=lora_a, lora_b=signs(n, r), dy=dy, scaling=1.0, dropout_p=dropout_p,
+        seed=torch.tensor(seed),
+    ).to(torch.bfloat16)  # fmt: skip
+
+
+MASKED_ROWS, MASKED_COLUMNS = 136, 264  # of X
+ENDS = {"1": 1e-9, "65535": 1 - 1e-9, "65536": 1.0}  # the least and the greatest thresholds, and their p
+
+
+@functools.cache
+def masked_seed() -> tuple[int, float]:
+    """A seed by which elements lie at both sides of the thresholds 1 and 65535, and a p by which a whole word of
+    random bits equals what the kernels compare it with: the last of the dropped ones, followed by ones."""
+    counter = torch.arange(MASKED_ROWS * MASKED_COLUMNS // philox.ELEMENTS_PER_CALL)
+    for seed in range(1000):
+        words = random_words(seed, counter)
+        low, high = words & 0xFFFF, words >> 16
+        equal = high[low == 0xFFFF]
+        if equal.numel() and all(((low == bits) | (high == bits)).any() for bits in (0, 1, 65534, 65535)):
+            return seed, (int(equal[0]) + 1) / 65536
+    raise AssertionError("no seed has such bits")
+
+
+def check_mask(tile, rank: int, dropout_p: float, ptx=ptx_of):
+    """Each bit of the mask, by results that do not hide one: kept elements are not scaled, not even where p is 1."""
+    seed, _ = masked_seed()
+    case = draw_masked_integers(MASKED_ROWS, 136, MASKED_COLUMNS, rank, seed, dropout_p)
+    keeps_scale = mock.Mock(return_value=1.0)
+    with (
+        mock.patch.object(philox, "inverse_keep", keeps_scale),
+        mock.patch.object(numerics, "inverse_keep", keeps_scale),
+        emulated(ptx=ptx),
+    ):
+        results, s = run_layer(case, tile, ctas=4)
+        numerics.assert_exact(results, case)
+    dropped = case.x.double() * keep_mask(seed, dropout_p, *case.x.shape)
+    assert torch.equal(s.double(), dropped @ case.lora_a.double().t())
+
+
+def check_masks(tile, rank: int, ptx=ptx_of):
+    _, equal = masked_seed()
+    for dropout_p in (equal, *ENDS.values()):
+        check_mask(tile, rank, dropout_p, ptx)
 
 
 # Every compiled kernel: each tile, with dropout and without, at a rank of each class. Beyond rank 64 S is always made

@@ -11,23 +11,31 @@ from fastlora import philox
 from fastlora.backends.cuda import extension
 from fastlora.backends.cuda.tiles import CudaTile, choose_tile
 from fastlora.backends.workspace import borrow_workspace
-from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
+from fastlora.problem import (
+    BackwardOperands,
+    ForwardOperands,
+    Gradients,
+    Launcher,
+    LaunchSpec,
+    PassingReason,
+    split_scaling,
+)
 
 
 def unusable(device: torch.device | None = None) -> str | None:
-    """Why these kernels cannot run on a device (None: the current one), or None. That there is no device is not
-    remembered, nor is an error: both may pass."""
+    """Why these kernels cannot run on a device (None: the current one), or None. That there is no device is a
+    PassingReason, and so is an error."""
     module, reason = extension.load()
     if module is None:
         return reason
     if not torch.cuda.is_available():
-        return "no CUDA device"
+        return PassingReason("no CUDA device")
     if module.device_count() == 0:
-        return f"the extension's CUDA runtime finds no device ({module.device_error()})"
+        return PassingReason(f"the extension's CUDA runtime finds no device ({module.device_error()})")
     try:
         major, minor = _capability(device or torch.device("cuda", torch.cuda.current_device()))
     except (RuntimeError, AssertionError) as error:
-        return f"the device cannot be used: {str(error).splitlines()[0]}"
+        return PassingReason(f"the device cannot be used: {str(error).splitlines()[0]}")
     compiled = sorted({variant["arch"] for variant in extension.variants()})
     if 10 * major + minor not in compiled:
         names = ", ".join(f"{arch // 10}.{arch % 10}" for arch in compiled)
