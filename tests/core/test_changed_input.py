@@ -56,11 +56,11 @@ def test_a_copy_survives(change, shape, dropout_p):
         ours = run(change, shape, copy_input=True, dropout_p=dropout_p)[0]
         assert all(g.isfinite().all() for g in ours)
     else:
-        torch.testing.assert_close(*run(change, shape, copy_input=True), rtol=0, atol=1e-14)
+        numerics.assert_reordered(*run(change, shape, copy_input=True), terms=6 + 6 + 2)
 
 
 def test_no_gradient_reads_x_where_a_is_frozen():
-    torch.testing.assert_close(*run("add", grads=("x", "b")), rtol=0, atol=1e-14)
+    numerics.assert_reordered(*run("add", grads=("x", "b")), terms=6 + 6 + 2)
 
 
 def test_another_tensor_that_was_changed_is_not_blamed_on_x():
@@ -144,7 +144,7 @@ def test_models(dtype):
         for ours, theirs in zip(fused, stock, strict=True):
             assert (ours - theirs).norm() <= 4 * torch.finfo(dtype).eps * theirs.norm()
     else:
-        torch.testing.assert_close(fused, copied, rtol=1e-12, atol=1e-12)
+        numerics.assert_reordered(fused, copied, terms=2 * (6 + 6 + 2))
 
 
 def test_the_option_everywhere():

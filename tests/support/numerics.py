@@ -165,6 +165,14 @@ def assert_exact(results: dict[str, Tensor], case: Case) -> None:
         )
 
 
+def assert_reordered(actual, expected, terms: int) -> None:
+    """Results of one computation in two orders, whose longest sums have ``terms`` terms: each tensor within
+    4·eps·√terms of its largest element, the componentwise rule's factor."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        error, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+        assert error <= 4 * torch.finfo(theirs.dtype).eps * terms**0.5 * largest, (error, largest)
+
+
 def _where(values: Tensor) -> list[int]:
     return [int(i) for i in torch.unravel_index(values.argmax(), values.shape)]
 
