@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import reference, tuning
-from fastlora.operands import describe_backward, describe_forward
+from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
 from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, Needs, PassingReason
 
 BACKENDS = ("cuda", "triton", "reference")  # in order of preference on a GPU
@@ -107,7 +107,27 @@ def _route(spec: LaunchSpec, requested: str | None) -> _Route:
     return _Route(name, passed_over, backend_module(name).prepare(spec))
 
 
-tuning.on_change(_route.cache_clear)
+_MOST_KEYS = 4096
+_by_key: dict[tuple, _Route] = {}  # of calls whose operands kernels take as they are
+
+
+def forget_routes() -> None:
+    """Has every route found anew."""
+    _by_key.clear()
+    _route.cache_clear()
+
+
+tuning.on_change(forget_routes)
+
+
+def _remember(key: tuple, route: _Route, given: tuple, taken: tuple) -> None:
+    """Spares later calls of this key their description, where that changes nothing in their operands."""
+    passing = any(isinstance(reason, PassingReason) for reason in route.passed_over)
+    if passing or any(one is not other for one, other in zip(given, taken, strict=True)):
+        return
+    if len(_by_key) >= _MOST_KEYS:
+        _by_key.clear()
+    _by_key[key] = route
 
 
 def _counted(route: _Route) -> Launcher:
@@ -116,7 +136,7 @@ def _counted(route: _Route) -> Launcher:
     for reason in route.passed_over:
         _fallbacks[reason] += 1
         if isinstance(reason, PassingReason):
-            _route.cache_clear()
+            forget_routes()
     return route.launcher
 
 
@@ -134,8 +154,14 @@ def forward(operands: ForwardOperands, requested: str | None) -> tuple[Tensor, T
     if _is_plain(operands[0], requested):
         _calls["reference"] += 1
         return reference.lora_forward(*operands)
-    operands, spec = describe_forward(operands)
-    return _counted(_route(spec, requested))(operands)
+    key = (requested, forward_key(operands))
+    route = _by_key.get(key)
+    if route is None:
+        given = operands
+        operands, spec = describe_forward(given)
+        route = _route(spec, requested)
+        _remember(key, route, given, operands)
+    return _counted(route)(operands)
 
 
 def backward(operands: BackwardOperands, needs: Needs, requested: str | None) -> Gradients:
@@ -143,8 +169,14 @@ def backward(operands: BackwardOperands, needs: Needs, requested: str | None) ->
     if _is_plain(operands[0], requested):
         _calls["reference"] += 1
         return reference.lora_backward(*operands, needs)
-    operands, spec = describe_backward(operands, needs)
-    return _counted(_route(spec, requested))(operands)
+    key = (requested, backward_key(operands, needs))
+    route = _by_key.get(key)
+    if route is None:
+        given = operands
+        operands, spec = describe_backward(given, needs)
+        route = _route(spec, requested)
+        _remember(key, route, given, operands)
+    return _counted(route)(operands)
 
 
 def launch_forward(backend: ModuleType, operands: ForwardOperands, **choice: Any) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,28 @@
 """Operands in the form that kernels take, and the LaunchSpec that describes them.
 
 Empty inputs, strides and alignment are settled here, once for every backend: a matrix has unit inner strides and rows
-that do not overlap, a vector and the saved S are contiguous. What already has that form is passed on as it is.
+that do not overlap, a vector and the saved S are contiguous and start on 16 bytes. What already has that form is passed
+on as it is.
+
+A description takes longer than a launch. So a call is known by a key first: all that its description is made of, read
+once and not looked into.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.problem import Aligned, BackwardOperands, ForwardOperands, LaunchSpec, Needs, Sizes
+from fastlora.problem import (
+    Aligned,
+    BackwardOperands,
+    ForwardOperands,
+    LaunchSpec,
+    Needs,
+    Sizes,
+    Strides,
+    scales_branch,
+)
 
 _ALIGNMENT = 16  # bytes: TMA and 128-bit loads
 
@@ -25,8 +40,9 @@ def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, Launch
         x.device,
         dropout=dropout_p > 0.0,
         bias=bias is not None,
-        aligned=Aligned(is_aligned(x), is_aligned(weight), is_aligned(lora_a), is_aligned(lora_b), True),
         tf32=uses_tf32(x.dtype),
+        scales_branch=scales_branch(scaling, x.dtype),
+        **_layout((x, weight, lora_a, lora_b, None)),
     )
     return ForwardOperands(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed), spec
 
@@ -36,8 +52,8 @@ def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[Backwar
     dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
     dy, weight, lora_a, lora_b = as_rows(dy), as_rows(weight), as_rows(lora_a), as_rows(lora_b)
     x = as_rows(x) if needs.da and x is not None else None
-    # Hooks on saved tensors (offloading, compression) may give S back with other strides.
-    s = s.contiguous() if needs.db and s is not None else None
+    # Hooks on saved tensors (offloading, compression) may give S back with other strides, or within something else.
+    s = _as_vector(s) if needs.db and s is not None else None
     spec = LaunchSpec(
         "backward",
         Sizes(dy.shape[0], weight.shape[0], weight.shape[1], lora_a.shape[0]),
@@ -46,12 +62,53 @@ def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[Backwar
         dy.device,
         dropout=dropout_p > 0.0,
         needs=needs,
-        aligned=Aligned(
-            is_aligned(dy), is_aligned(weight), is_aligned(lora_a), is_aligned(lora_b), x is None or is_aligned(x)
-        ),
         tf32=uses_tf32(dy.dtype),
+        scales_branch=scales_branch(scaling, dy.dtype),
+        **_layout((dy, weight, lora_a, lora_b, x)),
     )
     return BackwardOperands(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed), spec
+
+
+def forward_key(operands: ForwardOperands) -> tuple:
+    """What ``describe_forward`` reads of operands: calls of one key have one description, and are in one form."""
+    x, weight, lora_a, lora_b, bias, scaling, dropout_p, _ = operands
+    dtype = x.dtype
+    return (
+        dtype, x.device, dropout_p > 0.0,
+        x.shape, x.stride(), x.data_ptr() % _ALIGNMENT,
+        weight.shape, weight.stride(), weight.data_ptr() % _ALIGNMENT,
+        lora_a.dtype, lora_a.shape, lora_a.stride(), lora_a.data_ptr() % _ALIGNMENT,
+        lora_b.dtype, lora_b.stride(), lora_b.data_ptr() % _ALIGNMENT,
+        bias is None or (bias.stride(), bias.data_ptr() % _ALIGNMENT),
+        dtype == torch.float16 and scales_branch(scaling, dtype),
+        dtype == torch.float32 and uses_tf32(dtype),
+    )  # fmt: skip
+
+
+def backward_key(operands: BackwardOperands, needs: Needs) -> tuple:
+    """Likewise of ``describe_backward``."""
+    dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, _ = operands
+    dtype = dy.dtype
+    return (
+        dtype, dy.device, dropout_p > 0.0, needs,
+        dy.shape, dy.stride(), dy.data_ptr() % _ALIGNMENT,
+        weight.shape, weight.stride(), weight.data_ptr() % _ALIGNMENT,
+        lora_a.dtype, lora_a.shape, lora_a.stride(), lora_a.data_ptr() % _ALIGNMENT,
+        lora_b.dtype, lora_b.stride(), lora_b.data_ptr() % _ALIGNMENT,
+        x is None or (x.stride(), x.data_ptr() % _ALIGNMENT),
+        s is None or (s.stride(), s.data_ptr() % _ALIGNMENT),
+        dtype == torch.float16 and scales_branch(scaling, dtype),
+        dtype == torch.float32 and uses_tf32(dtype),
+    )  # fmt: skip
+
+
+def _layout(matrices: tuple[Tensor | None, ...]) -> dict[str, Any]:
+    """The fields of a LaunchSpec that say how matrices lie in memory; they are named as in Strides."""
+    return {
+        "aligned": Aligned(*(matrix is None or is_aligned(matrix) for matrix in matrices)),
+        "starts": Aligned(*(matrix is None or matrix.data_ptr() % _ALIGNMENT == 0 for matrix in matrices)),
+        "strides": Strides(*(0 if matrix is None else matrix.stride(0) for matrix in matrices)),
+    }
 
 
 def as_rows(matrix: Tensor) -> Tensor:
@@ -64,7 +121,7 @@ def as_rows(matrix: Tensor) -> Tensor:
 
 
 def _as_vector(vector: Tensor) -> Tensor:
-    """A contiguous 1-D tensor that starts on 16 bytes."""
+    """A contiguous tensor that starts on 16 bytes."""
     vector = vector.contiguous()
     return vector if vector.data_ptr() % _ALIGNMENT == 0 else vector.clone()
 

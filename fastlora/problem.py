@@ -61,12 +61,17 @@ def split_scaling(scaling: float, dtype: torch.dtype) -> Scales:
         scaling: the layer's factor of the low-rank branch.
         dtype: x's dtype, which S is stored in.
     """
-    if dtype != torch.float16 or not 1.0 < abs(scaling) < math.inf:
+    if not scales_branch(scaling, dtype):
         return Scales(scaling, 1.0)
     mantissa, exponent = math.frexp(scaling)
     if abs(mantissa) == 0.5:  # a power of two: S takes exactly 1
         mantissa, exponent = 2 * mantissa, exponent - 1
     return Scales(mantissa, math.ldexp(1.0, exponent))
+
+
+def scales_branch(scaling: float, dtype: torch.dtype) -> bool:
+    """Whether ``split_scaling`` leaves a factor other than 1 to the branch."""
+    return dtype == torch.float16 and 1.0 < abs(scaling) < math.inf
 
 
 class ForwardOperands(NamedTuple):
@@ -97,7 +102,7 @@ class BackwardOperands(NamedTuple):
 
 
 class Aligned(NamedTuple):
-    """Which matrices start on 16 bytes, and so does each of their rows: what TMA and wide loads need."""
+    """Of which matrices something starts on 16 bytes."""
 
     act: bool  # x forward, dY backward
     weight: bool
@@ -106,11 +111,27 @@ class Aligned(NamedTuple):
     saved_x: bool  # the backward's x
 
 
+class Strides(NamedTuple):
+    """Elements from one row of a matrix to the next; 0 where there is no such matrix."""
+
+    act: int  # x forward, dY backward
+    weight: int
+    lora_a: int
+    lora_b: int
+    saved_x: int  # the backward's x
+
+
+_ALL_ALIGNED = Aligned(True, True, True, True, True)
+
+
 Direction = Literal["forward", "backward"]
 
 
 class LaunchSpec(NamedTuple):
     """One call, described once: all that the choice of a backend and of a kernel depends on, and nothing else.
+
+    A prepared launch serves every call of its description, and takes from the operands only their addresses and a few
+    numbers. So whatever else a compiled kernel was made for, or is passed, is in here.
 
     direction: which of the two launches.
     sizes: M, N, K, R.
@@ -122,8 +143,11 @@ class LaunchSpec(NamedTuple):
     dropout: whether the branch drops elements of x.
     bias: whether there is a bias to add (forward).
     needs: the gradients to compute (backward).
-    aligned: see Aligned.
+    aligned: which matrices start on 16 bytes, and so does each of their rows: what TMA and wide loads need.
     tf32: whether torch allows TF32 in float32 products.
+    starts: which matrices start on 16 bytes, whatever their rows do: what compiled code may take for granted.
+    strides: see Strides; None where each matrix is contiguous.
+    scales_branch: whether a factor of the scaling is left to the branch (see split_scaling).
     """
 
     direction: Direction
@@ -136,13 +160,23 @@ class LaunchSpec(NamedTuple):
     dropout: bool = False
     bias: bool = False
     needs: Needs = Needs(False, False, False, False)
-    aligned: Aligned = Aligned(True, True, True, True, True)
+    aligned: Aligned = _ALL_ALIGNED
     tf32: bool = False
+    starts: Aligned = _ALL_ALIGNED
+    strides: Strides | None = None
+    scales_branch: bool = False
 
     @property
     def is_empty(self) -> bool:
         """Nothing to multiply, or nothing asked for: no launch would have work."""
         return 0 in self.sizes[:3] or (self.direction == "backward" and not any(self.needs))
+
+    @property
+    def row_strides(self) -> Strides:
+        """The strides, also where all matrices are contiguous."""
+        _, n, k, r = self.sizes
+        forward = self.direction == "forward"
+        return self.strides or Strides(k if forward else n, k, k, r, k if self.needs.da else 0)
 
 
 # A call of a prepared kernel. Forward: operands -> (Y [M, N], S [M, R]); backward: operands -> Gradients.

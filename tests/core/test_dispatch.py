@@ -22,9 +22,9 @@ def reasons(monkeypatch):
     """Backends that serve everything; a test makes one refuse by setting its reason."""
     table = dict.fromkeys(dispatch.BACKENDS)
     monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: table[name])
-    dispatch._route.cache_clear()
+    dispatch.forget_routes()
     yield table
-    dispatch._route.cache_clear()
+    dispatch.forget_routes()
 
 
 @pytest.fixture
@@ -108,9 +108,9 @@ def backends(monkeypatch, counts):
     for name in ("cuda", "triton"):
         monkeypatch.setattr(dispatch.backend_module(name), "prepare", prepare)
     monkeypatch.setattr(dispatch.backend_module("triton"), "why_unsupported", lambda spec: None)
-    dispatch._route.cache_clear()
+    dispatch.forget_routes()
     yield SimpleNamespace(module=module, extension=extension, cuda=cuda, prepared=prepared)
-    dispatch._route.cache_clear()
+    dispatch.forget_routes()
 
 
 def no_device(backends, patch):

@@ -120,7 +120,7 @@ def test_one_description_is_prepared_once(monkeypatch):
     real = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda spec: prepared.append(spec) or real(spec))
     monkeypatch.setattr(dispatch, "_is_plain", lambda tensor, requested: False)
-    dispatch._route.cache_clear()
+    dispatch.forget_routes()
     case = numerics.draw_case(4, 8, 8, 8, torch.float32)
     for _ in range(3):
         dispatch.forward(forward_operands(case), None)

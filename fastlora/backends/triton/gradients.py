@@ -8,9 +8,7 @@ from fastlora.backends.triton.schedule import publish, wait_for
 
 
 @triton.jit
-def gradient_tile(
-    sums, counts_ptr, tile, chunk, dropout, SERIAL: tl.constexpr, DROPOUT: tl.constexpr, variant: tl.constexpr
-):
+def gradient_tile(sums, counts_ptr, tile, chunk, dropout, DROPOUT: tl.constexpr, variant: tl.constexpr):
     """Column block ``tile`` of the sums of structs.RowSum, over the rows of one chunk.
 
     The chunks are summed by a serial (ordered) reduction: a tile waits for the one of the chunk before, adds its own
@@ -55,7 +53,7 @@ def gradient_tile(
         acc = acc.T
     if WGMMA:
         acc_sum = tl.sum(tl.where((tl.arange(0, 16) == 0)[None, :], acc_sum, 0.0), axis=1)
-    if SERIAL and chunk.index > 0:
+    if chunk.index > 0:
         wait_for(counts_ptr + tile, chunk.index)
         if sums.product.ptr is not None:
             partial_ptrs = sums.product.partial_ptr + offs_n[:, None].to(tl.int64) * sums.R + offs_r[None, :]
@@ -64,7 +62,7 @@ def gradient_tile(
             acc_sum += tl.load(sums.column_sum.partial_ptr + offs_n, mask=mask_n, other=0.0)
         # A value that several threads hold is loaded by each and stored by one, which may not be ahead of the others.
         tl.debug_barrier()
-    if SERIAL and chunk.index < chunk.count - 1:
+    if chunk.index < chunk.count - 1:
         if sums.product.ptr is not None:
             partial_ptrs = sums.product.partial_ptr + offs_n[:, None].to(tl.int64) * sums.R + offs_r[None, :]
             tl.store(partial_ptrs, acc, mask=mask)

@@ -11,21 +11,22 @@ from fastlora.backends.triton.structs import BranchScales, Gradient, Matrix, Pro
 from fastlora.backends.triton.tiles import product_tile
 from fastlora.backends.triton.variant import variant_of
 
-# Arguments whose values Triton must not compile for: every sixteenth seed would bring a compilation into training.
-UNSPECIALISED = ("seed", "n_words", "wave", "gradients_last")
+# Arguments whose values Triton must not compile for: every sixteenth seed, and each kind of sequence length, would bring
+# a compilation into training. The machine code is the same without: addresses depend on no multiple of theirs.
+UNSPECIALISED = ("M", "n_words", "wave", "n_columns", "gradients_last", "seed_ptr", "seed", "threshold")
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def lora_forward_kernel(
     x, weight, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, n_words, wave,
-    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed, threshold,
+    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
     plain_variant: tl.constexpr,
 ):  # fmt: skip
     """Y = X·W0ᵀ + on_branch·S·Bᵀ + bias and S = scale_s·in_s·drop(X)·Aᵀ; the two are None where they are 1."""
     variant: tl.constexpr = variant_of(plain_variant)
     n_rows = tl.cdiv(M, variant.tile.block_m)
     n_columns = tl.cdiv(N, variant.tile.block_n) + variant.shrink_columns
-    dropout = dropout_of(seed, threshold, 1.0)
+    dropout = dropout_of(seed_ptr, seed, threshold, 1.0)
     row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, 0, wave, variant.tile.group_m)
     product = Product(
         act=Matrix(x, stride_xm),
@@ -44,22 +45,19 @@ def lora_forward_kernel(
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def lora_backward_kernel(
     dy, weight, lora_b, dy_ptr, x_ptr, lora_a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
-    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, wave, gradients_last,
-    stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, on_branch, inverse_keep, seed, threshold,
-    SERIAL: tl.constexpr, plain_variant: tl.constexpr,
+    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, n_words, wave, n_columns,
+    gradients_last, stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, on_branch, inverse_keep, seed_ptr,
+    seed, threshold, plain_variant: tl.constexpr,
 ):  # fmt: skip
     """dX = dY·W0 + mask∘(dS·A)/(1-p), dS = scaling·dY·B, dA = dSᵀ·drop(X), dB = on_branch·dYᵀ·S, dbias = Σ_m dY.
 
-    A gradient whose pointer is None is not wanted, and no tile is queued for it. dX contracts N: variant.tile.block_k
-    runs along N and block_n along K. dY comes as operand of dX (perhaps a TMA descriptor) and as a pointer.
+    A gradient whose pointer is None is not wanted, and no tile is queued for it. Without dX the queue has one of its
+    ``n_columns`` (dS alone is made), or none; then dx_ptr may be null. Partial sums are read and written where there is
+    more than one row chunk; else their pointers may be null. dX contracts N: variant.tile.block_k runs along N and
+    block_n along K. dY comes as operand of dX (perhaps a TMA descriptor) and as a pointer.
     """
     variant: tl.constexpr = variant_of(plain_variant)
     n_rows = tl.cdiv(M, variant.tile.block_m)
-    n_columns = 0
-    if dx_ptr is not None:
-        n_columns = tl.cdiv(K, variant.tile.block_n) + variant.shrink_columns
-    elif da_ptr is not None:
-        n_columns = 1
     tiles_b = 0
     if db_ptr is not None or dbias_ptr is not None:
         tiles_b = tl.cdiv(N, variant.tile.gradient_n)
@@ -70,7 +68,7 @@ def lora_backward_kernel(
     flags_ptr = workspace_ptr + N_COUNTERS
     counts_b_ptr = flags_ptr + n_rows
     counts_a_ptr = counts_b_ptr + tiles_b
-    dropout = dropout_of(seed, threshold, inverse_keep)
+    dropout = dropout_of(seed_ptr, seed, threshold, inverse_keep)
     scale_b = 1.0
     if on_branch is not None:
         scale_b = on_branch
@@ -102,7 +100,7 @@ def lora_backward_kernel(
                 N=N,
                 R=R,
             )
-            gradient_tile(sums_b, counts_b_ptr, gradient, chunk, dropout, SERIAL, False, variant)
+            gradient_tile(sums_b, counts_b_ptr, gradient, chunk, dropout, False, variant)
     else:
         if da_ptr is not None:
             for m in range(group * variant.tile.group_m, tl.minimum((group + 1) * variant.tile.group_m, n_rows)):
@@ -116,5 +114,5 @@ def lora_backward_kernel(
                 N=K,
                 R=R,
             )
-            gradient_tile(sums_a, counts_a_ptr, gradient - tiles_b, chunk, dropout, SERIAL, variant.dropout, variant)
+            gradient_tile(sums_a, counts_a_ptr, gradient - tiles_b, chunk, dropout, variant.dropout, variant)
     reset_if_last(workspace_ptr, n_words, 1024)

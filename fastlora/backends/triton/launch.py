@@ -1,16 +1,18 @@
 """The Triton backend, host side: which calls the kernels serve, and the two launches of a layer."""
 
+from functools import lru_cache
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import philox
 from fastlora.backends.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, gradients_last, padded_rank
 from fastlora.backends.target import Target, target_of
+from fastlora.backends.triton.compiled import CompiledLaunch
 from fastlora.backends.triton.kernels import lora_backward_kernel, lora_forward_kernel
 from fastlora.backends.triton.schedule import N_COUNTERS
 from fastlora.backends.triton.variant import Variant
@@ -78,11 +80,20 @@ def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
     )  # fmt: skip
 
 
+def _ceil_div(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes 3 µs
+    return -(-a // b)
+
+
 class _Prepared:
-    """What the calls of one description share: the configuration, the kernel's variant, and how the grid is cut."""
+    """What the calls of one description share: the configuration, the kernel's variant, and how the grid is cut.
+
+    A call allocates its outputs and launches; ``compile`` does what the first call would do before its launch.
+    """
+
+    launch: CompiledLaunch
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, *, block_r: int, fused: bool):
-        self.spec, self.config = spec, config
+        self.spec, self.config, self.device = spec, config, spec.device
         has_tma = target.arch >= 90
         forward = spec.direction == "forward"
         contracted = spec.sizes.k if forward else spec.sizes.n
@@ -99,14 +110,22 @@ class _Prepared:
             tf32=spec.tf32,
             wgmma=target.arch == 90,
         )
-        self.plain_variant = self.variant.as_plain()
         self.wave = target.n_sms * config.programs_per_sm
-        self.n_rows = triton.cdiv(spec.sizes.m, config.block_m)
-        # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
-        self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+        self.n_rows = _ceil_div(spec.sizes.m, config.block_m)
 
-    def matrix(self, tensor: Tensor, block: list[int], by_descriptor: bool) -> Tensor | TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, block) if by_descriptor else tensor
+    def prepare_launch(
+        self, kernel: Any, grid: int, blocks: tuple[list[int], ...], compiled_as: dict[int, Any]
+    ) -> CompiledLaunch:
+        """Of a kernel on ``blocks`` of its first three arguments, by TMA where the variant says so."""
+        by_tma = (self.variant.tma, self.variant.tma, self.variant.tma_down)
+        config = self.config
+        # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
+        options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+        return CompiledLaunch(
+            kernel, grid, self.device,
+            blocks=tuple(block if tma else None for block, tma in zip(blocks, by_tma, strict=True)),
+            compiled_as=compiled_as, constants=(self.variant.as_plain(),), options=options,
+        )  # fmt: skip
 
 
 class _Forward(_Prepared):
@@ -121,29 +140,35 @@ class _Forward(_Prepared):
             )  # the rank is the height of a product (see tiles._shrink), and wgmma's least is 64
         fused = config.fused and block_r <= FUSED_RANK
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
-        self.grid = (self.n_rows * (triton.cdiv(n, config.block_n) + (not fused)),)
+        self.y_shape, self.s_shape = (m, n), (m, r)
         self.n_words = N_COUNTERS.value + self.n_rows
+        strides = spec.row_strides
+        self.numbers = (*spec.sizes, self.n_words, self.wave, *strides[:4])
+        self.launch = self.prepare_launch(
+            lora_forward_kernel,
+            self.n_rows * (_ceil_div(n, config.block_n) + (not fused)),
+            ([config.block_m, config.block_k], [config.block_n, config.block_k], [block_r, config.block_k]),
+            _seed_types(lora_forward_kernel) if spec.dropout else {},
+        )
 
     def __call__(self, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
-        x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
-        m, n, k, r = self.spec.sizes
-        config, variant = self.config, self.variant
-        y, s = x.new_empty(m, n), x.new_empty(m, r)
-        with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
-            lora_forward_kernel[self.grid](
-                x=self.matrix(x, [config.block_m, config.block_k], variant.tma),
-                weight=self.matrix(weight, [config.block_n, config.block_k], variant.tma),
-                lora_a=self.matrix(lora_a, [variant.block_r, config.block_k], variant.tma_down),
-                lora_b_ptr=lora_b, bias_ptr=bias, y_ptr=y, s_ptr=s,
-                workspace_ptr=borrow_workspace(self.n_words, x.device), n_words=self.n_words, wave=self.wave,
-                M=m, N=n, K=k, R=r,
-                stride_xm=x.stride(0), stride_wn=weight.stride(0), stride_ar=lora_a.stride(0),
-                stride_bn=lora_b.stride(0),
-                **_forward_scales(scaling, dropout_p, x.dtype),
-                seed=_seed_argument(seed), threshold=philox.threshold(dropout_p),
-                plain_variant=self.plain_variant, **self.options,
-            )  # fmt: skip
+        x = operands[0]
+        y, s = x.new_empty(self.y_shape), x.new_empty(self.s_shape)
+        self.launch(*self.arguments(operands, y, s, borrow_workspace(self.n_words, self.device)))
         return y, s
+
+    def compile(self, operands: ForwardOperands) -> None:
+        """Compiles for such a call; the operands may be on the "meta" device."""
+        like = torch.empty(0, dtype=self.spec.dtype, device="meta")
+        self.launch.compile(*self.arguments(operands, like, like, like.to(torch.int32)))
+
+    def arguments(self, operands: ForwardOperands, y: Tensor, s: Tensor, workspace: Tensor) -> tuple:
+        """Those of lora_forward_kernel, but its constants."""
+        x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
+        return (
+            x, weight, lora_a, lora_b, bias, y, s, workspace, *self.numbers,
+            *_forward_scales(scaling, dropout_p, self.spec.dtype), *_seed_arguments(seed), _threshold(dropout_p),
+        )  # fmt: skip
 
 
 class _Backward(_Prepared):
@@ -155,47 +180,64 @@ class _Backward(_Prepared):
         block_r = padded_rank(r)
         fused = config.fused and needs.dx and block_r <= FUSED_RANK
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
-        n_chunks = triton.cdiv(self.n_rows, config.group_m)
-        n_columns = triton.cdiv(k, config.block_n) + (not fused) if needs.dx else int(needs.da)
-        tiles_a = triton.cdiv(k, config.gradient_n) if needs.da else 0
-        tiles_b = triton.cdiv(n, config.gradient_n) if needs.db or needs.dbias else 0
-        self.grid = (self.n_rows * n_columns + n_chunks * (tiles_a + tiles_b),)
+        n_chunks = _ceil_div(self.n_rows, config.group_m)
+        n_columns = _ceil_div(k, config.block_n) + (not fused) if needs.dx else int(needs.da)
+        tiles_a = _ceil_div(k, config.gradient_n) if needs.da else 0
+        tiles_b = _ceil_div(n, config.gradient_n) if needs.db or needs.dbias else 0
         self.n_words = N_COUNTERS.value + self.n_rows + tiles_a + tiles_b
-        self.makes_ds, self.serial = n_columns > 0, n_chunks > 1
-        self.gradients_last = int(needs.dx and gradients_last(m, k, n, config.block_m, config.block_n))
+        last = int(needs.dx and gradients_last(m, k, n, config.block_m, config.block_n))
+        strides = spec.row_strides
+        self.numbers = (
+            *spec.sizes, self.n_words, self.wave, n_columns, last,
+            strides.act, strides.saved_x, strides.weight, strides.lora_a, strides.lora_b,
+        )  # fmt: skip
+        adapters, serial = spec.adapter_dtypes, n_chunks > 1
+        makes_ds, makes_sums = needs.dx or needs.da, (needs.da, needs.db, needs.dbias)
+        # (shape, dtype) of dX, dS, dA, dB, dbias, then of the fp32 sums between row chunks; None: not made.
+        made = (
+            (needs.dx, (m, k), spec.dtype), (makes_ds, (m, r), spec.dtype), (needs.da, (r, k), adapters[0]),
+            (needs.db, (n, r), adapters[1]), (needs.dbias, (n,), spec.dtype),
+            *((serial and need, shape, torch.float32) for need, shape in zip(makes_sums, ((k, r), (n, r), (n,)))),
+        )  # fmt: skip
+        self.outputs = tuple((shape, dtype) if need else None for need, shape, dtype in made)
+        # Where dS is made, one kernel serves with dX and without it.
+        compiled_as: dict[int, Any] = {_DX: spec.dtype} if makes_ds else {}
+        compiled_as |= {_PARTIALS + i: torch.float32 for i, need in enumerate(makes_sums) if need}
+        compiled_as |= _seed_types(lora_backward_kernel) if spec.dropout else {}
+        self.launch = self.prepare_launch(
+            lora_backward_kernel,
+            self.n_rows * n_columns + n_chunks * (tiles_a + tiles_b),
+            ([config.block_m, config.block_k], [config.block_k, config.block_n], [config.block_k, block_r]),
+            compiled_as,
+        )
 
     def __call__(self, operands: BackwardOperands) -> Gradients:
+        dy = operands[0]
+        outputs = [made and dy.new_empty(made[0], dtype=made[1]) for made in self.outputs]
+        self.launch(*self.arguments(operands, outputs, borrow_workspace(self.n_words, self.device)))
+        return Gradients(outputs[0], outputs[2], outputs[3], outputs[4])
+
+    def compile(self, operands: BackwardOperands) -> None:
+        """Compiles for such a call; the operands may be on the "meta" device."""
+        outputs = [made and torch.empty(0, dtype=made[1], device="meta") for made in self.outputs]
+        workspace = torch.empty(0, dtype=torch.int32, device="meta")
+        self.launch.compile(*self.arguments(operands, outputs, workspace))
+
+    def arguments(self, operands: BackwardOperands, outputs: list[Tensor | None], workspace: Tensor) -> tuple:
+        """Those of lora_backward_kernel, but its constants."""
         dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
-        m, n, k, r = self.spec.sizes
-        needs, config, variant, serial = self.spec.needs, self.config, self.variant, self.serial
+        return (
+            dy, weight, lora_b, dy, x, lora_a, s, *outputs, workspace, *self.numbers,
+            *_backward_scales(scaling, dropout_p, self.spec.dtype), *_seed_arguments(seed), _threshold(dropout_p),
+        )  # fmt: skip
 
-        def output(needed: bool, *shape: int, dtype: torch.dtype = dy.dtype) -> Tensor | None:
-            return dy.new_empty(shape, dtype=dtype) if needed else None
 
-        dx, ds = output(needs.dx, m, k), output(self.makes_ds, m, r)
-        da, db = output(needs.da, r, k, dtype=lora_a.dtype), output(needs.db, n, r, dtype=lora_b.dtype)
-        dbias = output(needs.dbias, n)
-        partial_a = output(serial and needs.da, k, r, dtype=torch.float32)
-        partial_b = output(serial and needs.db, n, r, dtype=torch.float32)
-        partial_bias = output(serial and needs.dbias, n, dtype=torch.float32)
-        with torch.cuda.device_of(dy):  # Triton launches on the current device, whatever the tensors' is
-            lora_backward_kernel[self.grid](
-                dy=self.matrix(dy, [config.block_m, config.block_k], variant.tma),
-                weight=self.matrix(weight, [config.block_k, config.block_n], variant.tma),
-                lora_b=self.matrix(lora_b, [config.block_k, variant.block_r], variant.tma_down),
-                dy_ptr=dy, x_ptr=x, lora_a_ptr=lora_a, s_ptr=s,
-                dx_ptr=dx, ds_ptr=ds, da_ptr=da, db_ptr=db, dbias_ptr=dbias,
-                partial_a_ptr=partial_a, partial_b_ptr=partial_b, partial_bias_ptr=partial_bias,
-                workspace_ptr=borrow_workspace(self.n_words, dy.device), n_words=self.n_words, wave=self.wave,
-                gradients_last=self.gradients_last, M=m, N=n, K=k, R=r,
-                stride_dym=dy.stride(0), stride_xm=x.stride(0) if needs.da and x is not None else 0,
-                stride_wn=weight.stride(0), stride_ar=lora_a.stride(0), stride_bn=lora_b.stride(0),
-                scaling=scaling, on_branch=_scale_of_branch(scaling, dy.dtype),
-                inverse_keep=philox.inverse_keep(dropout_p), seed=_seed_argument(seed),
-                threshold=philox.threshold(dropout_p),
-                SERIAL=serial, plain_variant=self.plain_variant, **self.options,
-            )  # fmt: skip
-        return Gradients(dx, da, db, dbias)
+_DX, _PARTIALS = (lora_backward_kernel.arg_names.index(name) for name in ("dx_ptr", "partial_a_ptr"))
+
+
+def _seed_types(kernel: Any) -> dict[int, Any]:
+    """Every seed has 64 bits, also one that would do with less."""
+    return {kernel.arg_names.index("seed_ptr"): torch.int64, kernel.arg_names.index("seed"): 1 << 62}
 
 
 def _scale_of_branch(scaling: float, dtype: torch.dtype) -> float | None:
@@ -204,14 +246,30 @@ def _scale_of_branch(scaling: float, dtype: torch.dtype) -> float | None:
     return None if on_branch == 1.0 else on_branch
 
 
-def _forward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> dict[str, float | None]:
-    """The forward kernel's arguments that structs.BranchScales is made of."""
+@lru_cache(maxsize=256)
+def _forward_scales(
+    scaling: float, dropout_p: float, dtype: torch.dtype
+) -> tuple[float, float | None, float | None]:
+    """The forward kernel's scale_s, in_s and on_branch, which structs.BranchScales is made of."""
     inverse_keep = philox.inverse_keep(dropout_p)
     if dtype != torch.float16:
-        return {"scale_s": scaling * inverse_keep, "in_s": None, "on_branch": None}
-    in_s = split_scaling(scaling, dtype).in_s
-    return {"scale_s": inverse_keep, "in_s": in_s, "on_branch": _scale_of_branch(scaling, dtype)}
+        return scaling * inverse_keep, None, None
+    return inverse_keep, split_scaling(scaling, dtype).in_s, _scale_of_branch(scaling, dtype)
 
 
-def _seed_argument(seed: Tensor | None) -> Tensor | int | None:
-    return int(seed) if seed is not None and seed.device.type == "cpu" else seed
+@lru_cache(maxsize=256)
+def _backward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tuple[float, float | None, float]:
+    """The backward kernel's scaling, on_branch and inverse_keep."""
+    return scaling, _scale_of_branch(scaling, dtype), philox.inverse_keep(dropout_p)
+
+
+_threshold = lru_cache(maxsize=256)(philox.threshold)
+
+
+def _seed_arguments(seed: Tensor | None) -> tuple[Tensor | None, int | None]:
+    """The kernels' seed_ptr and seed: a null pointer and a value where the seed is in reach of the CPU."""
+    if seed is None:
+        return None, None
+    if seed.is_cpu and not triton.knobs.runtime.interpret:
+        return None, int(seed)
+    return seed, 0

@@ -25,14 +25,14 @@ def load_block(matrix, offs_row, offs_col, n_rows, n_cols, EVEN_ROWS: tl.constex
 
 
 @triton.jit
-def dropout_of(seed, threshold, inverse_keep):
-    """A seed is passed by value, or by pointer where a CUDA graph draws it."""
+def dropout_of(seed_ptr, seed, threshold, inverse_keep):
+    """A seed is passed by value, or by address where a CUDA graph draws it: one kernel for both, for no capture should
+    have to compile. The pointer is null, and not read, where the seed is a value."""
     if seed is None:
         return Dropout(0, 0, 1.0)
-    elif seed.dtype.is_ptr():
-        return Dropout(tl.load(seed), threshold, inverse_keep)
     else:
-        return Dropout(seed, threshold, inverse_keep)
+        given = tl.load(seed_ptr, mask=seed_ptr.to(tl.int64) != 0, other=seed)
+        return Dropout(given, threshold, inverse_keep)
 
 
 @triton.jit
