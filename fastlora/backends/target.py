@@ -1,9 +1,17 @@
 """What a launch needs to know of the machine it runs on."""
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+
+# What torch.cuda answers by objects and a look at whether CUDA is initialised, as it is where a tensor is: the device
+# that is current, and the handle of the stream that is current on a device.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+raw_stream: Callable[[int], int] = getattr(
+    torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
 
 
 class Target(NamedTuple):

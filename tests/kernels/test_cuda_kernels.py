@@ -128,14 +128,7 @@ def test_a_seed_on_the_device_gives_the_same_mask(poisoned, monkeypatch, dropout
     case = numerics.draw_case(136, 136, 72, 16, torch.bfloat16, dropout_p=dropout_p)
     with emulated() as launch:
         results, _ = run_layer(case, MEDIUM, ctas=2)
-        by_value = cuda._dropout_operands
-
-        def by_address(p, seed):
-            operands = by_value(p, seed)
-            del operands["seed"]
-            return operands | {"seed_address": case.seed.view(-1)}
-
-        monkeypatch.setattr(cuda, "_dropout_operands", by_address)
+        monkeypatch.setattr(cuda, "_with_seed", lambda named, numbers, seed: ({**named, "seed_address": seed}, numbers))
         on_device, _ = run_layer(case, MEDIUM, ctas=2)
     assert launch.stats[-1].buffers["seed_address"].bytes_read > 0
     assert all(torch.equal(results[name], on_device[name]) for name in results)
@@ -160,12 +153,13 @@ def test_misaligned_bias_is_copied(poisoned):
 
 
 @pytest.mark.parametrize("name", ("bias", "x"))
-def test_elements_that_lie_apart_are_refused(name):
-    """A kernel takes the elements of a vector, or of a row, for neighbours; dispatch copies what are not."""
+def test_elements_that_lie_apart_are_copied(poisoned, name):
+    """A kernel takes the elements of a vector, or of a row, for neighbours; what are not are copied before."""
     case = numerics.draw_integer_case(72, 136, 200, 16, torch.bfloat16)
     apart = torch.stack((getattr(case, name),) * 2, dim=-1)[..., 0]
-    with pytest.raises(ValueError, match="the last not 1"):
-        cuda._address(apart)
+    with emulated():
+        results, _ = run_layer(replace(case, **{name: apart}), SMALL, ctas=2)
+    numerics.assert_exact(results, case)
 
 
 _TYPES = ((r"\.f16\b", ".bf16"), (r"\bcvt\.rn\.f16x2\.f32", "cvt.rn.bf16x2.f32"), ("fp16", "bf16"))

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -109,13 +108,12 @@ class EmulatedLaunch:
         self._operands: dict[str, torch.Tensor] = {}  # of the launch at hand
         self._error: Exception | None = None
 
-    def launch(self, real: Callable, plan, device, operands) -> None:
+    def launch(self, real: Callable, prepared, operands, numbers) -> None:
         """fastlora.backends.cuda.launch._launch, given as ``real``, with its operands known to the emulator. Raises
         what the emulator finds."""
-        self._operands = {name: operand for name, operand in operands.items() if isinstance(operand, torch.Tensor)}
-        self._error = None
+        self._operands, self._error = dict(operands), None
         try:
-            real(plan, device, operands)
+            real(prepared, operands, numbers)
         except RuntimeError as failed:
             raise self._error or failed from None
 
@@ -154,13 +152,12 @@ def emulated(options: LaunchOptions | None = None, ptx: Callable[[str], str] = p
     """Within it, the CUDA launchers run in the emulator; yields the EmulatedLaunch."""
     _entries()  # of the library that is built
     runtime, launch = cuda_runtime.runtime(), EmulatedLaunch(options, ptx)
-    stream = SimpleNamespace(device_index=0, cuda_stream=STREAM)
     runtime.on_launch(launch)
     try:
         with (
             mock.patch.object(cuda, "_launch", functools.partial(launch.launch, cuda._launch)),
             mock.patch.object(extension, "load", lambda: (runtime.module, None)),
-            mock.patch.object(torch.cuda, "current_stream", lambda device=None: stream),
+            mock.patch.object(cuda, "raw_stream", lambda device: STREAM),
         ):
             yield launch
     finally:

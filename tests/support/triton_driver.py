@@ -20,7 +20,7 @@ STREAM = 0x5712EA
 N_SMS = 4
 
 
-def _as_cuda() -> None:
+def as_cuda() -> None:
     """What Triton's driver asks torch, as it is where one GPU is current."""
     torch.cuda.current_device = lambda: 0
     torch.cuda.set_device = lambda device: None
@@ -55,7 +55,7 @@ def run(directory: Path, dropout_p: float) -> dict[str, list[int]]:
     """Forward and backward of a bf16 layer, whose results are checked."""
     os.environ["TRITON_LIBCUDA_PATH"] = str(directory)
     opened = cuda_driver.as_libcuda(directory)
-    _as_cuda()
+    as_cuda()
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 

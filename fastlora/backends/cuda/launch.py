@@ -1,7 +1,7 @@
 """The CUDA backend for Hopper: a whole LoRA layer in one launch forward and one launch backward."""
 
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlora import philox
 from fastlora.backends.cuda import extension
 from fastlora.backends.cuda.tiles import CudaTile, choose_tile
+from fastlora.backends.target import raw_stream
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import (
     BackwardOperands,
@@ -86,44 +87,65 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _address(operand: Tensor | float) -> tuple[int, int] | float:
-    """A matrix as its address and row stride, a vector as its address; numbers are what they are.
+class _Prepared:
+    """What the calls of one description share: the plan, the row strides of the matrices, and scratch memory."""
 
-    Raises:
-        ValueError: the elements of a vector, or of a matrix's rows, do not lie one behind the other.
-    """
-    if not isinstance(operand, Tensor):
-        return operand
-    if operand.stride(-1) != 1 and operand.shape[-1] > 1:
-        raise ValueError(f"an operand of shape {tuple(operand.shape)} has strides {operand.stride()}, the last not 1")
-    if operand.dim() < 2:
-        return operand.data_ptr()
-    return operand.data_ptr(), operand.stride(0) if operand.shape[0] > 1 else operand.shape[1]
+    def __init__(self, spec: LaunchSpec, plan: Any):
+        self.spec, self.plan, self.device = spec, plan, spec.device
+        m, n, k, r = spec.sizes
+        given, outputs = spec.row_strides, (n if spec.direction == "forward" else k)
+        factors = dict(zip(("lora_a", "lora_b"), ((given.lora_a, k), (given.lora_b, r)), strict=True))
+        cast = _cast_factors(spec)  # which makes them contiguous
+        self.strides = {
+            "act": given.act if m > 1 else k + n - outputs,
+            "weight": given.weight,
+            **{name: contiguous if name in cast else stride for name, (stride, contiguous) in factors.items()},
+            "layer_input": given.saved_x if m > 1 else k,
+            "out": outputs,
+            "saved_s": r,
+        }
+        partials = {"gradient_partials": plan.gradient_partial_floats, "split_partials": plan.split_partial_floats}
+        self.scratch = tuple((name, size) for name, size in partials.items() if size)
+        self.words = plan.workspace_words
+
+    def run(self, operands: dict[str, Tensor], numbers: Mapping[str, float], seed: Tensor | None) -> None:
+        """A launch with these operands, by the names that a plan has for them, and scratch memory."""
+        operands["workspace"] = borrow_workspace(self.words, self.device)
+        for name, size in self.scratch:
+            operands[name] = torch.empty(size, dtype=torch.float32, device=self.device)
+        if seed is not None:
+            operands, numbers = _with_seed(operands, numbers, seed)
+        _launch(self, operands, numbers)
 
 
-def _launch(plan: Any, device: torch.device, operands: Mapping[str, Tensor | float]) -> None:
-    stream = torch.cuda.current_stream(device)
-    addresses = {name: _address(operand) for name, operand in operands.items()}
-    plan.launch(device=stream.device_index, stream=stream.cuda_stream, **addresses)
+def _launch(prepared: _Prepared, operands: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
+    """Launches on the current stream of the operands' device, which need not be current itself. Matrices go by address
+    and row stride, vectors by address."""
+    strides, device = prepared.strides, prepared.device.index or 0
+    addresses = {
+        name: (operand.data_ptr(), strides[name]) if name in strides else operand.data_ptr()
+        for name, operand in operands.items()
+    }
+    prepared.plan.launch(device=device, stream=raw_stream(device), **addresses, **numbers)
 
 
-def _run(plan: Any, like: Tensor, operands: Mapping[str, Tensor | float | None]) -> None:
-    """Launches with the scratch memory that the plan needs."""
-    scratch: dict[str, Tensor] = {"workspace": borrow_workspace(plan.workspace_words, like.device)}
-    sizes = {"gradient_partials": plan.gradient_partial_floats, "split_partials": plan.split_partial_floats}
-    for name, size in sizes.items():
-        if size:
-            scratch[name] = like.new_empty(size, dtype=torch.float32)
-    _launch(plan, like.device, {n: t for n, t in {**operands, **scratch}.items() if t is not None})
+def _with_seed(
+    operands: dict[str, Tensor], numbers: Mapping[str, float], seed: Tensor
+) -> tuple[dict[str, Tensor], Mapping[str, float]]:
+    """By value where the seed is in reach of the CPU, else by address."""
+    if seed.device.type == "cpu":
+        return operands, {**numbers, "seed": int(seed)}
+    return {**operands, "seed_address": seed}, numbers
 
 
-def _dropout_operands(dropout_p: float, seed: Tensor | None) -> dict[str, Tensor | float]:
-    if seed is None:
-        return {}
-    by: dict[str, Tensor | float] = (
-        {"seed": int(seed)} if seed.device.type == "cpu" else {"seed_address": seed.view(-1)}
-    )
-    return {"drop_threshold": philox.threshold(dropout_p), "inverse_keep": philox.inverse_keep(dropout_p), **by}
+@lru_cache(maxsize=256)
+def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: bool) -> dict[str, float]:
+    """A plan's factors of the branch and of what dropout keeps."""
+    scales = split_scaling(scaling, dtype)
+    found = {"scale_in_s": scaling if backward else scales.in_s, "scale_on_branch": scales.on_branch}
+    if dropout_p > 0.0:
+        found |= {"drop_threshold": philox.threshold(dropout_p), "inverse_keep": philox.inverse_keep(dropout_p)}
+    return found
 
 
 def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = None) -> Launcher:
@@ -142,53 +164,62 @@ def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = N
         fused=tile.fused and (needs.dx or not backward), gradients_last=tile.gradients_last and needs.dx, ctas=ctas,
         **(makes if backward else {}),
     )  # fmt: skip
-    return partial(_backward if backward else _forward, spec, plan)
+    return (_Backward if backward else _Forward)(spec, plan)
 
 
-def _forward(spec: LaunchSpec, plan: Any, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
+class _Forward(_Prepared):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
-    x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
-    m, n, _, r = spec.sizes
-    y, s = x.new_empty(m, n), x.new_empty(m, r)
-    scales = split_scaling(scaling, x.dtype)
-    _run(
-        plan,
-        x,
-        {
-            "act": x, "weight": weight, "lora_a": lora_a.to(x.dtype), "lora_b": lora_b.to(x.dtype), "bias": bias,
-            "out": y, "s": s.view(-1), "scale_in_s": scales.in_s, "scale_on_branch": scales.on_branch,
-            **_dropout_operands(dropout_p, seed),
-        },
-    )  # fmt: skip
-    return y, s
+
+    def __call__(self, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
+        x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
+        m, n, _, r = self.spec.sizes
+        dtype = self.spec.dtype
+        y, s = x.new_empty(m, n), x.new_empty(m, r)
+        named = {
+            "act": x, "weight": weight, "lora_a": _cast(lora_a, dtype), "lora_b": _cast(lora_b, dtype), "out": y, "s": s
+        }  # fmt: skip
+        if bias is not None:
+            named["bias"] = bias
+        self.run(named, _numbers(scaling, dropout_p, dtype, False), seed)
+        return y, s
 
 
-def _backward(spec: LaunchSpec, plan: Any, operands: BackwardOperands) -> Gradients:
+class _Backward(_Prepared):
     """The gradients that the description needs in one launch; see backends.reference."""
-    dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
-    m, n, k, r = spec.sizes
-    needs = spec.needs
 
-    def output(needed: bool, *shape: int, dtype: torch.dtype = dy.dtype) -> Tensor | None:
-        return dy.new_empty(shape, dtype=dtype) if needed else None
+    def __init__(self, spec: LaunchSpec, plan: Any):
+        super().__init__(spec, plan)
+        m, n, k, r = spec.sizes
+        needs, dtypes = spec.needs, {*spec.adapter_dtypes, spec.dtype}
+        # Both gradients are stored in one dtype; if the adapters differ in theirs, one of them is cast.
+        self.grad_dtype = spec.dtype if len(dtypes) == 1 else torch.float32
+        # By the names that a plan has for them: (shape, dtype).
+        made = {
+            "out": (needs.dx, (m, k), spec.dtype), "s": (needs.dx or needs.da, (m, r), spec.dtype),
+            "grad_a": (needs.da, (r, k), self.grad_dtype), "grad_b": (needs.db, (n, r), self.grad_dtype),
+            "grad_bias": (needs.dbias, (n,), spec.dtype),
+        }  # fmt: skip
+        self.outputs = tuple((name, shape, dtype) for name, (need, shape, dtype) in made.items() if need)
 
-    # Both gradients are stored in one dtype; if the adapters differ in theirs, one of them is cast.
-    grad_dtype = dy.dtype if lora_a.dtype == lora_b.dtype == dy.dtype else torch.float32
-    dx, ds = output(needs.dx, m, k), output(needs.dx or needs.da, m * r)
-    da, db = output(needs.da, r, k, dtype=grad_dtype), output(needs.db, n, r, dtype=grad_dtype)
-    dbias = output(needs.dbias, n)
-    _run(
-        plan,
-        dy,
-        {
-            "act": dy, "weight": weight, "lora_a": lora_a.to(dy.dtype), "lora_b": lora_b.to(dy.dtype), "out": dx,
-            "s": ds, "layer_input": x, "saved_s": s, "grad_a": None if da is None else da.view(-1),
-            "grad_b": None if db is None else db.view(-1), "grad_bias": dbias, "scale_in_s": scaling,
-            "scale_on_branch": split_scaling(scaling, dy.dtype).on_branch,
-            "fp32_grads": grad_dtype == torch.float32,
-            **_dropout_operands(dropout_p, seed),
-        },
-    )  # fmt: skip
-    return Gradients(
-        dx, None if da is None else da.to(lora_a.dtype), None if db is None else db.to(lora_b.dtype), dbias
-    )
+    def __call__(self, operands: BackwardOperands) -> Gradients:
+        dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
+        dtype = self.spec.dtype
+        named = {"act": dy, "weight": weight, "lora_a": _cast(lora_a, dtype), "lora_b": _cast(lora_b, dtype)}
+        if x is not None:
+            named["layer_input"] = x
+        if s is not None:
+            named["saved_s"] = s
+        for name, shape, output_dtype in self.outputs:
+            named[name] = dy.new_empty(shape, dtype=output_dtype)
+        numbers = _numbers(scaling, dropout_p, dtype, True)
+        if self.grad_dtype != dtype:
+            numbers = {**numbers, "fp32_grads": True}
+        self.run(named, numbers, seed)
+        get = named.get
+        return Gradients(
+            get("out"), _cast(get("grad_a"), lora_a.dtype), _cast(get("grad_b"), lora_b.dtype), get("grad_bias")
+        )
+
+
+def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+    return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

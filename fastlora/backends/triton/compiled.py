@@ -19,8 +19,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Without the look at whether CUDA is initialised, as it is where a tensor is.
-_current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+from fastlora.backends.target import current_device
 
 # (address, number of a layout) -> what a kernel takes for a TMA descriptor. A tensor map says where a matrix lies and
 # how blocks are cut from it, which is all of its key: an entry cannot go stale, and keeps no memory alive. Those of
@@ -53,7 +52,7 @@ def _direct_launcher(compiled: Any) -> _Direct | None:
     from triton.backends.nvidia import driver
 
     launcher, metadata = compiled.run, compiled.metadata
-    if getattr(type(launcher), "__call__", None) is not driver.CudaLauncher.__call__:
+    if not isinstance(launcher, driver.CudaLauncher) or type(launcher).__call__ is not driver.CudaLauncher.__call__:
         return None
     if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
         return None
@@ -70,15 +69,15 @@ def _direct_launcher(compiled: Any) -> _Direct | None:
     if hasattr(launcher, "arg_annotations"):
         call = triton.runtime.driver.active.utils.launch
         annotations = (launcher.arg_annotations, launcher.kernel_signature)
-        head = (compiled.function, *flags, compiled.packed_metadata, *no_hooks, *no_scratch, *annotations)
-        return _Direct(call, head, True, make_map)
+        metadata_first = (compiled.packed_metadata, *no_hooks, *no_scratch)
+        return _Direct(call, (compiled.function, *flags, *metadata_first, *annotations), True, make_map)
     call = launcher.launch
     if maps:  # a function that makes the maps and calls the launcher
         call = inspect.getclosurevars(call).nonlocals.get("launcher")
     if not isinstance(call, BuiltinFunctionType):
         return None
-    head = (compiled.function, *flags, *no_scratch, compiled.packed_metadata, *no_hooks)
-    return _Direct(call, head, False, make_map)
+    scratch_first = (*no_scratch, compiled.packed_metadata, *no_hooks)
+    return _Direct(call, (compiled.function, *flags, *scratch_first), False, make_map)
 
 
 class CompiledLaunch:
@@ -116,7 +115,7 @@ class CompiledLaunch:
 
     def __call__(self, *args: Any) -> None:
         """A launch on the current stream of the tensors' device, with the kernel's arguments but the constants."""
-        if self._device is not None and _current_device() != self._device:
+        if self._device is not None and current_device() != self._device:
             with torch.cuda.device(self._device):
                 self._launch(args)
         else:

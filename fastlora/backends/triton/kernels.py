@@ -11,8 +11,8 @@ from fastlora.backends.triton.structs import BranchScales, Gradient, Matrix, Pro
 from fastlora.backends.triton.tiles import product_tile
 from fastlora.backends.triton.variant import variant_of
 
-# Arguments whose values Triton must not compile for: every sixteenth seed, and each kind of sequence length, would bring
-# a compilation into training. The machine code is the same without: addresses depend on no multiple of theirs.
+# Arguments whose values Triton must not compile for: every sixteenth seed, and each kind of sequence length, would
+# bring a compilation into training. The machine code is the same without: no address is a multiple of theirs.
 UNSPECIALISED = ("M", "n_words", "wave", "n_columns", "gradients_last", "seed_ptr", "seed", "threshold")
 
 

@@ -197,7 +197,8 @@ class _Backward(_Prepared):
         made = (
             (needs.dx, (m, k), spec.dtype), (makes_ds, (m, r), spec.dtype), (needs.da, (r, k), adapters[0]),
             (needs.db, (n, r), adapters[1]), (needs.dbias, (n,), spec.dtype),
-            *((serial and need, shape, torch.float32) for need, shape in zip(makes_sums, ((k, r), (n, r), (n,)))),
+            (serial and needs.da, (k, r), torch.float32), (serial and needs.db, (n, r), torch.float32),
+            (serial and needs.dbias, (n,), torch.float32),
         )  # fmt: skip
         self.outputs = tuple((shape, dtype) if need else None for need, shape, dtype in made)
         # Where dS is made, one kernel serves with dX and without it.
@@ -247,9 +248,7 @@ def _scale_of_branch(scaling: float, dtype: torch.dtype) -> float | None:
 
 
 @lru_cache(maxsize=256)
-def _forward_scales(
-    scaling: float, dropout_p: float, dtype: torch.dtype
-) -> tuple[float, float | None, float | None]:
+def _forward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tuple[float, float | None, float | None]:
     """The forward kernel's scale_s, in_s and on_branch, which structs.BranchScales is made of."""
     inverse_keep = philox.inverse_keep(dropout_p)
     if dtype != torch.float16:
