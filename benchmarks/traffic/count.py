@@ -172,7 +172,8 @@ class Group:
 
 def _square_tile(table: str) -> TileConfig:
     """The shipped tile of 64 x 64, in groups so short that gradients have parts at this size."""
-    tile = next(config for config in TILE_TABLES[table] if (config.block_m, config.block_n) == (64, 64))
+    tiles = (*TILE_TABLES[table], *TILE_TABLES[f"{table} few rows"])
+    tile = next(config for config in tiles if (config.block_m, config.block_n) == (64, 64))
     return replace(tile, group_m=4)
 
 

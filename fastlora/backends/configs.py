@@ -7,6 +7,7 @@ from fastlora.problem import Direction
 
 MAX_RANK = 256
 FUSED_RANK = 64  # the largest for the fused shrink: beyond, two accumulators do not fit
+FEW_ROWS = 64  # the most of a forward without dropout, as of a decode step, for which there are tables of their own
 LONGEST_WAIT = 0.015  # of a launch, for S: about the resolution of the schedule model
 _LEAST_COLUMNS = 32  # a narrower product takes as long: its left operand has to be read all the same
 # As long as a product with so many columns takes drawing dropout's mask for its rows: instructions counted in the
@@ -41,7 +42,10 @@ class TileConfig:
 
 
 # Each table runs from the largest tile to the smallest. Those for a large rank serve ranks above FUSED_RANK, where
-# gradient tiles need more registers; "unaligned" ones tensors whose rows do not start on 16 bytes, where addresses do.
+# gradient tiles need more registers; "unaligned" ones tensors whose rows do not start on 16 bytes, where addresses do;
+# those for few rows, FEW_ROWS at most. A run of training meets any number of rows, and a tile is three kernels to compile
+# (forward with dropout and without, backward), the largest six: so there are three tiles. By the schedule model a layer
+# of Llama-8B takes, over 40 to 2048 rows, no longer than with three smaller ones besides.
 # GROUP_M = 8 comes from benchmarks/results/schedule.md. The other figures compile without a spill; what was tuned on a
 # device goes into tuned/, and nothing is there yet.
 TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
@@ -49,6 +53,8 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(128, 256, 64, 8, 8, 3, gradient_n=128),
         TileConfig(128, 128, 64, 8, 8, 4, gradient_n=128),
         TileConfig(64, 128, 64, 8, 4, 4),
+    ),
+    "hopper few rows": (
         TileConfig(64, 64, 64, 8, 4, 4, programs_per_sm=2),
         TileConfig(32, 64, 128, 8, 4, 4, programs_per_sm=2),
         TileConfig(16, 64, 128, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
@@ -62,6 +68,10 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
     ),
     "ampere": (
         TileConfig(128, 128, 32, 8, 8, 4),
+        TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
+        TileConfig(32, 64, 64, 8, 4, 4, programs_per_sm=2),
+    ),
+    "ampere few rows": (
         TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
         TileConfig(32, 64, 64, 8, 4, 4, programs_per_sm=2),
         TileConfig(16, 64, 32, 8, 4, 4, programs_per_sm=2),
@@ -93,6 +103,7 @@ TILE_TABLES["blackwell"] = tuple(
     replace(config, slice_n=32) if (config.block_m, config.block_n) in ((128, 128), (64, 128)) else config
     for config in TILE_TABLES["hopper"]
 )
+TILE_TABLES["blackwell few rows"] = TILE_TABLES["hopper few rows"]
 TILE_TABLES["blackwell large-rank"] = TILE_TABLES["hopper large-rank"]
 
 
@@ -135,13 +146,14 @@ def gradients_last(m: int, columns: int, contracted: int, block_m: int, block_n:
     return 2 * m * (columns + contracted) < contracted * block_m * block_n
 
 
-def table_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
+def table_for(arch: int, rank: int, element_size: int, aligned: bool, few_rows: bool = False) -> str:
     """The name of the table of tiles for a GPU of compute capability ``arch`` (90 for 9.0).
 
     Args:
         rank: of the adapter.
         element_size: bytes of one element of x.
         aligned: whether every operand's rows start on 16 bytes.
+        few_rows: whether a forward without dropout has FEW_ROWS rows at most.
     """
     if element_size == 4:
         family = "float32"
@@ -149,7 +161,9 @@ def table_for(arch: int, rank: int, element_size: int, aligned: bool) -> str:
         family = "unaligned"
     else:
         family = {90: "hopper", 100: "blackwell", 103: "blackwell"}.get(arch, "ampere")
-    return family if padded_rank(rank) <= FUSED_RANK else f"{family} large-rank"
+    if padded_rank(rank) > FUSED_RANK:
+        return f"{family} large-rank"
+    return f"{family} few rows" if few_rows and f"{family} few rows" in TILE_TABLES else family
 
 
 @lru_cache(maxsize=4096)
@@ -178,7 +192,8 @@ def choose_config(
         dropout: whether the call drops elements of x.
     """
     columns = n if direction == "forward" else k
-    table = TILE_TABLES[table_for(arch, r, element_size, aligned)]
+    few_rows = m <= FEW_ROWS and direction == "forward" and not dropout
+    table = TILE_TABLES[table_for(arch, r, element_size, aligned, few_rows)]
 
     def n_tiles(config: TileConfig) -> int:
         return -(-m // config.block_m) * -(-columns // config.block_n)

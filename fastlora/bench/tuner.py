@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastlora.backends import reference
-from fastlora.backends.configs import TILE_TABLES, TileConfig, choose_config, table_for
+from fastlora.backends.configs import FEW_ROWS, TILE_TABLES, TileConfig, choose_config, table_for
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import TOLERANCE, WrongResult
 from fastlora.bench.layer import input_sets
@@ -117,7 +117,7 @@ def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, 
         ran = (entry for entry in quick.values() if entry.error is None)
         return sorted(ran, key=lambda entry: entry.median_us)
 
-    ran = try_all([table, *TILE_TABLES[table_for(target.arch, case.r, size, True)]])
+    ran = try_all([table, *TILE_TABLES[table_for(target.arch, case.r, size, True, case.m <= FEW_ROWS)]])
     if quick[table].error:
         raise RuntimeError(f"the table's choice for {case.label} {direction} does not run: {quick[table].error}")
     ran = try_all(around(ran[0].config))

@@ -9,6 +9,7 @@ from benchmarks.schedule.model import Problem, simulate
 from benchmarks.schedule.queue_order import Schedule
 from benchmarks.schedule.sweep import KERNELS, default_schedule
 from fastlora.backends.configs import (
+    FEW_ROWS,
     FUSED_RANK,
     TILE_TABLES,
     TileConfig,
@@ -25,10 +26,10 @@ def choose(direction="forward", m=8192, n=4096, k=4096, r=16, arch=90, element_s
 @pytest.mark.parametrize("r", (1, 16, 40, 64, 65, 256))
 @pytest.mark.parametrize("element_size, aligned", ((2, True), (2, False), (4, True)))
 @pytest.mark.parametrize("arch", (80, 86, 90, 100, 120))
-@pytest.mark.parametrize("m", (1, 100, 2048, 8192))
+@pytest.mark.parametrize("m", (1, 32, 33, 100, 2048, 8192))
 def test_a_choice_is_a_tile_of_its_table(m, arch, element_size, aligned, r):
     chosen = choose(m=m, r=r, arch=arch, element_size=element_size, aligned=aligned)
-    table = TILE_TABLES[table_for(arch, r, element_size, aligned)]
+    table = TILE_TABLES[table_for(arch, r, element_size, aligned, m <= FEW_ROWS)]
     assert dataclasses.replace(chosen, fused=table[0].fused) in table
 
 

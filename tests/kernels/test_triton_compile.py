@@ -79,7 +79,7 @@ def shipped():
         dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
         aligned = not name.startswith("unaligned")
         rank = 256 if large_rank else FUSED_RANK
-        if table_for(arch, rank, dtype.itemsize, aligned) != name:
+        if table_for(arch, rank, dtype.itemsize, aligned, name.endswith(" few rows")) != name:
             continue
         makes_s = (False,) if large_rank else (True,) if dtype == torch.float32 else (True, False)  # what may be chosen
         for config, direction, fused in itertools.product(table, DIRECTIONS, makes_s):

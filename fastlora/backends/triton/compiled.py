@@ -157,8 +157,9 @@ class CompiledLaunch:
         if kernel is None:  # a hook of Triton's has taken the compilation over
             return
         grid, bound, stream = (self.grid, 1, 1), self._bound(args), self._stream(self._index)
+        metadata = kernel.launch_metadata(grid, stream, *bound)
         kernel.run(
-            *grid, stream, kernel.function, kernel.packed_metadata, kernel.launch_metadata(grid, stream, *bound),
+            *grid, stream, kernel.function, kernel.packed_metadata, metadata,
             _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook, *bound,
         )  # fmt: skip
 
