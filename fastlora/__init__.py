@@ -8,6 +8,7 @@ from fastlora.model import inject, merge, merge_and_unload, trainable_parameters
 from fastlora.module import LoRALinear
 from fastlora.op_tools import decompositions
 from fastlora.ops import LoRALinearFunction, lora_linear
+from fastlora.warming import warmup
 
 __version__ = "0.1.0"
 
@@ -29,4 +30,5 @@ __all__ = [
     "save_adapter",
     "trainable_parameters",
     "unmerge",
+    "warmup",
 ]

@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -195,6 +196,28 @@ def launch_backward(backend: ModuleType, operands: BackwardOperands, needs: Need
     """The gradients that ``needs`` names, likewise."""
     operands, spec = describe_backward(operands, needs)
     return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
+
+
+def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None, workers: int) -> int:
+    """Compiles what calls of these operands and descriptions would compile, and launches nothing.
+
+    Args:
+        calls: operands, which may be on the "meta" device, and the description of such a call on its real one.
+        requested: a backend's name to insist on, or None.
+        workers: threads that compile.
+
+    Returns:
+        The number of kernels: Triton's, for the other backends have nothing to compile.
+
+    Raises:
+        ValueError: as for select_backend.
+    """
+    chosen = ((select_backend(spec, requested)[0], operands, spec) for operands, spec in calls)
+    compiled = [(operands, spec) for name, operands, spec in chosen if name == "triton"]
+    if not compiled:
+        return 0
+    triton = backend_module("triton")
+    return triton.compile_all(((triton.prepare(spec), operands) for operands, spec in compiled), workers)
 
 
 def environment_backend() -> str | None:

@@ -43,9 +43,10 @@ class TileConfig:
 
 # Each table runs from the largest tile to the smallest. Those for a large rank serve ranks above FUSED_RANK, where
 # gradient tiles need more registers; "unaligned" ones tensors whose rows do not start on 16 bytes, where addresses do;
-# those for few rows, FEW_ROWS at most. A run of training meets any number of rows, and a tile is three kernels to compile
-# (forward with dropout and without, backward), the largest six: so there are three tiles. By the schedule model a layer
-# of Llama-8B takes, over 40 to 2048 rows, no longer than with three smaller ones besides.
+# those for few rows, FEW_ROWS at most. A run of training meets any number of rows, and a tile is three kernels to
+# compile (forward with dropout and without, backward), the largest six: so there are three tiles. By the schedule model
+# Llama-8B's layers take, on average over 40 to 2048 rows, no longer than with three smaller ones besides, but up to
+# twice as long where at most 128 rows meet 1024 columns.
 # GROUP_M = 8 comes from benchmarks/results/schedule.md. The other figures compile without a spill; what was tuned on a
 # device goes into tuned/, and nothing is there yet.
 TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {

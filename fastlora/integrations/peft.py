@@ -17,6 +17,7 @@ from torch import nn
 
 from fastlora.integrations.peft_layer import FusedLinear, fuse, restore, type_reason
 from fastlora.integrations.peft_reasons import call_reason
+from fastlora.warming import warmup as warm_up
 
 __all__ = ["FusedLinear", "Patched", "patch", "register", "unpatch", "unserved"]
 
@@ -55,7 +56,7 @@ class Patched(list):
         return self.summary
 
 
-def patch(model: nn.Module, strict: bool = False, copy_input: bool = False) -> Patched:
+def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warmup: bool = False) -> Patched:
     """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place.
 
     It works on what ``get_peft_model`` and ``from_pretrained`` return, on models inside trainers and on models that
@@ -68,6 +69,8 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False) -> P
         strict: refuse a model in which some LoRA layer, as it is now, would run PEFT's own forward.
         copy_input: save a copy of each layer's input for the backward, as PEFT does where it casts the input or drops
             elements of it, so that a model may modify the input in place after the layer (``x += layer(x)``).
+        warmup: compile the layers' kernels now, side by side (``fastlora.warmup`` with its defaults), so that the model
+            should be on its device and have its dtypes.
 
     Returns:
         Paths of the layers for which a call would be served fused now, given an input of the base weight's dtype:
@@ -89,6 +92,8 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False) -> P
     for home in _homes(model):
         _remove_watches(home)
         home.register_forward_pre_hook(_Watch(home, copy_input))
+    if warmup and len(refused) < len(layers):
+        warm_up(model)
     return Patched([found.name for found in layers if found.name not in refused], refused)
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     ("module",),
     ("model",),
     ("adapters",),
-    ("integrations", "analysis"),
+    ("integrations", "analysis", "warming"),
     ("__init__",),
     ("finetune",),
     ("bench",),

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from fastlora.backends.configs import FEW_ROWS
 from fastlora.backends.triton import launch as triton_lora
 from tests.support.specialisations import DROPOUT, N_SMS, Step, asked_for, walk
 
@@ -23,7 +24,9 @@ def _lengths(batch: int, shortest: int, longest: int, multiple: int = 1) -> list
 
 def training(tokens: list[int]) -> list[Step]:
     """Steps of every length, evaluated as well, with seeds drawn on the CPU and in captured graphs."""
-    return [Step(m, trains, captured) for m in tokens for trains, captured in ((True, False), (True, True), (False, False))]
+    return [
+        Step(m, trains, captured) for m in tokens for trains, captured in ((True, False), (True, True), (False, False))
+    ]
 
 
 RUNS = {
@@ -31,6 +34,7 @@ RUNS = {
     "packed, with a last batch": training([8192, 6144]),
     "one sample, any length": training(_lengths(1, 50, 2048)),
     "four samples, any length": training(_lengths(4, 50, 1024)),
+    "any number of tokens": training(_lengths(1, FEW_ROWS + 1, 16384)),
     "four samples, padded to a multiple of 8": training(_lengths(4, 48, 1024, 8)),
 }
 

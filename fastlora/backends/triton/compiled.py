@@ -107,7 +107,7 @@ class CompiledLaunch:
         self.kernel, self.grid, self.blocks, self.compiled_as = kernel, grid, blocks, compiled_as
         self.constants, self.options = constants, options
         self._device = device.index if device.type == "cuda" else None
-        self._compiled: Any = None  # kept: Triton unloads a kernel that nobody refers to
+        self.compiled: Any = None  # kept: Triton unloads a kernel that nobody refers to
         self._direct: _Direct | None = None
         self._layouts: tuple[int | None, ...] = ()  # of the first three arguments; None: a pointer
         self._index = 0
@@ -123,9 +123,9 @@ class CompiledLaunch:
 
     def compile(self, *args: Any) -> None:
         """Compiles and loads the kernel for arguments of this kind, which may be on the "meta" device; launches
-        nothing."""
+        nothing. Within triton.AsyncCompileMode the compilation is only begun: another call after it has ended loads."""
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
-            self._compile(args)
+            self._compile(args, waits=False)
 
     def _launch(self, args: tuple) -> None:
         direct = self._direct
@@ -151,9 +151,9 @@ class CompiledLaunch:
         if _RUNTIME.interpret:
             self.kernel[(self.grid,)](*self._bound(args, "cpu"), **self.options)
             return
-        if self._compiled is None:
+        if self.compiled is None:
             self._compile(args)
-        kernel = self._compiled
+        kernel = self.compiled
         if kernel is None:  # a hook of Triton's has taken the compilation over
             return
         grid, bound, stream = (self.grid, 1, 1), self._bound(args), self._stream(self._index)
@@ -178,10 +178,11 @@ class CompiledLaunch:
                 rest[index - 3] = torch.empty(1, dtype=kind, device=stand_ins)
         return (*matrices, *rest, *self.constants)
 
-    def _compile(self, args: tuple) -> None:
+    def _compile(self, args: tuple, waits: bool = True) -> None:
         bound = self._bound(args, "meta")
         compiled = self.kernel.run(*bound, grid=(self.grid,), warmup=True, **self.options)
-        compiled = compiled.result() if hasattr(compiled, "result") else compiled  # of a compilation in the background
+        if isinstance(compiled, triton.FutureKernel):
+            compiled = compiled.result() if waits else None
         if compiled is None:
             return
         driver = triton.runtime.driver.active
@@ -191,7 +192,7 @@ class CompiledLaunch:
             None if block is None else self._layout(i, matrix, block, compiled)
             for i, (matrix, block) in enumerate(zip(args, self.blocks, strict=False))
         )
-        self._compiled = compiled
+        self.compiled = compiled
         self._direct = direct  # last: another thread launches by it as soon as it is there
 
     @staticmethod

@@ -1,5 +1,8 @@
 """The Triton backend, host side: which calls the kernels serve, and the two launches of a layer."""
 
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import lru_cache
 from importlib.metadata import version
 from typing import Any
@@ -67,6 +70,25 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     return _Forward(spec, config, target) if spec.direction == "forward" else _Backward(spec, config, target)
 
 
+def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
+    """Compiles what calls would launch, several kernels side by side, and loads it.
+
+    Args:
+        calls: of what ``prepare`` has returned with operands of its description, which may be on the "meta" device.
+        workers: threads that compile; most of the work is outside of Python.
+
+    Returns:
+        The number of kernels.
+    """
+    distinct = {prepared.kernel_key: (prepared, operands) for prepared, operands in calls}
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+        for prepared, operands in distinct.values():
+            prepared.compile(operands)
+    for prepared, operands in distinct.values():
+        prepared.compile(operands)
+    return len({id(prepared.launch.compiled) for prepared, _ in distinct.values()})
+
+
 def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
     """What ``fastlora tune`` found on this GPU, else the tables' choice."""
     aligned = spec.aligned.act and spec.aligned.weight
@@ -93,6 +115,7 @@ class _Prepared:
     launch: CompiledLaunch
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, *, block_r: int, fused: bool):
+        config = replace(config, fused=fused)  # what it cannot have fused is the same kernel as what need not
         self.spec, self.config, self.device = spec, config, spec.device
         has_tma = target.arch >= 90
         forward = spec.direction == "forward"
@@ -110,6 +133,7 @@ class _Prepared:
             tf32=spec.tf32,
             wgmma=target.arch == 90,
         )
+        self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m=0)), self.variant)  # calls of one have one kernel
         self.wave = target.n_sms * config.programs_per_sm
         self.n_rows = _ceil_div(spec.sizes.m, config.block_m)
 

@@ -1,0 +1,151 @@
+"""Kernels compiled before the first step, side by side, instead of one after the other within it."""
+
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.backends.configs import FEW_ROWS
+from fastlora.dispatch import compile_ahead, environment_backend
+from fastlora.module import LoRALinear
+from fastlora.operands import describe_backward, describe_forward
+from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
+
+# Numbers of tokens that stand for all above FEW_ROWS: a tile is chosen by how many there are, of 32 rows at least, and
+# beyond 2048 rows of 128, so that no number in between has another.
+LONGEST = 16384
+_ANY_TOKENS = (*range(FEW_ROWS + 32, 2048, 32), *range(2048, LONGEST + 1, 128))
+_MOST_WORKERS = 8
+
+
+class Warmed(NamedTuple):
+    """What a warm-up has done.
+
+    layers: LoRA layers found; kernels: compiled for them, or found in Triton's cache; seconds: that it took.
+    """
+
+    layers: int
+    kernels: int
+    seconds: float
+
+
+class _Layer(NamedTuple):
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout_p: float
+
+
+def warmup(
+    model: nn.Module,
+    tokens: int | Iterable[int] | None = None,
+    *,
+    training: bool = True,
+    evaluation: bool = True,
+    backend: str | None = None,
+    workers: int | None = None,
+) -> Warmed:
+    """Compiles and loads the kernels that a model's LoRA layers will launch, several at once, and launches none.
+
+    Without it each kernel is compiled by the first call that needs it: seconds each, one after the other, within the
+    first steps or within the capture of a CUDA graph. Compiled kernels stay in Triton's cache on disk. Call it where
+    the model is on its device, has the dtypes that it will be used in, and, if it will be used under
+    ``torch.autocast``, under that. Layers on the CPU, and calls that the CUDA backend or the reference serves, have
+    nothing to compile; neither have FSDP units of single layers here.
+
+    Args:
+        model: any module with LoRALinear layers, or a PEFT model that ``fastlora.integrations.peft.patch`` has turned.
+        tokens: numbers of rows of a call (batch x sequence), each at least 1. By default any number from 65 to
+            16384, which is 12 kernels at most for all layers of one dtype and rank.
+        training: compile for steps of training: the forward with dropout, and the backward.
+        evaluation: compile for forwards without dropout.
+        backend: "cuda", "triton" or "reference" to insist on one; None for the best that serves a call.
+        workers: threads that compile; by default one for each CPU, 8 at most.
+
+    Returns:
+        The numbers of layers and kernels, and how long it took.
+
+    Raises:
+        ValueError: a number of tokens below 1, no LoRA layer that is ever fused, or ``backend`` cannot serve a call.
+    """
+    started = time.perf_counter()
+    rows = _ANY_TOKENS if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
+    if any(m < 1 for m in rows):
+        raise ValueError(f"tokens must be at least 1, got {min(rows)}")
+    found = [module for module in model.modules() if _is_fused(module)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no LoRA layer of fastlora's; inject or patch it first")
+    layers = [layer for module in found if (layer := _layer_of(module)) is not None]
+    distinct = {_kind(layer): layer for layer in layers}
+    calls = (call for layer in distinct.values() for m in rows for call in _calls(layer, m, training, evaluation))
+    workers = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
+    kernels = compile_ahead(calls, backend or environment_backend(), workers)
+    return Warmed(len(layers), kernels, time.perf_counter() - started)
+
+
+def _is_fused(module: nn.Module) -> bool:
+    if "peft" not in sys.modules:
+        return isinstance(module, LoRALinear)
+    from fastlora.integrations.peft_layer import FusedLinear
+
+    return isinstance(module, LoRALinear | FusedLinear)
+
+
+def _layer_of(module: Any) -> _Layer | None:
+    """What a fused call of the module would be made of, as it is now, or None."""
+    if isinstance(module, LoRALinear):
+        if module.merged:
+            return None
+        return _Layer(module.weight, module.bias, module.lora_A, module.lora_B, module.scaling, module.dropout)
+    from fastlora.integrations.peft_reasons import Parts, inspect
+
+    parts = inspect(module)
+    if not isinstance(parts, Parts):
+        return None
+    weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, _ = parts
+    scaling = 1.0 if isinstance(scaling, Tensor) else scaling
+    return _Layer(weight, lora_bias if bias is None else bias, lora_a, lora_b, scaling, dropout_p)
+
+
+def _kind(layer: _Layer) -> tuple:
+    """Layers of one kind have the same calls."""
+    return tuple(
+        (each.shape, each.stride(), each.dtype, each.device, each.requires_grad) if isinstance(each, Tensor) else each
+        for each in layer
+    )
+
+
+def _calls(layer: _Layer, m: int, training: bool, evaluation: bool) -> Iterator[tuple[tuple, LaunchSpec]]:
+    """Operands on the "meta" device and descriptions of a layer's calls with m rows."""
+    device = layer.weight.device
+    dtype = layer.weight.dtype
+    if device.type != "meta" and torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+
+    def meta(shape: Iterable[int], dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+    (n, k), r = layer.weight.shape, layer.lora_a.shape[0]
+    lora_a, lora_b = (
+        meta(t.shape, torch.float32 if t.dtype == torch.float32 else dtype) for t in (layer.lora_a, layer.lora_b)
+    )
+    x, weight, bias = meta((m, k)), meta((n, k)), None if layer.bias is None else meta((n,))
+    trains_bias = layer.bias is not None and layer.bias.requires_grad
+    needs = Needs(True, layer.lora_a.requires_grad, layer.lora_b.requires_grad, trains_bias)
+    probabilities = {layer.dropout_p} if training else set()
+    for p in probabilities | ({0.0} if evaluation else set()):
+        seed = meta((), torch.int64) if p > 0.0 else None
+        forward, spec = describe_forward(ForwardOperands(x, weight, lora_a, lora_b, bias, layer.scaling, p, seed))
+        yield forward, spec._replace(device=device)
+        if training and p == layer.dropout_p:
+            dy, s = meta((m, n)), meta((m, r))
+            backward, spec = describe_backward(
+                BackwardOperands(dy, x, weight, lora_a, lora_b, s, layer.scaling, p, seed), needs
+            )
+            yield backward, spec._replace(device=device)
