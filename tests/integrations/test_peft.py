@@ -266,3 +266,19 @@ def test_frozen_inputs_frozen_factors_and_in_place_use():
         output.sum().backward(retain_graph=True)
         output.sum().backward()
     assert not fallbacks()
+
+
+def test_a_patched_model_is_warmed_up_on_request(monkeypatch):
+    """With what its layers will be called with, and only where their kernels are Triton's."""
+    calls = []
+    monkeypatch.setattr("fastlora.warming.compile_ahead", lambda found, *rest: calls.extend(found) or 0)
+    for warms in (False, True):
+        patch(make_stock(lora_dropout=0.1), warmup=warms)
+        assert bool(calls) == warms
+    assert {(spec.direction, spec.dropout) for _, spec in calls} == {
+        ("forward", True), ("forward", False), ("backward", True)
+    }  # fmt: skip
+    assert {(*spec.sizes[1:], spec.bias) for _, spec in calls if spec.direction == "forward"} == {
+        (18, 18, 3, True), (7, 18, 3, False)
+    }  # fmt: skip
+    assert {spec.needs for _, spec in calls if spec.direction == "backward"} == {(True, True, True, False)}

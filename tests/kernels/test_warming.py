@@ -99,19 +99,3 @@ def test_on_a_cpu_there_is_nothing_to_compile():
 def test_what_cannot_be_warmed_up_is_refused(model, tokens, reason):
     with pytest.raises(ValueError, match=reason):
         fastlora.warmup(model, tokens)
-
-
-def test_a_patched_model_is_warmed_up_on_request(on_triton, monkeypatch):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=4, target_modules=["0"], lora_dropout=0.1)
-    calls = []
-    monkeypatch.setattr("fastlora.warming.compile_ahead", lambda found, *rest: calls.extend(found) or 0)
-    for warm in (False, True):
-        model = peft.get_peft_model(nn.Sequential(nn.Linear(16, 8)), config)
-        fastlora.integrations.peft.patch(model, warmup=warm)
-        assert bool(calls) == warm
-    directions = {(spec.direction, spec.dropout) for _, spec in calls}
-    assert directions == {("forward", True), ("forward", False), ("backward", True)}
-    assert {spec.sizes[1:] for _, spec in calls} == {(8, 16, 4)} and all(
-        spec.bias for _, spec in calls if not any(spec.needs)
-    )
