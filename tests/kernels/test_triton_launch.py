@@ -1,55 +1,189 @@
-"""The host's side of a Triton launch, as far as it can be seen without a device: the kernels are stood in for."""
+"""The host's side of a Triton launch, as far as it can be seen without a device: what is launched, where, and what is
+taken for granted of it."""
 
 import json
 import os
+import random
 import subprocess
 import sys
+import weakref
+from collections import defaultdict
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastlora.backends.triton import compiled
 from fastlora.backends.triton import launch as triton_lora
-from fastlora.problem import Needs
-from tests.support import launches, numerics
+from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs
+from tests.support import specialisations
 
-pytest.importorskip("triton")
 
+class FakeLauncher:
+    """Stands in for Triton's launcher in C: notes what it is called with, and on which device."""
 
-class Recorder:
-    """Stands in for a kernel: notes each launch, and on which device it was made."""
+    def __init__(self, current: list):
+        self.current, self.calls = current, []
 
-    def __init__(self, device: list):
-        self.device, self.launches = device, []
-
-    def __getitem__(self, grid):
-        return lambda *args, **options: self.launches.append((self.device[-1], grid, args, options))
+    def __call__(self, *args):
+        self.calls.append((self.current[-1], args))
 
 
 @pytest.fixture
-def kernels(monkeypatch):
-    current = ["another device"]
+def current(monkeypatch):
+    """The stack of current devices."""
+    devices = [0]
 
     @contextmanager
-    def device_of(tensor):
-        current.append(tensor.device)
+    def device(index):
+        devices.append(index)
         yield
-        current.pop()
+        devices.pop()
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    found = {name: Recorder(current) for name in ("lora_forward_kernel", "lora_backward_kernel")}
-    for name, recorder in found.items():
-        monkeypatch.setattr(triton_lora, name, recorder)
-    return found
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(compiled, "current_device", lambda: devices[-1])
+    return devices
 
 
-def test_launches_are_made_on_the_tensors_device(kernels):
+def launch_of(launcher, device: torch.device, made: list, nested: bool) -> compiled.CompiledLaunch:
+    """A launch as if it were compiled: of two matrices by tensor map, whose making ``made`` notes, and a pointer."""
+    blocks = ([16, 16], [16, 16], None)
+    launch = compiled.CompiledLaunch(None, 5, device, blocks, {}, ("constant",), {})
+
+    def make_map(descriptor, number):
+        made.append((descriptor.base.data_ptr(), number))
+        return [f"map {descriptor.base.data_ptr()}", *descriptor.shape]
+
+    launch._layouts = (next(compiled._numbers), next(compiled._numbers), None)
+    launch._index, launch._stream = device.index, lambda index: f"stream of {index}"
+    launch._direct = compiled._Direct(launcher, ("head",), nested, make_map)
+    return launch
+
+
+def matrix(value: float = 0.0) -> torch.Tensor:
+    return torch.full((16, 32), value, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("index", (0, 1))
+@pytest.mark.parametrize("nested", (False, True))
+def test_launches_are_made_on_the_tensors_device(current, index, nested):
     """Triton takes the current device; a second GPU's tensors would meet the first one's stream."""
-    c = numerics.draw_case(40, 48, 72, 8, torch.bfloat16)
-    _, s = launches.forward(triton_lora, c.x, c.weight, c.lora_a, c.lora_b, c.bias, 1.0, 0.0, None)
-    launches.backward(triton_lora, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, 1.0, 0.0, None, Needs(*[True] * 4))
-    for recorder in kernels.values():
-        assert [device for device, *_ in recorder.launches] == [torch.device("cpu")]
+    launcher = FakeLauncher(current)
+    x, weight, down = matrix(), matrix(), matrix()
+    launch_of(launcher, torch.device("cuda", index), [], nested)(x, weight, down, 7)
+    ((device, args),) = launcher.calls
+    given = [f"map {x.data_ptr()}", 16, 32, f"map {weight.data_ptr()}", 16, 32, down, 7, "constant"]
+    assert device == index and current == [0]
+    assert args == (5, 1, 1, f"stream of {index}", "head", *([given] if nested else given))
+
+
+def test_tensor_maps_are_made_once_and_keep_no_memory_alive(current, monkeypatch):
+    """Whatever lies at an address later has the same map, if it has the same layout; else it has another number."""
+    made: list = []
+    launcher = FakeLauncher(current)
+    launch = launch_of(launcher, torch.device("cuda", 0), made, True)
+    x, weight, other = matrix(), matrix(1.0), matrix(2.0)
+    for _ in range(3):
+        launch(x, weight, None)
+    launch(other, weight, None)
+    assert made == [(x.data_ptr(), 0), (weight.data_ptr(), 1), (other.data_ptr(), 0)]
+    launch(weight, x, None)
+    assert len(made) == 5, "the same address in another place is cut into blocks in another way"
+    kernel = SimpleNamespace(hash="of a kernel")
+    assert len({launch._layout(i, x, [16, 16], kernel) for i in (0, 1, 0, 1)}) == 2
+    of_the_weight = weakref.ref(weight)
+    launcher.calls.clear()
+    del weight
+    assert of_the_weight() is None
+    monkeypatch.setattr(compiled, "_MOST_ENTRIES", len(compiled._maps))
+    launch(matrix(3.0), other, None)
+    assert len(compiled._maps) <= 2, "room is made"
+
+
+def test_a_profilers_hooks_are_called(current, monkeypatch):
+    """They see launches by Triton's own means alone."""
+    launcher, run = FakeLauncher(current), []
+    launch = launch_of(launcher, torch.device("cuda", 0), [], True)
+    monkeypatch.setattr(launch, "_run", run.append)
+    runtime = compiled.triton.knobs.runtime
+    launch(matrix(), matrix(), None)
+    for hooks in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        hooks.add(print)
+        launch(matrix(), matrix(), None)
+        hooks.remove(print)
+    monkeypatch.setattr(runtime, "launch_enter_hook", print)
+    launch(matrix(), matrix(), None)
+    assert len(launcher.calls) == 1 and len(run) == 3
+
+
+def _off_by_one(t: torch.Tensor) -> torch.Tensor:
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def _in_rows_of(columns: int):
+    return lambda t: torch.nn.functional.pad(t, (0, columns))[:, : t.shape[1]]
+
+
+LAYOUTS = (torch.clone, _off_by_one, _in_rows_of(8), _in_rows_of(16), _in_rows_of(1))
+NUMBERS = {
+    "scaling": (0.5, 1.0, 1.5, 2.0, 64.0),
+    "dropout_p": (0.1, 0.25, 0.5),
+    "seed": (torch.tensor(5), torch.tensor(2**40), torch.empty((), dtype=torch.int64, device="meta")),
+}
+KEYS = {ForwardOperands: (forward_key, describe_forward), BackwardOperands: (backward_key, describe_backward)}
+
+
+def drawn_call(draw: random.Random) -> tuple:
+    """Operands of a small call, and the needs of a backward."""
+    dtype = draw.choice((torch.float16, torch.bfloat16, torch.float32))
+    m, n, k, r = draw.choice((1, 40)), draw.choice((16, 40)), draw.choice((1, 32, 40)), draw.choice((1, 8))
+    x, weight, dy, s = (torch.zeros(*shape, dtype=dtype) for shape in ((m, k), (n, k), (m, n), (m, r)))
+    lora_a, lora_b = (torch.zeros(*shape, dtype=draw.choice((dtype, torch.float32))) for shape in ((r, k), (n, r)))
+    numbers = (2.0, 0.1, torch.tensor(2**40)) if draw.random() < 0.7 else (2.0, 0.0, None)
+    if draw.random() < 0.5:
+        bias = draw.choice((None, torch.zeros(n, dtype=dtype)))
+        return (ForwardOperands(x, weight, lora_a, lora_b, bias, *numbers),)
+    needs = draw.choice(
+        (Needs(True, True, True, True), Needs(True, True, True, False), Needs(False, True, True, False))
+    )
+    return BackwardOperands(dy, x, weight, lora_a, lora_b, s, *numbers), needs
+
+
+def altered(operands):
+    """The same call with one thing changed, one after the other: how an operand lies in memory, or a number."""
+    yield operands
+    for name, value in operands._asdict().items():
+        if name in NUMBERS and (name == "scaling" or operands.seed is not None):
+            yield from (operands._replace(**{name: other}) for other in NUMBERS[name])
+        elif isinstance(value, torch.Tensor) and value.dim() == 2:
+            yield from (operands._replace(**{name: lie(value)}) for lie in LAYOUTS)
+        elif isinstance(value, torch.Tensor) and value.dim() == 1:
+            yield operands._replace(**{name: torch.zeros(len(value) + 1, dtype=value.dtype)[1:]})
+
+
+def test_calls_of_one_description_have_one_kernel():
+    """By Triton's own keys: what a launch takes for granted must be in its description, and that in the call's key."""
+    if triton_lora.triton.knobs.runtime.interpret:
+        pytest.skip("the interpreter compiles nothing")
+    draw = random.Random(0)
+    kernels, specs, calls = defaultdict(set), defaultdict(set), 0
+    for call in (drawn_call(draw) for _ in range(30)):
+        key_of, describe = KEYS[type(call[0])]
+        for operands in altered(call[0]):
+            taken, spec = describe(operands, *call[1:])
+            if all(one is other for one, other in zip(operands, taken, strict=True)):
+                specs[key_of(operands, *call[1:])].add(spec)
+            with specialisations.asked_for(90) as found:
+                triton_lora.prepare(spec).compile(taken)
+            kernels[spec] |= found
+            assert spec.row_strides[:4] == tuple(
+                t.stride(0) for t in (taken[0], taken.weight, taken.lora_a, taken.lora_b)
+            )
+            calls += 1
+    assert calls > 1.5 * len(kernels) and calls > 1.5 * len(specs), "too few calls have anything in common"
+    assert max(map(len, specs.values())) == 1 and max(map(len, kernels.values())) == 1
 
 
 def test_no_value_of_a_seed_is_compiled_for():
@@ -57,8 +191,11 @@ def test_no_value_of_a_seed_is_compiled_for():
         if not hasattr(kernel, "params"):
             pytest.skip("Triton interprets in this process")
         by_name = {param.name: param for param in kernel.params}
-        assert all(by_name[name].do_not_specialize for name in ("seed", "n_words", "wave"))
-    assert {param.name: param for param in triton_lora.lora_backward_kernel.params}["gradients_last"].do_not_specialize
+        assert all(
+            by_name[name].do_not_specialize for name in ("M", "seed", "seed_ptr", "threshold", "n_words", "wave")
+        )
+    by_name = {param.name: param for param in triton_lora.lora_backward_kernel.params}
+    assert by_name["gradients_last"].do_not_specialize and by_name["n_columns"].do_not_specialize
 
 
 INTERPRETED = """

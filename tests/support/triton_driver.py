@@ -6,18 +6,20 @@ A program of its own: whoever opens libcuda.so.1 in its process gets the emulate
 Prints the launches' counts as JSON; exits with an error where a launch or a result is wrong.
 """
 
+import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 
-from tests.support import cuda_driver, launches, numerics
+from tests.support import cuda_driver, numerics
 
 STREAM = 0x5712EA
 N_SMS = 4
+MATRICES = ("x", "weight", "lora_a", "lora_b", "dy")
 
 
 def as_cuda() -> None:
@@ -28,52 +30,68 @@ def as_cuda() -> None:
     torch._C._cuda_getCurrentRawStream = lambda device: STREAM
 
 
-def _noting(device: cuda_driver.EmulatedDevice, launcher: type) -> type:
-    """Triton's launcher, which tells the device of the tensors that it is called with."""
+def _noting(device: cuda_driver.EmulatedDevice, launch: Callable) -> Callable:
+    """CompiledLaunch.__call__, which tells the device of the tensors and kernels that it is called with."""
 
-    class Noting(launcher):
-        def __init__(self, source, metadata):
-            super().__init__(source, metadata)
-            self.kernels = source.fn
+    def noting(self, *args):
+        for tensor in args:
+            if isinstance(tensor, torch.Tensor):
+                device.know(tensor)
+        self.compile(*args)
+        device.ptx_of[self.compiled.function] = self.compiled.asm["ptx"]
+        launch(self, *args)
+        assert self._direct is not None, "Triton's own launcher was not taken"
+        if device.error:
+            raise device.error
 
-        def __call__(self, grid_x, grid_y, grid_z, stream, function, *args):
-            assert stream == STREAM
-            for argument in args:
-                tensor = getattr(argument, "base", argument)  # of a descriptor
-                if isinstance(tensor, torch.Tensor):
-                    device.know(tensor)
-            for caches in self.kernels.device_caches.values():
-                device.ptx_of |= {kernel.function: kernel.asm["ptx"] for kernel in caches[0].values()}
-            super().__call__(grid_x, grid_y, grid_z, stream, function, *args)
-            if device.error:
-                raise device.error
+    return noting
 
-    return Noting
+
+def _in_wide_rows(matrix: torch.Tensor) -> torch.Tensor:
+    """The same between other columns."""
+    return torch.nn.functional.pad(matrix, (8, 8), value=7.0)[:, 8:-8]
+
+
+def _off_by_one(matrix: torch.Tensor) -> torch.Tensor:
+    """The same, one element behind 16 bytes."""
+    return torch.cat([matrix.new_full((1,), 7.0), matrix.flatten()])[1:].view(matrix.shape)
+
+
+# How the matrices lie, call after call, without dropout: the launch of one layout must not serve another.
+LAYOUTS = {"first": {}, "moved": {}, "wide": dict.fromkeys(("x", "weight", "lora_a", "lora_b", "dy"), _in_wide_rows)}
+LAYOUTS |= {"S off by one": {"s": _off_by_one}, "x off by one": {"x": _off_by_one}, "moved again": {}}
 
 
 def run(directory: Path, dropout_p: float) -> dict[str, list[int]]:
-    """Forward and backward of a bf16 layer, whose results are checked."""
+    """Forward and backward of a bf16 layer with checked results; without dropout in one layout after the other."""
     os.environ["TRITON_LIBCUDA_PATH"] = str(directory)
     opened = cuda_driver.as_libcuda(directory)
     as_cuda()
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 
+    from fastlora import dispatch
     from fastlora.backends.target import Target
+    from fastlora.backends.triton import compiled
     from fastlora.backends.triton import launch as backend
-    from fastlora.problem import Needs
+    from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 
     device = cuda_driver.EmulatedDevice(driver=opened)
-    driver = CudaDriver()
-    driver.launcher_cls = _noting(device, driver.launcher_cls)
-    triton.runtime.driver.set_active(driver)
-    c = numerics.draw_case(100, 136, 200, 16, torch.bfloat16, dropout_p=dropout_p)
-    shared = (c.scaling, c.dropout_p, c.seed)
-    with mock.patch.object(backend, "target_of", lambda device: Target(90, N_SMS)):
-        y, s = launches.forward(backend, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared)
+    triton.runtime.driver.set_active(CudaDriver())
+    compiled.CompiledLaunch.__call__ = _noting(device, compiled.CompiledLaunch.__call__)
+    dispatch._why_unsupported = lambda name, spec: None
+    backend.target_of = lambda device: Target(90, N_SMS)
+    drawn = numerics.draw_case(100, 136, 200, 16, torch.bfloat16, dropout_p=dropout_p)
+    for layout in [*LAYOUTS.values()][: 1 if dropout_p else None]:
+        matrices = {name: layout.get(name, torch.clone)(getattr(drawn, name)) for name in MATRICES}
+        c = dataclasses.replace(drawn, **matrices)
+        shared = (c.weight, c.lora_a, c.lora_b)
+        numbers = (c.scaling, c.dropout_p, c.seed)
+        y, s = dispatch.forward(ForwardOperands(c.x, *shared, c.bias, *numbers), "triton")
+        s = layout.get("s", torch.clone)(s)
         needs = Needs(True, True, True, True)
-        gradients = launches.backward(backend, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, needs)
-    numerics.assert_accurate({"y": y, **gradients._asdict()}, c)
+        gradients = dispatch.backward(BackwardOperands(c.dy, c.x, *shared, s, *numbers), needs, "triton")
+        numerics.assert_accurate({"y": y, **gradients._asdict()}, c)
     return {name: [getattr(each, name) for each in device.stats] for name in ("tma_loads", "wgmma", "threads")}
 
 
