@@ -141,18 +141,21 @@ def _counted(route: _Route) -> Launcher:
     return route.launcher
 
 
-def _is_plain(tensor: Tensor, requested: str | None) -> bool:
-    """A call that only the reference could serve: a small layer on the CPU is spared its description."""
-    return tensor.is_cpu and (requested is None or requested == "reference")
+# Calls on the CPU that only the reference could serve: a small layer is spared its description.
+_PLAIN = (None, "reference")
 
 
-def forward(operands: ForwardOperands, requested: str | None) -> tuple[Tensor, Tensor]:
+def forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor]:
     """Y [M, N] and S [M, R] by the backend that serves the call; counts it, and every fallback.
+
+    Args:
+        operands: the fields of ForwardOperands, in order.
+        requested: a backend's name to insist on, or None.
 
     Raises:
         ValueError: as for select_backend.
     """
-    if _is_plain(operands[0], requested):
+    if operands[0].is_cpu and requested in _PLAIN:
         _calls["reference"] += 1
         return reference.lora_forward(*operands)
     key = (requested, forward_key(operands))
@@ -165,11 +168,11 @@ def forward(operands: ForwardOperands, requested: str | None) -> tuple[Tensor, T
     return _counted(route)(operands)
 
 
-def backward(operands: BackwardOperands, needs: Needs, requested: str | None) -> Gradients:
-    """The gradients that ``needs`` names, likewise."""
-    if _is_plain(operands[0], requested):
+def backward(operands: Any, needs: Needs, requested: str | None) -> Gradients:
+    """The gradients that ``needs`` names, likewise, of the fields of BackwardOperands in order."""
+    if operands[0].is_cpu and requested in _PLAIN:
         _calls["reference"] += 1
-        return reference.lora_backward(*operands, needs)
+        return reference.lora_backward(*operands, needs)  # type: ignore[call-arg]  # its nine fields and needs
     key = (requested, backward_key(operands, needs))
     route = _by_key.get(key)
     if route is None:
@@ -220,8 +223,16 @@ def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None
     return triton.compile_all(((triton.prepare(spec), operands) for operands, spec in compiled), workers)
 
 
+# The mapping within os.environ, which a change of that changes: the search through its layers takes as long as a check
+# of all arguments.
+_environment: Any = getattr(os.environ, "_data", None)
+_encoded_name = None if _environment is None else os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+
 def environment_backend() -> str | None:
     """The backend that the environment insists on, if any."""
+    if _environment is not None and _encoded_name not in _environment:
+        return None
     return os.environ.get(ENVIRONMENT_VARIABLE) or None
 
 

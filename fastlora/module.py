@@ -185,9 +185,11 @@ class LoRALinear(nn.Linear):
             weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
         else:  # torch's parametrizations make properties of them
             weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
-        call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-        options: dict[str, Any] = {"dropout_p": self.dropout, "training": self.training, "copy_input": self.copy_input}
-        return call(x, weight, lora_a, lora_b, self.scaling, bias, **options)
+        call: Any = lora_linear if type(weight) is nn.Parameter or not is_dtensor(weight) else lora_linear_sharded
+        return call(
+            x, weight, lora_a, lora_b, self.scaling, bias,
+            dropout_p=self.dropout, training=self.training, copy_input=self.copy_input,
+        )  # fmt: skip
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module. What replaces the weight or a frozen bias (torch's parallel styles do) is frozen, too."""

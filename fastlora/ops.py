@@ -13,7 +13,7 @@ from fastlora.differentiable import gradients as differentiable_gradients
 from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.op_tools import register_tools
 from fastlora.philox import draw_seed
-from fastlora.problem import BackwardOperands, ForwardOperands, Needs
+from fastlora.problem import Needs
 from fastlora.rows import flat, in_rows, on_jagged
 from fastlora.saved_tensors import saved_tensors
 
@@ -36,20 +36,23 @@ def _forward(x, *rest):
     """Y [..., N] and S [M, R] of x [..., K]: ``ForwardOperands``, and the backend that is insisted on or None."""
     *operands, backend = rest
     if x.dim() == 2:
-        return dispatch.forward(ForwardOperands(x, *operands), backend)
-    y, s = dispatch.forward(ForwardOperands(flat(x), *operands), backend)
+        return dispatch.forward((x, *operands), backend)
+    y, s = dispatch.forward((flat(x), *operands), backend)
     # A tracked view made in here could not be modified in place by what follows the layer.
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), s
 
 
 def _backward_in_rows(*args):
     *operands, needs, backend = args
-    return dispatch.backward(BackwardOperands(*operands), needs, backend)
+    return dispatch.backward(operands, needs, backend)
 
 
 def _backward(dy, *rest):
     """The gradients of ``_forward`` for dY [..., N]: ``BackwardOperands``, needs, and the backend or None."""
-    return _backward_in_rows(dy, *rest) if dy.dim() == 2 else in_rows(_backward_in_rows, dy, *rest)
+    if dy.dim() != 2:
+        return in_rows(_backward_in_rows, dy, *rest)
+    *operands, needs, backend = rest
+    return dispatch.backward((dy, *operands), needs, backend)
 
 
 def _forward_op(*args):
@@ -150,6 +153,11 @@ class LoRALinearFunction(torch.autograd.Function):
         return _gradients(ctx, dy, _skips_ops(dy))
 
 
+# What Function.apply comes to where no transform of torch.func is active; what it does before, in Python, takes longer
+# than all checks here.
+_apply = super(torch.autograd.Function, LoRALinearFunction).apply
+
+
 def _setup(ctx, inputs, output):
     """What the node of ``torch.ops.fastlora.lora_forward`` keeps, which exported graphs train through."""
     if ctx.needs_input_grad[1]:
@@ -239,7 +247,8 @@ def lora_linear(
     reason = None if compiles else transform_reason()
     if reason != TRACE:  # where sizes are not numbers; torch's operators check them
         check_arguments(x, weight, lora_a, lora_b, bias)
-    check_dropout(dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        check_dropout(dropout_p)
     if trains and weight.requires_grad:
         raise ValueError(frozen_weight_reason(weight))
     if not training:
@@ -254,4 +263,5 @@ def lora_linear(
         return _without_node(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
     if copy_input and x is given and lora_a.requires_grad:
         x = x.clone()
-    return LoRALinearFunction.apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
+    apply = _apply if reason is None else LoRALinearFunction.apply
+    return apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)

@@ -15,6 +15,10 @@ from fastlora.problem import Gradients, Launcher, LaunchSpec, Needs, split_scali
 _ROWS_AT_A_TIME = 1024  # that are widened to float32 at once
 # CPUs make a narrow S [M, R] of many rows up to twice as fast as Sᵀ; any other by rows, up to a third faster.
 _RANK_BY_ROWS, _FEW_ROWS = 16, 16
+_UNREAD = {
+    dtype: torch.zeros((), dtype=dtype, device="cpu")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+}
 
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
@@ -44,16 +48,19 @@ def lora_forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns Y [M, N] and S [M, R], both in x's dtype. What ``split_scaling`` gives S of the scaling, and 1/(1-p), go
     into S before it is rounded."""
-    lora_a, lora_b = _cast(lora_a, x.dtype), _cast(lora_b, x.dtype)
+    dtype = x.dtype
+    if lora_a.dtype != dtype or lora_b.dtype != dtype:  # a call that does nothing is not free
+        lora_a, lora_b = lora_a.to(dtype), lora_b.to(dtype)
     dropped, kept_scale = x, 1.0
     if dropout_p > 0.0:
         dropped = x.masked_fill(drop_mask(seed, dropout_p, x.shape[0], x.shape[1], x.device), 0.0)  # type: ignore[arg-type]
         kept_scale = inverse_keep(dropout_p)
-    in_s, on_branch = split_scaling(scaling, x.dtype)
-    s = _shrink(dropped, lora_a, in_s * kept_scale)
-    if x.dtype == torch.float16 and in_s != 1.0:
+    in_s, on_branch = split_scaling(scaling, dtype) if dtype == torch.float16 else (scaling, 1.0)
+    down = lora_a.t()
+    s = _shrink(dropped, down, in_s * kept_scale)
+    if dtype == torch.float16 and in_s != 1.0:
         # |in_s| < 1 must not hide an overflow that the composed layer has.
-        unscaled = _shrink(dropped, lora_a, kept_scale)
+        unscaled = _shrink(dropped, down, kept_scale)
         s = torch.where(unscaled.isinf(), unscaled * in_s, s)
     y = linear(x, weight, bias)
     y.addmm_(s, lora_b.t(), alpha=on_branch)
@@ -80,9 +87,10 @@ def lora_backward(
     if dropout_p > 0.0 and (need_dx or need_da):
         drop = drop_mask(seed, dropout_p, dy.shape[0], weight.shape[1], dy.device)  # type: ignore[arg-type]
         kept_scale = inverse_keep(dropout_p)
-    a, b_t = _cast(lora_a, dy.dtype), lora_b.t()
+    dtype = dy.dtype
+    a = lora_a if lora_a.dtype == dtype else lora_a.to(dtype)
     if need_dx or need_da:
-        ds = _shrink(dy, _cast(b_t, dy.dtype), scaling)  # [M, R]
+        ds = _shrink(dy, lora_b if lora_b.dtype == dtype else lora_b.to(dtype), scaling)  # [M, R]
     if need_dx:
         dx = torch.mm(dy, weight)
         if drop is None:
@@ -94,26 +102,27 @@ def lora_backward(
         dropped = x if drop is None else x.masked_fill(drop, 0.0)  # type: ignore[union-attr]
         da = _gradient(ds.t(), dropped, kept_scale, lora_a)  # type: ignore[arg-type]
     if need_db:
-        db = _gradient(s.t(), dy, split_scaling(scaling, dy.dtype).on_branch, b_t).t()  # type: ignore[union-attr]
+        on_branch = split_scaling(scaling, dtype).on_branch if dtype == torch.float16 else 1.0
+        if dy.shape[0] <= _FEW_ROWS and lora_b.dtype == dtype:  # what is called takes longer than what is computed
+            db = torch.addmm(lora_b, dy.t(), s, beta=0, alpha=on_branch)  # type: ignore[arg-type]
+        else:
+            db = _gradient(s.t(), dy, on_branch, lora_b.t()).t()  # type: ignore[union-attr]
     if need_dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call that does nothing is not free
-
-
-def _shrink(rows: Tensor, factor: Tensor, scale: float = 1.0) -> Tensor:
-    """scale · rows [M, ·]·factorᵀ [·, R] with one rounding (beta = 0 leaves the uninitialised output unread)."""
-    m, r = rows.shape[0], factor.shape[0]
+def _shrink(rows: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
+    """scale · rows [M, ·]·down [·, R] with one rounding (beta = 0 leaves the sum's first operand unread)."""
+    m, r = rows.shape[0], down.shape[1]
     if r < _RANK_BY_ROWS and m > _FEW_ROWS:
         if scale == 1.0:
-            return linear(factor, rows).t()
-        return torch.addmm(rows.new_empty(r, m), factor, rows.t(), beta=0, alpha=scale).t()
+            return linear(down.t(), rows).t()
+        return torch.addmm(rows.new_empty(r, m), down.t(), rows.t(), beta=0, alpha=scale).t()
     if scale == 1.0:
-        return linear(rows, factor)
-    return torch.addmm(rows.new_empty(m, r), rows, factor.t(), beta=0, alpha=scale)
+        return torch.mm(rows, down)
+    unread = _UNREAD[rows.dtype] if rows.is_cpu else rows.new_empty(m, r)
+    return torch.addmm(unread, rows, down, beta=0, alpha=scale)
 
 
 def _gradient(left: Tensor, right: Tensor, scale: float, parameter: Tensor) -> Tensor:

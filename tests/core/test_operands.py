@@ -119,7 +119,7 @@ def test_one_description_is_prepared_once(monkeypatch):
     prepared = []
     real = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda spec: prepared.append(spec) or real(spec))
-    monkeypatch.setattr(dispatch, "_is_plain", lambda tensor, requested: False)
+    monkeypatch.setattr(dispatch, "_PLAIN", ())
     dispatch.forget_routes()
     case = numerics.draw_case(4, 8, 8, 8, torch.float32)
     for _ in range(3):
