@@ -51,7 +51,7 @@ test: install test-values  ## every test; on a machine without a GPU the kernels
 	$(RUN) -m pytest tests -n $(WORKERS) --durations 15
 
 test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (40 minutes)
-	$(RUN) -m pytest tests/kernels/test_sweep.py -m sweep -n $(WORKERS)
+	$(RUN) -m pytest tests/kernels -m sweep -n $(WORKERS)
 	$(RUN) -m benchmarks.defects --jobs $(WORKERS)
 
 # Values of the Triton kernels: real launches where there is a GPU, else Triton's interpreter in a process of its own.

@@ -8,7 +8,7 @@ import subprocess
 
 import click
 
-from fastlora.errors import CommandError
+from fastlora.errors import CommandError, first_line
 
 PACKAGES = ("fastlora", "torch", "triton", "numpy", "safetensors", "transformers", "peft")
 COMPILERS = ("nvcc", "c++")
@@ -43,7 +43,11 @@ def device_list() -> list[dict]:
         }
     ]
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+        try:
+            properties = torch.cuda.get_device_properties(index)
+        except (RuntimeError, AssertionError) as error:
+            devices.append({"device": f"cuda:{index}", "problem": first_line(error)})
+            continue
         devices.append(
             {
                 "device": f"cuda:{index}",
