@@ -12,7 +12,7 @@ from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import TOLERANCE, expected
 from fastlora.bench.peers import SCALING, LayerTensors
 
-NORM_LIMIT = 5e-3  # of a 16-bit result: twice what rounding leaves
+NORM_LIMIT = 5e-3  # of a 16-bit result: one rounding leaves 1.7e-3, those of the plain composition 3e-3
 EAGER_FACTOR = 1.25  # of the plain composition's largest error, plus one unit in the last place of the largest value
 
 

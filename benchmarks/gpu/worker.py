@@ -75,9 +75,8 @@ class Recorder:
 
 def _device_problem() -> str | None:
     """What is wrong with this process's CUDA context, or None."""
-    import torch
-
-    if not torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
         return None
     try:
         torch.cuda.synchronize()
