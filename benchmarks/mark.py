@@ -3,10 +3,11 @@
     python -m benchmarks.mark --backend cuda --output mark.json
 
 Forward against F.linear, the whole backward (dX, dA, dB) against the frozen layer's dX product. Every variant is
-compared with fp64 before anything is timed, on outputs that were full of NaN (benchmarks.judge); then all that are right
-run in one rotation, there and back, with cuBLAS and with the first variant once more, which shows the noise. The clocks
-are sampled meanwhile. Variants run in a process that may die of one: it is written down as what stopped it, and a new
-process goes on without it. The file is complete after every rotation; the exit code is 1 where anything was wrong.
+compared with fp64 before anything is timed, on outputs that were full of NaN (benchmarks.judge); then all that are
+right run in one rotation, there and back, with cuBLAS and with the first variant once more, which shows the noise. The
+clocks are sampled meanwhile. Variants run in a process that may die of one: it is written down as what stopped it, and
+a new process goes on without it. The file is complete after every rotation; the exit code is 1 where anything was
+wrong.
 """
 
 import faulthandler

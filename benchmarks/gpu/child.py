@@ -57,8 +57,8 @@ class Child:
             os.kill(self.pid, number)
 
     def stop(self, interrupt: bool = True) -> bool:
-        """Interrupts (unless told not to), then kills it, and the whole session that it leads. Whether it is gone: one that waits for
-        a driver that waits for a kernel may not be."""
+        """Interrupts (unless told not to), then kills it, and the whole session that it leads. Whether it is gone: one
+        that waits for a driver that waits for a kernel may not be."""
         steps = ((signal.SIGINT, INTERRUPT_S), (signal.SIGKILL, GRACE_S))
         for number, grace in steps if interrupt else steps[1:]:
             with suppress(ProcessLookupError):  # all of them are gone

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of some tests and of the mark, many at a time: what runs later finds them in Triton's cache.
+"""Compiles the Triton kernels of some tests and of the mark, many at a time, into Triton's cache.
 
     python -m benchmarks.gpu.precompile --workers 16 -- tests/values -k test_values
 
@@ -17,7 +17,6 @@ import click
 
 from benchmarks.gpu.child import Child
 from benchmarks.gpu.worker import FINISHED, run_tests
-
 
 _for_good = ExitStack()
 
@@ -76,7 +75,8 @@ def main(workers: int, mark: bool, arguments: tuple[str, ...]) -> None:
                 child.stop(interrupt=False)
         lines = [json.loads(line) for journal in journals for line in journal.read_text().splitlines()]
     failed = sum(child.code != 0 for child in children[:marks])
-    click.echo(f"{sum(line[0] == FINISHED for line in lines)} tests and {marks - failed} of {marks} of the mark compiled")
+    tests = sum(line[0] == FINISHED for line in lines)
+    click.echo(f"compiled: kernels of {tests} tests, {marks - failed} of the mark's {marks}")
     sys.exit(1 if failed or not lines else 0)
 
 

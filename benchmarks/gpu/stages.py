@@ -36,8 +36,8 @@ def tests(*arguments: str, workers: int = 1, limit: float = TEST_LIMIT_S) -> tup
 
 def sanitizer(tool: str) -> tuple[str, ...]:
     """Small layers under compute-sanitizer, which watches our kernels alone, slows them down by orders of magnitude,
-    and whose findings fail the tests. Every tensor is an allocation of its own, or an access past its end would meet its
-    neighbour's memory."""
+    and whose findings fail the tests. Every tensor is an allocation of its own, or an access past its end would meet
+    its neighbour's memory."""
     found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     options = ("--tool", tool, "--kernel-name", "kns=lora_", "--error-exitcode", "9")
     pytest = (sys.executable, "-m", "pytest", "-v", "-x", CUDA_TESTS, "-k", "small_layers")
@@ -86,6 +86,7 @@ def contact(output: Path, work: Path, workers: int) -> list[Step]:
 def measure(output: Path, work: Path, workers: int) -> list[Step]:
     """Tiles, splits and the parts of a backward; the benchmark; a profile of each direction."""
     bench = (*CLI, "bench", "--device", "cuda", "--seconds", "1.0")
+    layer = (*bench, "--only", "layer", "--skip", "compiled peft", "--output", str(work / "bench"))
     return [
         Step("device", ("nvidia-smi", "-q"), 10),
         Step("build", ("-m", "benchmarks.gpu.objects", "--link"), 150),
@@ -93,7 +94,7 @@ def measure(output: Path, work: Path, workers: int) -> list[Step]:
         Step("sweep", ("-m", "benchmarks.gpu.sweep", "--output", str(output / "sweep.json")), 70, needs=("build",)),
         Step("ncu forward", profile("forward", work), 30, needs=("build",)),
         Step("ncu backward", profile("backward", work), 30, needs=("build",)),
-        Step("bench layer", (*bench, "--only", "layer", "--skip", "compiled peft", "--output", str(work / "bench")), 90),
+        Step("bench layer", layer, 90),
         Step("bench host", (*bench, "--only", "host", "--output", str(work / "bench-host")), 40),
     ]
 

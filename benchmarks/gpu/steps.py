@@ -47,8 +47,8 @@ def log_name(step: str) -> str:
 
 
 def run_step(step: Step, work: Path, seconds_left: float, variables: Mapping[str, str]) -> Outcome:
-    """Runs one step, its output into a log of its name in ``work``, with ``variables`` added to the environment; it gets
-    its own limit or what is left, whichever is less. Out of time, it is interrupted before it is killed."""
+    """Runs one step, its output into a log of its name in ``work``, with ``variables`` added to the environment. It
+    gets its own limit or what is left, whichever is less; out of time, it is interrupted before it is killed."""
     limit = min(step.limit, seconds_left)
     if limit < LEAST_S:
         return Outcome(step.name, None, 0.0, "no time left")

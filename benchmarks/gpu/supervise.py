@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.supervise --limit 15 -- tests/kernels/test_cuda_device.py -k small_layers
 
 Tests run in a worker process. Where one takes longer than the limit, its stack is printed and the worker exits; where
-one leaves the CUDA context unusable, likewise; a new worker runs the rest. The exit code is 0 where every test passed. A
-skip is a failure unless --may-skip names its reason: with a GPU, nothing is to be skipped for want of one. Needs pytest
-alone; where pytest-timeout or xdist are missing, nothing changes.
+one leaves the CUDA context unusable, likewise; a new worker runs the rest. The exit code is 0 where every test passed.
+A skip is a failure unless --may-skip names its reason: with a GPU, nothing is to be skipped for want of one. Needs
+pytest and none of its plugins.
 """
 
 import json
@@ -138,7 +138,7 @@ def report(shards: list[Shard]) -> bool:
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option("--limit", default=15.0, show_default=True, type=click.FloatRange(min=0.1), help="Seconds a test.")
 @click.option("--workers", default=1, show_default=True, type=click.IntRange(1))
-@click.option("--may-skip", multiple=True, metavar="TEXT", help="A skip whose reason holds this text is none to fail for.")
+@click.option("--may-skip", multiple=True, metavar="TEXT", help="Of the reasons of skips that are no failures.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def main(limit: float, workers: int, may_skip: tuple[str, ...], arguments: tuple[str, ...]) -> None:
     """Run pytest with ARGUMENTS; a hang loses one test."""

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu.sweep --output sweep.json
     python -m benchmarks.gpu.sweep --once backward      # a few launches, for a profiler
 
-Forward at M = 16 ... 8192 by every compiled tile and split of its contraction, and the default; backward by the default:
-all of it, dX alone, the gradients alone. As in benchmarks.mark, what is timed is right, and all of one row of the table
-run in one rotation with cuBLAS. The file is complete after each.
+Forward at M = 16 ... 8192 by every compiled tile and split of its contraction, and the default; backward by the
+default: all of it, dX alone, the gradients alone. As in benchmarks.mark, what is timed is right, and what is compared
+runs in one rotation with cuBLAS. The file is complete after each.
 """
 
 import json

@@ -4,10 +4,10 @@
     python -m benchmarks.gpu --stage contact --output gpu-visit
 
 Needs Python, torch with CUDA, Triton, click, pytest, ninja and nvcc; no network, and nothing installed: the checkout is
-used as it is, with build/gpu-objects and build/commit where they were made. Every step runs in a process of its own with
-a time limit, writes its log, and cannot stop the others; one whose needs failed is not begun, and says so. What comes
-back are few flat files: summary.json, the results of the mark and the sweep, and visit.tar.gz with all logs, made anew
-after every step. The exit code is 1 where a step failed, ran out of time, or could not run.
+used as it is, with build/gpu-objects and build/commit where they were made. Every step runs in a process of its own
+with a time limit, writes its log, and cannot stop the others; one whose needs failed is not begun, and says so. What
+comes back are few flat files: summary.json, the results of the mark and the sweep, and visit.tar.gz with all logs, made
+anew after every step. The exit code is 1 where a step failed, ran out of time, or could not run.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ class Recorder:
 
     def __init__(self, journal: Path, share: tuple[int, int], skip: set[str], limit: float, may_skip: list[str]):
         self.share, self.skip, self.limit, self.may_skip = share, skip, limit, may_skip
-        self._journal = open(journal, "a", buffering=1)  # noqa: SIM115: for as long as the process
+        self._journal = open(journal, "a", buffering=1)  # noqa: SIM115
         self._stacks = os.fdopen(os.dup(2), "w")  # pytest takes what is written to 2 itself
         self._found: tuple[str, str] = ("passed", "")
 

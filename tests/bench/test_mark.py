@@ -134,8 +134,11 @@ def test_a_variant_that_stops_the_process_costs_itself(tmp_path, monkeypatch, ho
 
 def test_clocks_are_the_samples_of_nvidia_smi(tmp_path, monkeypatch):
     assert clocks.summary("1980, 3201, 650.5, 55\n1755, 3201, [N/A], 56\n\n1900, 3201, 700.5, 57\n garbage") == {
-        "sm_mhz": [1755, 1900, 1980], "memory_mhz": [3201] * 3, "power_w": [650.5, 675.5, 700.5], "celsius": [55, 56, 57],
-    }  # fmt: skip
+        "sm_mhz": [1755, 1900, 1980],
+        "memory_mhz": [3201] * 3,
+        "power_w": [650.5, 675.5, 700.5],
+        "celsius": [55, 56, 57],
+    }
     assert clocks.summary("") is None
     monkeypatch.setenv("PATH", str(tmp_path))
     with clocks.Clocks() as sampled:

@@ -1,4 +1,4 @@
-"""A visit to a GPU, rehearsed whole at tiny sizes: what is right passes, and each planted fault is named as what it is."""
+"""A visit to a GPU, rehearsed whole at tiny sizes: what is right passes, each planted fault is named as what it is."""
 
 import json
 import subprocess

@@ -86,7 +86,10 @@ def test_the_archive_is_whole_after_every_step(tmp_path):
 
 def test_a_stopped_step_takes_its_children_with_it(tmp_path):
     alive = tmp_path / "alive"
-    code = f"import time, pathlib\nfor i in range(600): time.sleep(0.2); pathlib.Path({str(alive)!r}).write_text(str(i))"
+    code = (
+        "import time, pathlib\nfor i in range(600):\n time.sleep(0.2)\n"
+        f" pathlib.Path({str(alive)!r}).write_text(str(i))"
+    )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {code!r}])"
     run([Step("parent", python(parent), 8)], tmp_path)
     before = alive.read_text()

@@ -1,6 +1,7 @@
 """The CUDA kernels on the GPU they are made for. Everything that the emulator cannot tell: that the hardware agrees.
 
-What is marked ``contact``, 25 tests over every tile, is what new hardware or a new build runs first (benchmarks.gpu)."""
+What is marked ``contact``, 25 tests over every tile, is what new hardware or a new build runs first
+(benchmarks.gpu)."""
 
 import pytest
 import torch
@@ -37,7 +38,9 @@ def test_small_layers(poisoned, tile, dropout_p):
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("r", (8, 32, 64, 256))
-@pytest.mark.parametrize("m, n, k", (pytest.param(64, 520, 392, marks=pytest.mark.contact), (1000, 1032, 2056), (4096, 1024, 4096)))
+@pytest.mark.parametrize(
+    "m, n, k", (pytest.param(64, 520, 392, marks=pytest.mark.contact), (1000, 1032, 2056), (4096, 1024, 4096))
+)
 def test_integers_are_exact(poisoned, tile, m, n, k, r):
     if r > 64 and tile.block_n == 128:
         pytest.skip("small tiles are compiled up to rank 64")

@@ -2,8 +2,8 @@
 
 torch's questions about the device are answered for compute capability 9.0; tensors "on the GPU" stay where they are.
 The CUDA backend's launches run through csrc's own host code and end in the emulated runtime; results are then those of
-the reference, because the emulator takes seconds for a kernel. Triton's are the reference's without a launch. Nothing of
-this is undone: it is for a process of its own, and its forks.
+the reference, because the emulator takes seconds for a kernel. Triton's are the reference's without a launch. Nothing
+of this is undone: it is for a process of its own, and its forks.
 """
 
 import time
@@ -60,10 +60,7 @@ class StandInGpu:
             self.synchronize()
             if self.faults.hangs(spec, tile):
                 time.sleep(3600)
-            if launcher is None:
-                results = by_reference(operands)
-            else:
-                results = launcher(operands)
+            results = launcher(operands) if launcher else by_reference(operands)
             written = [result for result in results if result is not None]
 
             def compute() -> None:

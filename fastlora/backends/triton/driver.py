@@ -17,7 +17,7 @@ def unusable(device: torch.device | None = None) -> str | None:
     if not torch.cuda.is_available():
         return PassingReason("no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU")
     try:
-        major, minor = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
+        major, minor = torch.cuda.get_device_capability(device if device and device.type == "cuda" else None)
     except (RuntimeError, AssertionError) as error:
         return PassingReason(f"the device cannot be used: {_first_line(error)}")
     return f"compute capability {major}.{minor} is below 8.0" if major < 8 else _driver_unusable()
