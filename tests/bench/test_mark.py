@@ -4,6 +4,7 @@ import json
 import os
 import re
 import time
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -81,6 +82,13 @@ def test_one_wrong_block_passes_the_norm_and_not_the_largest_element():
     assert wrong["error"] < 5e-3 and wrong["largest"] > 1
     row, column = (int(word) for word in wrong["failure"].split("[")[1].split("]")[0].split(","))
     assert row >= 960 and column >= 960
+
+
+def test_the_saved_s_is_of_its_own_inputs(sets):
+    """Though others have lain at the same address."""
+    mark._saved[id(sets[0])] = weakref.ref(sets[1]), torch.zeros(CASE.m, CASE.r)
+    assert torch.equal(mark.saved_s(sets[0]), (sets[0].x @ sets[0].lora_a.t()) * 1.5)
+    assert mark.saved_s(sets[0]) is mark.saved_s(sets[0])
 
 
 def test_what_a_launch_allocates_is_full_of_nan():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -95,6 +96,18 @@ def test_a_stopped_step_takes_its_children_with_it(tmp_path):
     before = alive.read_text()
     time.sleep(1.5)
     assert alive.read_text() == before
+
+
+def test_what_a_step_leaves_running_ends_with_it(tmp_path):
+    sleeper = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid)"
+    assert run([Step("leaving", python(sleeper), 60)], tmp_path)[0].ok
+    left = int((tmp_path / "work" / "leaving.log").read_text())
+    for _ in range(100):
+        state = Path(f"/proc/{left}/stat")
+        if not state.exists() or state.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.05)
+    pytest.fail("it runs beside the next step")
 
 
 def test_a_step_out_of_time_is_interrupted_before_it_is_killed(tmp_path):
