@@ -18,6 +18,7 @@ import torch
 from fastlora.backends import reference
 from fastlora.backends.cuda import extension
 from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.triton import driver
 from fastlora.problem import LaunchSpec
 from tests.support import cuda_runtime
 
@@ -129,6 +130,7 @@ def install() -> StandInGpu:
     extension.load = lambda: (runtime.module, None)
     cuda.why_unsupported = cuda.why_not_compiled
     _replace_prepare(gpu, cuda, cuda.prepare)
+    driver._driver_unusable = lambda: None
     from fastlora.backends.triton import launch as triton_lora
 
     _replace_prepare(gpu, triton_lora, None)
