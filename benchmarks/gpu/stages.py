@@ -13,6 +13,7 @@ from benchmarks.gpu.steps import Step
 
 CLI = ("-m", "fastlora.cli.main")
 TEST_LIMIT_S = 15
+MOST_WORKERS = 8  # that share the GPU: beyond, they wait for it and for each other's contexts
 # Reasons of skips that are none for want of a GPU.
 MAY_SKIP = ("small tiles are compiled up to rank 64", "needs two GPUs", "this GPU has no TMA")
 TRITON_FIRST = ("tests/values", "-k", "test_values or test_integers or test_shipped")
@@ -30,7 +31,7 @@ class Stage:
 def tests(*arguments: str, workers: int = 1, limit: float = TEST_LIMIT_S) -> tuple[str, ...]:
     """pytest in a process that is started again where a test hangs, dies, or spoils the CUDA context."""
     allowed = (word for reason in MAY_SKIP for word in ("--may-skip", reason))
-    options = ("--limit", f"{limit:g}", "--workers", str(workers), *allowed)
+    options = ("--limit", f"{limit:g}", "--workers", str(min(workers, MOST_WORKERS)), *allowed)
     return ("-m", "benchmarks.gpu.supervise", *options, "--", *arguments)
 
 

@@ -89,7 +89,7 @@ def run_plan(
         if not outcome.ok and not missing:
             click.echo(log_tail(work, outcome.name))
         rows = [{**asdict(each), "last_line": log_tail(work, each.name, 1)} for each in outcomes.values()]
-        summary = json.dumps({**(about or {}), "budget_s": budget, "steps": rows}, indent=1) + "\n"
+        summary = json.dumps({**(about or {}), "budget_s": round(budget, 1), "steps": rows}, indent=1) + "\n"
         (output / SUMMARY).write_text(summary)
         (work / SUMMARY).write_text(summary)
         write_archive(work, output)
@@ -113,6 +113,7 @@ def visit(
     Raises:
         ValueError: ``only`` names a step that the stage does not have.
     """
+    began = time.monotonic()
     plan = STAGES[stage]
     steps = plan.steps(output, work, workers)
     unknown = [name for name in only if name not in {step.name for step in steps}]
@@ -124,7 +125,7 @@ def visit(
     preload()
     about = {"stage": stage, "commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     chosen = [step for step in alter(steps) if not only or step.name in only]
-    return run_plan(chosen, output, work, plan.budget, about)
+    return run_plan(chosen, output, work, plan.budget - (time.monotonic() - began), about)
 
 
 @click.command()

@@ -1,5 +1,6 @@
 """The pytest process of benchmarks.gpu.supervise: journals every test, and exits where it cannot go on."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -38,6 +39,7 @@ class Recorder:
         mine = items[index::count]
         self._write(COLLECTED, [item.nodeid for item in mine])
         items[:] = [item for item in mine if item.nodeid not in self.skip]
+        _start_device()
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if not report.passed:  # a file that cannot be imported, or that skips itself
@@ -71,6 +73,14 @@ class Recorder:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             allowed = any(text in reason for text in self.may_skip)
             self._found = ("skipped" if allowed else "not run", reason)
+
+
+def _start_device() -> None:
+    """Makes the CUDA context, which may take seconds where many processes do, before the first test's time begins."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        with contextlib.suppress(RuntimeError):  # the tests will say
+            torch.cuda.synchronize()
 
 
 def _device_problem() -> str | None:

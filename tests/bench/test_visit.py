@@ -166,6 +166,20 @@ def planned(stage, tmp_path):
     return STAGES[stage].steps(tmp_path, tmp_path / "work", 4)
 
 
+def test_what_is_imported_before_the_forks_touches_no_gpu():
+    """CUDA does not work in the fork of a process that has used it."""
+    code = (
+        "import torch\nasked = []\n"
+        "for name in ('is_available', 'device_count', 'current_device', 'get_device_capability', 'init', '_lazy_init',"
+        " 'get_device_properties', 'synchronize'):\n"
+        " setattr(torch.cuda, name, lambda *args, name=name: asked.append(name))\n"
+        "from benchmarks.gpu import visit\nvisit.preload()\nimport sys\n"
+        "assert 'tests.support.cuda_emulation' in sys.modules and 'fastlora._C' not in sys.modules\nprint(asked)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_the_budgets_are_those_of_a_short_visit():
     assert {name: stage.budget for name, stage in STAGES.items()} == {"contact": 230, "measure": 200, "second": 230}
 
