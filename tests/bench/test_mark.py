@@ -32,8 +32,16 @@ def sets():
 def test_what_is_right_is_timed_in_one_rotation(sets, direction):
     kept = []
     rotation = mark.Rotation(direction, CASE, sets, lambda rows: kept.append(json.dumps(rows)))
-    launches = {name: mark.launch_of(direction, reference, {}) for name in ("one", "other")}
-    rotation.time(rotation.check(launches), rounds=5)
+    launch, calls = mark.launch_of(direction, reference, {}), []
+
+    def counted(name, tensors):
+        calls.append(name)
+        return launch(tensors)
+
+    rotation.time(rotation.check({name: partial(counted, name) for name in ("one", "other")}), rounds=5)
+    timed = mark.WARM_UP_ROUNDS + 5
+    assert (calls.count("one"), calls.count("other")) == (1 + 2 * timed, 1 + timed), "the first against itself as well"
+    assert calls[2:5] != calls[5:8] and sorted(calls[2:5]) == sorted(calls[5:8]), "there and back"
     assert [row["variant"] for row in rotation.rows] == ["one", "other"]
     for row in rotation.rows:
         assert "failure" not in row and row["ratio"] == row["median_us"] / row["frozen_us"] > 0
