@@ -41,7 +41,6 @@ def test_what_is_right_is_timed_in_one_rotation(sets, direction):
     rotation.time(rotation.check({name: partial(counted, name) for name in ("one", "other")}), rounds=5)
     timed = mark.WARM_UP_ROUNDS + 5
     assert (calls.count("one"), calls.count("other")) == (1 + 2 * timed, 1 + timed), "the first against itself as well"
-    assert calls[2:5] != calls[5:8] and sorted(calls[2:5]) == sorted(calls[5:8]), "there and back"
     assert [row["variant"] for row in rotation.rows] == ["one", "other"]
     for row in rotation.rows:
         assert "failure" not in row and row["ratio"] == row["median_us"] / row["frozen_us"] > 0
