@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends import reference, tuning
+from fastlora.backends.triton import driver
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, Needs, PassingReason
 
@@ -53,10 +55,7 @@ def triton_unusable(device: torch.device | None = None) -> str | None:
         return f"version {triton.__version__} is older than 3.6"
     if triton.knobs.runtime.interpret:
         return backend_module("triton").interpreter_unusable()
-    if not torch.cuda.is_available():
-        return PassingReason("no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU")
-    major, minor = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    return driver.unusable(device)
 
 
 def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[str, ...]]:
@@ -190,9 +189,17 @@ def reset_dispatch_counts() -> None:
 
 
 def available_backends() -> dict[str, str]:
-    """Each backend's name, and "usable" or the reason why it is not."""
+    """Each backend's name, and "usable" or the reason why it is not; where the machine's GPUs differ, that of each."""
     return {
-        "cuda": backend_module("cuda").unusable() or "usable",
-        "triton": triton_unusable() or "usable",
+        "cuda": _on_every_device(backend_module("cuda").unusable),
+        "triton": _on_every_device(triton_unusable),
         "reference": "usable",
     }
+
+
+def _on_every_device(unusable: Callable[[torch.device | None], str | None]) -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = {f"cuda:{i}": unusable(torch.device("cuda", i)) or "usable" for i in range(count)}
+    if len(set(found.values())) > 1:
+        return "; ".join(f"{device}: {state}" for device, state in found.items())
+    return next(iter(found.values()), None) or unusable(None) or "usable"

@@ -87,6 +87,28 @@ def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
         assert [name, reason] in lines
 
 
+def test_info_fails_where_a_required_backend_is_not_usable(fastlora_cli, monkeypatch):
+    states = {"cuda": "compiled for compute capability 9.0, this device has 8.0", "triton": "usable"}
+    collected = info.collect() | {"backends": states}
+    monkeypatch.setattr(info, "collect", lambda: collected)
+    assert fastlora_cli("info", "--require", "triton").code == 0
+    result = fastlora_cli("info", "--json", "--require", "cuda, triton")
+    assert result.code == 2 and result.error_line.endswith(f"required, but not usable: cuda: {states['cuda']}")
+    assert json.loads(result.out)["backends"] == states
+    result = fastlora_cli("info", "--require", "cublas")
+    assert result.code == 2 and "no backend 'cublas'" in result.error_line
+
+
+def test_info_names_a_device_that_cannot_be_asked(fastlora_cli, monkeypatch):
+    def fail(index):
+        raise RuntimeError("CUDA error: devices are busy\nmore")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    result = fastlora_cli("info", "--json")
+    assert json.loads(result.out)["devices"][1] == {"device": "cuda:0", "problem": "CUDA error: devices are busy"}
+
+
 def test_info_reports_what_is_not_installed(monkeypatch, fastlora_cli):
     monkeypatch.setattr(info, "PACKAGES", (*info.PACKAGES, "no-such-package"))
     monkeypatch.setattr(info, "COMPILERS", ("no-such-compiler",))

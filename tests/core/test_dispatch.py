@@ -1,5 +1,6 @@
 """The choice of a backend, and what is counted."""
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 
 import fastlora
 from fastlora import dispatch
+from fastlora.backends.triton import driver as triton_driver
 from fastlora.dispatch import select_backend
 from fastlora.problem import LaunchSpec, Sizes
 
+DRIVER_UNUSABLE = triton_driver._driver_unusable.__wrapped__  # unremembered
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -105,6 +108,7 @@ def backends(monkeypatch, counts):
     monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
     for name in ("cuda", "triton"):
         monkeypatch.setattr(dispatch.backend_module(name), "prepare", prepare)
     monkeypatch.setattr(dispatch.backend_module("triton"), "why_unsupported", lambda spec: None)
@@ -152,6 +156,73 @@ def test_a_reason_that_stays_is_remembered(backends, monkeypatch):
     monkeypatch.setattr(backends.cuda, "_capability", lambda device: (8, 0))
     assert choose(spec()) == choose(spec()) == "triton"
     assert len(backends.prepared) == 1
+
+
+def a_rocm_torch(patch):
+    patch.setattr(torch.version, "hip", "7.0")
+
+
+def no_c_compiler(patch):
+    patch.delenv("CC", raising=False)
+    patch.setattr(triton_driver.shutil, "which", lambda name: None)
+
+
+def a_compiler_that_is_not_there(patch):
+    patch.setenv("CC", "no-such-compiler -O2")
+
+
+def a_driver_that_does_not_build(patch):
+    def fail():
+        raise subprocess.CalledProcessError(1, ["gcc", "driver.c"])
+
+    active = SimpleNamespace(get_current_target=fail)
+    patch.setattr("triton.runtime.driver", SimpleNamespace(active=active))
+
+
+def a_driver_error(patch):
+    def fail(device=None):
+        raise RuntimeError("CUDA error: system not yet initialized\nCompile with TORCH_USE_CUDA_DSA")
+
+    patch.setattr(torch.cuda, "get_device_capability", fail)
+
+
+@pytest.mark.parametrize(
+    "fails, reason",
+    (
+        (a_rocm_torch, "built for ROCm"),
+        (no_c_compiler, "neither gcc nor clang"),
+        (a_compiler_that_is_not_there, "CC=no-such-compiler -O2 is not found"),
+        (a_driver_that_does_not_build, "its driver does not start: CalledProcessError: Command"),
+        (a_driver_error, "the device cannot be used: CUDA error: system not yet initialized"),
+    ),
+)
+def test_what_triton_lacks_is_a_reason_and_no_crash(backends, counts, monkeypatch, fails, reason):
+    monkeypatch.setattr(backends.extension, "load", lambda: (None, "not built"))
+    monkeypatch.setattr(triton_driver, "_driver_unusable", DRIVER_UNUSABLE)
+    fails(monkeypatch)
+    assert choose(spec()) not in ("cuda", "triton")
+    assert any(key.startswith("triton: ") and reason in key for key in counts()["fallbacks"])
+    assert reason in fastlora.available_backends()["triton"]
+
+
+def test_a_runtime_that_cannot_count_its_devices_is_a_reason(backends, counts, monkeypatch):
+    def fail():
+        raise RuntimeError("fastlora: cudaErrorSystemNotReady")
+
+    monkeypatch.setattr(backends.module, "device_count", fail, raising=False)
+    assert choose(spec()) != "cuda"
+    assert any("cuda: the device cannot be used" in key for key in counts()["fallbacks"])
+
+
+def test_devices_that_differ_are_named_each(backends, monkeypatch):
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(backends.cuda, "_capability", lambda device: capabilities[device.index])
+    found = fastlora.available_backends()
+    assert found["triton"] == "cuda:0: usable; cuda:1: compute capability 7.5 is below 8.0"
+    assert found["cuda"].startswith("cuda:0: usable; cuda:1: compiled for compute capability 9.0")
+    assert choose(spec(device=torch.device("cuda", 1))) not in ("cuda", "triton")
 
 
 def test_the_environment_variable_insists(counts, monkeypatch):

@@ -1,6 +1,7 @@
 """The Triton backend, host side: which calls the kernels serve, and the two launches of a layer."""
 
 from importlib.metadata import version
+from typing import Any
 
 import torch
 import triton
@@ -10,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import philox
 from fastlora.backends.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, gradients_last, padded_rank
-from fastlora.backends.target import Target, target_of
+from fastlora.backends.target import Target, multiplies_by_warpgroup, resident_programs, target_of
 from fastlora.backends.triton.kernels import lora_backward_kernel, lora_forward_kernel
 from fastlora.backends.triton.schedule import N_COUNTERS
 from fastlora.backends.triton.variant import Variant
@@ -100,10 +101,19 @@ class _Prepared:
             wgmma=target.arch == 90,
         )
         self.plain_variant = self.variant.as_plain()
-        self.wave = target.n_sms * config.programs_per_sm
+        self.target, self.wave, self._compiled = target, target.n_sms, False
         self.n_rows = triton.cdiv(spec.sizes.m, config.block_m)
         # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
         self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+
+    def learn(self, compiled: Any) -> None:
+        """Takes the wave from the kernel as it is compiled; until the first launch, one program a multiprocessor.
+        (Triton's interpreter compiles none.)"""
+        if self._compiled or compiled is None:
+            return
+        used = compiled.metadata
+        programs = resident_programs(self.target.arch, compiled.n_regs, used.shared, 32 * used.num_warps)
+        self.wave, self._compiled = self.target.n_sms * programs, True
 
     def matrix(self, tensor: Tensor, block: list[int], by_descriptor: bool) -> Tensor | TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, block) if by_descriptor else tensor
@@ -115,10 +125,8 @@ class _Forward(_Prepared):
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
         m, n, k, r = spec.sizes
         block_r = padded_rank(r)
-        if spec.dropout and target.arch >= 90 and spec.dtype.itemsize == 2:
-            block_r = max(
-                block_r, 64
-            )  # the rank is the height of a product (see tiles._shrink), and wgmma's least is 64
+        if spec.dropout and spec.dtype.itemsize == 2 and config.block_m >= 64 and multiplies_by_warpgroup(target.arch):
+            block_r = max(block_r, 64)  # the rank is the height of a product (see tiles._shrink)
         fused = config.fused and block_r <= FUSED_RANK
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
         self.grid = (self.n_rows * (triton.cdiv(n, config.block_n) + (not fused)),)
@@ -130,7 +138,7 @@ class _Forward(_Prepared):
         config, variant = self.config, self.variant
         y, s = x.new_empty(m, n), x.new_empty(m, r)
         with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
-            lora_forward_kernel[self.grid](
+            compiled = lora_forward_kernel[self.grid](
                 x=self.matrix(x, [config.block_m, config.block_k], variant.tma),
                 weight=self.matrix(weight, [config.block_n, config.block_k], variant.tma),
                 lora_a=self.matrix(lora_a, [variant.block_r, config.block_k], variant.tma_down),
@@ -143,6 +151,7 @@ class _Forward(_Prepared):
                 seed=_seed_argument(seed), threshold=philox.threshold(dropout_p),
                 plain_variant=self.plain_variant, **self.options,
             )  # fmt: skip
+        self.learn(compiled)
         return y, s
 
 
@@ -179,7 +188,7 @@ class _Backward(_Prepared):
         partial_b = output(serial and needs.db, n, r, dtype=torch.float32)
         partial_bias = output(serial and needs.dbias, n, dtype=torch.float32)
         with torch.cuda.device_of(dy):  # Triton launches on the current device, whatever the tensors' is
-            lora_backward_kernel[self.grid](
+            compiled = lora_backward_kernel[self.grid](
                 dy=self.matrix(dy, [config.block_m, config.block_k], variant.tma),
                 weight=self.matrix(weight, [config.block_k, config.block_n], variant.tma),
                 lora_b=self.matrix(lora_b, [config.block_k, variant.block_r], variant.tma_down),
@@ -195,6 +204,7 @@ class _Backward(_Prepared):
                 threshold=philox.threshold(dropout_p),
                 SERIAL=serial, plain_variant=self.plain_variant, **self.options,
             )  # fmt: skip
+        self.learn(compiled)
         return Gradients(dx, da, db, dbias)
 
 
