@@ -55,8 +55,8 @@ def borrow_workspace(n_words: int, device: torch.device) -> Tensor:
 
 
 def _is_external(stream: torch.cuda.Stream) -> bool:
-    """Whether a stream is not torch's own. Ids of torch's own are odd, or 0 for the default stream; an external one's is
-    its handle, an address or cudaStreamPerThread's 2 (c10/cuda/CUDAStream.cpp, "StreamId assignment")."""
+    """Whether a stream is not torch's own. Ids of torch's own are odd, or 0 for the default stream; an external one's
+    is its handle, an address or cudaStreamPerThread's 2 (c10/cuda/CUDAStream.cpp, "StreamId assignment")."""
     return stream.stream_id % 2 == 0 and stream.stream_id != 0
 
 

@@ -2,6 +2,7 @@
 
 On a stand-in for torch's streams and pools; tests/integrations/test_cuda_graphs.py does the same on a GPU."""
 
+import contextlib
 import itertools
 import threading
 
@@ -169,10 +170,8 @@ def test_streams_that_are_first_used_at_once(machine, monkeypatch):
     split = torch.Tensor.split
 
     def slow_split(self, *args, **options):
-        try:  # both threads, if nothing keeps the second one out
-            inside.wait()
-        except threading.BrokenBarrierError:
-            pass
+        with contextlib.suppress(threading.BrokenBarrierError):
+            inside.wait()  # for both threads, if nothing keeps the second one out
         return split(self, *args, **options)
 
     monkeypatch.setattr(torch.Tensor, "split", slow_split)
