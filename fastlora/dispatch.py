@@ -1,6 +1,7 @@
 """Which backend serves a call, why not a faster one, and how often each did."""
 
 import os
+import warnings
 from collections import Counter
 from functools import lru_cache
 from types import ModuleType
@@ -9,11 +10,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.backends import reference, tuning
+from fastlora.backends import composed, reference, toolchain, tuning
+from fastlora.backends.target import target_of
 from fastlora.operands import describe_backward, describe_forward
-from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, Needs, PassingReason
+from fastlora.problem import (
+    BACKENDS,
+    BackwardOperands,
+    ForwardOperands,
+    Gradients,
+    Launcher,
+    LaunchSpec,
+    Needs,
+    PassingReason,
+    Sizes,
+)
 
-BACKENDS = ("cuda", "triton", "reference")  # in order of preference on a GPU
+UNMEASURED = (100, 103)  # compute capabilities whose matrix instructions no kernel here was written or timed for
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
 _calls: Counter[str] = Counter()
@@ -31,11 +43,12 @@ def backend_module(name: str) -> ModuleType:
         from fastlora.backends.triton import launch as triton
 
         return triton
-    return reference
+    return composed if name == "composed" else reference
 
 
 def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
-    unusable = triton_unusable(spec.device) if name == "triton" else None
+    needs_triton = name == "triton" or (name == "composed" and spec.dropout)
+    unusable = triton_unusable(spec.device) if needs_triton else None
     reason = unusable or backend_module(name).why_unsupported(spec)
     return type(reason)(f"{name}: {reason}") if reason else None
 
@@ -50,13 +63,33 @@ def triton_unusable(device: torch.device | None = None) -> str | None:
     except ImportError as error:
         return f"not installed ({error}); pip install 'fastlora[triton]'"
     if Version(triton.__version__) < Version("3.6"):
-        return f"version {triton.__version__} is older than 3.6"
+        return f"version {triton.__version__} is older than 3.6; pip install --upgrade 'triton>=3.6'"
     if triton.knobs.runtime.interpret:
         return backend_module("triton").interpreter_unusable()
     if not torch.cuda.is_available():
         return PassingReason("no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU")
     major, minor = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    if major < 8:
+        return f"compute capability {major}.{minor} is below 8.0"
+    return toolchain.no_compiler() or toolchain.driver_fails()
+
+
+def preference(spec: LaunchSpec, *, tuned: bool = True) -> tuple[str, ...]:
+    """The order in which backends are asked to serve a call on a GPU.
+
+    First is what ``fastlora tune`` found fastest for the call's class of shapes, unless ``tuned`` is False. Without
+    that, the composed layer is in front of one launch each way where the latter is not known to be faster: in float32,
+    whose kernels do without matrix instructions, and on GPUs that no kernel was timed on.
+    """
+    first = "composed" if spec.dtype == torch.float32 else None
+    try:
+        if target_of(spec.device).arch in UNMEASURED:
+            first = "composed"
+        if tuned:
+            first = tuning.tuned_backend(spec) or first
+    except (RuntimeError, AssertionError):
+        pass  # a device that cannot be asked now; the backends' reasons say why
+    return BACKENDS if first is None else (first, *(name for name in BACKENDS if name != first))
 
 
 def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[str, ...]]:
@@ -85,7 +118,7 @@ def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[
     if spec.device.type != "cuda":
         return "reference", ()
     passed_over = []
-    for name in BACKENDS:
+    for name in preference(spec):
         reason = _why_unsupported(name, spec)
         if reason is None:
             break
@@ -104,10 +137,26 @@ class _Route(NamedTuple):
 @lru_cache(maxsize=4096)
 def _route(spec: LaunchSpec, requested: str | None) -> _Route:
     name, passed_over = select_backend(spec, requested)
+    if name == "reference" and passed_over:
+        _warn_once(spec, passed_over)
     return _Route(name, passed_over, backend_module(name).prepare(spec))
 
 
 tuning.on_change(_route.cache_clear)
+_warned = False
+
+
+def _warn_once(spec: LaunchSpec, passed_over: tuple[str, ...]) -> None:
+    """Says that a GPU's user gets the slow path, why, and what helps (the reasons say it); once a process."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"fastlora serves a {spec.direction} of {spec.dtype} on {spec.device} by its reference in plain PyTorch,"
+            f" which is slow there: {'; '.join(passed_over)}. This is said once; fastlora.dispatch_counts() has every"
+            " call",
+            stacklevel=2,
+        )
 
 
 def _counted(route: _Route) -> Launcher:
@@ -191,8 +240,19 @@ def reset_dispatch_counts() -> None:
 
 def available_backends() -> dict[str, str]:
     """Each backend's name, and "usable" or the reason why it is not."""
+    triton = triton_unusable()
     return {
         "cuda": backend_module("cuda").unusable() or "usable",
-        "triton": triton_unusable() or "usable",
+        "triton": triton or "usable",
+        "composed": f"usable without dropout; with it not, triton: {triton}" if triton else "usable",
         "reference": "usable",
     }
+
+
+def served_by(device: torch.device, dropout: bool = False) -> dict[str, str]:
+    """Which backend serves the forward of a layer of 4096 x 4096 at rank 16 here, by dtype, for 2048 tokens."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        spec = LaunchSpec("forward", Sizes(2048, 4096, 4096, 16), dtype, (dtype, dtype), device, dropout=dropout)
+        found[str(dtype).removeprefix("torch.")] = select_backend(spec, None)[0]
+    return found

@@ -199,7 +199,7 @@ def lora_linear(
         bias: [out_features] of x's dtype, or None; trainable if it requires a gradient.
         dropout_p: probability of dropping an element of x in front of the low-rank branch.
         training: whether dropout applies.
-        backend: "cuda", "triton" or "reference" to insist on one; None for the best that serves the call.
+        backend: "cuda", "triton", "composed" or "reference" to insist on one; None for the best that serves the call.
         copy_input: save a copy of x for the backward, not x itself, so that x may be modified in place after the call.
 
     Returns:
