@@ -19,9 +19,8 @@ from fastlora.problem import LaunchSpec, Scales
 BLOCK_M = 32  # in float32 no height of 64: tcgen05 would take such a product in TF32 (Triton 3.6)
 BACKWARD_K = 128  # columns of a program of the backward
 RANK_STEP = 64  # of dS that the backward multiplies at a time
-LARGEST_RANK_BLOCK = 128  # a larger rank is several columns of programs, each of which draws the mask
+RANK_BYTES = 256  # a larger rank is several columns of programs, each of which draws the mask
 LEAST_STEPS = 4  # along K that a part of a row block's sum has
-N_WARPS = 4
 UNSPECIALISED = ("M", "seed", "steps")
 
 
@@ -123,7 +122,7 @@ def masked_shrink(
     """
     (m, k), r = x.shape, lora_a.shape[0]
     s = x.new_empty(m, r)
-    ranks = min(_power_of_two(r), LARGEST_RANK_BLOCK)
+    ranks = min(_power_of_two(r), RANK_BYTES // x.element_size())
     block_k = 128 if ranks * x.element_size() <= 128 else 64
     rows, columns, steps = triton.cdiv(m, BLOCK_M), triton.cdiv(r, ranks), triton.cdiv(k, block_k)
     # As many parts as give each multiprocessor two programs, but none too short.
@@ -139,7 +138,7 @@ def masked_shrink(
             x, lora_a, s, partial, borrow_workspace(rows * columns, x.device) if parts > 1 else None, m, k, r, steps,
             x.stride(0), lora_a.stride(0), inverse_keep if split else inverse_keep * scales.in_s,
             scales.in_s if split else None, _seed_argument(seed), philox.threshold(dropout_p),
-            BLOCK_M, block_k, ranks, "tf32" if tf32 else "ieee", **_OPTIONS,
+            BLOCK_M, block_k, ranks, "tf32" if tf32 else "ieee", **_options(x.dtype),
         )  # fmt: skip
     return s
 
@@ -156,13 +155,15 @@ def mask_and_add(
         masked_backward_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(k, BACKWARD_K))](
             x, dropped, dx, ds, lora_a, m, k, r, 0 if x is None else x.stride(0), lora_a.stride(0),
             philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
-            BLOCK_M, BACKWARD_K, min(_power_of_two(r), RANK_STEP), "tf32" if tf32 else "ieee", **_OPTIONS,
+            BLOCK_M, BACKWARD_K, min(_power_of_two(r), RANK_STEP), "tf32" if tf32 else "ieee", **_options(ds.dtype),
         )  # fmt: skip
     return dropped
 
 
-# Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
-_OPTIONS = {"num_warps": N_WARPS, "num_stages": 3, "enable_fp_fusion": True}
+def _options(dtype: torch.dtype) -> dict:
+    """In float32, whose elements take more registers, four warps spill on sm_120. Triton 3.9 warns where multiply-adds
+    are left to its default, which will be not to fuse them."""
+    return {"num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
 def _power_of_two(rank: int) -> int:
