@@ -11,8 +11,8 @@ from torch import Tensor
 from fastlora import philox
 from fastlora.backends.target import target_of
 from fastlora.backends.triton.branch import rounded_s
-from fastlora.backends.triton.memory import dropout_of, keep_mask, load_block
-from fastlora.backends.triton.structs import BranchScales, Matrix
+from fastlora.backends.triton.memory import keep_mask, load_block
+from fastlora.backends.triton.structs import BranchScales, Dropout, Matrix
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import LaunchSpec, Scales
 
@@ -21,13 +21,21 @@ BACKWARD_K = 128  # columns of a program of the backward
 RANK_STEP = 64  # of dS that the backward multiplies at a time
 RANK_BYTES = 256  # a larger rank is several columns of programs, each of which draws the mask
 LEAST_STEPS = 4  # along K that a part of a row block's sum has
-UNSPECIALISED = ("M", "seed", "steps")
+UNSPECIALISED = ("M", "seed", "by_value", "steps")
+_ANY_SEED = 1 << 62  # where it is not read; as wide as others, for Triton compiles for the width of an integer
+
+
+@triton.jit
+def _drawn(seed_ptr, seed, by_value, threshold, inverse_keep):
+    """A seed is passed by value, or by pointer where a CUDA graph draws it: one kernel for both, for a capture must not
+    have to compile."""
+    return Dropout(tl.load(seed_ptr, mask=by_value == 0, other=seed), threshold, inverse_keep)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def masked_shrink_kernel(
-    x_ptr, lora_a_ptr, s_ptr, partial_ptr, workspace_ptr, M, K, R, steps, stride_xm, stride_ar, of_sum, in_s, seed,
-    threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, lora_a_ptr, s_ptr, partial_ptr, workspace_ptr, M, K, R, steps, stride_xm, stride_ar, of_sum, in_s, seed_ptr,
+    seed, by_value, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """S = of_sum·in_s·drop(X)·Aᵀ (see structs.BranchScales), of one row block and RANKS of its columns a program; with
     ``partial_ptr``, which is [parts, M, R] in fp32, of ``steps`` steps along K. The part that arrives last adds all of
@@ -35,7 +43,7 @@ def masked_shrink_kernel(
     row, column, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     offs_m = row * ROWS + tl.arange(0, ROWS)
     offs_r = column * RANKS + tl.arange(0, RANKS)
-    dropout = dropout_of(seed, threshold, 1.0)
+    dropout = _drawn(seed_ptr, seed, by_value, threshold, 1.0)
     dtype = s_ptr.dtype.element_ty
     TRANSPOSED: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16  # as tiles._shrink, for the same reason
     acc = tl.zeros((RANKS, ROWS) if TRANSPOSED else (ROWS, RANKS), tl.float32)
@@ -72,15 +80,16 @@ def masked_shrink_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def masked_backward_kernel(
-    x_ptr, dropped_ptr, dx_ptr, ds_ptr, lora_a_ptr, M, K, R, stride_xm, stride_ar, inverse_keep, seed, threshold,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, dropped_ptr, dx_ptr, ds_ptr, lora_a_ptr, M, K, R, stride_xm, stride_ar, inverse_keep, seed_ptr, seed,
+    by_value, threshold, ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One block of mask∘X, and of dX += inverse_keep·mask∘(dS·A); the mask is drawn once for both. What has no pointer
     is not wanted."""
     row, column = tl.program_id(0), tl.program_id(1)
     offs_m = row * ROWS + tl.arange(0, ROWS)
     offs_k = column * COLUMNS + tl.arange(0, COLUMNS)
-    keep = keep_mask(dropout_of(seed, threshold, inverse_keep), offs_m, column * COLUMNS, K, COLUMNS)
+    dropout = _drawn(seed_ptr, seed, by_value, threshold, inverse_keep)
+    keep = keep_mask(dropout, offs_m, column * COLUMNS, K, COLUMNS)
     inside = (offs_m < M)[:, None] & (offs_k < K)[None, :]
     offs = offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
     if dropped_ptr is not None:
@@ -137,7 +146,7 @@ def masked_shrink(
         masked_shrink_kernel[(rows, columns, parts)](
             x, lora_a, s, partial, borrow_workspace(rows * columns, x.device) if parts > 1 else None, m, k, r, steps,
             x.stride(0), lora_a.stride(0), inverse_keep if split else inverse_keep * scales.in_s,
-            scales.in_s if split else None, _seed_argument(seed), philox.threshold(dropout_p),
+            scales.in_s if split else None, *_seed_arguments(seed, x), philox.threshold(dropout_p),
             BLOCK_M, block_k, ranks, "tf32" if tf32 else "ieee", **_options(x.dtype),
         )  # fmt: skip
     return s
@@ -154,7 +163,7 @@ def mask_and_add(
     with torch.cuda.device_of(ds):
         masked_backward_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(k, BACKWARD_K))](
             x, dropped, dx, ds, lora_a, m, k, r, 0 if x is None else x.stride(0), lora_a.stride(0),
-            philox.inverse_keep(dropout_p), _seed_argument(seed), philox.threshold(dropout_p),
+            philox.inverse_keep(dropout_p), *_seed_arguments(seed, ds), philox.threshold(dropout_p),
             BLOCK_M, BACKWARD_K, min(_power_of_two(r), RANK_STEP), "tf32" if tf32 else "ieee", **_options(ds.dtype),
         )  # fmt: skip
     return dropped
@@ -171,5 +180,8 @@ def _power_of_two(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _seed_argument(seed: Tensor) -> Tensor | int:
-    return int(seed) if seed.device.type == "cpu" else seed
+def _seed_arguments(seed: Tensor, like: Tensor) -> tuple[Tensor, int, int]:
+    """A kernel's seed_ptr, seed and by_value."""
+    if seed.device.type == "cpu":
+        return like.new_empty((), dtype=torch.int64), int(seed), 1
+    return seed, _ANY_SEED, 0
