@@ -77,8 +77,9 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
     # Both halves of each word, low half first, as signed numbers, which a flipped top bit puts in the unsigned order.
-    on_host = not isinstance(seed, Tensor) or seed.device.type == "cpu"
-    key = int(seed) if on_host else seed.reshape(())  # a captured graph draws its seed, and reads it, on the device
+    # A captured graph draws its seed, and reads it, on the device.
+    on_device = isinstance(seed, Tensor) and seed.device.type != "cpu"
+    key = seed.reshape(()) if on_device else int(seed)  # type: ignore[union-attr]
     halves = random_words(key, counter).to(torch.int32).view(torch.int16)
     keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
     return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]
