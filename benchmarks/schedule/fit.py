@@ -73,7 +73,8 @@ def as_launched(problem: Problem, schedule: Schedule, machine: Machine) -> Sched
     rows = cdiv(problem.m, schedule.block_m)
     n_tiles, draws = rows * cdiv(problem.width, schedule.block_n), problem.dropout and not problem.backward
     sizes = (problem.m, problem.width, problem.reduction, schedule.block_m, schedule.block_n)
-    last = problem.backward and gradients_last(*sizes)
+    hides_generator = problem.dropout and schedule.overlap
+    last = problem.backward and not hides_generator and gradients_last(*sizes)
     if draws and schedule.overlap:
         fused = problem.r <= FUSED_RANK and fuses_drawn(rows, n_tiles, machine.sm_count)
     else:

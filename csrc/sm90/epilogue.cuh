@@ -67,8 +67,8 @@ __device__ __forceinline__ void store_slice(Consumer<Traits>& c, TileInfo tile, 
   constexpr int kPerPhase = Traits::kSlicesPerPhase;
   const uint32_t lane = lane_id(), block_row = c.warp * 16 + lane % 16;
   const uint32_t staging = c.shared.staging(c.warpgroup, j % Traits::kStagingBuffers);
-  if (j % kPerPhase == 0) {  // until the buffers of this phase are free
-    if (c.thread == 0) tma_store_wait_read<Traits::kStagingBuffers / kPerPhase - 1>();
+  if (j % kPerPhase == 0) {  // until the buffers of this phase are free; only the first thread has stores to wait for
+    tma_store_wait_read<Traits::kStagingBuffers / kPerPhase - 1>();
     c.sync_warpgroup();
   }
 #pragma unroll
@@ -109,6 +109,17 @@ struct KeepBits {
 #pragma unroll
     for (int j = 0; j + 1 < kWords; ++j) words[j] = __funnelshift_r(words[j], words[j + 1], 8);
     words[kWords - 1] = words[kWords - 1] >> 8 | fresh << 24;
+  }
+
+  // `value` where bit `i` of the word is set, else 0. From C++, bit 0 would be tested unlike the others, and the
+  // instruction that moves seven bits to predicates could serve only six of them.
+  __device__ __forceinline__ static float select(uint32_t word, int i, float value) {
+    float kept;
+    asm("{\n .reg .pred p;\n .reg .b32 bit;\n and.b32 bit, %1, %2;\n setp.ne.u32 p, bit, 0;\n"
+        " selp.f32 %0, %3, 0f00000000, p;\n}"
+        : "=f"(kept)
+        : "r"(word), "r"(1u << i), "f"(value));
+    return kept;
   }
 };
 
@@ -199,7 +210,7 @@ struct MaskedBranchEpilogue {
         }
       }
       store_slice(c, tile, j, [&](int i) {
-        const float kept = keep.words[j] >> i & 1 ? branch[i] : 0.f;
+        const float kept = KeepBits<Traits>::select(keep.words[j], i, branch[i]);
         return fmaf(kept, c.params.inverse_keep, acc[j * Traits::kSliceAccumulators + i]);
       });
     }

@@ -11,7 +11,7 @@ LONGEST_WAIT = 0.015  # of a launch, for S: about the resolution of the schedule
 _LEAST_COLUMNS = 32  # a narrower product takes as long: its left operand has to be read all the same
 # As long as a product with so many columns takes drawing dropout's mask for its rows: instructions counted in the
 # machine code (benchmarks/schedule/machine.py).
-MASK_COLUMNS = 125
+MASK_COLUMNS = 124
 
 
 @dataclass(frozen=True)

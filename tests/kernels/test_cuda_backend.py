@@ -147,6 +147,7 @@ def test_with_dropout_s_is_fused_unless_idle_multiprocessors_make_it():
 def test_gradients_come_last_where_a_tile_takes_long():
     assert tiles.choose_tile(8192, 1024, 4096, 16, 132, backward=True).gradients_last
     assert not tiles.choose_tile(8192, 4096, 1024, 16, 132, backward=True).gradients_last
+    assert not tiles.choose_tile(8192, 1024, 4096, 16, 132, backward=True, dropout=True).gradients_last
     assert not tiles.choose_tile(8192, 1024, 4096, 16, 132).gradients_last, "a forward has none"
 
 

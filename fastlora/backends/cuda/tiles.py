@@ -81,7 +81,8 @@ def choose_tile(
     return replace(
         tile,
         fused=kernel["fuses"] and fused,
-        gradients_last=backward and gradients_last(m, n, k, tile.block_m, tile.block_n),
+        # dX's products hide most of what the generator costs a gradient tile beside them; last, nothing does.
+        gradients_last=backward and not dropout and gradients_last(m, n, k, tile.block_m, tile.block_n),
     )
 
 
