@@ -190,8 +190,8 @@ def lora_linear(
     """A LoRA layer: ``x·weightᵀ + scaling·(dropout(x)·lora_aᵀ)·lora_bᵀ + bias``.
 
     Args:
-        x: input [..., in_features]; float16, bfloat16, float32 or (on the reference backend) float64. A nested tensor
-            of jagged layout is served where its last dimension is in_features.
+        x: input [..., in_features]; float16, bfloat16, float32 or (in plain PyTorch) float64. A nested tensor of jagged
+            layout is served where its last dimension is in_features.
         weight: frozen weight [out_features, in_features] of x's dtype; it must not require a gradient.
         lora_a: [r, in_features]; x's dtype, or float32 over a 16-bit x.
         lora_b: [out_features, r]; likewise.

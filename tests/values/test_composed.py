@@ -112,6 +112,14 @@ def test_the_mask_is_every_backends(on_device, monkeypatch, device):
     torch.testing.assert_close(s, expected, rtol=0, atol=0)
 
 
+def test_a_dropout_of_one_drops_everything(device):
+    case = numerics.draw_case(5, 24, 40, 3, torch.float32, dropout_p=1.0, device=device)
+    results = run(case)
+    assert torch.equal(results["y"], torch.nn.functional.linear(case.x, case.weight, case.bias))
+    assert torch.equal(results["dx"], case.dy @ case.weight)
+    assert not results["da"].any() and not results["db"].any()
+
+
 @pytest.mark.parametrize("m, n, k", [(0, 6, 7), (5, 0, 7), (5, 6, 0)])
 def test_empty_dimensions(m, n, k, device):
     case = numerics.draw_case(m, n, max(k, 1), 2, torch.float32, dropout_p=0.3, device=device)
