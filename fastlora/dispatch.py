@@ -48,6 +48,10 @@ def backend_module(name: str) -> ModuleType:
 
 def why_unsupported(name: str, spec: LaunchSpec) -> str | None:
     """Why a backend cannot serve a call here, after its name, or None."""
+    return _why_unsupported(name, spec)
+
+
+def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
     needs_triton = name == "triton" or (name == "composed" and spec.dropout)
     unusable = triton_unusable(spec.device) if needs_triton else None
     reason = unusable or backend_module(name).why_unsupported(spec)
@@ -112,7 +116,7 @@ def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[
     if spec.is_empty:
         return "reference", ()
     if requested is not None:
-        reason = why_unsupported(requested, spec)
+        reason = _why_unsupported(requested, spec)
         if reason is not None:
             raise ValueError(f"backend {requested!r} cannot serve this call: {reason}")
         return requested, ()
@@ -120,7 +124,7 @@ def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[
         return "reference", ()
     passed_over = []
     for name in preference(spec):
-        reason = why_unsupported(name, spec)
+        reason = _why_unsupported(name, spec)
         if reason is None:
             break
         passed_over.append(reason)

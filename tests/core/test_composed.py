@@ -121,7 +121,7 @@ def gpu(nothing_is_launched, monkeypatch, tmp_path):
     monkeypatch.setattr(dispatch, "target_of", lambda device: Target(state.arch, 132))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary")
     monkeypatch.setattr(tuning, "cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(dispatch, "why_unsupported", lambda name, spec: state.refuse.get(name))
+    monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: state.refuse.get(name))
     monkeypatch.setattr(dispatch, "_warned", False)
     tuning.forget_choices()
     yield state

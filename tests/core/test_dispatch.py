@@ -23,7 +23,7 @@ def reasons(monkeypatch):
     """Backends that serve everything; a test makes one refuse by setting its reason."""
     table = dict.fromkeys(dispatch.BACKENDS)
     monkeypatch.setattr(dispatch, "_warned", True)
-    monkeypatch.setattr(dispatch, "why_unsupported", lambda name, spec: table[name])
+    monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: table[name])
     dispatch._route.cache_clear()
     yield table
     dispatch._route.cache_clear()
