@@ -230,7 +230,7 @@ def count_fallback(reason: str) -> None:
 
 
 def dispatch_counts() -> dict:
-    """Calls since the last reset: ``{"cuda": n, "triton": n, "reference": n, "fallbacks": {reason: n}}``.
+    """Calls since the last reset: ``{"cuda": n, "triton": n, "composed": n, "reference": n, "fallbacks": {reason: n}}``.
 
     Each forward and each backward pass of a layer is one call.
     """
