@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.backends import composed, reference, toolchain, tuning
+from fastlora.backends import composed, reference, tuning
 from fastlora.backends.target import target_of
+from fastlora.backends.triton import driver
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import (
     BACKENDS,
@@ -71,12 +73,7 @@ def triton_unusable(device: torch.device | None = None) -> str | None:
         return f"version {triton.__version__} is older than 3.6; pip install --upgrade 'triton>=3.6'"
     if triton.knobs.runtime.interpret:
         return backend_module("triton").interpreter_unusable()
-    if not torch.cuda.is_available():
-        return PassingReason("no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU")
-    major, minor = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
-    if major < 8:
-        return f"compute capability {major}.{minor} is below 8.0"
-    return toolchain.no_compiler() or toolchain.driver_fails()
+    return driver.unusable(device)
 
 
 def preference(spec: LaunchSpec, *, tuned: bool = True) -> tuple[str, ...]:
@@ -152,14 +149,14 @@ _warned = False
 
 
 def _warn_once(spec: LaunchSpec, passed_over: tuple[str, ...]) -> None:
-    """Says that a GPU's user gets the slow path, why, and what helps (the reasons say it); once a process."""
+    """Says that a GPU's user gets the slow path, why, and what helps; once a process."""
     global _warned
     if not _warned:
         _warned = True
         warnings.warn(
             f"fastlora serves a {spec.direction} of {spec.dtype} on {spec.device} by its reference in plain PyTorch,"
-            f" which is slow there: {'; '.join(passed_over)}. This is said once; fastlora.dispatch_counts() has every"
-            " call",
+            f" which is slow there. It helps to mend one of these: {'; '.join(passed_over)}. This is said once;"
+            " fastlora.dispatch_counts() has every call",
             stacklevel=2,
         )
 
@@ -230,7 +227,8 @@ def count_fallback(reason: str) -> None:
 
 
 def dispatch_counts() -> dict:
-    """Calls since the last reset: ``{"cuda": n, "triton": n, "composed": n, "reference": n, "fallbacks": {reason: n}}``.
+    """Calls since the last reset: ``{"cuda": n, "triton": n, "composed": n, "reference": n}`` and, under "fallbacks",
+    ``{reason: n}``.
 
     Each forward and each backward pass of a layer is one call.
     """
@@ -244,14 +242,22 @@ def reset_dispatch_counts() -> None:
 
 
 def available_backends() -> dict[str, str]:
-    """Each backend's name, and "usable" or the reason why it is not."""
-    triton = triton_unusable()
+    """Each backend's name, and "usable" or the reason why it is not; where the machine's GPUs differ, that of each."""
+    triton = _on_every_device(triton_unusable)
     return {
-        "cuda": backend_module("cuda").unusable() or "usable",
-        "triton": triton or "usable",
-        "composed": f"usable without dropout; with it not, triton: {triton}" if triton else "usable",
+        "cuda": _on_every_device(backend_module("cuda").unusable),
+        "triton": triton,
+        "composed": triton if triton == "usable" else f"usable without dropout; with it not, triton: {triton}",
         "reference": "usable",
     }
+
+
+def _on_every_device(unusable: Callable[[torch.device | None], str | None]) -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = {f"cuda:{i}": unusable(torch.device("cuda", i)) or "usable" for i in range(count)}
+    if len(set(found.values())) > 1:
+        return "; ".join(f"{device}: {state}" for device, state in found.items())
+    return next(iter(found.values()), None) or unusable(None) or "usable"
 
 
 def served_by(device: torch.device, dropout: bool = False) -> dict[str, str]:

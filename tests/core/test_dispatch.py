@@ -7,7 +7,7 @@ import torch
 
 import fastlora
 from fastlora import dispatch
-from fastlora.backends import toolchain
+from fastlora.backends.triton import driver as triton_driver
 from fastlora.dispatch import select_backend
 from fastlora.problem import LaunchSpec, Sizes
 
@@ -114,7 +114,7 @@ def backends(monkeypatch, counts):
     for name in ("cuda", "triton"):
         monkeypatch.setattr(dispatch.backend_module(name), "prepare", prepare)
     monkeypatch.setattr(dispatch.backend_module("triton"), "why_unsupported", lambda spec: None)
-    monkeypatch.setattr(toolchain, "driver_fails", lambda: None)
+    monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
     monkeypatch.setattr(dispatch, "_warned", True)
     dispatch._route.cache_clear()
     yield SimpleNamespace(module=module, extension=extension, cuda=cuda, prepared=prepared)
