@@ -80,16 +80,6 @@ def test_info_as_json(fastlora_cli):
     ]
 
 
-def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
-    import fastlora
-
-    result = fastlora_cli("info")
-    assert result.code == 0
-    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  ")]
-    for name, reason in fastlora.available_backends().items():
-        assert [name, reason] in lines
-
-
 def test_info_says_who_serves_a_layer_by_dtype(fastlora_cli, monkeypatch):
     entry = {"device": "cuda:0", "name": "Imaginary"}
     monkeypatch.setattr(info, "device_list", lambda: [entry])
@@ -102,6 +92,16 @@ def test_info_says_who_serves_a_layer_by_dtype(fastlora_cli, monkeypatch):
     shown = fastlora_cli("info").out
     assert "  cuda:0           bfloat16 composed, float16 composed, float32 composed, float64 composed\n" in shown
     assert "  cuda:0, dropout  bfloat16 reference, float16 reference, float32 reference, float64 reference\n" in shown
+
+
+def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
+    import fastlora
+
+    result = fastlora_cli("info")
+    assert result.code == 0
+    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  ")]
+    for name, reason in fastlora.available_backends().items():
+        assert [name, reason] in lines
 
 
 def test_info_reports_what_is_not_installed(monkeypatch, fastlora_cli):
