@@ -1,10 +1,10 @@
 """A layer composed of torch's own products, for GPUs: cuBLAS makes the base product and the thin ones, the branch is
 added in place, and dropout costs one kernel each way.
 
-Three launches forward and five backward, where PEFT's layer takes six and eight with dropout, and no pass over Y or dX
-but the addition of the branch. It is what a call gets where one launch each way is not known to be faster. Without
-dropout it needs no Triton. What it saves is the same as every backend's, x and S, and the mask has the same bits; it is
-as deterministic as torch's own products are.
+Three products forward and five backward, with dropout too, and no pass over Y or dX but the addition of the branch.
+With dropout the backward writes a masked X besides, as large as X, which dA reads and which is freed then. It is what a
+call gets where one launch each way is not known to be faster. Without dropout it needs no Triton. What it saves is the
+same as every backend's, x and S, and the mask has the same bits; it is as deterministic as torch's own products are.
 """
 
 from functools import partial

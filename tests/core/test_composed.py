@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora import dispatch
@@ -52,6 +53,24 @@ def test_only_the_gradients_asked_for():
 def test_float16_overflows_where_the_layer_of_framework_operations_does(regime, scaling):
     case = float16_range.draw(regime, scaling, 33, 40, 136, 5, 0.0)
     float16_range.check(run(case), case)
+
+
+def test_three_products_forward_and_five_backward():
+    """And nothing else of Y's or dX's size: each of torch's calls may be a launch."""
+    case = numerics.draw_case(20, 24, 28, 3, torch.float32)
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name not in ("t", "empty", "new_empty", "detach", "view"):
+                called.append(name)
+            return function(*args, **(kwargs or {}))
+
+    called: list[str] = []
+    with Calls():
+        results = run(case)
+    assert sorted(called) == sorted(["addmm"] * 3 + ["addmm_"] * 2 + ["mm"] * 3 + ["sum"]), called
+    numerics.assert_accurate(results, case)
 
 
 def layer(**options):
