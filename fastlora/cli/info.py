@@ -65,8 +65,10 @@ def collect() -> dict:
     import torch
 
     import fastlora
+    from fastlora.dispatch import served_by
     from fastlora.environment import package_versions
 
+    devices = device_list()
     return {
         "versions": {
             "python": platform.python_version(),
@@ -75,8 +77,13 @@ def collect() -> dict:
             **{name: compiler_version(name) for name in COMPILERS},
         },
         "platform": platform.platform(),
-        "devices": device_list(),
+        "devices": devices,
         "backends": dict(fastlora.available_backends()),
+        "served_by": {
+            entry["device"] + (", dropout" if dropout else ""): served_by(torch.device(entry["device"]), dropout)
+            for entry in devices
+            for dropout in (False, True)
+        },
     }
 
 
@@ -94,6 +101,10 @@ def as_text(report: dict) -> str:
         "Versions": {**report["versions"], "platform": report["platform"]},
         "Devices": devices,
         "Backends": report["backends"],
+        "Who serves a layer of 4096 x 4096, R 16, M 2048": {
+            device: ", ".join(f"{dtype} {name}" for dtype, name in served.items())
+            for device, served in report["served_by"].items()
+        },
     }
     return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections.items())
 

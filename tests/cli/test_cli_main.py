@@ -71,10 +71,27 @@ def test_info_as_json(fastlora_cli):
     assert report["versions"]["torch"] == torch.__version__
     assert report["backends"] == fastlora.available_backends()
     assert report["backends"]["reference"] == "usable"
+    assert (
+        set(report["served_by"]["cpu"].values()) == set(report["served_by"]["cpu, dropout"].values()) == {"reference"}
+    )
     assert [entry["device"] for entry in report["devices"]] == [
         "cpu",
         *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
     ]
+
+
+def test_info_says_who_serves_a_layer_by_dtype(fastlora_cli, monkeypatch):
+    entry = {"device": "cuda:0", "name": "Imaginary"}
+    monkeypatch.setattr(info, "device_list", lambda: [entry])
+    monkeypatch.setattr(
+        "fastlora.dispatch._why_unsupported",
+        lambda name, spec: (
+            "no compiler" if name in ("cuda", "triton") or (name == "composed" and spec.dropout) else None
+        ),
+    )
+    shown = fastlora_cli("info").out
+    assert "  cuda:0           bfloat16 composed, float16 composed, float32 composed, float64 composed\n" in shown
+    assert "  cuda:0, dropout  bfloat16 reference, float16 reference, float32 reference, float64 reference\n" in shown
 
 
 def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):

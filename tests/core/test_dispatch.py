@@ -24,6 +24,7 @@ def spec(device=GPU, dtype=torch.bfloat16, sizes=(64, 64, 64, 8), direction="for
 def reasons(monkeypatch):
     """Backends that serve everything; a test makes one refuse by setting its reason."""
     table = dict.fromkeys(dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "_warned", True)
     monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: table[name])
     dispatch._route.cache_clear()
     yield table
@@ -47,7 +48,10 @@ def test_the_fastest_backend_is_preferred(reasons):
     assert select_backend(spec(), None) == ("triton", ("cuda: rank 7 is not a multiple of 8",))
     reasons["triton"] = "triton: rank 300 is above 256"
     name, passed_over = select_backend(spec(), None)
-    assert name == "reference" and len(passed_over) == 2
+    assert name == "composed" and len(passed_over) == 2
+    reasons["composed"] = "composed: no C compiler"
+    name, passed_over = select_backend(spec(), None)
+    assert name == "reference" and len(passed_over) == 3
 
 
 def test_cpu_tensors_take_the_reference_without_a_fallback(reasons):
@@ -59,23 +63,24 @@ def test_a_requested_backend_is_taken_or_refused(reasons):
     reasons["triton"] = "triton: no CUDA device"
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call: triton: no CUDA device"):
         select_backend(spec(), "triton")
-    with pytest.raises(ValueError, match="unknown backend 'cublas'; choose one of cuda, triton, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cublas'; choose one of cuda, triton, composed, reference"):
         select_backend(spec(), "cublas")
 
 
 def test_forward_and_backward_are_counted(counts):
     x, *rest = layer_arguments()
     fastlora.lora_linear(x.requires_grad_(), *rest).sum().backward()
-    assert counts() == {"cuda": 0, "triton": 0, "reference": 2, "fallbacks": {}}
+    assert counts() == {"cuda": 0, "triton": 0, "composed": 0, "reference": 2, "fallbacks": {}}
 
 
 def test_fallbacks_are_counted_by_reason(counts, reasons):
     reasons["cuda"] = "cuda: not built"
     reasons["triton"] = "triton: dtype torch.float64"
+    reasons["composed"] = "composed: no kernel draws"
     for _ in range(3):
         assert dispatch._counted(dispatch._route(spec(), None)) and counts()["cuda"] == counts()["triton"] == 0
     assert counts()["reference"] == 3
-    assert counts()["fallbacks"] == {"cuda: not built": 3, "triton: dtype torch.float64": 3}
+    assert counts()["fallbacks"] == dict.fromkeys(filter(None, reasons.values()), 3)
     dispatch.count_fallback("peft: merged")
     assert counts()["fallbacks"]["peft: merged"] == 1
 
@@ -112,6 +117,8 @@ def backends(monkeypatch, counts):
     for name in ("cuda", "triton"):
         monkeypatch.setattr(dispatch.backend_module(name), "prepare", prepare)
     monkeypatch.setattr(dispatch.backend_module("triton"), "why_unsupported", lambda spec: None)
+    monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
+    monkeypatch.setattr(dispatch, "_warned", True)
     dispatch._route.cache_clear()
     yield SimpleNamespace(module=module, extension=extension, cuda=cuda, prepared=prepared)
     dispatch._route.cache_clear()
@@ -148,8 +155,9 @@ def test_that_triton_has_no_device_may_pass(backends, monkeypatch):
     monkeypatch.setattr(backends.extension, "load", lambda: (None, "not built"))
     with pytest.MonkeyPatch.context() as patch:
         no_device(backends, patch)
-        assert choose(spec()) == choose(spec()) == "reference"
-    assert choose(spec()) == "triton"
+        assert choose(spec(dropout=True)) == choose(spec(dropout=True)) == "reference"
+        assert choose(spec()) == "composed", "which needs no Triton"
+    assert choose(spec()) == choose(spec(dropout=True)) == "triton"
 
 
 def test_a_reason_that_stays_is_remembered(backends, monkeypatch):
@@ -244,7 +252,7 @@ def test_triton_refuses_what_it_cannot_compute():
 
 def test_available_backends_give_a_reason():
     found = fastlora.available_backends()
-    assert list(found) == ["cuda", "triton", "reference"]
+    assert list(found) == ["cuda", "triton", "composed", "reference"]
     assert found["reference"] == "usable"
     if not torch.cuda.is_available():
         assert all(found[name] != "usable" and len(found[name]) > 10 for name in ("cuda",))
