@@ -19,11 +19,12 @@ HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev
 TORCH := $(if $(HAS_GPU),torch,torch==2.13.0)
 WORKERS ?= 2
 DEMO_ARGS ?=
+STAGE ?= contact
 
 CLANG_FORMAT = $(RUN) -c "from clang_format import clang_format; clang_format()"
 CUDA_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: help install demo test test-sweep test-values lint check format wheel gpu clean
+.PHONY: help install demo test test-sweep test-values lint check format wheel gpu gpu-objects clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,7 +51,7 @@ test: install test-values  ## every test; on a machine without a GPU the kernels
 	$(RUN) -m pytest tests -n $(WORKERS) --durations 15
 
 test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (40 minutes)
-	$(RUN) -m pytest tests/kernels/test_sweep.py -m sweep -n $(WORKERS)
+	$(RUN) -m pytest tests/kernels -m sweep -n $(WORKERS)
 	$(RUN) -m benchmarks.defects --jobs $(WORKERS)
 
 # Values of the Triton kernels: real launches where there is a GPU, else Triton's interpreter in a process of its own.
@@ -77,8 +78,12 @@ wheel: install  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 # Nothing is installed where a torch is at hand: such a machine may have no network, and the checkout runs as it is.
-gpu: $(if $(filter yes,$(HAS_TORCH)),,install)  ## everything that wants a GPU, in ten minutes, into one folder
-	$(RUN) -m benchmarks.gpu --output build/gpu
+# What was compiled beforehand (make gpu-objects) is linked; else it is compiled there.
+gpu: $(if $(filter yes,$(HAS_TORCH)),,install)  ## what wants a GPU, in minutes, into one folder; STAGE=contact, measure, second
+	$(RUN) -m benchmarks.gpu --stage $(STAGE) --output build/gpu-$(STAGE)
+
+gpu-objects: install  ## before a visit to a GPU, on a machine without: compile the kernels, note the commit
+	$(RUN) -m benchmarks.gpu.objects
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

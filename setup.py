@@ -82,10 +82,14 @@ def ninja_command() -> list[str]:
     return [found]
 
 
-def build_library(out: Path, temp: Path) -> None:
-    """Compiles the sources in ``temp`` with ninja, in parallel and only what has changed, and links them to ``out``."""
+def kernel_objects() -> list[str]:
+    """Those of the objects that know nothing of Python: they link with any version of it."""
+    return [name for name, source, _ in objects() if source.endswith(".cu")]
+
+
+def _run_ninja(out: Path, temp: Path, targets: list[str], ready: Path | None = None) -> None:
+    """Writes the rules into ``temp`` and makes the targets there, side by side and only what has changed."""
     temp.mkdir(parents=True, exist_ok=True)
-    out.parent.mkdir(parents=True, exist_ok=True)
     includes = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11_include()}"
     lines = [
         "rule compile\n  depfile = $out.d\n  deps = gcc",
@@ -93,11 +97,33 @@ def build_library(out: Path, temp: Path) -> None:
         "rule link",
         f"  command = {NVCC} -shared -cudart static $in -o $out",
     ]
+    linked = []
     for name, source, flags in objects():
-        lines += [f"build {name}: compile {CSRC / source}", f"  flags = {flags}"]
-    lines += [f"build {out}: link {' '.join(name for name, *_ in objects())}", ""]
+        if ready is not None and name in kernel_objects():
+            linked.append(str(ready / name))
+        else:
+            lines += [f"build {name}: compile {CSRC / source}", f"  flags = {flags}"]
+            linked.append(name)
+    lines += [f"build {out}: link {' '.join(linked)}", ""]
     (temp / "build.ninja").write_text("\n".join(lines))
-    subprocess.run([*ninja_command(), "-C", str(temp)], check=True)
+    subprocess.run([*ninja_command(), "-C", str(temp), *targets], check=True)
+
+
+def build_library(out: Path, temp: Path, ready: Path | None = None) -> None:
+    """Compiles the sources in ``temp`` and links them to ``out``. ``ready``: a folder that holds the kernels' objects
+    (see compile_kernels)."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _run_ninja(out, temp, [], ready)
+
+
+def compile_kernels(temp: Path) -> None:
+    """Compiles the kernels' objects in ``temp``, and links nothing: most of a build's time, on any machine."""
+    _run_ninja(temp / "unlinked.so", temp, kernel_objects())
+
+
+def in_place() -> Path:
+    """The extension of the checkout."""
+    return ROOT / "fastlora" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
 def build_in_place() -> Path:
@@ -105,7 +131,7 @@ def build_in_place() -> Path:
     enough; for machines on which nothing can be installed."""
     if NVCC is None:
         raise RuntimeError("nvcc is neither on PATH nor in /usr/local/cuda/bin")
-    library = ROOT / "fastlora" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = in_place()
     build_library(library, ROOT / "build" / f"in-place-{sysconfig.get_config_var('SOABI')}")
     return library
 

@@ -34,10 +34,33 @@ def memory_table(rows: list[dict]) -> Table:
     return Table("Memory", case_label(steps[0]), ["variant", "kept for backward, MiB", "peak of a step, MiB"], lines)
 
 
+def mark_table(rows: list[dict]) -> Table:
+    """The mark: every variant against cuBLAS's frozen product; one that is wrong or was not timed says so."""
+    clocks = [row["clocks"]["sm_mhz"] for row in rows if row.get("clocks")]
+    at = f", SM clock {min(c[0] for c in clocks):.0f} to {max(c[2] for c in clocks):.0f} MHz" if clocks else ""
+    sizes = " ".join(f"{name.upper()}={rows[0][name]}" for name in "mnk")
+    lines = []
+    for row in rows:
+        timed = "ratio" in row
+        lines.append(
+            [
+                row["pass"], str(row["r"]), row["variant"],
+                f"{row['median_us']:.1f}" if timed else row.get("failure", "not timed"),
+                f"{row['frozen_us']:.1f}" if timed else "",
+                f"{row['ratio']:.3f}" if timed else "",
+                f"{row['noise']:.1%}" if timed else "",
+                f"{row['mark']:.2f}" if row["mark"] else "",
+            ]
+        )  # fmt: skip
+    header = ["pass", "R", "variant", "µs", "cuBLAS, µs", "ratio", "noise", "mark"]
+    return Table("The mark", f"{sizes} {rows[0]['dtype']}{at}", header, lines)
+
+
 TABLES: dict[str, Callable[[dict], Table]] = {
     "step": lambda report: ratio_table(report["layer"], "step"),
     "forward": lambda report: ratio_table(report["layer"], "forward"),
     "backward": lambda report: ratio_table(report["layer"], "backward"),
+    "mark": lambda report: mark_table(report["rows"]),
     "memory": lambda report: memory_table(report["layer"]),
     "host": lambda report: host_table(report["host"]),
     "decoder": lambda report: model_table(report["decoder"]),

@@ -1,8 +1,9 @@
 """Which backend serves a call, why not a faster one, and how often each did."""
 
 import os
+import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -10,11 +11,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.backends import reference, tuning
+from fastlora.backends import composed, reference, tuning
+from fastlora.backends.target import target_of
+from fastlora.backends.triton import driver
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
-from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, Needs, PassingReason
+from fastlora.problem import (
+    BACKENDS,
+    BackwardOperands,
+    ForwardOperands,
+    Gradients,
+    Launcher,
+    LaunchSpec,
+    Needs,
+    PassingReason,
+    Sizes,
+)
 
-BACKENDS = ("cuda", "triton", "reference")  # in order of preference on a GPU
+UNMEASURED = (100, 103)  # compute capabilities whose matrix instructions no kernel here was written or timed for
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
 _calls: Counter[str] = Counter()
@@ -32,11 +45,17 @@ def backend_module(name: str) -> ModuleType:
         from fastlora.backends.triton import launch as triton
 
         return triton
-    return reference
+    return composed if name == "composed" else reference
+
+
+def why_unsupported(name: str, spec: LaunchSpec) -> str | None:
+    """Why a backend cannot serve a call here, after its name, or None."""
+    return _why_unsupported(name, spec)
 
 
 def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
-    unusable = triton_unusable(spec.device) if name == "triton" else None
+    needs_triton = name == "triton" or (name == "composed" and spec.dropout)
+    unusable = triton_unusable(spec.device) if needs_triton else None
     reason = unusable or backend_module(name).why_unsupported(spec)
     return type(reason)(f"{name}: {reason}") if reason else None
 
@@ -51,13 +70,28 @@ def triton_unusable(device: torch.device | None = None) -> str | None:
     except ImportError as error:
         return f"not installed ({error}); pip install 'fastlora[triton]'"
     if Version(triton.__version__) < Version("3.6"):
-        return f"version {triton.__version__} is older than 3.6"
+        return f"version {triton.__version__} is older than 3.6; pip install --upgrade 'triton>=3.6'"
     if triton.knobs.runtime.interpret:
         return backend_module("triton").interpreter_unusable()
-    if not torch.cuda.is_available():
-        return PassingReason("no CUDA device; TRITON_INTERPRET=1 runs the float32 kernels slowly on the CPU")
-    major, minor = torch.cuda.get_device_capability(device if device is not None and device.type == "cuda" else None)
-    return None if major >= 8 else f"compute capability {major}.{minor} is below 8.0"
+    return driver.unusable(device)
+
+
+def preference(spec: LaunchSpec, *, tuned: bool = True) -> tuple[str, ...]:
+    """The order in which backends are asked to serve a call on a GPU.
+
+    First is what ``fastlora tune`` found fastest for the call's class of shapes, unless ``tuned`` is False. Without
+    that, the composed layer is in front of one launch each way where the latter is not known to be faster: in float32,
+    whose kernels do without matrix instructions, and on GPUs that no kernel was timed on.
+    """
+    first = "composed" if spec.dtype == torch.float32 else None
+    try:
+        if target_of(spec.device).arch in UNMEASURED:
+            first = "composed"
+        if tuned:
+            first = tuning.tuned_backend(spec) or first
+    except (RuntimeError, AssertionError):
+        pass  # a device that cannot be asked now; the backends' reasons say why
+    return BACKENDS if first is None else (first, *(name for name in BACKENDS if name != first))
 
 
 def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[str, ...]]:
@@ -86,7 +120,7 @@ def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[
     if spec.device.type != "cuda":
         return "reference", ()
     passed_over = []
-    for name in BACKENDS:
+    for name in preference(spec):
         reason = _why_unsupported(name, spec)
         if reason is None:
             break
@@ -105,6 +139,8 @@ class _Route(NamedTuple):
 @lru_cache(maxsize=4096)
 def _route(spec: LaunchSpec, requested: str | None) -> _Route:
     name, passed_over = select_backend(spec, requested)
+    if name == "reference" and passed_over:
+        _warn_once(spec, passed_over)
     return _Route(name, passed_over, backend_module(name).prepare(spec))
 
 
@@ -129,6 +165,22 @@ def _remember(key: tuple, route: _Route, given: tuple, taken: tuple) -> None:
     if len(_by_key) >= _MOST_KEYS:
         _by_key.clear()
     _by_key[key] = route
+
+
+_warned = False
+
+
+def _warn_once(spec: LaunchSpec, passed_over: tuple[str, ...]) -> None:
+    """Says that a GPU's user gets the slow path, why, and what helps; once a process."""
+    global _warned
+    if not _warned:
+        _warned = True
+        warnings.warn(
+            f"fastlora serves a {spec.direction} of {spec.dtype} on {spec.device} by its reference in plain PyTorch,"
+            f" which is slow there. It helps to mend one of these: {'; '.join(passed_over)}. This is said once;"
+            " fastlora.dispatch_counts() has every call",
+            stacklevel=2,
+        )
 
 
 def _counted(route: _Route) -> Launcher:
@@ -242,7 +294,8 @@ def count_fallback(reason: str) -> None:
 
 
 def dispatch_counts() -> dict:
-    """Calls since the last reset: ``{"cuda": n, "triton": n, "reference": n, "fallbacks": {reason: n}}``.
+    """Calls since the last reset: ``{"cuda": n, "triton": n, "composed": n, "reference": n}`` and, under "fallbacks",
+    ``{reason: n}``.
 
     Each forward and each backward pass of a layer is one call.
     """
@@ -256,9 +309,28 @@ def reset_dispatch_counts() -> None:
 
 
 def available_backends() -> dict[str, str]:
-    """Each backend's name, and "usable" or the reason why it is not."""
+    """Each backend's name, and "usable" or the reason why it is not; where the machine's GPUs differ, that of each."""
+    triton = _on_every_device(triton_unusable)
     return {
-        "cuda": backend_module("cuda").unusable() or "usable",
-        "triton": triton_unusable() or "usable",
+        "cuda": _on_every_device(backend_module("cuda").unusable),
+        "triton": triton,
+        "composed": triton if triton == "usable" else f"usable without dropout; with it not, triton: {triton}",
         "reference": "usable",
     }
+
+
+def _on_every_device(unusable: Callable[[torch.device | None], str | None]) -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    found = {f"cuda:{i}": unusable(torch.device("cuda", i)) or "usable" for i in range(count)}
+    if len(set(found.values())) > 1:
+        return "; ".join(f"{device}: {state}" for device, state in found.items())
+    return next(iter(found.values()), None) or unusable(None) or "usable"
+
+
+def served_by(device: torch.device, dropout: bool = False) -> dict[str, str]:
+    """Which backend serves the forward of a layer of 4096 x 4096 at rank 16 here, by dtype, for 2048 tokens."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        spec = LaunchSpec("forward", Sizes(2048, 4096, 4096, 16), dtype, (dtype, dtype), device, dropout=dropout)
+        found[str(dtype).removeprefix("torch.")] = select_backend(spec, None)[0]
+    return found

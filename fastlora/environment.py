@@ -1,6 +1,7 @@
 """What a measurement must carry to be judged later: device, its limits and clocks, versions, commit, date."""
 
 import datetime
+import hashlib
 import os
 import platform
 import shutil
@@ -14,6 +15,8 @@ import torch
 PACKAGES = ("fastlora", "torch", "triton", "numpy", "peft", "transformers", "loralib", "torchtune")
 SMI_FIELDS = ("driver_version", "power.limit", "clocks.max.sm", "clocks.sm", "clocks.mem", "temperature.gpu")
 TIMEOUT_S = 20
+COMMIT_NOTE = Path("build", "commit")
+SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h", ".def")
 
 
 def _output(command: list[str], directory: Path | None = None) -> str | None:
@@ -38,11 +41,37 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
     return found
 
 
+def source_digest(root: Path) -> str:
+    """Changes with any source file of a checkout, wherever it lies."""
+    digest = hashlib.sha256()
+    files = {path for folder in ("fastlora", "csrc", "benchmarks", "tests") for path in (root / folder).rglob("*")}
+    for path in sorted(files):
+        if path.suffix in SOURCES:
+            digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def note_commit(root: Path) -> None:
+    """Leaves a note of the commit in the checkout, for a copy of it that has no history."""
+    note = root / COMMIT_NOTE
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{_commit_of(root)} {source_digest(root)}\n")
+
+
 def commit() -> str | None:
-    """The checkout's commit, with "+changes" where tracked files differ from it; None for an installed wheel."""
+    """The checkout's commit, with "+changes" where tracked files differ from it. In a copy without history it is that
+    of the note (note_commit), with "+changes" where a source file differs. None for an installed wheel."""
     root = Path(__file__).resolve().parents[1]
-    if not (root / ".git").exists():
+    if (root / ".git").exists():
+        return _commit_of(root)
+    try:
+        noted, digest = (root / COMMIT_NOTE).read_text().split()
+    except (OSError, ValueError):
         return None
+    return noted if digest == source_digest(root) or noted.endswith("+changes") else f"{noted}+changes"
+
+
+def _commit_of(root: Path) -> str | None:
     head = _output(["git", "rev-parse", "--short=12", "HEAD"], root)
     changed = _output(["git", "status", "--porcelain", "--untracked-files=no"], root)
     return f"{head}+changes" if head and changed else head

@@ -198,8 +198,8 @@ def lora_linear(
     """A LoRA layer: ``x·weightᵀ + scaling·(dropout(x)·lora_aᵀ)·lora_bᵀ + bias``.
 
     Args:
-        x: input [..., in_features]; float16, bfloat16, float32 or (on the reference backend) float64. A nested tensor
-            of jagged layout is served where its last dimension is in_features.
+        x: input [..., in_features]; float16, bfloat16, float32 or (in plain PyTorch) float64. A nested tensor of jagged
+            layout is served where its last dimension is in_features.
         weight: frozen weight [out_features, in_features] of x's dtype; it must not require a gradient.
         lora_a: [r, in_features]; x's dtype, or float32 over a 16-bit x.
         lora_b: [out_features, r]; likewise.
@@ -207,7 +207,7 @@ def lora_linear(
         bias: [out_features] of x's dtype, or None; trainable if it requires a gradient.
         dropout_p: probability of dropping an element of x in front of the low-rank branch.
         training: whether dropout applies.
-        backend: "cuda", "triton" or "reference" to insist on one; None for the best that serves the call.
+        backend: "cuda", "triton", "composed" or "reference" to insist on one; None for the best that serves the call.
         copy_input: save a copy of x for the backward, not x itself, so that x may be modified in place after the call.
 
     Returns:

@@ -44,8 +44,9 @@ def inverse_keep(dropout_p: float) -> float:
     return _STEPS / kept if kept else 0.0
 
 
-def random_words(seed: int, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
-    """Philox-4x32 of 64-bit counters [n] (int64) under a 64-bit key: [n, 4] words of 32 bits, in int64."""
+def random_words(seed: int | Tensor, counter: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """Philox-4x32 of 64-bit counters [n] (int64) under a 64-bit key: [n, 4] words of 32 bits, in int64. The key may be
+    an int64 tensor of one element on the counters' device: nothing reads its value on the host then."""
     c0, c1 = counter & _LOW, counter >> 32
     c2, c3 = torch.zeros_like(counter), torch.zeros_like(counter)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
@@ -76,7 +77,10 @@ def keep_mask(seed: Tensor | int, dropout_p: float, m: int, k: int, device: torc
     calls_per_row = -(-k // ELEMENTS_PER_CALL)
     counter = torch.arange(m * calls_per_row, dtype=torch.int64, device=device)
     # Both halves of each word, low half first, as signed numbers, which a flipped top bit puts in the unsigned order.
-    halves = random_words(int(seed), counter).to(torch.int32).view(torch.int16)
+    # A captured graph draws its seed, and reads it, on the device.
+    on_device = isinstance(seed, Tensor) and seed.device.type != "cpu"
+    key = seed.reshape(()) if on_device else int(seed)  # type: ignore[union-attr]
+    halves = random_words(key, counter).to(torch.int32).view(torch.int16)
     keep = halves.bitwise_xor_(-(1 << 15)) >= first_kept - (1 << 15)
     return keep.view(m, calls_per_row * ELEMENTS_PER_CALL)[:, :k]
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+BACKENDS = ("cuda", "triton", "composed", "reference")  # in order of preference on a GPU
+
 
 class Sizes(NamedTuple):
     """M tokens (all leading dimensions of x), N out_features, K in_features, R rank."""

@@ -1,197 +1,145 @@
-"""Ten minutes on a machine with a GPU: build, test on hardware, measure, tune; everything under one folder.
+"""The visit to a machine with a GPU that is bare and offline: build, test, measure, tune, in minutes.
 
-    python -m benchmarks.gpu --output gpu-visit
+    python -m benchmarks.gpu.objects                       # before: on any machine with nvcc
+    python -m benchmarks.gpu --stage contact --output gpu-visit
 
 Needs Python, torch with CUDA, Triton, click, pytest, ninja and nvcc; no network, and nothing installed: the checkout is
-used as it is. Every step runs in a process of its own with a time limit, writes its log, and cannot stop the others;
-one that is out of time is interrupted before it is killed, so that it can write what it has. A folder of an earlier
-visit is set aside. The exit code is 1 where a step failed or ran out of time.
+used as it is, with build/gpu-objects and build/commit where they were made. Every step runs in a process of its own
+with a time limit, writes its log, and cannot stop the others; one whose needs failed is not begun, and says so. What
+comes back are few flat files: summary.json, the results of the mark and the sweep, and visit.tar.gz with all logs, made
+anew after every step. The exit code is 1 where a step failed, ran out of time, or could not run.
 """
 
-import importlib.util
+import contextlib
+import importlib
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
+import tarfile
 import time
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from benchmarks import ROOT
+from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.steps import Outcome, Step, log_name, run_step
+from fastlora.environment import commit
 
-CLI = (sys.executable, "-c", "from fastlora.cli.main import main; main()")
-BUILD = "from benchmarks.cuda_resources.toolkit import load_setup; print('built', load_setup().build_in_place())"
-# Small layers on every tile: the checkers slow kernels down by orders of magnitude.
-CHECKED = ("-m", "pytest", "-q", "-x", "tests/kernels/test_cuda_device.py", "-k", "small_layers")
 TAIL_LINES = 15
-INTERRUPT_S = 5.0  # for an interrupted one to write what it has measured
-GRACE_S = 5.0  # for a killed one to be gone
+ARCHIVE, SUMMARY = "visit.tar.gz", "summary.json"
+LARGEST_BYTES = 6 << 20  # of a file in the archive
+# What every step would import; none of it touches a GPU.
+PRELOADED = (
+    "torch", "triton", "pytest", "fastlora", "fastlora.ops", "fastlora.dispatch", "fastlora.bench.layer",
+    "benchmarks.judge", "tests.support.cuda_emulation", "tests.support.numerics",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Step:
-    """A command, its time limit in seconds, and whether the rest is worthless without it."""
-
-    name: str
-    command: tuple[str, ...]
-    limit: float
-    essential: bool = False
+def preload() -> None:
+    """Imports once what the steps' processes share. A step says itself what it cannot import."""
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a step: its exit code (None: out of time, or never started) and its time in seconds."""
-
-    name: str
-    code: int | None
-    seconds: float
-    note: str = ""
-
-
-def pytest_command(workers: int, limit: int) -> tuple[str, ...]:
-    """pytest with as many of the wished-for plugins as are installed here. A file that cannot be imported, for want of
-    a package, would otherwise keep all the others from running."""
-    command = (sys.executable, "-m", "pytest", "-q", "-rs", "--continue-on-collection-errors")
-    if importlib.util.find_spec("pytest_timeout"):
-        command += ("--timeout", str(limit))
-    return (*command, "-n", str(workers)) if importlib.util.find_spec("xdist") else command
-
-
-def sanitizer(tool: str) -> tuple[str, ...]:
-    """Python under compute-sanitizer, which watches our kernels alone and whose findings fail the tests. Every tensor
-    is an allocation of its own, or an access past its end would meet its neighbour's memory."""
-    found = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    options = ("--tool", tool, "--kernel-name", "kns=lora_", "--error-exitcode", "9")
-    return ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", found, *options, sys.executable)
-
-
-def plan(output: Path, workers: int) -> list[Step]:
-    """The steps in order of worth: what is right before what is fast, headline before grid. Their limits add up to more
-    than the visit has: each step gets what is left, and few need all of theirs."""
-    bench = (*CLI, "bench", "--device", "cuda", "--seconds", "1.5")
-    layer = (*bench, "--only", "layer", "--output")
-    tests = pytest_command(workers, 100)
-    others = ("--ignore", "tests/values", "--ignore", "tests/emulator", "-k", "not test_cuda")
-    return [
-        Step("device", ("nvidia-smi", "-q"), 20),
-        Step("build", (sys.executable, "-c", BUILD), 150),
-        Step("info", (*CLI, "info", "--json"), 60, essential=True),
-        Step("cuda tests", (*tests, "tests/kernels/test_cuda_device.py"), 100),
-        Step("triton tests", (*tests, "tests/values"), 120),
-        Step("memcheck", (*sanitizer("memcheck"), *CHECKED), 60),
-        Step("mark", (sys.executable, "-m", "benchmarks.mark", "--output", str(output / "mark.json")), 60),
-        Step("bench layer", (*layer, str(output / "bench-layer"), "--skip", "compiled peft"), 110),
-        Step("tune", (*CLI, "tune", "--seconds", "6"), 90),
-        Step("racecheck", (*sanitizer("racecheck"), *CHECKED), 60),
-        Step("conformance", (*tests, "tests/emulator/test_conformance.py"), 40),
-        Step("bench host", (*bench, "--only", "host", "--only", "decoder", "--output", str(output / "bench-host")), 50),
-        Step("other tests", (*tests, "tests", *others), 150),
-        Step("bench layer, tuned", (*layer, str(output / "bench-layer-tuned")), 150),
-        Step("bench finetune", (*bench, "--only", "finetune", "--output", str(output / "bench-finetune")), 60),
-    ]
-
-
-def environment(output: Path) -> dict[str, str]:
-    """This process's variables, the checkout on the path, and the tuned choices kept under ``output``."""
+def variables(work: Path) -> dict[str, str]:
+    """What the steps' environment has more than this process's: the checkout on the path, and choices of ``fastlora
+    tune`` kept in ``work``."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "XDG_CACHE_HOME": str(output / "cache"), "PYTHONUNBUFFERED": "1"}
+    return {"PYTHONPATH": path, "XDG_CACHE_HOME": str(work / "cache"), "PYTHONUNBUFFERED": "1"}
 
 
-def run_step(step: Step, output: Path, seconds_left: float) -> Outcome:
-    """Runs one step, its output into a log of its name; it gets its own limit or what is left, whichever is less."""
-    limit = min(step.limit, seconds_left)
-    if limit < 5:
-        return Outcome(step.name, None, 0.0, "no time left")
-    log, started = output / f"{step.name.replace(', ', '-').replace(' ', '-')}.log", time.monotonic()
-    with open(log, "w") as file:
-        try:
-            process = subprocess.Popen(
-                step.command,
-                cwd=ROOT,
-                env=environment(output),
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            file.write(f"cannot run: {error}")
-            return Outcome(step.name, None, 0.0, f"cannot run: {error}")
-        try:
-            code, note = process.wait(limit), ""
-        except subprocess.TimeoutExpired:
-            code, note = None, f"stopped after {limit:.0f} s" + _stop(process)
-        except BaseException:  # Ctrl-C does not reach a session of its own
-            _stop(process)
-            raise
-    return Outcome(step.name, code, round(time.monotonic() - started, 1), note)
-
-
-def _stop(process: subprocess.Popen) -> str:
-    """Interrupts, then kills the process and its whole session: a build's compilers or a test run's workers would
-    otherwise go on beside the next step. Returns what is to be added to the step's note."""
-    for number, grace in ((signal.SIGINT, INTERRUPT_S), (signal.SIGKILL, GRACE_S)):
-        with suppress(ProcessLookupError):  # all of them are gone
-            os.killpg(process.pid, number)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(grace)
-    gone = process.poll() is not None
-    return "" if gone else ", and does not end: the driver may be waiting for a kernel that hangs"
-
-
-def log_tail(output: Path, name: str) -> str:
+def log_tail(work: Path, name: str, lines: int = TAIL_LINES) -> str:
     """The last lines of a step's log."""
-    path = output / f"{name.replace(', ', '-').replace(' ', '-')}.log"
-    return "\n".join(path.read_text(errors="replace").splitlines()[-TAIL_LINES:]) if path.exists() else ""
+    path = work / log_name(name)
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
 
 
-def run_plan(steps: list[Step], output: Path, budget: float) -> list[Outcome]:
-    """Runs the steps until the budget (seconds) is spent; keeps summary.json up to date after each."""
-    output.mkdir(parents=True, exist_ok=True)
-    ends, outcomes = time.monotonic() + budget, []
+def write_archive(work: Path, output: Path) -> None:
+    """All of ``work`` into one file, which is whole at any moment. Larger files than LARGEST_BYTES stay behind."""
+    fresh = output / f".{ARCHIVE}"
+    with tarfile.open(fresh, "w:gz", compresslevel=6) as archive:
+        for path in sorted(work.rglob("*")):
+            if path.is_file() and path.stat().st_size <= LARGEST_BYTES:
+                archive.add(path, path.relative_to(work.parent))
+    fresh.replace(output / ARCHIVE)
+
+
+def run_plan(
+    steps: list[Step], output: Path, work: Path, budget: float, about: Mapping[str, object] | None = None
+) -> list[Outcome]:
+    """Runs the steps until the budget (seconds) is spent; keeps summary.json and the archive up to date after each."""
+    for folder in (output, work):
+        folder.mkdir(parents=True, exist_ok=True)
+    ends = time.monotonic() + budget
+    outcomes: dict[str, Outcome] = {}
     for step in steps:
-        outcome = run_step(step, output, ends - time.monotonic())
-        outcomes.append(outcome)
-        click.echo(
-            f"{outcome.name}: {'ok' if outcome.code == 0 else outcome.note or f'exit code {outcome.code}'}"
-            f" ({outcome.seconds} s)"
-        )
-        if outcome.code != 0:
-            click.echo(log_tail(output, outcome.name))
-        (output / "summary.json").write_text(json.dumps([asdict(entry) for entry in outcomes], indent=1) + "\n")
-        if step.essential and outcome.code != 0:
-            break
-    return outcomes
+        missing = [name for name in step.needs if name in outcomes and not outcomes[name].ok]
+        if missing:
+            outcome = Outcome(step.name, None, 0.0, f"not run: {', '.join(missing)} failed")
+        else:
+            outcome = run_step(step, work, ends - time.monotonic(), variables(work))
+        outcomes[step.name] = outcome
+        said = "ok" if outcome.ok else outcome.note or f"exit code {outcome.code}"
+        click.echo(f"{outcome.name}: {said} ({outcome.seconds} s)")
+        if not outcome.ok and not missing:
+            click.echo(log_tail(work, outcome.name))
+        rows = [{**asdict(each), "last_line": log_tail(work, each.name, 1)} for each in outcomes.values()]
+        summary = json.dumps({**(about or {}), "budget_s": round(budget, 1), "steps": rows}, indent=1) + "\n"
+        (output / SUMMARY).write_text(summary)
+        (work / SUMMARY).write_text(summary)
+        write_archive(work, output)
+    return list(outcomes.values())
 
 
 def set_aside(output: Path) -> None:
-    """Renames the folder of an earlier visit: its files would pass for those of steps that do not run this time, and
-    its tuned choices would serve the bench that should be without any."""
-    summary = output / "summary.json"
+    """Renames the folder of an earlier visit: its files would pass for those of steps that do not run this time."""
+    summary = output / SUMMARY
     if summary.exists():
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime(summary.stat().st_mtime))
         output.rename(output.with_name(f"{output.name}-{stamp}"))
 
 
-@click.command()
-@click.option("--output", default="gpu-visit", show_default=True, type=click.Path(file_okay=False, path_type=Path))
-@click.option("--minutes", default=9.5, show_default=True, type=click.FloatRange(min=0.1), help="For everything.")
-@click.option("--workers", default=8, show_default=True, type=click.IntRange(1), help="Test processes.")
-@click.option("--only", multiple=True, metavar="STEP", help="These steps; may be repeated.")
-def main(output: Path, minutes: float, workers: int, only: tuple[str, ...]) -> None:
-    """Build, test, measure and tune on this machine's GPU."""
-    output = output.resolve()
-    steps = plan(output, workers)
+def visit(
+    stage: str, output: Path, work: Path, workers: int, only: tuple[str, ...] = (),
+    alter: Callable[[list[Step]], list[Step]] = list,
+) -> list[Outcome]:  # fmt: skip
+    """One stage. ``alter`` gives the steps that run instead of the plan's: a rehearsal makes them small.
+
+    Raises:
+        ValueError: ``only`` names a step that the stage does not have.
+    """
+    began = time.monotonic()
+    plan = STAGES[stage]
+    steps = plan.steps(output, work, workers)
     unknown = [name for name in only if name not in {step.name for step in steps}]
     if unknown:
-        raise click.UsageError(f"no step {unknown[0]!r}; choose from {', '.join(step.name for step in steps)}")
+        raise ValueError(f"no step {unknown[0]!r}; choose from {', '.join(step.name for step in steps)}")
     if not only:
         set_aside(output)
-    outcomes = run_plan([step for step in steps if not only or step.name in only], output, minutes * 60)
+        shutil.rmtree(work, ignore_errors=True)  # its tuned choices would serve a bench that should be without any
+    preload()
+    about = {"stage": stage, "commit": commit(), "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    chosen = [step for step in alter(steps) if not only or step.name in only]
+    return run_plan(chosen, output, work, plan.budget - (time.monotonic() - began), about)
+
+
+@click.command()
+@click.option("--stage", default="contact", show_default=True, type=click.Choice(tuple(STAGES)))
+@click.option("--output", default="gpu-visit", show_default=True, type=click.Path(file_okay=False, path_type=Path))
+@click.option("--workers", default=os.cpu_count(), show_default=True, type=click.IntRange(1), help="Processes.")
+@click.option("--only", multiple=True, metavar="STEP", help="These steps; may be repeated.")
+def main(stage: str, output: Path, workers: int, only: tuple[str, ...]) -> None:
+    """Build, test, measure and tune on this machine's GPU."""
+    output = output.resolve()
+    try:
+        outcomes = visit(stage, output, ROOT / "build" / "gpu-work", workers, only)
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
     click.echo(f"everything is under {output}")
-    sys.exit(0 if all(outcome.code == 0 for outcome in outcomes) else 1)
+    sys.stdout.flush()
+    sys.exit(0 if all(outcome.ok for outcome in outcomes) else 1)

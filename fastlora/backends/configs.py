@@ -23,7 +23,6 @@ class TileConfig:
     group_m: row blocks that share a section of the queue, so that their rows stay in L2.
     gradient_m, gradient_n: rows per step and columns of a gradient tile.
     slice_n: columns of a tile that are finished (low-rank branch, bias, store) at a time.
-    programs_per_sm: programs that run on a multiprocessor at once.
     fused: whether the tiles of column 0 make S with their own product (fused shrink, up to FUSED_RANK) or S has tiles
         of its own (separate shrink); choose_config sets it by fuses_shrink.
     """
@@ -37,7 +36,6 @@ class TileConfig:
     gradient_m: int = 64
     gradient_n: int = 64
     slice_n: int = 64
-    programs_per_sm: int = 1
     fused: bool = True
 
 
@@ -56,10 +54,10 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(64, 128, 64, 8, 4, 4),
     ),
     "hopper few rows": (
-        TileConfig(64, 64, 64, 8, 4, 4, programs_per_sm=2),
-        TileConfig(32, 64, 128, 8, 4, 4, programs_per_sm=2),
-        TileConfig(16, 64, 128, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
-        TileConfig(16, 32, 128, 8, 4, 4, programs_per_sm=2),
+        TileConfig(64, 64, 64, 8, 4, 4),
+        TileConfig(32, 64, 128, 8, 4, 4),
+        TileConfig(16, 64, 128, 8, 4, 4, gradient_m=32, slice_n=32),
+        TileConfig(16, 32, 128, 8, 4, 4),
     ),
     "hopper large-rank": (
         TileConfig(128, 256, 64, 8, 8, 3),
@@ -69,14 +67,14 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
     ),
     "ampere": (
         TileConfig(128, 128, 32, 8, 8, 4),
-        TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
-        TileConfig(32, 64, 64, 8, 4, 4, programs_per_sm=2),
+        TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32),
+        TileConfig(32, 64, 64, 8, 4, 4),
     ),
     "ampere few rows": (
-        TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32, programs_per_sm=2),
-        TileConfig(32, 64, 64, 8, 4, 4, programs_per_sm=2),
-        TileConfig(16, 64, 32, 8, 4, 4, programs_per_sm=2),
-        TileConfig(16, 32, 128, 8, 4, 3, programs_per_sm=2),
+        TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32),
+        TileConfig(32, 64, 64, 8, 4, 4),
+        TileConfig(16, 64, 32, 8, 4, 4),
+        TileConfig(16, 32, 64, 8, 4, 4),  # in steps of 128, ptxas spills on sm_86
     ),
     "ampere large-rank": (
         TileConfig(64, 128, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
@@ -203,6 +201,5 @@ def choose_config(
     chosen = next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))
     # In float32 the separate tiles of S spill at rank 64.
     draws = dropout and direction == "forward"
-    n_programs = n_sms * chosen.programs_per_sm
-    fused = element_size == 4 or fuses_shrink(r, chosen.block_n, n_tiles(chosen), n_programs, draws=draws)
+    fused = element_size == 4 or fuses_shrink(r, chosen.block_n, n_tiles(chosen), n_sms, draws=draws)
     return replace(chosen, fused=fused)

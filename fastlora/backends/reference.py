@@ -100,13 +100,13 @@ def lora_backward(
             dx.add_(side.masked_fill_(drop, 0.0), alpha=kept_scale)
     if need_da:
         dropped = x if drop is None else x.masked_fill(drop, 0.0)  # type: ignore[union-attr]
-        da = _gradient(ds.t(), dropped, kept_scale, lora_a)  # type: ignore[arg-type]
+        da = gradient(ds.t(), dropped, kept_scale, lora_a)  # type: ignore[arg-type]
     if need_db:
         on_branch = split_scaling(scaling, dtype).on_branch if dtype == torch.float16 else 1.0
         if dy.shape[0] <= _FEW_ROWS and lora_b.dtype == dtype:  # what is called takes longer than what is computed
             db = torch.addmm(lora_b, dy.t(), s, beta=0, alpha=on_branch)  # type: ignore[arg-type]
         else:
-            db = _gradient(s.t(), dy, on_branch, lora_b.t()).t()  # type: ignore[union-attr]
+            db = gradient(s.t(), dy, on_branch, lora_b.t()).t()  # type: ignore[union-attr]
     if need_dbias:
         dbias = dy.sum(0)
     return Gradients(dx, da, db, dbias)
@@ -125,7 +125,7 @@ def _shrink(rows: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
     return torch.addmm(unread, rows, down, beta=0, alpha=scale)
 
 
-def _gradient(left: Tensor, right: Tensor, scale: float, parameter: Tensor) -> Tensor:
+def gradient(left: Tensor, right: Tensor, scale: float, parameter: Tensor) -> Tensor:
     """scale · left [R, M]·right [M, ·], of ``parameter``'s shape and dtype: a float32 parameter's gradient is added up
     in float32, a few rows of ``right`` at a time."""
     if parameter.dtype == left.dtype:

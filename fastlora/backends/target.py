@@ -1,4 +1,4 @@
-"""What a launch needs to know of the machine it runs on."""
+"""What a launch needs to know of the machine it runs on, and of a kind of machine."""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -19,6 +19,54 @@ class Target(NamedTuple):
 
     arch: int
     n_sms: int
+
+
+class Multiprocessor(NamedTuple):
+    """What a multiprocessor has room for at once: bytes of shared memory, threads, programs (CTAs)."""
+
+    shared: int
+    threads: int
+    programs: int
+
+
+REGISTERS = 65536  # of a multiprocessor, on every one below
+_REGISTER_GRAIN = 256  # a warp gets a multiple of so many
+_SHARED_RESERVED = 1024  # that the system takes of each program
+# By compute capability; "Technical Specifications per Compute Capability" of the CUDA C++ Programming Guide.
+MULTIPROCESSORS = {
+    80: Multiprocessor(164 << 10, 2048, 32),
+    86: Multiprocessor(100 << 10, 1536, 16),
+    87: Multiprocessor(164 << 10, 1536, 16),
+    89: Multiprocessor(100 << 10, 1536, 24),
+    90: Multiprocessor(228 << 10, 2048, 32),
+    100: Multiprocessor(228 << 10, 2048, 32),
+    103: Multiprocessor(228 << 10, 2048, 32),
+    120: Multiprocessor(100 << 10, 1536, 24),
+}
+
+
+def resident_programs(arch: int, registers: int, shared: int, threads: int) -> int:
+    """How many programs of a compiled kernel run on a multiprocessor at once; at least 1.
+
+    Args:
+        arch: compute capability; of one that is not listed, the next lower one's figures.
+        registers: of a thread; below 1 where nobody knows them.
+        shared: bytes of shared memory of a program.
+        threads: of a program, whole warps.
+    """
+    room = MULTIPROCESSORS[max((known for known in MULTIPROCESSORS if known <= arch), default=80)]
+    warps = -(-threads // 32)
+    of_warp = -(-32 * registers // _REGISTER_GRAIN) * _REGISTER_GRAIN
+    limits = [room.programs, room.threads // (32 * warps), room.shared // (shared + _SHARED_RESERVED)]
+    if registers > 0:
+        limits.append(REGISTERS // of_warp // warps)
+    return max(1, min(limits))
+
+
+def multiplies_by_warpgroup(arch: int) -> bool:
+    """Whether products of 64 rows and more are a warpgroup's (wgmma) or the tensor memory's (tcgen05), whose least
+    height is 64; elsewhere a warp's, of 16 (mma.sync): on sm_120, too."""
+    return 90 <= arch < 120
 
 
 @lru_cache

@@ -1,8 +1,9 @@
-"""Configurations that ``fastlora tune`` found faster on a GPU: the user's own, in the user's cache directory, and in
-front of them those that fastlora ships, which ``fastlora tune --output fastlora/tuned`` made.
+"""Backends and configurations that ``fastlora tune`` found faster on a GPU: the user's own, in the user's cache
+directory, and behind them those that fastlora ships, which ``fastlora tune --output fastlora/tuned`` made.
 
 One file per device name in each. It is read once per process; what does not hold up (another format, another device,
-values that are no configuration) is ignored with a warning, and the tables of ``configs.py`` serve instead.
+values that are no choice) is ignored with a warning, and the order of ``dispatch`` and the tables of ``configs.py``
+serve instead.
 """
 
 import json
@@ -13,17 +14,27 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, fields
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from fastlora.backends.configs import TileConfig, padded_rank
 from fastlora.files import write_file
+from fastlora.problem import BACKENDS, LaunchSpec
 
-FORMAT = 1
+FORMAT = 2
 SHIPPED = Path(__file__).parent.parent / "tuned"
 DIRECTIONS = ("forward", "backward")
 _LARGEST = 1 << 16  # no field of a configuration is larger than this
 _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "gradient_m", "gradient_n", "slice_n")
+
+
+class Tuned(NamedTuple):
+    """What was found for a class of shapes: the fastest backend, and the configuration of Triton's kernels, whichever
+    backend that is; None where that is not on record."""
+
+    backend: str | None
+    config: TileConfig | None
 
 
 def cache_directory() -> Path:
@@ -55,11 +66,11 @@ def shape_class(direction: str, m: int, n: int, k: int, r: int, dtype: torch.dty
     return f"{direction} {sizes} r{padded_rank(r)} {str(dtype).removeprefix('torch.')}{tail}"
 
 
-def parse_choices(text: str, device_name: str) -> dict[str, TileConfig]:
-    """Shape class -> configuration, from a cache file's text.
+def parse_choices(text: str, device_name: str) -> dict[str, Tuned]:
+    """Shape class -> choice, from a cache file's text.
 
     Raises:
-        ValueError: the text is not such a file, is another device's, or holds a value that is no configuration.
+        ValueError: the text is not such a file, is another device's, or holds a value that is no choice.
     """
     try:
         stored = json.loads(text)
@@ -69,11 +80,19 @@ def parse_choices(text: str, device_name: str) -> dict[str, TileConfig]:
         raise ValueError(f"not a file of format {FORMAT}")
     if stored.get("device") != device_name:
         raise ValueError(f"made for {stored.get('device')!r}, not for {device_name!r}")
-    return {key: _parse_config(key, entry) for key, entry in stored["choices"].items()}
+    return {key: _parse_choice(key, entry) for key, entry in stored["choices"].items()}
 
 
-def _parse_config(key: str, entry: object) -> TileConfig:
-    values = entry.get("config") if isinstance(entry, dict) else None
+def _parse_choice(key: str, entry: object) -> Tuned:
+    if not isinstance(entry, dict) or not {"backend", "config"} <= set(entry):
+        raise ValueError(f"{key}: not a choice of this version")
+    backend, values = entry["backend"], entry["config"]
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"{key}: backend cannot be {backend!r}")
+    return Tuned(backend, None if values is None else _parse_config(key, values))
+
+
+def _parse_config(key: str, values: object) -> TileConfig:
     if not isinstance(values, dict) or set(values) != {field.name for field in fields(TileConfig)}:
         raise ValueError(f"{key}: not a configuration of this version")
     for name, value in values.items():
@@ -85,7 +104,7 @@ def _parse_config(key: str, entry: object) -> TileConfig:
     return TileConfig(**values)
 
 
-def load_choices(device_name: str, directory: Path | None = None) -> dict[str, TileConfig]:
+def load_choices(device_name: str, directory: Path | None = None) -> dict[str, Tuned]:
     """The choices of one file (see cache_file); empty, with a warning, where it does not hold up."""
     path = cache_file(device_name, directory)
     try:
@@ -104,7 +123,8 @@ def save_choices(
 
     Args:
         device_name: as torch.cuda.get_device_name says it.
-        choices: shape class -> {"config": TileConfig, ...} with whatever else should be on record.
+        choices: shape class -> {"backend": its name or None, "config": TileConfig or None, ...} with whatever else
+            should be on record.
         dropped: shape classes whose earlier choice, if any, no longer holds.
         directory: the user's cache directory by default.
 
@@ -123,7 +143,9 @@ def save_choices(
     except (FileNotFoundError, ValueError):
         pass  # nothing there, or nothing worth keeping
     kept = {key: entry for key, entry in kept.items() if key not in dropped}
-    kept |= {key: {**entry, "config": asdict(entry["config"])} for key, entry in choices.items()}
+    for key, entry in choices.items():
+        config = entry["config"]
+        kept[key] = {**entry, "config": None if config is None else asdict(config)}
     content = json.dumps({"format": FORMAT, "device": device_name, "choices": kept}, indent=1) + "\n"
     write_file(path, content.encode())
     forget_choices()
@@ -131,7 +153,7 @@ def save_choices(
 
 
 @cache
-def _choices_of(device_name: str) -> dict[str, TileConfig]:
+def _choices_of(device_name: str) -> dict[str, Tuned]:
     return load_choices(device_name, SHIPPED) | load_choices(device_name)
 
 
@@ -157,7 +179,21 @@ def tuned_config(
 ) -> TileConfig | None:
     """The user's own choice for a call with aligned rows, else the shipped one, or None where its class was never tuned
     on such a device."""
-    if device.type != "cuda":
+    return _choice(direction, device, m, n, k, r, dtype, dropout).config
+
+
+def tuned_backend(spec: LaunchSpec) -> str | None:
+    """Likewise the backend for a call; None where its rows are not aligned, too, as those of what was timed were."""
+    if not all(spec.aligned):
         return None
-    choices = _choices_of(torch.cuda.get_device_name(device))
-    return choices.get(shape_class(direction, m, n, k, r, dtype, dropout)) if choices else None
+    return _choice(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout).backend
+
+
+def _choice(
+    direction: str, device: torch.device, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool
+) -> Tuned:
+    choices = _choices_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
+    return choices.get(shape_class(direction, m, n, k, r, dtype, dropout), _NOTHING) if choices else _NOTHING
+
+
+_NOTHING = Tuned(None, None)

@@ -21,7 +21,6 @@ NEIGHBOURS = {
     "group_m": (4, 8, 16, 32),
     "num_stages": (2, 3, 4, 5),
     "num_warps": (4, 8),
-    "programs_per_sm": (1, 2),
     "fused": (True, False),
 }
 SURVIVORS = 3  # go on to the last, longer round

@@ -8,6 +8,8 @@ import subprocess
 
 import click
 
+from fastlora.errors import CommandError, first_line
+
 PACKAGES = ("fastlora", "torch", "triton", "numpy", "safetensors", "transformers", "peft")
 COMPILERS = ("nvcc", "c++")
 COMPILER_TIMEOUT_S = 20
@@ -41,7 +43,11 @@ def device_list() -> list[dict]:
         }
     ]
     for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
+        try:
+            properties = torch.cuda.get_device_properties(index)
+        except (RuntimeError, AssertionError) as error:
+            devices.append({"device": f"cuda:{index}", "problem": first_line(error)})
+            continue
         devices.append(
             {
                 "device": f"cuda:{index}",
@@ -59,8 +65,10 @@ def collect() -> dict:
     import torch
 
     import fastlora
+    from fastlora.dispatch import served_by
     from fastlora.environment import package_versions
 
+    devices = device_list()
     return {
         "versions": {
             "python": platform.python_version(),
@@ -69,8 +77,13 @@ def collect() -> dict:
             **{name: compiler_version(name) for name in COMPILERS},
         },
         "platform": platform.platform(),
-        "devices": device_list(),
+        "devices": devices,
         "backends": dict(fastlora.available_backends()),
+        "served_by": {
+            entry["device"] + (", dropout" if dropout else ""): served_by(torch.device(entry["device"]), dropout)
+            for entry in devices
+            for dropout in (False, True)
+        },
     }
 
 
@@ -88,13 +101,34 @@ def as_text(report: dict) -> str:
         "Versions": {**report["versions"], "platform": report["platform"]},
         "Devices": devices,
         "Backends": report["backends"],
+        "Who serves a layer of 4096 x 4096, R 16, M 2048": {
+            device: ", ".join(f"{dtype} {name}" for dtype, name in served.items())
+            for device, served in report["served_by"].items()
+        },
     }
     return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections.items())
 
 
+def unmet(required: str, backends: dict[str, str]) -> str | None:
+    """Which of the backends that a list with commas names are not usable, each with its reason; None where all are.
+
+    Raises:
+        CommandError: the list names one that does not exist.
+    """
+    wanted = [name.strip() for name in required.split(",") if name.strip()]
+    for name in wanted:
+        if name not in backends:
+            raise CommandError(f"--require: no backend {name!r}; choose from {', '.join(backends)}")
+    return "; ".join(f"{name}: {backends[name]}" for name in wanted if backends[name] != "usable") or None
+
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def info(as_json: bool) -> None:
+@click.option("--require", default="", metavar="BACKEND[,...]", help="Fail, with the reason, where one is not usable.")
+def info(as_json: bool, require: str) -> None:
     """Show versions, devices, and which backends are usable here."""
     report = collect()
+    missing = unmet(require, report["backends"])
     click.echo(json.dumps(report, indent=2) if as_json else as_text(report))
+    if missing:
+        raise CommandError(f"required, but not usable: {missing}")

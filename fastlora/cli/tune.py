@@ -1,4 +1,4 @@
-"""`fastlora tune`: times configurations of the Triton kernels on this GPU and keeps what beats the tables."""
+"""`fastlora tune`: times all backends, and configurations of the Triton kernels, on this GPU and keeps what wins."""
 
 import datetime
 import shlex
@@ -27,7 +27,7 @@ PRESET_HELP = "headline: 4096 x 4096 at R 16 and 64, large and small M; llama8b:
 @click.option("--dry-run", is_flag=True, help="Measure and print, but keep nothing.")
 @click.option("--show", is_flag=True, help="Print what was kept earlier for this GPU, and stop.")
 def tune(preset: str, cases: tuple[str, ...], seconds: float, output: Path | None, dry_run: bool, show: bool) -> None:
-    """Tune the Triton kernels for this GPU; the choice serves every later run of this user."""
+    """Time all backends and tune the Triton kernels on this GPU; the choice serves every later run of this user."""
     import torch
 
     from fastlora.backends import tuning
@@ -58,8 +58,8 @@ def tune(preset: str, cases: tuple[str, ...], seconds: float, output: Path | Non
 def _show(tuning, name: str, directory: Path | None) -> None:
     choices = tuning.load_choices(name, directory)
     click.echo(f"{tuning.cache_file(name, directory)}: {len(choices)} choices for {name}")
-    for key, config in choices.items():
-        click.echo(f"{key}: {config}")
+    for key, (backend, config) in choices.items():
+        click.echo(f"{key}: {backend or 'the default backend'}" + (f", {config}" if config else ""))
 
 
 def _cases(preset: str, cases: tuple[str, ...]) -> list:
@@ -76,42 +76,67 @@ def _cases(preset: str, cases: tuple[str, ...]) -> list:
 def _tune(
     case, seconds: float, shipped: Collection[str], say: Callable[[str], None]
 ) -> tuple[dict[str, dict], list[str], list[str]]:
-    """Both directions of a case: shape class -> what to keep, where something beat the table, or where the table beat
-    what is ``shipped``; the classes where nothing did; and why a direction could not be tuned."""
+    """Both directions of a case: shape class -> what to keep, where something beat the default or the table, or where
+    these beat what is ``shipped``; the classes where nothing did; and why a direction could not be tuned."""
     import torch
 
     from fastlora import __version__
-    from fastlora.backends.target import target_of
-    from fastlora.backends.triton import launch as triton_lora
     from fastlora.backends.tuning import DIRECTIONS, shape_class
-    from fastlora.bench.tuner import tune_case
+    from fastlora.bench.contest import compare_backends
 
-    target = target_of(torch.device("cuda", torch.cuda.current_device()))
+    device = torch.device("cuda", torch.cuda.current_device())
     found, stays, failed = {}, [], []
     for direction in DIRECTIONS:
         key = shape_class(direction, case.m, case.n, case.k, case.r, case.torch_dtype, case.dropout > 0)
+        choice = None
         try:
-            choice = tune_case(case, direction, target, triton_lora, seconds)
-        except RuntimeError as error:
+            choice = _tune_triton(case, direction, device, seconds, say)
+        except RuntimeError as error:  # Triton's kernels do not run; the others may
             failed.append(first_line(error))
             say(failed[-1])
-            continue
-        kept = choice.best.config != choice.table.config
-        verdict = f"{choice.gain:.1%} faster: {choice.best.config}" if kept else "the table's choice stays"
-        say(
-            f"{case.label} {direction}: table {choice.table.median_us:.1f} µs, best {choice.best.median_us:.1f} µs "
-            f"of {choice.tried} ({choice.failed} did not run, or not right): {verdict}"
-        )
-        if not kept and key not in shipped:
+        contest = compare_backends(case, direction, device, choice and choice.best.config)
+        say(f"{case.label} {direction}: {_verdict(contest)}")
+        beats_table = choice is not None and choice.best.config != choice.table.config
+        if not beats_table and contest.winner == contest.default and key not in shipped:
             stays.append(key)
             continue
         found[key] = {
-            "config": choice.best.config,
-            "median_us": choice.best.median_us,
-            "table_us": choice.table.median_us,
+            "backend": contest.winner,
+            "config": choice.best.config if choice else None,
+            "median_us": {each.backend: each.median_us for each in contest.entrants},
+            "table_us": choice.table.median_us if choice else None,
             "measured_at": case.label,
             "fastlora": __version__,
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "command": shlex.join(["fastlora", *sys.argv[1:]]),
         }
     return found, stays, failed
+
+
+def _tune_triton(case, direction: str, device, seconds: float, say: Callable[[str], None]):
+    """The best configuration of Triton's kernels, a tuner.Choice; None where they cannot serve the case."""
+    from fastlora.backends.target import target_of
+    from fastlora.bench.contest import describe
+    from fastlora.bench.tuner import tune_case
+    from fastlora.dispatch import backend_module, why_unsupported
+
+    reason = why_unsupported("triton", describe(case, direction, device))
+    if reason is not None:
+        say(f"{case.label} {direction}: {reason}")
+        return None
+    choice = tune_case(case, direction, target_of(device), backend_module("triton"), seconds)
+    kept = choice.best.config != choice.table.config
+    verdict = f"{choice.gain:.1%} faster: {choice.best.config}" if kept else "the table's choice stays"
+    say(
+        f"{case.label} {direction}: table {choice.table.median_us:.1f} µs, best {choice.best.median_us:.1f} µs "
+        f"of {choice.tried} ({choice.failed} did not run, or not right): {verdict}"
+    )
+    return choice
+
+
+def _verdict(contest) -> str:
+    """Each backend's time, or why it has none, and who serves such calls from now on."""
+    times = (f"{each.backend} {each.median_us:.1f} µs" for each in contest.entrants if each.median_us is not None)
+    others = (f"{each.backend} none ({each.error})" for each in contest.entrants if each.median_us is None)
+    outcome = "as before" if contest.winner == contest.default else f"instead of {contest.default}"
+    return f"{', '.join((*times, *others))}: {contest.winner} serves it, {outcome}"

@@ -61,31 +61,37 @@ def test_shapes_of_one_class_share_a_choice():
         shape_class("upward", 1, 1, 1, 1, torch.bfloat16, False)
 
 
+def choices(**configs):
+    """What save_choices takes, by names that are no shape classes but for KEY."""
+    return {KEY if name == "KEY" else name: {"backend": None, "config": config} for name, config in configs.items()}
+
+
 def test_choices_survive_and_add_up():
     first, second = table_config(), replace(table_config(), group_m=3)
-    path = save_choices(DEVICE, {KEY: {"config": first, "median_us": 1.5}})
+    path = save_choices(DEVICE, {KEY: {"backend": "cuda", "config": first, "median_us": 1.5}})
     assert path.name == "tuned-nvidia-imaginary-9000-test.json"
-    save_choices(DEVICE, {"another": {"config": second}})
-    assert load_choices(DEVICE) == {KEY: first, "another": second}
+    save_choices(DEVICE, {**choices(another=second), "third": {"backend": "composed", "config": None}})
+    assert load_choices(DEVICE) == {KEY: ("cuda", first), "another": (None, second), "third": ("composed", None)}
     assert json.loads(path.read_text())["choices"][KEY]["median_us"] == 1.5
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
 def test_a_choice_that_no_longer_holds_is_dropped():
-    save_choices(DEVICE, {KEY: {"config": table_config()}, "another": {"config": table_config()}})
+    save_choices(DEVICE, choices(KEY=table_config(), another=table_config()))
     save_choices(DEVICE, {}, [KEY, "never there"])
-    assert load_choices(DEVICE) == {"another": table_config()}
+    assert load_choices(DEVICE) == {"another": (None, table_config())}
 
 
 def test_shipped_choices_serve_where_the_user_has_none_of_his_own(monkeypatch, tmp_path):
     """They are files of the same command, made with --output."""
     shipped, own = replace(table_config(), group_m=3), replace(table_config(), group_m=5)
     other = shape_class("backward", 8192, 4096, 4096, 16, torch.bfloat16, False)
-    path = save_choices(DEVICE, {KEY: {"config": shipped}, other: {"config": shipped}}, directory=tmp_path / "tuned")
+    kept = {**choices(KEY=shipped), other: {"backend": None, "config": shipped}}
+    path = save_choices(DEVICE, kept, directory=tmp_path / "tuned")
     assert path == tmp_path / "tuned" / "tuned-nvidia-imaginary-9000-test.json" and load_choices(DEVICE) == {}
     monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "tuned")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: DEVICE)
-    save_choices(DEVICE, {KEY: {"config": own}})
+    save_choices(DEVICE, choices(KEY=own))
     gpu, sizes = torch.device("cuda", 0), (8192, 4096, 4096, 16)
     assert tuning.tuned_config("forward", gpu, *sizes, torch.bfloat16, False) == own
     assert tuning.tuned_config("backward", gpu, *sizes, torch.bfloat16, False) == shipped
@@ -113,7 +119,7 @@ def test_nothing_tuned_is_no_reason_to_warn():
 
 def stored(**changes):
     config = asdict(table_config())
-    content = {"format": 1, "device": DEVICE, "choices": {KEY: {"config": config}}}
+    content = {"format": 2, "device": DEVICE, "choices": {KEY: {"backend": "triton", "config": config}}}
     return {**content, **changes}
 
 
@@ -121,42 +127,56 @@ DAMAGE = {
     "truncated": (json.dumps(stored())[:-20], "not JSON"),
     "empty": ("", "not JSON"),
     "too deep": ("[" * 100_000, "not JSON"),
-    "a list": ("[]", "not a file of format 1"),
-    "another format": (json.dumps(stored(format=2)), "not a file of format 1"),
+    "a list": ("[]", "not a file of format 2"),
+    "another format": (json.dumps(stored(format=1)), "not a file of format 2"),
     "another device": (json.dumps(stored(device="NVIDIA Other")), "made for 'NVIDIA Other'"),
-    "choices of no kind": (json.dumps(stored(choices=[1])), "not a file of format 1"),
-    "no configuration": (json.dumps(stored(choices={KEY: {}})), "not a configuration"),
-    "a missing field": (json.dumps(stored(choices={KEY: {"config": {"block_m": 64}}})), "not a configuration"),
+    "choices of no kind": (json.dumps(stored(choices=[1])), "not a file of format 2"),
+    "no choice": (json.dumps(stored(choices={KEY: {}})), "not a choice"),
+    "a backend that is none": (
+        json.dumps(stored(choices={KEY: {"backend": "cublas", "config": None}})),
+        "backend cannot be 'cublas'",
+    ),
+    "a list of backends": (
+        json.dumps(stored(choices={KEY: {"backend": ["cuda"], "config": None}})),
+        "backend cannot be",
+    ),
+    "no configuration": (json.dumps(stored(choices={KEY: {"backend": None, "config": 1}})), "not a configuration"),
+    "a missing field": (
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {"block_m": 64}}})),
+        "not a configuration",
+    ),
     "an unknown field": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "run": "rm"}}})),
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "run": "rm"}}})),
         "not a configuration",
     ),
     "text for a number": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "block_m": "64"}}})),
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "block_m": "64"}}})),
         "block_m cannot be '64'",
     ),
     "a negative size": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "block_m": -64}}})),
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "block_m": -64}}})),
         "block_m cannot be -64",
     ),
     "a size that no tile has": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "block_n": 96}}})),
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "block_n": 96}}})),
         "block_n cannot be 96",
     ),
     "a huge size": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "num_stages": 10**9}}})),
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "num_stages": 10**9}}})),
         "num_stages cannot be",
     ),
     "true for one": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "group_m": True}}})),
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "group_m": True}}})),
         "group_m cannot be True",
     ),
     "a number for true": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "fused": 1}}})),
+        json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "fused": 1}}})),
         "fused cannot be 1",
     ),
     "NaN": (
-        json.dumps(stored(choices={KEY: {"config": {**asdict(table_config()), "group_m": float("nan")}}})),
+        json.dumps(
+            stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "group_m": float("nan")}}})
+        ),
         "cannot be nan",
     ),
 }
@@ -171,8 +191,8 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_replaced_by_the_next_tunin
     with pytest.warns(UserWarning, match="ignoring .*run `fastlora tune`") as caught:
         assert load_choices(DEVICE) == {}
     assert reason in str(caught[0].message)
-    save_choices(DEVICE, {KEY: {"config": table_config()}})
-    assert load_choices(DEVICE) == {KEY: table_config()}
+    save_choices(DEVICE, choices(KEY=table_config()))
+    assert load_choices(DEVICE) == {KEY: (None, table_config())}
 
 
 def test_binary_rubbish_is_ignored_with_a_warning(cache):
@@ -180,12 +200,12 @@ def test_binary_rubbish_is_ignored_with_a_warning(cache):
     tuning.cache_file(DEVICE).write_bytes(bytes(range(256)))
     with pytest.warns(UserWarning, match="ignoring"):
         assert load_choices(DEVICE) == {}
-    save_choices(DEVICE, {KEY: {"config": table_config()}})
-    assert load_choices(DEVICE) == {KEY: table_config()}
+    save_choices(DEVICE, choices(KEY=table_config()))
+    assert load_choices(DEVICE) == {KEY: (None, table_config())}
 
 
 def test_a_failed_write_leaves_the_old_file(monkeypatch):
-    path = save_choices(DEVICE, {KEY: {"config": table_config()}})
+    path = save_choices(DEVICE, choices(KEY=table_config()))
     before = path.read_bytes()
 
     def full(*args):
@@ -193,7 +213,7 @@ def test_a_failed_write_leaves_the_old_file(monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save_choices(DEVICE, {"another": {"config": table_config()}})
+        save_choices(DEVICE, choices(another=table_config()))
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -203,7 +223,7 @@ def test_a_call_gets_its_class_choice_or_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
     device = torch.device("cuda", 0)
     assert tuning.tuned_config("forward", device, 8192, 4096, 4096, 16, torch.bfloat16, False) is None
-    save_choices(DEVICE, {KEY: {"config": chosen}})  # also forgets what was read
+    save_choices(DEVICE, choices(KEY=chosen))  # also forgets what was read
     assert tuning.tuned_config("forward", device, 7000, 4096, 4096, 12, torch.bfloat16, False) == chosen
     assert tuning.tuned_config("forward", device, 16, 4096, 4096, 16, torch.bfloat16, False) is None
     cpu = torch.device("cpu")

@@ -11,7 +11,7 @@ import torch
 
 from fastlora.backends import tuning
 from fastlora.backends.configs import TILE_TABLES, table_for
-from fastlora.bench import claims, run, tuner
+from fastlora.bench import claims, contest, run, tuner
 from fastlora.bench.correctness import WrongResult
 from fastlora.finetune.settings import Settings
 
@@ -92,6 +92,29 @@ def stop_at(monkeypatch, m, error):
     monkeypatch.setattr(run, "measure_layer", stopping)
 
 
+def test_the_fastest_backend_is_kept_whatever_becomes_of_tritons_tiles(fastlora_cli, monkeypatch, a_gpu):
+    broken = RuntimeError("no image")
+    tune_with(monkeypatch, {(128, "forward"): broken}, {(64, "backward"): "composed", (128, "forward"): "composed"})
+    tuned = fastlora_cli("tune", *CASES)
+    assert tuned.code == 2 and "1 not tuned: no image" in tuned.err
+    assert "triton 20.0 µs, composed 10.0 µs, cuda none (cuda: not built): composed serves it, instead of" in tuned.out
+    choices = tuning.load_choices("Imaginary")
+    assert {key: backend for key, (backend, _) in choices.items()} == {
+        "backward m64 n64 k64 r16 bfloat16": "composed", "forward m128 n64 k64 r16 bfloat16": "composed",
+    }  # fmt: skip
+    assert choices["forward m128 n64 k64 r16 bfloat16"].config is None
+    assert "forward m128 n64 k64 r16 bfloat16: composed\n" in fastlora_cli("tune", "--show").out
+
+
+def test_without_triton_the_others_are_compared(fastlora_cli, monkeypatch, a_gpu):
+    monkeypatch.setattr("fastlora.dispatch._why_unsupported", lambda name, spec: f"{name}: no C compiler")
+    tune_with(monkeypatch, {}, {(64, "forward"): "composed"})
+    tuned = fastlora_cli("tune", *CASES[:2])
+    assert tuned.code == 0 and "triton: no C compiler" in tuned.out
+    (chosen,) = tuning.load_choices("Imaginary").values()
+    assert chosen == ("composed", None)
+
+
 @pytest.mark.parametrize(
     "error, code, line",
     [
@@ -156,6 +179,7 @@ def a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Imaginary")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("fastlora.backends.target.target_of", lambda device: None)
+    monkeypatch.setattr("fastlora.dispatch._why_unsupported", lambda name, spec: None)
     monkeypatch.setattr(tuning, "cache_directory", lambda: tmp_path / "cache")
     tuning.forget_choices()
     yield
@@ -168,8 +192,13 @@ def choice(best, table=1):
     return tuner.Choice(table, best, tried=2, failed=0)
 
 
-def tune_with(monkeypatch, outcomes):
-    """Makes a search's outcome depend on M and the direction; an exception is raised."""
+def contest_of(winner, default="triton"):
+    entrants = [contest.Entrant("cuda", None, "cuda: not built"), contest.Entrant("triton", 20.0)]
+    return contest.Contest(default, winner, (*entrants, contest.Entrant("composed", 10.0)))
+
+
+def tune_with(monkeypatch, outcomes, winners={}):  # noqa: B006
+    """Makes a search's outcome depend on M and the direction, and a contest's winner; an exception is raised."""
 
     def tune_case(case, direction, *rest):
         outcome = outcomes.get((case.m, direction), choice(1))
@@ -177,7 +206,11 @@ def tune_with(monkeypatch, outcomes):
             raise outcome
         return outcome
 
+    def compare_backends(case, direction, device, config):
+        return contest_of(winners.get((case.m, direction), "triton"))
+
     monkeypatch.setattr(tuner, "tune_case", tune_case)
+    monkeypatch.setattr(contest, "compare_backends", compare_backends)
 
 
 CASES = [argument for m in (64, 128, 256) for argument in ("--case", f"{m},64,64,16")]
@@ -188,7 +221,10 @@ def test_tuning_keeps_what_beats_the_table_and_forgets_what_no_longer_does(fastl
     tuned = fastlora_cli("tune", *CASES)
     assert tuned.code == 0 and "50.0% faster" in tuned.out and "the table's choice stays" in tuned.out, tuned.err
     keys = ["forward m64 n64 k64 r16 bfloat16", "backward m128 n64 k64 r16 bfloat16"]
-    assert {key: config.group_m for key, config in tuning.load_choices("Imaginary").items()} == {keys[0]: 8, keys[1]: 4}
+    choices = tuning.load_choices("Imaginary")
+    assert {key: (backend, config.group_m) for key, (backend, config) in choices.items()} == {
+        keys[0]: ("triton", 8), keys[1]: ("triton", 4),
+    }  # fmt: skip
     shown = fastlora_cli("tune", "--show")
     assert "2 choices for Imaginary" in shown.out and keys[0] in shown.out
     tune_with(monkeypatch, {})
@@ -207,7 +243,7 @@ def test_shipped_choices_come_from_the_same_command(fastlora_cli, monkeypatch, a
     assert "1 choices" in fastlora_cli("tune", "--show", "--output", str(tuning.SHIPPED)).out
     tune_with(monkeypatch, {(64, "forward"): choice(1)})
     assert fastlora_cli("tune", *CASES[:2]).code == 0
-    assert {key: config.group_m for key, config in tuning.load_choices("Imaginary").items()} == {key: 1}
+    assert tuning.load_choices("Imaginary")[key].config.group_m == 1
 
 
 @pytest.mark.parametrize(

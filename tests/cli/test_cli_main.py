@@ -71,10 +71,27 @@ def test_info_as_json(fastlora_cli):
     assert report["versions"]["torch"] == torch.__version__
     assert report["backends"] == fastlora.available_backends()
     assert report["backends"]["reference"] == "usable"
+    assert (
+        set(report["served_by"]["cpu"].values()) == set(report["served_by"]["cpu, dropout"].values()) == {"reference"}
+    )
     assert [entry["device"] for entry in report["devices"]] == [
         "cpu",
         *(f"cuda:{index}" for index in range(torch.cuda.device_count())),
     ]
+
+
+def test_info_says_who_serves_a_layer_by_dtype(fastlora_cli, monkeypatch):
+    entry = {"device": "cuda:0", "name": "Imaginary"}
+    monkeypatch.setattr(info, "device_list", lambda: [entry])
+    monkeypatch.setattr(
+        "fastlora.dispatch._why_unsupported",
+        lambda name, spec: (
+            "no compiler" if name in ("cuda", "triton") or (name == "composed" and spec.dropout) else None
+        ),
+    )
+    shown = fastlora_cli("info").out
+    assert "  cuda:0           bfloat16 composed, float16 composed, float32 composed, float64 composed\n" in shown
+    assert "  cuda:0, dropout  bfloat16 reference, float16 reference, float32 reference, float64 reference\n" in shown
 
 
 def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
@@ -85,6 +102,28 @@ def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
     lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  ")]
     for name, reason in fastlora.available_backends().items():
         assert [name, reason] in lines
+
+
+def test_info_fails_where_a_required_backend_is_not_usable(fastlora_cli, monkeypatch):
+    states = {"cuda": "compiled for compute capability 9.0, this device has 8.0", "triton": "usable"}
+    collected = info.collect() | {"backends": states}
+    monkeypatch.setattr(info, "collect", lambda: collected)
+    assert fastlora_cli("info", "--require", "triton").code == 0
+    result = fastlora_cli("info", "--json", "--require", "cuda, triton")
+    assert result.code == 2 and result.error_line.endswith(f"required, but not usable: cuda: {states['cuda']}")
+    assert json.loads(result.out)["backends"] == states
+    result = fastlora_cli("info", "--require", "cublas")
+    assert result.code == 2 and "no backend 'cublas'" in result.error_line
+
+
+def test_info_names_a_device_that_cannot_be_asked(fastlora_cli, monkeypatch):
+    def fail(index):
+        raise RuntimeError("CUDA error: devices are busy\nmore")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    result = fastlora_cli("info", "--json")
+    assert json.loads(result.out)["devices"][1] == {"device": "cuda:0", "problem": "CUDA error: devices are busy"}
 
 
 def test_info_reports_what_is_not_installed(monkeypatch, fastlora_cli):

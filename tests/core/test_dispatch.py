@@ -1,5 +1,6 @@
 """The choice of a backend, and what is counted."""
 
+import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 
 import fastlora
 from fastlora import dispatch
+from fastlora.backends.triton import driver as triton_driver
 from fastlora.dispatch import select_backend
 from fastlora.problem import LaunchSpec, Sizes
 
+DRIVER_UNUSABLE = triton_driver._driver_unusable.__wrapped__  # unremembered
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
@@ -21,6 +24,7 @@ def spec(device=GPU, dtype=torch.bfloat16, sizes=(64, 64, 64, 8), direction="for
 def reasons(monkeypatch):
     """Backends that serve everything; a test makes one refuse by setting its reason."""
     table = dict.fromkeys(dispatch.BACKENDS)
+    monkeypatch.setattr(dispatch, "_warned", True)
     monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: table[name])
     dispatch.forget_routes()
     yield table
@@ -44,7 +48,10 @@ def test_the_fastest_backend_is_preferred(reasons):
     assert select_backend(spec(), None) == ("triton", ("cuda: rank 7 is not a multiple of 8",))
     reasons["triton"] = "triton: rank 300 is above 256"
     name, passed_over = select_backend(spec(), None)
-    assert name == "reference" and len(passed_over) == 2
+    assert name == "composed" and len(passed_over) == 2
+    reasons["composed"] = "composed: no C compiler"
+    name, passed_over = select_backend(spec(), None)
+    assert name == "reference" and len(passed_over) == 3
 
 
 def test_cpu_tensors_take_the_reference_without_a_fallback(reasons):
@@ -56,23 +63,24 @@ def test_a_requested_backend_is_taken_or_refused(reasons):
     reasons["triton"] = "triton: no CUDA device"
     with pytest.raises(ValueError, match="backend 'triton' cannot serve this call: triton: no CUDA device"):
         select_backend(spec(), "triton")
-    with pytest.raises(ValueError, match="unknown backend 'cublas'; choose one of cuda, triton, reference"):
+    with pytest.raises(ValueError, match="unknown backend 'cublas'; choose one of cuda, triton, composed, reference"):
         select_backend(spec(), "cublas")
 
 
 def test_forward_and_backward_are_counted(counts):
     x, *rest = layer_arguments()
     fastlora.lora_linear(x.requires_grad_(), *rest).sum().backward()
-    assert counts() == {"cuda": 0, "triton": 0, "reference": 2, "fallbacks": {}}
+    assert counts() == {"cuda": 0, "triton": 0, "composed": 0, "reference": 2, "fallbacks": {}}
 
 
 def test_fallbacks_are_counted_by_reason(counts, reasons):
     reasons["cuda"] = "cuda: not built"
     reasons["triton"] = "triton: dtype torch.float64"
+    reasons["composed"] = "composed: no kernel draws"
     for _ in range(3):
         assert dispatch._counted(dispatch._route(spec(), None)) and counts()["cuda"] == counts()["triton"] == 0
     assert counts()["reference"] == 3
-    assert counts()["fallbacks"] == {"cuda: not built": 3, "triton: dtype torch.float64": 3}
+    assert counts()["fallbacks"] == dict.fromkeys(filter(None, reasons.values()), 3)
     dispatch.count_fallback("peft: merged")
     assert counts()["fallbacks"]["peft: merged"] == 1
 
@@ -105,9 +113,12 @@ def backends(monkeypatch, counts):
     monkeypatch.setattr(cuda, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
     for name in ("cuda", "triton"):
         monkeypatch.setattr(dispatch.backend_module(name), "prepare", prepare)
     monkeypatch.setattr(dispatch.backend_module("triton"), "why_unsupported", lambda spec: None)
+    monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
+    monkeypatch.setattr(dispatch, "_warned", True)
     dispatch.forget_routes()
     yield SimpleNamespace(module=module, extension=extension, cuda=cuda, prepared=prepared)
     dispatch.forget_routes()
@@ -144,14 +155,82 @@ def test_that_triton_has_no_device_may_pass(backends, monkeypatch):
     monkeypatch.setattr(backends.extension, "load", lambda: (None, "not built"))
     with pytest.MonkeyPatch.context() as patch:
         no_device(backends, patch)
-        assert choose(spec()) == choose(spec()) == "reference"
-    assert choose(spec()) == "triton"
+        assert choose(spec(dropout=True)) == choose(spec(dropout=True)) == "reference"
+        assert choose(spec()) == "composed", "which needs no Triton"
+    assert choose(spec()) == choose(spec(dropout=True)) == "triton"
 
 
 def test_a_reason_that_stays_is_remembered(backends, monkeypatch):
     monkeypatch.setattr(backends.cuda, "_capability", lambda device: (8, 0))
     assert choose(spec()) == choose(spec()) == "triton"
     assert len(backends.prepared) == 1
+
+
+def a_rocm_torch(patch):
+    patch.setattr(torch.version, "hip", "7.0")
+
+
+def no_c_compiler(patch):
+    patch.delenv("CC", raising=False)
+    patch.setattr(triton_driver.shutil, "which", lambda name: None)
+
+
+def a_compiler_that_is_not_there(patch):
+    patch.setenv("CC", "no-such-compiler -O2")
+
+
+def a_driver_that_does_not_build(patch):
+    def fail():
+        raise subprocess.CalledProcessError(1, ["gcc", "driver.c"])
+
+    active = SimpleNamespace(get_current_target=fail)
+    patch.setattr("triton.runtime.driver", SimpleNamespace(active=active))
+
+
+def a_driver_error(patch):
+    def fail(device=None):
+        raise RuntimeError("CUDA error: system not yet initialized\nCompile with TORCH_USE_CUDA_DSA")
+
+    patch.setattr(torch.cuda, "get_device_capability", fail)
+
+
+@pytest.mark.parametrize(
+    "fails, reason",
+    (
+        (a_rocm_torch, "built for ROCm"),
+        (no_c_compiler, "neither gcc nor clang"),
+        (a_compiler_that_is_not_there, "CC=no-such-compiler -O2 is not found"),
+        (a_driver_that_does_not_build, "its driver does not start: CalledProcessError: Command"),
+        (a_driver_error, "the device cannot be used: CUDA error: system not yet initialized"),
+    ),
+)
+def test_what_triton_lacks_is_a_reason_and_no_crash(backends, counts, monkeypatch, fails, reason):
+    monkeypatch.setattr(backends.extension, "load", lambda: (None, "not built"))
+    monkeypatch.setattr(triton_driver, "_driver_unusable", DRIVER_UNUSABLE)
+    fails(monkeypatch)
+    assert choose(spec()) not in ("cuda", "triton")
+    assert any(key.startswith("triton: ") and reason in key for key in counts()["fallbacks"])
+    assert reason in fastlora.available_backends()["triton"]
+
+
+def test_a_runtime_that_cannot_count_its_devices_is_a_reason(backends, counts, monkeypatch):
+    def fail():
+        raise RuntimeError("fastlora: cudaErrorSystemNotReady")
+
+    monkeypatch.setattr(backends.module, "device_count", fail, raising=False)
+    assert choose(spec()) != "cuda"
+    assert any("cuda: the device cannot be used" in key for key in counts()["fallbacks"])
+
+
+def test_devices_that_differ_are_named_each(backends, monkeypatch):
+    capabilities = {0: (9, 0), 1: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capabilities[device.index])
+    monkeypatch.setattr(backends.cuda, "_capability", lambda device: capabilities[device.index])
+    found = fastlora.available_backends()
+    assert found["triton"] == "cuda:0: usable; cuda:1: compute capability 7.5 is below 8.0"
+    assert found["cuda"].startswith("cuda:0: usable; cuda:1: compiled for compute capability 9.0")
+    assert choose(spec(device=torch.device("cuda", 1))) not in ("cuda", "triton")
 
 
 def test_the_environment_variable_insists(counts, monkeypatch):
@@ -173,7 +252,7 @@ def test_triton_refuses_what_it_cannot_compute():
 
 def test_available_backends_give_a_reason():
     found = fastlora.available_backends()
-    assert list(found) == ["cuda", "triton", "reference"]
+    assert list(found) == ["cuda", "triton", "composed", "reference"]
     assert found["reference"] == "usable"
     if not torch.cuda.is_available():
         assert all(found[name] != "usable" and len(found[name]) > 10 for name in ("cuda",))

@@ -36,6 +36,7 @@ _TEST_IMPORT = re.compile(r"\s*(from|import) tests\.\w+(\.| import (.*\W)?)test_
 _PATH_EDIT = re.compile(r"\bsys\.path\.(insert|append|extend)\(|\bsys\.path *[+]?= ")
 # Backends know nothing of each other: dispatch chooses.
 APART = ("backends.cuda", "backends.triton", "backends.reference")
+ON_TOP = "backends.composed"  # of the others: torch's products, Triton's mask
 # (importer, imported): imports in functions that may make a circle. Each needs a reason.
 ALLOWED: dict[tuple[str, str], str] = {}
 
@@ -131,6 +132,8 @@ def test_backends_do_not_import_each_other():
         if side(importer) and side(imported) and side(importer) != side(imported)
     ]
     assert mixed == []
+    edges = graph(PACKAGE)
+    assert ON_TOP in edges and not [name for name in edges if side(name) and ON_TOP in edges[name]]
 
 
 def test_what_is_allowed_is_there():

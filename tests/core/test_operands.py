@@ -90,7 +90,7 @@ def test_one_row_is_aligned_only_if_its_stride_is():
 
 
 @pytest.mark.parametrize("m, n, k", ((0, 6, 7), (5, 0, 7), (5, 6, 0), (0, 0, 0)))
-@pytest.mark.parametrize("requested", (None, "triton", "cuda"))
+@pytest.mark.parametrize("requested", (None, "composed", "triton", "cuda"))
 def test_empty_calls_are_the_references_whatever_is_requested(m, n, k, requested):
     fastlora.reset_dispatch_counts()
     x, weight = torch.ones(m, k), torch.ones(n, k)
@@ -105,7 +105,7 @@ def test_empty_calls_are_the_references_whatever_is_requested(m, n, k, requested
         and torch.equal(gradients.dbias, torch.ones(m, n).sum(0))
     )
     counts = fastlora.dispatch_counts()
-    assert counts == {"cuda": 0, "triton": 0, "reference": 2, "fallbacks": {}}
+    assert counts == {"cuda": 0, "triton": 0, "composed": 0, "reference": 2, "fallbacks": {}}
 
 
 def test_a_backward_that_wants_nothing_is_the_references():

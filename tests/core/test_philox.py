@@ -50,6 +50,15 @@ def test_a_dropout_between_none_and_all_is_neither(p, dropped):
     assert philox.inverse_keep(p) == (65536 / kept if kept else 0.0)
 
 
+def test_a_seed_that_is_a_tensor_is_not_read_on_the_host():
+    """As a captured graph requires of one on the device."""
+    counter, seed = torch.arange(40), 2**62 + 2**33 + 12345
+    words = philox.random_words(torch.tensor(seed), counter)
+    assert torch.equal(words, philox.random_words(seed, counter))
+    drawn = torch.empty((), dtype=torch.int64, device="meta")
+    assert philox.keep_mask(drawn, 0.3, 5, 21, device="meta").shape == (5, 21)
+
+
 def test_rows_and_seeds_differ():
     mask = philox.keep_mask(1, 0.5, 64, 256)
     assert len({tuple(row.tolist()) for row in mask}) == 64

@@ -32,7 +32,7 @@ class LaunchOptions:
     async_policy: str = "late"
     proxy_fence: str = "path"
     shuffle_ctas: bool = False
-    timeout_s: float = 120.0
+    timeout_s: float = 120.0  # of a processor
 
 
 @dataclass
@@ -64,7 +64,7 @@ class LaunchStats:
     tma_stores: int
     tma_bytes: int
     threads: int
-    seconds: float
+    seconds: float  # of a processor
     buffers: dict = field(default_factory=dict)
     printed: str = ""  # by printf
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from benchmarks.cuda_resources import toolkit
-from fastlora.backends import workspace
 from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
 from fastlora.problem import Aligned, LaunchSpec, Sizes
@@ -93,19 +92,6 @@ def test_that_there_is_no_device_is_not_remembered(monkeypatch):
     assert cuda.why_unsupported(spec()) == "the device cannot be used: CUDA error: initialization"
     state["capability"] = (9, 0)
     assert cuda.why_unsupported(spec()) is None
-
-
-def test_slices_for_captured_launches_are_aligned_and_apart(monkeypatch):
-    """Triton would compile anew, during the capture, for a pointer that is less aligned than the one before."""
-    pool = torch.zeros(1024, dtype=torch.int32)
-    cpu = torch.device("cpu")
-    monkeypatch.setattr(workspace, "_pools", {cpu: pool})
-    monkeypatch.setattr(workspace, "_held_by_graphs", [])
-    slices = [workspace._for_capture(n_words, cpu) for n_words in (5, 33, 64)]
-    offsets = [(each.data_ptr() - pool.data_ptr()) // 4 for each in slices]
-    assert offsets == [0, 32, 96] and all(len(each) >= n for each, n in zip(slices, (5, 33, 64), strict=True))
-    alone = workspace._for_capture(2000, cpu)
-    assert len(alone) >= 2000 and not alone.any() and workspace._held_by_graphs == [*slices, alone]
 
 
 @needs_extension

@@ -1,4 +1,7 @@
-"""The CUDA kernels on the GPU they are made for. Everything that the emulator cannot tell: that the hardware agrees."""
+"""The CUDA kernels on the GPU they are made for. Everything that the emulator cannot tell: that the hardware agrees.
+
+What is marked ``contact``, 25 tests over every tile, is what new hardware or a new build runs first
+(benchmarks.gpu)."""
 
 import pytest
 import torch
@@ -23,6 +26,7 @@ def n_sms() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count
 
 
+@pytest.mark.contact
 @pytest.mark.parametrize("dropout_p", (0.0, 0.5))
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_small_layers(poisoned, tile, dropout_p):
@@ -34,7 +38,9 @@ def test_small_layers(poisoned, tile, dropout_p):
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("r", (8, 32, 64, 256))
-@pytest.mark.parametrize("m, n, k", ((64, 520, 392), (1000, 1032, 2056), (4096, 1024, 4096)))
+@pytest.mark.parametrize(
+    "m, n, k", (pytest.param(64, 520, 392, marks=pytest.mark.contact), (1000, 1032, 2056), (4096, 1024, 4096))
+)
 def test_integers_are_exact(poisoned, tile, m, n, k, r):
     if r > 64 and tile.block_n == 128:
         pytest.skip("small tiles are compiled up to rank 64")
@@ -58,6 +64,7 @@ def test_results_are_as_accurate_as_eager_and_the_same_every_time(poisoned, dtyp
     assert not any(buffer.any() for buffer in workspace._by_stream.values())
 
 
+@pytest.mark.contact
 def test_a_captured_graph_replays(poisoned):
     case = on_device(numerics.draw_integer_case(512, 264, 392, 16, torch.bfloat16))
     c = case
@@ -86,6 +93,7 @@ def test_a_captured_graph_replays(poisoned):
         numerics.assert_exact({n: g.cpu() for n, g in gradients._asdict().items()}, to_cpu(case))
 
 
+@pytest.mark.contact
 def test_streams_do_not_share_flags(poisoned):
     case = on_device(numerics.draw_integer_case(2048, 1032, 1032, 16, torch.bfloat16))
     streams = [torch.cuda.Stream() for _ in range(3)]
@@ -109,6 +117,7 @@ def test_tensors_may_be_on_another_device_than_the_current_one(backend):
     numerics.assert_accurate({"y": y}, case)
 
 
+@pytest.mark.contact
 def test_the_public_layer_runs_here():
     case = on_device(numerics.draw_case(300, 136, 72, 8, torch.bfloat16))
     x, a, b = (t.clone().requires_grad_() for t in (case.x, case.lora_a, case.lora_b))

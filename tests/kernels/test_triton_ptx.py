@@ -51,6 +51,16 @@ def test_small_ranks_by_tiles_of_their_own(arch):
         numerics.assert_exact(results, case)
 
 
+def test_short_tiles_drop_without_padding_the_rank():
+    """Tiles of 16 rows on sm_90, whose products are no warpgroup's."""
+    config = dataclasses.replace(SMALL[90], block_m=16)
+    case = numerics.draw_case(88, 72, 136, 8, torch.bfloat16, dropout_p=0.3)
+    for options in SCHEDULES[2:4]:
+        results, stats = run(case, config, 90, options)
+        numerics.assert_accurate(results, case)
+        assert all(launch.mma > 0 and launch.wgmma == 0 for launch in stats)
+
+
 @pytest.mark.parametrize("last", (False, True))
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_gradients_between_the_other_tiles_and_behind_them(monkeypatch, arch, last):

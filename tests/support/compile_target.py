@@ -132,13 +132,24 @@ def compiled_kernels(kernel, arch: int) -> list:
 
 def remarks(compiled, arch: int) -> list[str]:
     """What ptxas says of a kernel's wgmma pipeline (C75xx): each means that it waits where the code does not."""
+    return re.findall(r"\(C75\d\d\)[^\n]*", _assembler_report(compiled, arch))
+
+
+def spilled_bytes(compiled, arch: int) -> int:
+    """Bytes that a kernel stores and loads for want of registers. (Its stack may be of another use: ptxas gives every
+    kernel for sm_120 eight bytes.)"""
+    (found,) = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", _assembler_report(compiled, arch))
+    return sum(map(int, found))
+
+
+def _assembler_report(compiled, arch: int) -> str:
     target = f"--gpu-name=sm_{arch}" + ("a" if arch >= 90 else "")
     with tempfile.TemporaryDirectory() as directory:
         ptx = Path(directory, "kernel.ptx")
         ptx.write_text(compiled.asm["ptx"])
         command = [get_ptxas(arch).path, "-v", target, ptx, "-o", ptx.with_suffix(".cubin")]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return re.findall(r"\(C75\d\d\)[^\n]*", done.stdout + done.stderr)
+    return done.stdout + done.stderr
 
 
 def resources(compiled) -> Resources:

@@ -11,7 +11,7 @@ from tests.emulator import LaunchOptions, load_ptx, triton_descriptor
 from tests.emulator.conformance import coverage
 from tests.support.compile_target import Launch, compile_for
 
-_OUTPUTS = ("y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_")
+_OUTPUTS = ("y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_", "dropped_ptr")
 
 
 @functools.lru_cache(maxsize=256)
@@ -20,8 +20,16 @@ def _module(ptx: str):
 
 
 def _is_output(name: str, launch: Launch) -> bool:
-    saved = name == "s_ptr" and "ds_ptr" in launch.kernel.src.fn.arg_names  # the backward reads S
+    """Whether the launch writes a buffer that holds nothing before."""
+    names = launch.kernel.src.fn.arg_names
+    if "dropped_ptr" in names:  # masked.masked_backward_kernel adds to dX
+        return name == "dropped_ptr"
+    saved = name == "s_ptr" and "ds_ptr" in names  # the backward reads S
     return name.startswith(_OUTPUTS) and not saved
+
+
+def _is_updated(name: str, launch: Launch) -> bool:
+    return name == "workspace_ptr" or (name == "dx_ptr" and "dropped_ptr" in launch.kernel.src.fn.arg_names)
 
 
 @contextmanager
@@ -56,7 +64,7 @@ def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx: Callable
                 args=args | {"global scratch": None, "profile scratch": None},
                 shared_bytes=metadata.shared,
                 buffers={name: tensor for tensor, name in tensors.items()},
-                read_only=[name for name in tensors.values() if name not in (*outputs, "workspace_ptr")],
+                read_only=[n for n in tensors.values() if n not in outputs and not _is_updated(n, launch)],
                 uninitialised=outputs,
                 options=options or LaunchOptions(),
             )

@@ -147,6 +147,16 @@ def test_dropout_draws_the_reference_mask(device):
     assert 0.3 < (s == 0).float().mean() < 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("arch, block_m", [(90, 16), (120, 64)])
+def test_dropout_where_the_rank_is_not_padded(arch, block_m, dtype, monkeypatch, device):
+    """Short tiles, and an architecture whose products are a warp's."""
+    if device.type == "cpu":
+        monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(arch, n_sms=2))
+    case = numerics.draw_case(70, 40, 96, 5, dtype, dropout_p=0.3, device=device)
+    numerics.assert_accurate(run(case, config=dataclasses.replace(SMALL, block_m=block_m)), case)
+
+
 @pytest.mark.parametrize("m, n, k", [(0, 6, 7), (5, 0, 7), (5, 6, 0)])
 def test_empty_dimensions(m, n, k, device):
     case = numerics.draw_case(m, n, max(k, 1), 2, torch.float32, device=device)

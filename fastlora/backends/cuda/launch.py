@@ -29,11 +29,13 @@ def unusable(device: torch.device | None = None) -> str | None:
     module, reason = extension.load()
     if module is None:
         return reason
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, and the kernels are for NVIDIA GPUs"
     if not torch.cuda.is_available():
         return PassingReason("no CUDA device")
-    if module.device_count() == 0:
-        return PassingReason(f"the extension's CUDA runtime finds no device ({module.device_error()})")
     try:
+        if module.device_count() == 0:
+            return PassingReason(f"the extension's CUDA runtime finds no device ({module.device_error()})")
         major, minor = _capability(device or torch.device("cuda", torch.cuda.current_device()))
     except (RuntimeError, AssertionError) as error:
         return PassingReason(f"the device cannot be used: {str(error).splitlines()[0]}")

@@ -21,7 +21,7 @@ def gradient_tile(sums, counts_ptr, tile, chunk, dropout, DROPOUT: tl.constexpr,
     WGMMA: tl.constexpr = variant.wgmma and sums.left.data.dtype.element_ty.primitive_bitwidth == 16
     # wgmma's masked operand has to be the right one, as in tiles._shrink; the rank is then the height of the left one.
     TRANSPOSED: tl.constexpr = DROPOUT and WGMMA
-    BLOCK_R: tl.constexpr = max(variant.block_r, 64) if TRANSPOSED else variant.block_r
+    BLOCK_R: tl.constexpr = max(variant.block_r, 64) if TRANSPOSED and variant.tile.block_m >= 64 else variant.block_r
     first_n = tile * BLOCK_N
     offs_n = first_n + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)

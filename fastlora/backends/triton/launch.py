@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastlora import philox
 from fastlora.backends.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, gradients_last, padded_rank
-from fastlora.backends.target import Target, target_of
+from fastlora.backends.target import Target, multiplies_by_warpgroup, resident_programs, target_of
 from fastlora.backends.triton.compiled import CompiledLaunch
 from fastlora.backends.triton.kernels import lora_backward_kernel, lora_forward_kernel
 from fastlora.backends.triton.schedule import N_COUNTERS
@@ -134,8 +134,18 @@ class _Prepared:
             wgmma=target.arch == 90,
         )
         self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m=0)), self.variant)  # calls of one have one kernel
-        self.wave = target.n_sms * config.programs_per_sm
+        self.target, self.wave, self._learned = target, target.n_sms, False
         self.n_rows = _ceil_div(spec.sizes.m, config.block_m)
+
+    def learn(self) -> None:
+        """Takes the wave from the kernel as it is compiled; until the first launch, one program a multiprocessor.
+        (Triton's interpreter compiles none.)"""
+        compiled = self.launch.compiled
+        if compiled is None:
+            return
+        used = compiled.metadata
+        programs = resident_programs(self.target.arch, compiled.n_regs, used.shared, 32 * used.num_warps)
+        self.wave, self._learned = self.target.n_sms * programs, True
 
     def prepare_launch(
         self, kernel: Any, grid: int, blocks: tuple[list[int], ...], compiled_as: dict[int, Any]
@@ -158,16 +168,14 @@ class _Forward(_Prepared):
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
         m, n, k, r = spec.sizes
         block_r = padded_rank(r)
-        if spec.dropout and target.arch >= 90 and spec.dtype.itemsize == 2:
-            block_r = max(
-                block_r, 64
-            )  # the rank is the height of a product (see tiles._shrink), and wgmma's least is 64
+        if spec.dropout and spec.dtype.itemsize == 2 and config.block_m >= 64 and multiplies_by_warpgroup(target.arch):
+            block_r = max(block_r, 64)  # the rank is the height of a product (see tiles._shrink)
         fused = config.fused and block_r <= FUSED_RANK
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
         self.y_shape, self.s_shape = (m, n), (m, r)
         self.n_words = N_COUNTERS.value + self.n_rows
         strides = spec.row_strides
-        self.numbers = (*spec.sizes, self.n_words, self.wave, *strides[:4])
+        self.numbers = (*strides[:4],)
         self.launch = self.prepare_launch(
             lora_forward_kernel,
             self.n_rows * (_ceil_div(n, config.block_n) + (not fused)),
@@ -179,6 +187,8 @@ class _Forward(_Prepared):
         x = operands[0]
         y, s = x.new_empty(self.y_shape), x.new_empty(self.s_shape)
         self.launch(*self.arguments(operands, y, s, borrow_workspace(self.n_words, self.device)))
+        if not self._learned:
+            self.learn()
         return y, s
 
     def compile(self, operands: ForwardOperands) -> None:
@@ -190,7 +200,7 @@ class _Forward(_Prepared):
         """Those of lora_forward_kernel, but its constants."""
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
         return (
-            x, weight, lora_a, lora_b, bias, y, s, workspace, *self.numbers,
+            x, weight, lora_a, lora_b, bias, y, s, workspace, *self.spec.sizes, self.n_words, self.wave, *self.numbers,
             *_forward_scales(scaling, dropout_p, self.spec.dtype), *_seed_arguments(seed), _threshold(dropout_p),
         )  # fmt: skip
 
@@ -212,8 +222,7 @@ class _Backward(_Prepared):
         last = int(needs.dx and gradients_last(m, k, n, config.block_m, config.block_n))
         strides = spec.row_strides
         self.numbers = (
-            *spec.sizes, self.n_words, self.wave, n_columns, last,
-            strides.act, strides.saved_x, strides.weight, strides.lora_a, strides.lora_b,
+            n_columns, last, strides.act, strides.saved_x, strides.weight, strides.lora_a, strides.lora_b,
         )  # fmt: skip
         adapters, serial = spec.adapter_dtypes, n_chunks > 1
         makes_ds, makes_sums = needs.dx or needs.da, (needs.da, needs.db, needs.dbias)
@@ -240,6 +249,8 @@ class _Backward(_Prepared):
         dy = operands[0]
         outputs = [made and dy.new_empty(made[0], dtype=made[1]) for made in self.outputs]
         self.launch(*self.arguments(operands, outputs, borrow_workspace(self.n_words, self.device)))
+        if not self._learned:
+            self.learn()
         return Gradients(outputs[0], outputs[2], outputs[3], outputs[4])
 
     def compile(self, operands: BackwardOperands) -> None:
@@ -252,7 +263,8 @@ class _Backward(_Prepared):
         """Those of lora_backward_kernel, but its constants."""
         dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
         return (
-            dy, weight, lora_b, dy, x, lora_a, s, *outputs, workspace, *self.numbers,
+            dy, weight, lora_b, dy, x, lora_a, s, *outputs, workspace,
+            *self.spec.sizes, self.n_words, self.wave, *self.numbers,
             *_backward_scales(scaling, dropout_p, self.spec.dtype), *_seed_arguments(seed), _threshold(dropout_p),
         )  # fmt: skip
 

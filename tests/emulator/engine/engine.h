@@ -1,6 +1,5 @@
 // One launch: its options, buffers, scheduler, and the asynchronous operations in flight.
 #pragma once
-#include <chrono>
 #include <deque>
 #include <memory>
 #include <unordered_map>
@@ -133,7 +132,7 @@ struct Engine {
   std::vector<Warp*> queue_, batch_;
   Warp* running_ = nullptr;
   u64 rng_;
-  std::chrono::steady_clock::time_point start_;
+  double start_ = 0;  // of cpu_seconds()
   u32 current_pc_ = 0;
   u64 polls_ = 0, idle_polls_ = 0, seen_progress_ = 0, retries_ = 0;
   friend struct Warp;
