@@ -63,8 +63,9 @@ def schedules(kernel: Schedule, backward: bool) -> list[Schedule]:
 
 def default_schedule(kernel: str, problem: Problem, machine: Machine) -> Schedule:
     """What our kernels of this kind are launched with, where their tile is the model's: their very own rules."""
-    clusters = KERNELS[kernel].cluster
-    group_m = group_size(clusters, problem.m) if SHIPPED[kernel] == "CUDA" else TILE_TABLES["hopper"][0].group_m
+    draws_over = problem.reduction if problem.dropout and problem.backward else None
+    of_cuda = group_size(KERNELS[kernel].cluster, problem.m, draws_over=draws_over)
+    group_m = of_cuda if SHIPPED[kernel] == "CUDA" else TILE_TABLES["hopper"][0].group_m
     return as_launched(problem, replace(KERNELS[kernel], group_m=group_m), machine)
 
 

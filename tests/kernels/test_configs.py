@@ -110,3 +110,12 @@ def test_gradients_with_dropout_are_where_the_schedule_model_finds_it_best(kerne
     problem = Problem(m, n, k, r, backward=True, dropout=True)
     default, found, found_other = default_and_other(kernel, problem, "gradients_last")
     assert default.gradients_last != default.overlap and found <= 1.03 * found_other
+
+
+@pytest.mark.parametrize("m, n, k, rows", ((4096, 4096, 4096, 8), (8192, 1024, 4096, 8), (8192, 4096, 1024, 16)))
+def test_groups_of_a_backward_with_dropout_are_as_long_as_the_schedule_model_finds_best(m, n, k, rows):
+    problem = Problem(m, n, k, 16, backward=True, dropout=True)
+    default = default_schedule("overlapped stores, multicast", problem, Machine())
+    other = dataclasses.replace(default, group_m=24 - default.group_m)
+    assert default.group_m == rows
+    assert 1.03 * simulate(problem, default).makespan < simulate(problem, other).makespan

@@ -29,7 +29,7 @@ class CudaTile:
 
 
 SPLITS = (1, 2, 4, 8)
-SHORT_ROWS = 16 * 128
+GROUP_ROWS = 16 * 128  # of a group of sixteen row blocks
 
 # What choose_tile computes with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
 _FMA_PER_CLOCK = 2048
@@ -39,13 +39,22 @@ _TILE_CLOCKS = 3000  # filling the pipeline, storing the last tile
 _REDUCTION_BYTES_PER_CLOCK = 40
 
 
-def group_size(cluster: int, m: int) -> int:
+def group_size(cluster: int, m: int, *, draws_over: int | None = None) -> int:
     """Row blocks of a group, for tiles that clusters of ``cluster`` CTAs take.
 
     A wave of 132 of the largest tiles, those of clusters, reads the fewest rows of both operands when it is about as
     high as wide. Few rows make two groups all the same: by the schedule model that is as fast where gradient tiles come
-    last, and faster where they follow their group (benchmarks/results/schedule.md)."""
-    return 16 if cluster > 1 and m > SHORT_ROWS else 8
+    last, and faster where they follow their group. A gradient tile that draws dropout's mask takes about as long for a
+    row as a tile of dX does for an element that it contracts: it should not take longer than that tile, nor as long as
+    half of all rows (benchmarks/results/schedule.md).
+
+    Args:
+        cluster: CTAs that take tiles together; m: rows.
+        draws_over: the elements that dX contracts, of a backward with dropout; None of other launches.
+    """
+    if draws_over is not None and (m <= 2 * GROUP_ROWS or draws_over < GROUP_ROWS):
+        return 8
+    return 16 if cluster > 1 and m > GROUP_ROWS else 8
 
 
 @lru_cache(maxsize=4096)
@@ -63,7 +72,7 @@ def choose_tile(
     candidates = []
     for kernel in kernels(r, dropout=dropout, backward=backward):
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
-        group_m = group_size(kernel["cluster"], m)
+        group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
     if not candidates:
         raise ValueError(f"no CUDA kernel is compiled for rank {r}")
