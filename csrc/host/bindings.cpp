@@ -19,7 +19,7 @@ namespace {
 // TypeError that names it.
 class Named {
  public:
-  Named(const char* function, const py::kwargs& given) : function_(function), given_(given) {}
+  Named(const char* function, const py::kwargs& given) : function_(function), given_(given) { known_.reserve(32); }
 
   template <class T>
   void required(const char* name, T& value) {

@@ -11,9 +11,11 @@ inline std::string describe(cudaError_t error) {
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
-inline void check(cudaError_t error, const std::string& what) {
+// `what` returns the text: to make it takes longer than most calls that succeed.
+template <class What>
+void check(cudaError_t error, What what) {
   if (error == cudaSuccess) return;
-  throw std::runtime_error("fastlora: " + what + ": " + describe(error));
+  throw std::runtime_error("fastlora: " + std::string(what()) + ": " + describe(error));
 }
 
 }  // namespace fastlora

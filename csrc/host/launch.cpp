@@ -18,8 +18,8 @@ namespace {
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) : device_(device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice");
-    check(cudaSetDevice(device), "cudaSetDevice(" + std::to_string(device) + ")");
+    check(cudaGetDevice(&previous_), [] { return "cudaGetDevice"; });
+    check(cudaSetDevice(device), [=] { return "cudaSetDevice(" + std::to_string(device) + ")"; });
   }
   ~DeviceGuard() {
     if (previous_ != device_) cudaSetDevice(previous_);
@@ -36,8 +36,9 @@ void allow_shared_memory(const Variant& variant, int device) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);
   if (allowed.count({variant.kernel, device})) return;
-  check(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes),
-        "allowing " + std::to_string(variant.shared_bytes) + " bytes of shared memory for " + variant.name);
+  check(cudaFuncSetAttribute(variant.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, variant.shared_bytes), [&] {
+    return "allowing " + std::to_string(variant.shared_bytes) + " bytes of shared memory for " + variant.name;
+  });
   allowed.insert({variant.kernel, device});
 }
 
@@ -62,6 +63,7 @@ void Plan::launch(const Operands& operands, int device, uintptr_t stream) const 
   }
   const DeviceGuard guard(device);
   std::vector<MapSpec> maps;
+  maps.reserve(16);
   Params parameters = this->parameters(operands, maps);
   for (const MapSpec& spec : maps) {
     *reinterpret_cast<CUtensorMap*>(reinterpret_cast<char*>(&parameters) + spec.offset) = cached_map(spec);
@@ -70,7 +72,7 @@ void Plan::launch(const Operands& operands, int device, uintptr_t stream) const 
   void* arguments[] = {&parameters};
   check(cudaLaunchKernel(variant_->kernel, dim3(ctas_), dim3(variant_->threads), arguments, variant_->shared_bytes,
                          reinterpret_cast<cudaStream_t>(stream)),
-        "launching " + describe());
+        [&] { return "launching " + describe(); });
 }
 
 }  // namespace fastlora

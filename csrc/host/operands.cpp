@@ -9,8 +9,10 @@ namespace {
 
 constexpr uintptr_t kCopyAlignment = 16;  // bytes: of what the copy engine or a float4 reads
 
-void require(bool holds, const std::string& what) {
-  if (!holds) throw std::invalid_argument("fastlora: " + what);
+// `what` returns the text: to make it for every operand takes longer than the launch.
+template <class What>
+void require(bool holds, What what) {
+  if (!holds) throw std::invalid_argument("fastlora: " + std::string(what()));
 }
 
 // An operand is given where the launch needs one, and nowhere else.
@@ -21,7 +23,8 @@ void check_given(const char* name, bool given, bool needed) {
 }
 
 void check_aligned(const char* name, uintptr_t address, uintptr_t bytes) {
-  require(address % bytes == 0, std::string(name) + " does not start on " + std::to_string(bytes) + " bytes");
+  require(address % bytes == 0,
+          [=] { return std::string(name) + " does not start on " + std::to_string(bytes) + " bytes"; });
 }
 
 // A matrix whose rows of `columns` elements the copy engine can address.
@@ -31,9 +34,10 @@ void check_matrix(const char* name, const Matrix& matrix, bool needed, int64_t r
   check_aligned(name, matrix.address, kCopyAlignment);
   const bool apart = matrix.stride > 0 && (rows == 1 || matrix.stride >= columns);
   const bool on_16_bytes = matrix.stride % int64_t(kCopyAlignment / kElementBytes) == 0;
-  require(apart && on_16_bytes && matrix.stride < int64_t(1) << 39,
-          std::string(name) + " has rows of " + std::to_string(columns) + " elements " + std::to_string(matrix.stride) +
-              " apart: they must not overlap and must start on 16 bytes");
+  require(apart && on_16_bytes && matrix.stride < int64_t(1) << 39, [&] {
+    return std::string(name) + " has rows of " + std::to_string(columns) + " elements " +
+           std::to_string(matrix.stride) + " apart: they must not overlap and must start on 16 bytes";
+  });
 }
 
 void check_vector(const char* name, uintptr_t address, bool needed, uintptr_t alignment) {
@@ -84,12 +88,13 @@ void Plan::check_operands(const Operands& o) const {
   check_vector("gradient_partials", o.gradient_partials, gradient_partial_floats_ > 0, kCopyAlignment);
   check_vector("split_partials", o.split_partials, split_partial_floats_ > 0, kCopyAlignment);
   check_vector("seed_address", o.seed_address, o.seed_address && variant_->dropout, sizeof(uint64_t));
-  require(!(o.seed_address && o.seed), "the seed is given by value and by address");
+  require(!(o.seed_address && o.seed), [] { return "the seed is given by value and by address"; });
   require(variant_->dropout || (o.drop_threshold == 0 && o.inverse_keep == 1 && o.seed == 0),
-          "dropout is given to a kernel without it");
-  require(!variant_->dropout || (o.drop_threshold >= 1 && o.drop_threshold <= 1 << 16),
-          "a kernel with dropout takes a threshold of 1 to 65536, got " + std::to_string(o.drop_threshold));
-  require(variant_->fp16 || o.scale_on_branch == 1, "only fp16 kernels scale the branch");
+          [] { return "dropout is given to a kernel without it"; });
+  require(!variant_->dropout || (o.drop_threshold >= 1 && o.drop_threshold <= 1 << 16), [&] {
+    return "a kernel with dropout takes a threshold of 1 to 65536, got " + std::to_string(o.drop_threshold);
+  });
+  require(variant_->fp16 || o.scale_on_branch == 1, [] { return "only fp16 kernels scale the branch"; });
 }
 
 Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {

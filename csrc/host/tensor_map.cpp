@@ -24,7 +24,7 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
 #else
     const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
 #endif
-    check(error, "looking up cuTensorMapEncodeTiled");
+    check(error, [] { return "looking up cuTensorMapEncodeTiled"; });
     if (result != cudaDriverEntryPointSuccess || !found) {
       throw std::runtime_error("fastlora: the driver has no cuTensorMapEncodeTiled; it must support CUDA 12.0");
     }

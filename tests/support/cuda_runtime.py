@@ -24,7 +24,7 @@ from fastlora.backends.cuda import extension
 from tests.emulator.engine_library import build_once, cache_directory
 
 RUNTIME, MAPS = (Path(__file__).with_name(name) for name in ("cudart.cpp", "emulated_map.h"))
-_FLAGS = ("-std=c++17", "-O1", "-Xcompiler", "-fPIC,-fvisibility=hidden")
+_FLAGS = ("-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden")
 PROBLEM = dict(
     backward=False, fp16=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8,
     block_m=64, block_n=128,
