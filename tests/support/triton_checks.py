@@ -107,6 +107,8 @@ def check_infinities(arch: int, **altered):
 
 
 def shipped():
+    """Each tile once, though two tables may have it."""
+    seen = set()
     for arch, (name, table) in itertools.product(ARCHITECTURES, TILE_TABLES.items()):
         rank = 256 if name.endswith(" large-rank") else FUSED_RANK
         dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
@@ -120,6 +122,10 @@ def shipped():
             label = f"sm_{arch}-{name}-{config.block_m}x{config.block_n}x{config.block_k}"
             label += "-separate" * (not fused) + "-uneven" * uneven
             config = dataclasses.replace(config, fused=fused)
+            tile = (arch, config, rank, dtype, aligned, uneven)
+            if tile in seen:
+                continue
+            seen.add(tile)
             yield pytest.param(arch, config, rank, dtype, aligned, number + (not fused), uneven, id=label)
 
 
