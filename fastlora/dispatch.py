@@ -77,7 +77,7 @@ def triton_unusable(device: torch.device | None = None) -> str | None:
 
 
 def preference(spec: LaunchSpec, *, tuned: bool = True) -> tuple[str, ...]:
-    """The order in which backends are asked to serve a call on a GPU.
+    """The order in which backends are tried for a call on a GPU.
 
     First is what ``fastlora tune`` found fastest for the call's class of shapes, unless ``tuned`` is False. Without
     that, the composed layer is in front of one launch each way where the latter is not known to be faster: in float32,
@@ -157,10 +157,10 @@ def forget_routes() -> None:
 tuning.on_change(forget_routes)
 
 
-def _remember(key: tuple, route: _Route, given: tuple, taken: tuple) -> None:
+def _remember(key: tuple, route: _Route, given: tuple, described: tuple) -> None:
     """Spares later calls of this key their description, where that changes nothing in their operands."""
     passing = any(isinstance(reason, PassingReason) for reason in route.passed_over)
-    if passing or any(one is not other for one, other in zip(given, taken, strict=True)):
+    if passing or any(one is not other for one, other in zip(given, described, strict=True)):
         return
     if len(_by_key) >= _MOST_KEYS:
         _by_key.clear()

@@ -90,7 +90,7 @@ def choose_tile(
     return replace(
         tile,
         fused=kernel["fuses"] and fused,
-        # dX's products hide most of what the generator costs a gradient tile beside them; last, nothing does.
+        # Between dX's tiles, these hide most of what the generator costs a gradient tile; behind them, nothing does.
         gradients_last=backward and not dropout and gradients_last(m, n, k, tile.block_m, tile.block_n),
     )
 
