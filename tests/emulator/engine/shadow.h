@@ -2,6 +2,7 @@
 //
 // State is kept per 16-byte line while accesses cover whole lines, and in cells of 8, 4, 2 or 1 bytes where they do not.
 #pragma once
+#include <cstdlib>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -104,12 +105,16 @@ class Shadow {
 // Distinct bytes touched, in steps of two.
 class TouchMap {
  public:
-  void resize(u64 bytes) { words_.assign(bytes / 128 + 2, 0); }
+  // Memory that the system zeroes page by page, as it is touched: a buffer may be large and next to nothing of it used.
+  void resize(u64 bytes) { words_.reset(static_cast<u64*>(calloc(bytes / 128 + 2, sizeof(u64)))); }
   void touch(u64 offset, u64 bytes);
   u64 bytes() const { return touched_ * 2; }
 
  private:
-  std::vector<u64> words_;
+  struct Free {
+    void operator()(u64* words) const { free(words); }
+  };
+  std::unique_ptr<u64[], Free> words_;
   u64 touched_ = 0;
 };
 

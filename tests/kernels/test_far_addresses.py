@@ -1,0 +1,131 @@
+"""Operands of 2^31 elements and more: every offset takes 64 bits.
+
+The memory is reserved and not touched but for a few rows. Inputs are matrices whose rows lie far apart. Outputs lie
+close, so of those that are as large only the last tiles are made: their tickets are the next in the workspace.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastlora.backends.target import Target
+from fastlora.backends.triton import launch as triton_lora
+from fastlora.operands import describe_backward, describe_forward
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs
+from tests.emulator import LaunchOptions
+from tests.support import cuda_checks, cuda_emulation, numerics
+from tests.support.triton_checks import ARCHITECTURES, SMALL, needs_compiler, run
+from tests.support.triton_emulation import emulated
+
+FAR = 1 << 31  # elements
+OPTIONS = LaunchOptions(race=False)  # whose records of every byte would not fit
+INPUTS = ("x", "weight", "lora_a", "lora_b", "dy")
+pytestmark = pytest.mark.usefixtures("own_workspace")
+
+
+def apart(matrix: torch.Tensor) -> torch.Tensor:
+    """The same rows, the last of them FAR from the first."""
+    stride = (FAR // (matrix.shape[0] - 1) // 16 + 1) * 16
+    wide = torch.empty_strided(matrix.shape, (stride, 1), dtype=matrix.dtype)
+    return wide.copy_(matrix)
+
+
+def with_rows_apart(case: numerics.Case) -> numerics.Case:
+    return dataclasses.replace(case, **{name: apart(getattr(case, name)) for name in INPUTS})
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_inputs_of_triton(poisoned, arch):
+    case = numerics.draw_integer_case(40, 48, 64, 8, torch.bfloat16)
+    results, _ = run(with_rows_apart(case), SMALL[arch], arch, OPTIONS)
+    numerics.assert_exact(results, case)
+
+
+@cuda_checks.needs_kernels
+def test_inputs_of_cuda(poisoned):
+    case = numerics.draw_integer_case(72, 136, 200, 8, torch.bfloat16)
+    with cuda_emulation.emulated(OPTIONS):
+        results, _ = cuda_emulation.run_layer(with_rows_apart(case), cuda_checks.SMALL, ctas=4)
+    numerics.assert_exact(results, case)
+
+
+def reserved(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16)
+
+
+def with_last_rows(rows: torch.Tensor, m: int) -> torch.Tensor:
+    """[m, ·], whose last rows are these."""
+    wide = reserved(m, rows.shape[1])
+    wide[-rows.shape[0] :] = rows
+    return wide
+
+
+def small_tiles(arch: int):
+    """A group is one row block: its columns follow its column 0 where the wave is no tile long."""
+    return dataclasses.replace(SMALL[arch], group_m=1)
+
+
+def launch_last(prepared, arguments, arch: int, first_ticket: int, programs: int) -> None:
+    """Some tiles from a ticket on, as if the ones before had been claimed."""
+    workspace = torch.zeros(prepared.n_words, dtype=torch.int32)
+    workspace[0] = first_ticket
+    prepared.launch.grid, prepared.wave = programs, 0
+    with emulated(arch, OPTIONS):
+        prepared.launch(*arguments(workspace))
+    assert not workspace.any()
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("backward", (False, True))
+def test_outputs_of_triton(poisoned, monkeypatch, arch, backward):
+    """Y and S, dX and dS: the two tiles of the last row block."""
+    monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(arch, n_sms=3))
+    config = small_tiles(arch)
+    columns, contracted, rank, rows = 2 * config.block_n, 16, 64, config.block_m
+    n, k = (contracted, columns) if backward else (columns, contracted)
+    case = numerics.draw_integer_case(rows, n, k, rank, torch.bfloat16)
+    m = FAR // min(columns, rank) + rows
+    c, big = case, with_last_rows(case.dy if backward else case.x, m)
+    shared = (c.scaling, 0.0, None)
+    if backward:
+        given = BackwardOperands(big, None, c.weight, c.lora_a, c.lora_b, None, *shared)
+        operands, spec = describe_backward(given, Needs(True, False, False, False))
+    else:
+        operands, spec = describe_forward(ForwardOperands(big, c.weight, c.lora_a, c.lora_b, None, *shared))
+    prepared = triton_lora.prepare(spec, config)
+    out, s = reserved(m, columns), reserved(m, rank)
+
+    def arguments(workspace):
+        if backward:
+            return prepared.arguments(operands, [out, s, *[None] * 6], workspace)
+        return prepared.arguments(operands, out, s, workspace)
+
+    launch_last(prepared, arguments, arch, 2 * (prepared.n_rows - 1), 2)
+    numerics.assert_exact({("dx" if backward else "y"): out[-rows:]}, dataclasses.replace(c, bias=None))
+    down = (c.dy, c.lora_b) if backward else (c.x, c.lora_a.t())
+    assert torch.equal(s[-rows:].double(), c.scaling * down[0].double() @ down[1].double())
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_gradient_of_triton(poisoned, monkeypatch, arch):
+    """The last tile of dB."""
+    monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(arch, n_sms=3))
+    config, rank, m, k = small_tiles(arch), 64, 16, 16
+    columns = config.gradient_n
+    case = numerics.draw_integer_case(m, columns, k, rank, torch.bfloat16)
+    n = FAR // rank + columns
+    dy = reserved(m, n)
+    dy[:, -columns:] = case.dy
+    s = (case.scaling * case.x.double() @ case.lora_a.double().t()).bfloat16()
+    given = BackwardOperands(dy, None, reserved(n, k), case.lora_a, reserved(n, rank), s, case.scaling, 0.0, None)
+    operands, spec = describe_backward(given, Needs(False, False, True, False))
+    prepared = triton_lora.prepare(spec, config)
+    db = reserved(n, rank)
+    outputs = [None, None, None, db, None, None, None, None]
+    tiles = -(-n // config.gradient_n)
+    launch_last(prepared, lambda workspace: prepared.arguments(operands, outputs, workspace), arch, tiles - 1, 1)
+    numerics.assert_exact({"db": db[-columns:]}, case)
