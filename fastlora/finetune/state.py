@@ -14,31 +14,35 @@ from fastlora.finetune.settings import Settings
 from fastlora.outputs import replace_file
 
 FILE_NAME = "state.safetensors"
-FORMAT = "fastlora-finetune-1"
+FORMAT = "fastlora-finetune-2"
 
 
 def save_state(directory: Path, settings: Settings, fingerprint: str, arms: list[Arm]) -> Path:
     """Writes the state of all arms begun so far, whole or not at all.
 
+    An arm that has finished holds no optimiser: what the file has of it stays there.
+
     Raises:
         CommandError: it cannot be written; a state from before is kept.
     """
+    path = directory / FILE_NAME
     tensors = {"rng/cpu": torch.get_rng_state()}
     if settings.device.startswith("cuda"):
         tensors["rng/cuda"] = torch.cuda.get_rng_state(settings.device)
     for arm in arms:
+        if arm.optimizer is None:
+            tensors |= _read(path, f"{arm.name}/")
+            continue
         for name, parameter in arm.adapter().items():
             tensors[f"{arm.name}/parameter/{name}"] = parameter.detach()
-            if arm.optimizer is not None:
-                for key, value in arm.optimizer.state.get(parameter, {}).items():
-                    tensors[f"{arm.name}/{key}/{name}"] = value
+            for key, value in arm.optimizer.state.get(parameter, {}).items():
+                tensors[f"{arm.name}/{key}/{name}"] = value
     metadata = {
         "format": FORMAT,
         "settings": settings.to_json(),
         "fingerprint": fingerprint,
         "records": json.dumps({arm.name: arm.record.to_dict() for arm in arms}),
     }
-    path = directory / FILE_NAME
     replace_file(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
     return path
 
@@ -70,12 +74,7 @@ class SavedState:
         Raises:
             CommandError: the file's tensors are not those of this arm; nothing was changed then.
         """
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                saved = self._tensors(file, arm)
-                rng = {name: file.get_tensor(name) for name in file.keys() if name.startswith("rng/")}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CommandError(f"cannot resume from {self.path}: {first_line(error)}") from error
+        saved, rng = self._tensors(arm), _read(self.path, "rng/")
         for name, parameter in arm.adapter().items():
             values = saved[name]
             parameter.copy_(values.pop("parameter"))
@@ -88,14 +87,12 @@ class SavedState:
         if "rng/cuda" in rng:
             torch.cuda.set_rng_state(rng["rng/cuda"], self.settings.device)
 
-    def _tensors(self, file: safe_open, arm: Arm) -> dict[str, dict[str, Tensor]]:
+    def _tensors(self, arm: Arm) -> dict[str, dict[str, Tensor]]:
         """The arm's tensors by parameter name and kind, checked against its parameters."""
         saved: dict[str, dict[str, Tensor]] = {}
-        for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-            owner, _, rest = key.partition("/")
-            if owner == arm.name:
-                kind, _, name = rest.partition("/")
-                saved.setdefault(name, {})[kind] = file.get_tensor(key)
+        for key, tensor in _read(self.path, f"{arm.name}/").items():
+            _, kind, name = key.split("/", 2)
+            saved.setdefault(name, {})[kind] = tensor
         adapter = arm.adapter()
         if saved.keys() != adapter.keys():
             raise CommandError(f"cannot resume from {self.path}: its parameters are not those of this model")
@@ -104,3 +101,12 @@ class SavedState:
             if shapes != {tuple(adapter[name].shape)} or "parameter" not in values:
                 raise CommandError(f"cannot resume from {self.path}: {name} has the shapes {sorted(shapes)}")
         return saved
+
+
+def _read(path: Path, prefix: str) -> dict[str, Tensor]:
+    """The file's tensors whose names begin so. Raises CommandError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CommandError(f"cannot resume from {path}: {first_line(error)}") from error
