@@ -47,12 +47,16 @@ def _line(cells: list[str]) -> str:
 
 
 def wrapped(text: str, indent: str = "", hanging: str = "  ") -> str:
-    """A paragraph in lines of at most WIDTH columns, the first after ``indent`` and the others ``hanging`` further in. A
-    word that is longer, as a path may be, has a line to itself."""
+    """A paragraph in lines of at most WIDTH columns, the first after ``indent`` and the others ``hanging`` further in.
+    A word that is longer, as a path may be, has a line to itself."""
     return textwrap.fill(
-        text, WIDTH, initial_indent=indent, subsequent_indent=indent + hanging, break_long_words=False,
+        text,
+        WIDTH,
+        initial_indent=indent,
+        subsequent_indent=indent + hanging,
+        break_long_words=False,
         break_on_hyphens=False,
-    )  # fmt: skip
+    )
 
 
 def mib(size: int | None) -> str:

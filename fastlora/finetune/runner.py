@@ -1,6 +1,7 @@
 """A fine-tuning run from its settings to its files: what happens in which order, and what an interruption leaves."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -218,7 +219,7 @@ class Runner:
 
     def _save(self) -> Path:
         with self.interruption.deferred():
-            return save_state(self.output, self.settings, self.fingerprint, self.arms)
+            return save_state(self.output, self.settings, self.fingerprint, self.arms, self.saved)
 
     def _write_adapter(self, arm: Arm) -> None:
         """Before anything is measured about it, which may fail or take long."""
@@ -256,9 +257,8 @@ class Runner:
         return DISAGREED if disagreed or merge_failed else DONE
 
     def _stop(self) -> int:
-        """Saves what the arms have reached, unless the state on disk is further: a resumed run may not be there yet."""
-        begun = {arm.name for arm in self.arms}
-        if self.saved is not None and not begun.issuperset(self.saved.records):
+        """Saves what the arms have reached."""
+        if self.saved is not None and not self.arms:
             self.say(f"Interrupted; the state in {self.saved.path} is as it was")
         elif not any(arm.record.losses for arm in self.arms):
             self.say("Interrupted before the first step: there is nothing to save")
@@ -267,7 +267,7 @@ class Runner:
             path = self._save()
             done = ", ".join(f"{arm.name} {arm.record.step} of {self.settings.steps} steps" for arm in self.arms)
             self.say(f"Interrupted ({done}); state saved in {path}")
-        self.say(f"Go on with: fastlora finetune --resume --output {self.output}")
+        self.show(f"Go on with: fastlora finetune --resume --output {shlex.quote(str(self.output))}")
         return INTERRUPTED
 
 
