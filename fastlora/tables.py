@@ -46,15 +46,15 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def wrapped(text: str, indent: str = "", hanging: str = "  ") -> str:
+def wrapped(text: str, indent: str = "", hanging: str = "  ", break_words: bool = False) -> str:
     """A paragraph in lines of at most WIDTH columns, the first after ``indent`` and the others ``hanging`` further in.
-    A word that is longer, as a path may be, has a line to itself."""
+    A word that is longer, as a path may be, has a line to itself, unless words may be broken."""
     return textwrap.fill(
         text,
         WIDTH,
         initial_indent=indent,
         subsequent_indent=indent + hanging,
-        break_long_words=False,
+        break_long_words=break_words,
         break_on_hyphens=False,
     )
 

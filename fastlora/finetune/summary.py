@@ -65,7 +65,7 @@ def _labelled(label: str, answer: str) -> str:
     shown = " ".join(shown.split())
     if len(shown) > SAMPLE_CHARACTERS:
         shown = shown[:SAMPLE_CHARACTERS] + " ..."
-    return wrapped(f"{label + ':':8}{shown or '(nothing)'}", "  ", " " * 8)
+    return wrapped(f"{label + ':':8}{shown or '(nothing)'}", "  ", " " * 8, break_words=True)
 
 
 def _cost(report: dict, agreement: Agreement | None) -> str:
