@@ -138,7 +138,7 @@ def load_for_task(source: ModelSource, task: str | None, device: torch.device) -
         named = _load("AutoConfig", source).architectures or []
         meant = [name for name in named if task is None or name.endswith(_GENERATE)]
         kind = next((name for name in meant if hasattr(_quiet_transformers(), name)), kind)
-    model, report = _load(kind, source, show_progress=True, dtype="auto", output_loading_info=True)
+    model, report = _load(kind, source, dtype="auto", output_loading_info=True)
     return model.to(device), set(report["missing_keys"])
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def report():
         "dispatch_counts": {"reference": 3, "fallbacks": {"too odd": 2}},
     }  # fmt: skip
     merge = {
-        "prompt": "a\x07\n b", "base_answer": "", "answer": "x" * 1000, "merged_answer": "y", "same_answer": False,
+        "prompt": "a\x07\n b", "base_answer": "", "answer": "Q" * 1000, "merged_answer": "y", "same_answer": False,
         "max_logit_difference": 1.0, "max_logit": 2.0,
     }  # fmt: skip
     return {
@@ -173,13 +174,13 @@ def report():
     }
 
 
-def test_a_run_that_went_wrong_is_said(report, tmp_path):
-    shown = summary.text(report, None, ModelSource("m"), tmp_path)
+def test_a_run_that_went_wrong_is_said(report):
+    shown = summary.text(report, None, ModelSource("m"), Path("out"))
     assert "the held-out loss did not fall, 2.0000 -> 2.5000" in " ".join(shown.split())
     assert "Try a lower --learning-rate" in " ".join(shown.split())
     assert "ANOTHER ANSWER" in shown and "  merged: y" in shown and "  before: (nothing)" in shown
     assert "  prompt: a\\x07 b" in shown, "a bell rang"
-    assert shown.count("x") == summary.SAMPLE_CHARACTERS and max(map(len, shown.splitlines()[:-3])) <= WIDTH
+    assert shown.count("Q") == summary.SAMPLE_CHARACTERS and max(map(len, shown.splitlines())) <= WIDTH
     assert "fell back 2 times: too odd" in shown
 
 
