@@ -18,6 +18,7 @@ NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 # The PTX goes into the library beside the machine code made of it: the tests run it on machines without a GPU.
 TARGETS = "-gencode arch=compute_90a,code=sm_90a -gencode arch=compute_90a,code=compute_90a -lineinfo"
 FLAGS = f"-std=c++17 -O3 {TARGETS} -Xcompiler -fPIC,-fvisibility=hidden"
+OLDEST_PYTHON = "cp310"  # csrc/host/python.h keeps to its stable interface: one build serves it and every later one
 SPIN_LIMIT = "FASTLORA_SPIN_LIMIT"
 
 
@@ -50,24 +51,6 @@ def objects():
                 yield f"sm90_{direction}_{element}_{m}x{n}.o", "sm90/kernels.cu", defines
 
 
-def pybind11_include() -> str:
-    """The folder of pybind11's headers: its own package's, or the copy that torch brings along.
-
-    Raises:
-        RuntimeError: there is neither.
-    """
-    if importlib.util.find_spec("pybind11"):
-        import pybind11
-
-        return pybind11.get_include()
-    torch = importlib.util.find_spec("torch")
-    if torch and torch.origin:
-        include = Path(torch.origin).parent / "include"
-        if (include / "pybind11" / "pybind11.h").exists():
-            return str(include)
-    raise RuntimeError("the CUDA kernels need pybind11's headers: pip install pybind11")
-
-
 def ninja_command() -> list[str]:
     """How to call ninja.
 
@@ -83,14 +66,14 @@ def ninja_command() -> list[str]:
 
 
 def kernel_objects() -> list[str]:
-    """Those of the objects that know nothing of Python: they link with any version of it."""
+    """Those of the objects that are compiled for the device."""
     return [name for name, source, _ in objects() if source.endswith(".cu")]
 
 
 def _run_ninja(out: Path, temp: Path, targets: list[str], ready: Path | None = None) -> None:
     """Writes the rules into ``temp`` and makes the targets there, side by side and only what has changed."""
     temp.mkdir(parents=True, exist_ok=True)
-    includes = f"-isystem {sysconfig.get_paths()['include']} -isystem {pybind11_include()}"
+    includes = f"-isystem {sysconfig.get_paths()['include']}"
     lines = [
         "rule compile\n  depfile = $out.d\n  deps = gcc",
         f"  command = {NVCC} {FLAGS} {debug_flags()} $flags {includes} -MD -MF $out.d -c $in -o $out",
@@ -123,7 +106,7 @@ def compile_kernels(temp: Path) -> None:
 
 def in_place() -> Path:
     """The extension of the checkout."""
-    return ROOT / "fastlora" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return ROOT / "fastlora" / "_C.abi3.so"
 
 
 def build_in_place() -> Path:
@@ -132,7 +115,7 @@ def build_in_place() -> Path:
     if NVCC is None:
         raise RuntimeError("nvcc is neither on PATH nor in /usr/local/cuda/bin")
     library = in_place()
-    build_library(library, ROOT / "build" / f"in-place-{sysconfig.get_config_var('SOABI')}")
+    build_library(library, ROOT / "build" / "in-place")
     return library
 
 
@@ -143,6 +126,10 @@ class NinjaBuild(build_ext):
 
 if __name__ == "__main__":
     if NVCC and (shutil.which("g++") or shutil.which("c++")):  # nvcc compiles nothing without one of them
-        setup(ext_modules=[Extension("fastlora._C", [])], cmdclass={"build_ext": NinjaBuild})
+        setup(
+            ext_modules=[Extension("fastlora._C", [], py_limited_api=True)],
+            cmdclass={"build_ext": NinjaBuild},
+            options={"bdist_wheel": {"py_limited_api": OLDEST_PYTHON}},
+        )
     else:
         setup()

@@ -262,17 +262,17 @@ def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None
         workers: threads that compile.
 
     Returns:
-        The number of kernels: Triton's, for the other backends have nothing to compile.
+        The number of kernels: Triton's, for the CUDA backend and the reference have nothing to compile.
 
     Raises:
         ValueError: as for select_backend.
     """
-    chosen = ((select_backend(spec, requested)[0], operands, spec) for operands, spec in calls)
-    compiled = [(operands, spec) for name, operands, spec in chosen if name == "triton"]
-    if not compiled:
-        return 0
-    triton = backend_module("triton")
-    return triton.compile_all(((triton.prepare(spec), operands) for operands, spec in compiled), workers)
+    by_name: dict[str, list] = {"triton": [], "composed": []}
+    for operands, spec in calls:
+        name = select_backend(spec, requested)[0]
+        if name == "triton" or (name == "composed" and spec.dropout):
+            by_name[name].append((backend_module(name).prepare(spec), operands))
+    return sum(backend_module(name).compile_all(found, workers) for name, found in by_name.items() if found)
 
 
 # The mapping within os.environ, which a change of that changes: the search through its layers takes as long as a check

@@ -1,195 +1,241 @@
 // fastlora._C: raw addresses, strides and a stream; no libtorch, so one build serves every torch version.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <set>
-
+#include "fields.h"
 #include "launch.h"
-#include "plan.h"
 
-namespace py = pybind11;
-using fastlora::Matrix;
-using fastlora::Operands;
-using fastlora::Plan;
-using fastlora::Problem;
+namespace fastlora {
 
 namespace {
 
-// Named arguments of a call: each is read once; an unknown or a missing name, or a value of another type, is a
-// TypeError that names it.
-class Named {
- public:
-  Named(const char* function, const py::kwargs& given) : function_(function), given_(given) { known_.reserve(32); }
-
-  template <class T>
-  void required(const char* name, T& value) {
-    if (!optional(name, value)) throw py::type_error(std::string(function_) + "() misses the argument '" + name + "'");
+// What `body` returns, or null with the exception set in Python that it threw.
+template <class Body>
+PyObject* guarded(Body body) noexcept {
+  try {
+    return body().release();
+  } catch (const PythonError&) {
+  } catch (const TypeError& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+  } catch (const OperandNameError& error) {
+    PyErr_SetString(PyExc_TypeError, error.what());
+  } catch (const std::invalid_argument& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
+  return nullptr;
+}
 
-  template <class T>
-  bool optional(const char* name, T& value) {
-    known_.push_back(name);
-    PyObject* found = PyDict_GetItemString(given_.ptr(), name);
-    if (!found) return false;
-    ++read_;
-    try {
-      read(py::handle(found), value);
-    } catch (const py::cast_error&) {
-      throw py::type_error(std::string(function_) + "() cannot take " + std::string(py::repr(py::handle(found))) +
-                           " as the argument '" + name + "'");
-    }
-    return true;
-  }
-
-  void no_others() const {
-    if (read_ == given_.size()) return;
-    const std::set<std::string> known(known_.begin(), known_.end());
-    for (const auto& item : given_) {
-      const auto name = item.first.cast<std::string>();
-      if (!known.count(name)) throw py::type_error(std::string(function_) + "() has no argument '" + name + "'");
-    }
-  }
-
- private:
-  template <class T>
-  static void read(py::handle given, T& value) {
-    value = given.cast<T>();
-  }
-  static void read(py::handle given, Matrix& value) {
-    const auto [address, stride] = given.cast<std::pair<uintptr_t, int64_t>>();
-    value = {address, stride};
-  }
-
-  const char* function_;
-  const py::kwargs& given_;
-  std::vector<const char*> known_;
-  size_t read_ = 0;
+// An object of a type of this module: what every Python object begins with, and what it is about.
+template <class Held>
+struct Object {
+  PyObject_HEAD Held* held;
 };
 
-Problem problem(const py::kwargs& given) {
-  Problem p;
-  Named named("Plan", given);
-  named.required("backward", p.backward);
-  named.required("fp16", p.fp16);
-  named.required("dropout", p.dropout);
-  named.required("block_m", p.block_m);
-  named.required("block_n", p.block_n);
-  named.required("m", p.m);
-  named.required("n", p.n);
-  named.required("k", p.k);
-  named.required("r", p.r);
-  named.required("group_m", p.group_m);
-  named.required("splits", p.splits);
-  named.required("fused", p.fused);
-  named.required("ctas", p.ctas);
-  named.optional("gradients_last", p.gradients_last);
-  named.optional("makes_out", p.makes_out);
-  named.optional("grad_a", p.grad_a);
-  named.optional("grad_b", p.grad_b);
-  named.optional("grad_bias", p.grad_bias);
-  named.no_others();
-  return p;
+template <class Held>
+Held& held(PyObject* object) {
+  return *reinterpret_cast<Object<Held>*>(object)->held;
 }
 
-// All optional here: the plan checks which operands a launch needs.
-Operands operands(const char* function, const py::kwargs& given) {
-  Operands o;
-  Named named(function, given);
-  named.optional("act", o.act);
-  named.optional("weight", o.weight);
-  named.optional("lora_a", o.lora_a);
-  named.optional("lora_b", o.lora_b);
-  named.optional("out", o.out);
-  named.optional("layer_input", o.layer_input);
-  named.optional("saved_s", o.saved_s);
-  named.optional("bias", o.bias);
-  named.optional("s", o.s);
-  named.optional("grad_a", o.grad_a);
-  named.optional("grad_b", o.grad_b);
-  named.optional("grad_bias", o.grad_bias);
-  named.optional("workspace", o.workspace);
-  named.optional("gradient_partials", o.gradient_partials);
-  named.optional("split_partials", o.split_partials);
-  named.optional("seed_address", o.seed_address);
-  named.optional("seed", o.seed);
-  named.required("scale_in_s", o.scale_in_s);
-  named.optional("scale_on_branch", o.scale_on_branch);
-  named.optional("inverse_keep", o.inverse_keep);
-  named.optional("drop_threshold", o.drop_threshold);
-  named.optional("fp32_grads", o.fp32_grads);
-  named.no_others();
-  return o;
+template <class Held>
+Ref make(PyTypeObject* type, Held value) {
+  Ref object(reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc))(type, 0));
+  reinterpret_cast<Object<Held>*>(object.get())->held = new Held(std::move(value));
+  return object;
 }
 
-py::dict as_dict(const fastlora::Variant& v) {
-  using py::operator""_a;
-  return py::dict(
-      "name"_a = v.name, "arch"_a = v.arch, "backward"_a = v.backward, "dtype"_a = v.fp16 ? "float16" : "bfloat16",
-      "dropout"_a = v.dropout, "splits"_a = v.splits, "fuses"_a = v.fuses, "cluster"_a = v.cluster,
-      "threads"_a = v.threads, "block_m"_a = v.block_m, "block_n"_a = v.block_n, "block_k"_a = v.block_k,
-      "rank"_a = v.rank, "shared_bytes"_a = v.shared_bytes, "gradient_columns"_a = v.gradient_columns,
-      "split_partial_floats"_a = v.split_partial_floats, "gradient_partial_floats"_a = v.gradient_partial_floats);
+template <class Held>
+void deallocate(PyObject* object) {
+  PyTypeObject* type = Py_TYPE(object);
+  delete reinterpret_cast<Object<Held>*>(object)->held;
+  reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(object);
+  Py_DECREF(type);  // which an object of a type made at run time holds
 }
 
-py::list variants() {
-  py::list list;
-  for (const auto& variant : fastlora::variants()) list.append(as_dict(variant));
-  return list;
-}
-
-py::list queue(const Plan& plan) {
-  py::list list;
-  for (const fastlora::Tile& t : plan.queue()) list.append(py::make_tuple(t.row, t.column, t.split, t.gradient));
-  return list;
-}
-
-// What a launch would pass to the kernel: its bytes, and what its tensor maps describe. For running it elsewhere.
-py::tuple parameters(const Plan& plan, const py::kwargs& given) {
-  using py::operator""_a;
-  std::vector<fastlora::MapSpec> maps;
-  const fastlora::Params p = plan.parameters(operands("parameters", given), maps);
-  py::list described;
-  for (const auto& map : maps) {
-    described.append(py::dict("offset"_a = map.offset, "address"_a = map.address, "columns"_a = map.columns,
-                              "rows"_a = map.rows, "stride_bytes"_a = map.stride_bytes,
-                              "box"_a = py::make_tuple(map.box_rows, map.box_columns), "swizzle"_a = map.swizzle));
+template <class Range, class Convert>
+Ref list_of(const Range& range, Convert convert) {
+  Ref list(PyList_New(0));
+  for (const auto& item : range) {
+    if (PyList_Append(list.get(), Ref(convert(item)).get()) < 0) throw PythonError();
   }
-  return py::make_tuple(py::bytes(reinterpret_cast<const char*>(&p), sizeof p), described);
+  return list;
 }
 
-void launch(const Plan& plan, int device, uintptr_t stream, const py::kwargs& given) {
-  const Operands read = operands("launch", given);
-  const py::gil_scoped_release unlocked;
-  plan.launch(read, device, stream);
+PyObject* as_dict(const Variant& v) {
+  return Py_BuildValue("{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
+                       "name", v.name, "arch", v.arch, "backward", PyBool_FromLong(v.backward), "dtype",
+                       v.fp16 ? "float16" : "bfloat16", "dropout", PyBool_FromLong(v.dropout), "splits",
+                       PyBool_FromLong(v.splits), "fuses", PyBool_FromLong(v.fuses), "cluster", v.cluster, "threads",
+                       v.threads, "block_m", v.block_m, "block_n", v.block_n, "block_k", v.block_k, "rank", v.rank,
+                       "shared_bytes", v.shared_bytes, "gradient_columns", v.gradient_columns, "split_partial_floats",
+                       v.split_partial_floats, "gradient_partial_floats", v.gradient_partial_floats);
+}
+
+PyObject* as_dict(const MapSpec& map) {
+  return Py_BuildValue("{s:n, s:K, s:K, s:K, s:K, s:(II), s:I}", "offset", Py_ssize_t(map.offset), "address",
+                       map.address, "columns", map.columns, "rows", map.rows, "stride_bytes", map.stride_bytes, "box",
+                       map.box_rows, map.box_columns, "swizzle", map.swizzle);
+}
+
+void refuse_positional(const char* function, PyObject* arguments) {
+  if (PyTuple_Size(arguments)) throw TypeError(std::string(function) + "() takes its arguments by name");
+}
+
+// A plan and the operands of its launches: some by name once and for all, the others in every call.
+struct Launcher {
+  Plan plan;
+  Operands operands;
+  std::vector<const Field<Operands>*> in_calls;
+};
+
+PyTypeObject* launcher_type = nullptr;
+
+constexpr int kBeforeOperands = 2;  // arguments of a call: the device and the stream
+
+PyObject* call_launcher(PyObject* self, PyObject* arguments, PyObject*) {
+  return guarded([&] {
+    const Launcher& launcher = held<Launcher>(self);
+    const size_t given = PyTuple_Size(arguments), wanted = launcher.in_calls.size() + kBeforeOperands;
+    if (given != wanted) {
+      throw TypeError("a launch takes " + std::to_string(wanted) + " arguments, got " + std::to_string(given));
+    }
+    const int64_t device = PyLong_AsLongLong(PyTuple_GetItem(arguments, 0));
+    const uint64_t stream = PyLong_AsUnsignedLongLong(PyTuple_GetItem(arguments, 1));
+    if (PyErr_Occurred()) throw PythonError();
+    Operands operands = launcher.operands;
+    for (size_t i = 0; i < launcher.in_calls.size(); ++i) {
+      const Field<Operands>& field = *launcher.in_calls[i];
+      PyObject* value = PyTuple_GetItem(arguments, Py_ssize_t(i) + kBeforeOperands);
+      if (!field.read_call(value, operands)) throw unfit("launch", field.name, value);
+    }
+    {
+      const Unlocked unlocked;
+      launcher.plan.launch(operands, int(device), stream);
+    }
+    return none();
+  });
+}
+
+PyObject* bind(PyObject* self, PyObject* arguments, PyObject* named) {
+  return guarded([&] {
+    PyObject* names;
+    if (!PyArg_ParseTuple(arguments, "O!:bind", &PyTuple_Type, &names)) throw PythonError();
+    Launcher launcher{held<Plan>(self), {}, {}};
+    read_named("bind", operand_fields(), named, launcher.operands);
+    for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) {
+      launcher.in_calls.push_back(&find_field("bind", operand_fields(), PyTuple_GetItem(names, i)));
+    }
+    check_required("bind", operand_fields(), {names, named});
+    return make(launcher_type, std::move(launcher));
+  });
+}
+
+PyObject* parameters(PyObject* self, PyObject* arguments, PyObject* named) {
+  return guarded([&] {
+    refuse_positional("parameters", arguments);
+    Operands operands;
+    read_named("parameters", operand_fields(), named, operands);
+    check_required("parameters", operand_fields(), {named});
+    std::vector<MapSpec> maps;
+    const Params params = held<Plan>(self).parameters(operands, maps);
+    const Ref described = list_of(maps, [](const MapSpec& map) { return as_dict(map); });
+    return Ref(Py_BuildValue("(y#O)", &params, Py_ssize_t(sizeof params), described.get()));
+  });
+}
+
+PyObject* queue(PyObject* self, PyObject*) {
+  return guarded([&] {
+    return list_of(held<Plan>(self).queue(),
+                   [](const Tile& t) { return Py_BuildValue("(iiii)", t.row, t.column, t.split, t.gradient); });
+  });
+}
+
+PyObject* new_plan(PyTypeObject* type, PyObject* arguments, PyObject* named) {
+  return guarded([&] {
+    refuse_positional("Plan", arguments);
+    Problem problem;
+    read_named("Plan", problem_fields(), named, problem);
+    check_required("Plan", problem_fields(), {named});
+    return make(type, Plan(problem));
+  });
+}
+
+template <int64_t (Plan::*count)() const>
+PyObject* number(PyObject* self, void*) {
+  return PyLong_FromLongLong((held<Plan>(self).*count)());
+}
+
+PyObject* variant_of(PyObject* self, void*) { return as_dict(held<Plan>(self).variant()); }
+
+PyTypeObject* make_plan_type() {
+  static PyMethodDef methods[] = {
+      {"bind", reinterpret_cast<PyCFunction>(bind), METH_VARARGS | METH_KEYWORDS,
+       "bind(names, **operands): a launcher, called with device, stream and the operands of these names in their "
+       "order. Of a matrix, (address, row stride) here, a call takes the address"},
+      {"parameters", reinterpret_cast<PyCFunction>(parameters), METH_VARARGS | METH_KEYWORDS,
+       "parameters(**operands): what a launch would pass to the kernel: its bytes, and what its tensor maps describe"},
+      {"queue", queue, METH_NOARGS,
+       "(row block, column, split, gradient tile or -1) of the cluster's tiles, as claimed"},
+      {}};
+  static PyGetSetDef properties[] = {
+      {"variant", variant_of, nullptr, "The kernel", nullptr},
+      {"ctas", number<&Plan::ctas>, nullptr, nullptr, nullptr},
+      {"workspace_words", number<&Plan::workspace_words>, nullptr, nullptr, nullptr},
+      {"gradient_partial_floats", number<&Plan::gradient_partial_floats>, nullptr, nullptr, nullptr},
+      {"split_partial_floats", number<&Plan::split_partial_floats>, nullptr, nullptr, nullptr},
+      {}};
+  static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(new_plan)},
+                                {Py_tp_dealloc, reinterpret_cast<void*>(deallocate<Plan>)},
+                                {Py_tp_methods, methods},
+                                {Py_tp_getset, properties},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"fastlora._C.Plan", sizeof(Object<Plan>), 0, Py_TPFLAGS_DEFAULT, slots};
+  return reinterpret_cast<PyTypeObject*>(Ref(PyType_FromSpec(&spec)).release());
+}
+
+PyTypeObject* make_launcher_type() {
+  static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(call_launcher)},
+                                {Py_tp_dealloc, reinterpret_cast<void*>(deallocate<Launcher>)},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"fastlora._C.Launcher", sizeof(Object<Launcher>), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  return reinterpret_cast<PyTypeObject*>(Ref(PyType_FromSpec(&spec)).release());
+}
+
+PyObject* device_count(PyObject*, PyObject*) { return PyLong_FromLong(devices().count); }
+
+PyObject* device_error(PyObject*, PyObject*) { return PyUnicode_FromString(devices().error.c_str()); }
+
+PyObject* list_variants(PyObject*, PyObject*) {
+  return guarded([] { return list_of(variants(), [](const Variant& variant) { return as_dict(variant); }); });
+}
+
+void add(PyObject* module, const char* name, PyObject* value) {
+  if (PyModule_AddObjectRef(module, name, value) < 0) throw PythonError();
+}
+
+PyObject* make_module() {
+  static PyMethodDef functions[] = {
+      {"device_count", device_count, METH_NOARGS, "CUDA devices; 0 where none can be used"},
+      {"device_error", device_error, METH_NOARGS, "Why no CUDA device can be used, or nothing"},
+      {"variants", list_variants, METH_NOARGS, "The compiled kernels"},
+      {}};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C",
+                                   "CUDA kernels of fastlora; see fastlora/backends/cuda/launch.py", -1, functions};
+  return guarded([] {
+    Ref module(PyModule_Create(&definition));
+    add(module.get(), "Plan", reinterpret_cast<PyObject*>(make_plan_type()));
+    launcher_type = make_launcher_type();
+#ifdef FASTLORA_SPIN_LIMIT
+    // Tries after which a wait of this debug build traps.
+    add(module.get(), "spin_limit", Ref(PyLong_FromLongLong(FASTLORA_SPIN_LIMIT)).get());
+#else
+    add(module.get(), "spin_limit", Py_None);
+#endif
+    return module;
+  });
 }
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "CUDA kernels of fastlora; see fastlora/backends/cuda/launch.py";
-  py::register_local_exception_translator([](std::exception_ptr error) {
-    try {
-      std::rethrow_exception(error);
-    } catch (const fastlora::OperandNameError& unfit) {
-      PyErr_SetString(PyExc_TypeError, unfit.what());
-    }
-  });
-  m.def("device_count", [] { return fastlora::devices().count; }, "CUDA devices; 0 where none can be used");
-  m.def("device_error", [] { return fastlora::devices().error; }, "Why no CUDA device can be used, or nothing");
-#ifdef FASTLORA_SPIN_LIMIT
-  m.attr("spin_limit") = FASTLORA_SPIN_LIMIT;  // tries after which a wait of this debug build traps
-#else
-  m.attr("spin_limit") = py::none();
-#endif
-  m.def("variants", &variants, "The compiled kernels");
-  py::class_<Plan>(m, "Plan", py::module_local())
-      .def(py::init([](const py::kwargs& given) { return Plan(problem(given)); }))
-      .def_property_readonly("variant", [](const Plan& plan) { return as_dict(plan.variant()); })
-      .def_property_readonly("ctas", &Plan::ctas)
-      .def_property_readonly("workspace_words", &Plan::workspace_words)
-      .def_property_readonly("gradient_partial_floats", &Plan::gradient_partial_floats)
-      .def_property_readonly("split_partial_floats", &Plan::split_partial_floats)
-      .def("queue", &queue, "(row block, column, split, gradient tile or -1) of the cluster's tiles, as claimed")
-      .def("parameters", &parameters)
-      .def("launch", &launch, py::arg("device"), py::arg("stream"));
-}
+}  // namespace fastlora
+
+PyMODINIT_FUNC PyInit__C() { return fastlora::make_module(); }

@@ -56,7 +56,7 @@ class Plan {
   explicit Plan(const Problem& problem);
 
   const Variant& variant() const { return *variant_; }
-  int ctas() const { return ctas_; }
+  int64_t ctas() const { return ctas_; }
   int64_t workspace_words() const { return base_.workspace_words; }
   int64_t gradient_partial_floats() const { return gradient_partial_floats_; }
   int64_t split_partial_floats() const { return split_partial_floats_; }

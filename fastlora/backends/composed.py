@@ -7,8 +7,10 @@ call gets where one launch each way is not known to be faster. Without dropout i
 same as every backend's, x and S, and the mask has the same bits; it is as deterministic as torch's own products are.
 """
 
+from collections.abc import Iterable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +40,25 @@ def prepare(spec: LaunchSpec) -> Launcher:
     return partial(_forward if spec.direction == "forward" else _backward, spec)
 
 
+def compile_all(calls: Iterable[tuple[Launcher, Any]], workers: int) -> int:
+    """Compiles what calls with dropout would launch of Triton's, several kernels side by side, and loads it.
+
+    Args:
+        calls: of what ``prepare`` has returned with operands of its description on the "meta" device.
+        workers: threads that compile.
+
+    Returns:
+        The number of kernels.
+    """
+    return _masked().compile_all([partial(launcher, operands) for launcher, operands in calls], workers)
+
+
 def _forward(spec: LaunchSpec, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
     """Y [M, N] and S [M, R]; see backends.reference."""
     x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
     scales = split_scaling(scaling, x.dtype)
     if spec.dropout:
-        s = _masked().masked_shrink(x, lora_a, scales, dropout_p, seed, tf32=spec.tf32)
+        s = _masked().masked_shrink(x, lora_a, scales, dropout_p, seed, device=spec.device, tf32=spec.tf32)
     else:
         s = _shrink(x, lora_a.to(x.dtype), scales.in_s)
         if x.dtype == torch.float16 and scales.in_s != 1.0:
@@ -68,7 +83,8 @@ def _backward(spec: LaunchSpec, operands: BackwardOperands) -> Gradients:
         if spec.dropout:
             kept_scale = inverse_keep(dropout_p)
             some_x = x if needs.da else None
-            dropped = _masked().mask_and_add(some_x, dx, ds, lora_a, dropout_p, seed, tf32=spec.tf32)
+            given = (some_x, dx, ds, lora_a, dropout_p, seed)
+            dropped = _masked().mask_and_add(*given, device=spec.device, tf32=spec.tf32)
         elif dx is not None:
             dx.addmm_(ds, lora_a.to(dy.dtype))
     if needs.da:

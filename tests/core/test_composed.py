@@ -272,8 +272,8 @@ def test_products_of_the_mask_are_as_precise_as_torchs(monkeypatch, tf32):
     current, launched = ["another device"], []
 
     @contextmanager
-    def device_of(tensor):
-        current.append(tensor.device)
+    def make_current(device):
+        current.append(device)
         yield
         current.pop()
 
@@ -281,18 +281,17 @@ def test_products_of_the_mask_are_as_precise_as_torchs(monkeypatch, tf32):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append((current[-1], args))
 
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "device", make_current)
+    monkeypatch.setattr(masked, "target_of", lambda device: Target(90, 132))
     for name in ("masked_shrink_kernel", "masked_backward_kernel"):
         monkeypatch.setattr(masked, name, Recorder())
     c = numerics.draw_case(8, 24, 28, 3, torch.float32, dropout_p=0.5)
-    described = LaunchSpec(
-        "forward", Sizes(8, 24, 28, 3), c.x.dtype, (c.x.dtype,) * 2, c.x.device, dropout=True, tf32=tf32
-    )
+    described = LaunchSpec("forward", Sizes(8, 24, 28, 3), c.x.dtype, (c.x.dtype,) * 2, GPU, dropout=True, tf32=tf32)
     shared = (c.scaling, 0.5, c.seed)
     _, s = composed.prepare(described)((c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared))
     backward = described._replace(direction="backward", needs=ALL)
     composed.prepare(backward)((c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared))
-    assert [device for device, _ in launched] == [torch.device("cpu")] * 2
+    assert [device for device, _ in launched] == [GPU] * 2
     assert all(("tf32" if tf32 else "ieee") in args for _, args in launched)
 
 

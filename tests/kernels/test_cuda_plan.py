@@ -95,3 +95,23 @@ def test_names_of_operands_are_checked():
         plan.parameters(**{**given, "weigth": given.pop("weight")})
     with pytest.raises(TypeError, match="cannot take 7 as the argument 'weight'"):
         plan.parameters(**{**given, "weight": 7})
+
+
+def test_a_launcher_is_given_what_it_was_bound_for():
+    plan = extension.loaded().Plan(**SIZES, block_m=64, block_n=128)
+    strides = {"act": (0, 64), "weight": (0, 64)}
+    bound = plan.bind(("act", "weight", "scale_in_s"), **strides)
+    with pytest.raises(TypeError, match="a launch takes 5 arguments, got 4"):
+        bound(0, 0, 1 << 20, 1 << 20)
+    with pytest.raises(TypeError, match=r"cannot take \(1, 64\) as the argument 'act'"):
+        bound(0, 0, (1, 64), 1 << 20, 1.5)
+    with pytest.raises(TypeError, match="cannot take 'much' as the argument 'scale_in_s'"):
+        bound(0, 0, 1 << 20, 1 << 20, "much")
+    with pytest.raises(TypeError, match="bind.. has no argument 'nonsense'"):
+        plan.bind(("act", "nonsense", "scale_in_s"))
+    with pytest.raises(TypeError, match="bind.. has no argument 'nonsense'"):
+        plan.bind((), nonsense=1, scale_in_s=1.0)
+    with pytest.raises(TypeError, match="bind.. misses the argument 'scale_in_s'"):
+        plan.bind(("act",), weight=(0, 64))
+    with pytest.raises(TypeError, match="cannot create"):
+        type(bound)()

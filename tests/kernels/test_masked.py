@@ -27,11 +27,15 @@ def compile_both(arch: int, dtype: torch.dtype, rank: int, tf32: bool = False, s
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     x, a, dx, ds = meta(512, 4096), meta(rank, 4096), meta(512, 4096), meta(512, rank)
+    options = {"device": torch.device("cpu"), "tf32": tf32}
+    calls = (
+        lambda: masked.masked_shrink(x, a, Scales(0.7, 1.0), 0.1, seed, **options),
+        lambda: masked.mask_and_add(x, dx, ds, a, 0.1, seed, **options),
+    )
     with compile_for(arch) as driver:
-        masked.masked_shrink(x, a, Scales(0.7, 1.0), 0.1, seed, tf32=tf32)
-        masked.mask_and_add(x, dx, ds, a, 0.1, seed, tf32=tf32)
-    assert len(driver.launched) == 2, "one launch each"
-    return [launch.kernel for launch in driver.launched]
+        assert masked.compile_all(calls, 2) == 2, "one kernel each"
+    assert driver.launched == []
+    return list(masked._compiled.values())
 
 
 @pytest.mark.parametrize("arch", (80, 90, 100, 120))

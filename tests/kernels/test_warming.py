@@ -8,6 +8,7 @@ from triton.runtime import _async_compile
 import fastlora
 from fastlora import dispatch
 from fastlora.backends import workspace
+from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.bench.cases import LLAMA_8B
 from tests.support.compile_target import compile_for
@@ -80,6 +81,28 @@ def test_kernels_are_compiled_side_by_side_once_and_loaded(on_triton, monkeypatc
         monkeypatch.setattr("fastlora.ops._skips_ops", lambda tensor: False)
         layer(torch.ones(11, 64, dtype=torch.float16, requires_grad=True)).sum().backward()
         assert len(driver.launched) == 2 and len(hooked) == 2
+
+
+@needs_compiler
+def test_the_composed_layers_kernels_are_compiled_too(on_triton, monkeypatch):
+    """Float32 with dropout is theirs. Few rows and many ask for different ones: a sum in parts, and none."""
+    from fastlora.backends.triton import masked
+
+    keys = set()
+    hook = lambda **found: keys.add((found["repr"], found["key"]))  # noqa: E731
+    monkeypatch.setattr(triton_lora.triton.knobs.runtime, "jit_cache_hook", hook)
+    monkeypatch.setattr(workspace, "_by_stream", {})
+    monkeypatch.setattr(masked, "target_of", lambda device: Target(80, 4))
+    layer = fastlora.LoRALinear(1024, 64, r=8, dropout=0.3)
+    with compile_for(80) as driver:
+        warmed = fastlora.warmup(layer, (40, 1000), backend="composed", workers=2)
+        assert (warmed.kernels, len(keys), driver.launched) == (3, 3, [])
+        assert fastlora.warmup(layer, (40, 1000), backend="composed", training=False).kernels == 0
+        monkeypatch.setenv("FASTLORA_BACKEND", "composed")
+        monkeypatch.setattr("fastlora.ops._skips_ops", lambda tensor: False)
+        for rows in (40, 1000):
+            layer(torch.ones(rows, 1024, requires_grad=True)).sum().backward()
+        assert len(driver.launched) == 4 and len(keys) == 3
 
 
 def test_on_a_cpu_there_is_nothing_to_compile():

@@ -73,7 +73,7 @@ def library() -> Path:
     setup = toolkit.load_setup()
     registrations = _registrations()
     sources = [*(setup.CSRC / "host").iterdir(), setup.CSRC / "schedule.h", RUNTIME, MAPS]
-    digest = hashlib.sha256(repr((registrations, _FLAGS, setup.NVCC, sysconfig.get_config_var("SOABI"))).encode())
+    digest = hashlib.sha256(repr((registrations, _FLAGS, setup.NVCC)).encode())
     for path in sorted(sources):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_directory() / f"cuda-{digest.hexdigest()[:24]}.so"
@@ -82,7 +82,7 @@ def library() -> Path:
 
 
 def _build(setup: ModuleType, registrations: str, target: Path) -> None:
-    includes = [f"-I{setup.CSRC}", "-isystem", sysconfig.get_paths()["include"], "-isystem", setup.pybind11_include()]
+    includes = [f"-I{setup.CSRC}", "-isystem", sysconfig.get_paths()["include"]]
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         variants = Path(work, "variants.cpp")
         variants.write_text(registrations)
@@ -138,7 +138,8 @@ class Runtime:
         matrices = {"act": act, "weight": 1 << 40, "lora_a": 2 << 40, "lora_b": 3 << 40, "out": 4 << 40}
         operands = {name: (address, 8 if name == "lora_b" else 64) for name, address in matrices.items()}
         vectors = {"s": 5 << 40, "workspace": 6 << 40, "scale_in_s": 1.0}
-        self.module.Plan(**PROBLEM).launch(device=device, stream=7, **operands, **vectors)
+        launch = self.module.Plan(**PROBLEM).bind((), **operands, **vectors)
+        launch(device, 7)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The CUDA backend for Hopper: a whole LoRA layer in one launch forward and one launch backward."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -90,15 +90,17 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 class _Prepared:
-    """What the calls of one description share: the plan, the row strides of the matrices, and scratch memory."""
+    """What the calls of one description share: the plan with all that does not change, and scratch memory."""
 
-    def __init__(self, spec: LaunchSpec, plan: Any):
+    operands: tuple[str, ...]  # what `launch` is given first, by the names that a plan has for them
+
+    def __init__(self, spec: LaunchSpec, plan: Any, **constants: Any):
         self.spec, self.plan, self.device = spec, plan, spec.device
         m, n, k, r = spec.sizes
         given, outputs = spec.row_strides, (n if spec.direction == "forward" else k)
         factors = dict(zip(("lora_a", "lora_b"), ((given.lora_a, k), (given.lora_b, r)), strict=True))
         cast = _cast_factors(spec)  # which makes them contiguous
-        self.strides = {
+        strides = {
             "act": given.act if m > 1 else k + n - outputs,
             "weight": given.weight,
             **{name: contiguous if name in cast else stride for name, (stride, contiguous) in factors.items()},
@@ -106,48 +108,43 @@ class _Prepared:
             "out": outputs,
             "saved_s": r,
         }
+        matrices = {name: (0, stride) for name, stride in strides.items() if name in self.operands}
         partials = {"gradient_partials": plan.gradient_partial_floats, "split_partials": plan.split_partial_floats}
-        self.scratch = tuple((name, size) for name, size in partials.items() if size)
+        scratch = {name: size for name, size in partials.items() if size}
+        numbers = _NUMBERS + (("seed", "seed_address") if spec.dropout else ())
+        self.bound = plan.bind((*self.operands, "workspace", *scratch, *numbers), **matrices, **constants)
+        self.scratch = tuple(scratch.values())
         self.words = plan.workspace_words
 
-    def run(self, operands: dict[str, Tensor], numbers: Mapping[str, float], seed: Tensor | None) -> None:
-        """A launch with these operands, by the names that a plan has for them, and scratch memory."""
-        operands["workspace"] = borrow_workspace(self.words, self.device)
-        for name, size in self.scratch:
-            operands[name] = torch.empty(size, dtype=torch.float32, device=self.device)
-        if seed is not None:
-            operands, numbers = _with_seed(operands, numbers, seed)
-        _launch(self, operands, numbers)
+    def launch(self, operands: Sequence[Tensor | None], scaling: float, dropout_p: float, seed: Tensor | None) -> None:
+        """A launch on the current stream of the operands' device, which need not be current itself.
+
+        operands: as ``operands`` names them; None is one that this launch does not use.
+        """
+        workspace = borrow_workspace(self.words, self.device)
+        partials = [torch.empty(size, dtype=torch.float32, device=self.device) for size in self.scratch]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*operands, workspace, *partials)]
+        numbers = _numbers(scaling, dropout_p, self.spec.dtype, self.spec.direction == "backward")
+        device = self.device.index or 0
+        self.bound(device, raw_stream(device), *addresses, *numbers, *_seed(seed))
 
 
-def _launch(prepared: _Prepared, operands: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
-    """Launches on the current stream of the operands' device, which need not be current itself. Matrices go by address
-    and row stride, vectors by address."""
-    strides, device = prepared.strides, prepared.device.index or 0
-    addresses = {
-        name: (operand.data_ptr(), strides[name]) if name in strides else operand.data_ptr()
-        for name, operand in operands.items()
-    }
-    prepared.plan.launch(device=device, stream=raw_stream(device), **addresses, **numbers)
+def _seed(seed: Tensor | None) -> tuple[int, ...]:
+    """A seed's value where it is in reach of the CPU, else its address; the other is 0."""
+    if seed is None:
+        return ()
+    return (int(seed), 0) if seed.device.type == "cpu" else (0, seed.data_ptr())
 
 
-def _with_seed(
-    operands: dict[str, Tensor], numbers: Mapping[str, float], seed: Tensor
-) -> tuple[dict[str, Tensor], Mapping[str, float]]:
-    """By value where the seed is in reach of the CPU, else by address."""
-    if seed.device.type == "cpu":
-        return operands, {**numbers, "seed": int(seed)}
-    return {**operands, "seed_address": seed}, numbers
+_NUMBERS = ("scale_in_s", "scale_on_branch", "drop_threshold", "inverse_keep")
 
 
 @lru_cache(maxsize=256)
-def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: bool) -> dict[str, float]:
-    """A plan's factors of the branch and of what dropout keeps."""
+def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: bool) -> tuple[float, float, int, float]:
+    """The values of _NUMBERS: the factors of the branch, and what dropout drops and keeps."""
     scales = split_scaling(scaling, dtype)
-    found = {"scale_in_s": scaling if backward else scales.in_s, "scale_on_branch": scales.on_branch}
-    if dropout_p > 0.0:
-        found |= {"drop_threshold": philox.threshold(dropout_p), "inverse_keep": philox.inverse_keep(dropout_p)}
-    return found
+    drops = (philox.threshold(dropout_p), philox.inverse_keep(dropout_p)) if dropout_p > 0.0 else (0, 1.0)
+    return (scaling if backward else scales.in_s, scales.on_branch, *drops)
 
 
 def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = None) -> Launcher:
@@ -172,55 +169,52 @@ def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = N
 class _Forward(_Prepared):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
 
+    operands = ("act", "weight", "lora_a", "lora_b", "bias", "out", "s")
+
     def __call__(self, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
         m, n, _, r = self.spec.sizes
         dtype = self.spec.dtype
         y, s = x.new_empty(m, n), x.new_empty(m, r)
-        named = {
-            "act": x, "weight": weight, "lora_a": _cast(lora_a, dtype), "lora_b": _cast(lora_b, dtype), "out": y, "s": s
-        }  # fmt: skip
-        if bias is not None:
-            named["bias"] = bias
-        self.run(named, _numbers(scaling, dropout_p, dtype, False), seed)
+        factors = _cast(lora_a, dtype), _cast(lora_b, dtype)
+        self.launch((x, weight, *factors, bias, y, s), scaling, dropout_p, seed)
         return y, s
 
 
 class _Backward(_Prepared):
     """The gradients that the description needs in one launch; see backends.reference."""
 
+    operands = (
+        "act", "weight", "lora_a", "lora_b", "layer_input", "saved_s", "out", "s", "grad_a", "grad_b", "grad_bias"
+    )  # fmt: skip
+
     def __init__(self, spec: LaunchSpec, plan: Any):
-        super().__init__(spec, plan)
         m, n, k, r = spec.sizes
         needs, dtypes = spec.needs, {*spec.adapter_dtypes, spec.dtype}
         # Both gradients are stored in one dtype; if the adapters differ in theirs, one of them is cast.
-        self.grad_dtype = spec.dtype if len(dtypes) == 1 else torch.float32
-        # By the names that a plan has for them: (shape, dtype).
-        made = {
-            "out": (needs.dx, (m, k), spec.dtype), "s": (needs.dx or needs.da, (m, r), spec.dtype),
-            "grad_a": (needs.da, (r, k), self.grad_dtype), "grad_b": (needs.db, (n, r), self.grad_dtype),
-            "grad_bias": (needs.dbias, (n,), spec.dtype),
-        }  # fmt: skip
-        self.outputs = tuple((name, shape, dtype) for name, (need, shape, dtype) in made.items() if need)
+        grad_dtype = spec.dtype if len(dtypes) == 1 else torch.float32
+        super().__init__(spec, plan, fp32_grads=grad_dtype != spec.dtype)
+        # Of dX, dS, dA, dB and dbias: how to make each that is needed. (shape, strides, dtype): torch.empty_strided
+        # takes less of the CPU than the functions that work out the strides.
+        self.outputs = tuple(
+            ((rows, columns), (columns, 1), dtype) if need else None
+            for need, rows, columns, dtype in (
+                (needs.dx, m, k, spec.dtype), (needs.dx or needs.da, m, r, spec.dtype),
+                (needs.da, r, k, grad_dtype), (needs.db, n, r, grad_dtype),
+            )
+        ) + ((((n,), (1,), spec.dtype) if needs.dbias else None),)  # fmt: skip
 
     def __call__(self, operands: BackwardOperands) -> Gradients:
         dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
         dtype = self.spec.dtype
-        named = {"act": dy, "weight": weight, "lora_a": _cast(lora_a, dtype), "lora_b": _cast(lora_b, dtype)}
-        if x is not None:
-            named["layer_input"] = x
-        if s is not None:
-            named["saved_s"] = s
-        for name, shape, output_dtype in self.outputs:
-            named[name] = dy.new_empty(shape, dtype=output_dtype)
-        numbers = _numbers(scaling, dropout_p, dtype, True)
-        if self.grad_dtype != dtype:
-            numbers = {**numbers, "fp32_grads": True}
-        self.run(named, numbers, seed)
-        get = named.get
-        return Gradients(
-            get("out"), _cast(get("grad_a"), lora_a.dtype), _cast(get("grad_b"), lora_b.dtype), get("grad_bias")
-        )
+        made = [
+            None if output is None else torch.empty_strided(*output[:2], dtype=output[2], device=self.device)
+            for output in self.outputs
+        ]
+        factors = _cast(lora_a, dtype), _cast(lora_b, dtype)
+        self.launch((dy, weight, *factors, x, s, *made), scaling, dropout_p, seed)
+        dx, _, da, db, dbias = made
+        return Gradients(dx, _cast(da, lora_a.dtype), _cast(db, lora_b.dtype), dbias)
 
 
 def _cast(tensor: Any, dtype: torch.dtype) -> Any:

@@ -9,7 +9,8 @@ the compiled kernel's own ``run``.
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from types import BuiltinFunctionType
 from typing import Any, NamedTuple
@@ -31,6 +32,17 @@ _MOST_ENTRIES = 4096  # of each of the two
 
 _RUNTIME = triton.knobs.runtime
 _ENTER, _EXIT = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook  # chains of hooks; but anybody may replace them
+
+
+def side_by_side(compilations: Iterable[Callable[[], Any]], workers: int) -> None:
+    """Compiles in several threads what these calls compile, and loads it. Each is called twice: first to begin. Most of
+    the work is outside of Python."""
+    compilations = list(compilations)
+    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
+        for begin in compilations:
+            begin()
+    for load in compilations:
+        load()
 
 
 class _Direct(NamedTuple):

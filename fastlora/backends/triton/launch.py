@@ -1,9 +1,8 @@
 """The Triton backend, host side: which calls the kernels serve, and the two launches of a layer."""
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from fastlora import philox
 from fastlora.backends.configs import FUSED_RANK, MAX_RANK, TileConfig, choose_config, gradients_last, padded_rank
 from fastlora.backends.target import Target, multiplies_by_warpgroup, resident_programs, target_of
-from fastlora.backends.triton.compiled import CompiledLaunch
+from fastlora.backends.triton.compiled import CompiledLaunch, side_by_side
 from fastlora.backends.triton.kernels import lora_backward_kernel, lora_forward_kernel
 from fastlora.backends.triton.schedule import N_COUNTERS
 from fastlora.backends.triton.variant import Variant
@@ -81,11 +80,7 @@ def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
         The number of kernels.
     """
     distinct = {prepared.kernel_key: (prepared, operands) for prepared, operands in calls}
-    with ThreadPoolExecutor(workers) as pool, triton.AsyncCompileMode(pool):
-        for prepared, operands in distinct.values():
-            prepared.compile(operands)
-    for prepared, operands in distinct.values():
-        prepared.compile(operands)
+    side_by_side([partial(prepared.compile, operands) for prepared, operands in distinct.values()], workers)
     return len({id(prepared.launch.compiled) for prepared, _ in distinct.values()})
 
 

@@ -3,6 +3,10 @@ forward; backward the masked input for dA, and the masked branch of dX.
 
 Philox's bits are those of every other backend. Each is one launch."""
 
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +15,7 @@ from torch import Tensor
 from fastlora import philox
 from fastlora.backends.target import target_of
 from fastlora.backends.triton.branch import rounded_s
+from fastlora.backends.triton.compiled import side_by_side
 from fastlora.backends.triton.memory import keep_mask, load_block
 from fastlora.backends.triton.structs import BranchScales, Dropout, Matrix
 from fastlora.backends.workspace import borrow_workspace
@@ -120,13 +125,14 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
 
 
 def masked_shrink(
-    x: Tensor, lora_a: Tensor, scales: Scales, dropout_p: float, seed: Tensor, *, tf32: bool = False
+    x: Tensor, lora_a: Tensor, scales: Scales, dropout_p: float, seed: Tensor, *, device: torch.device, tf32: bool
 ) -> Tensor:
     """S [M, R] of x [M, K] and lora_a [R, K] in x's dtype: scales.in_s·drop(x)·lora_aᵀ / (1-p), rounded once.
 
     Args:
-        x, lora_a: with unit inner strides.
+        x, lora_a: with unit inner strides; on "meta", the kernel for their like is compiled and not launched.
         seed: as fastlora.philox.draw_seed makes it.
+        device: where such tensors are.
         tf32: whether a product of float32 may be one of TF32.
     """
     (m, k), r = x.shape, lora_a.shape[0]
@@ -135,38 +141,61 @@ def masked_shrink(
     block_k = 128 if ranks * x.element_size() <= 128 else 64
     rows, columns, steps = triton.cdiv(m, BLOCK_M), triton.cdiv(r, ranks), triton.cdiv(k, block_k)
     # As many parts as give each multiprocessor two programs, but none too short.
-    wanted = triton.cdiv(2 * target_of(x.device).n_sms, rows * columns)
+    wanted = triton.cdiv(2 * target_of(device).n_sms, rows * columns)
     steps = max(triton.cdiv(steps, wanted), LEAST_STEPS)
     parts = triton.cdiv(k, steps * block_k)
     partial = x.new_empty(parts, m, r, dtype=torch.float32) if parts > 1 else None
     # In float16 S must overflow where the composed layer's x·Aᵀ does, which a factor below 1 would hide.
     split = x.dtype == torch.float16 and scales.in_s != 1.0
     inverse_keep = philox.inverse_keep(dropout_p)
-    with torch.cuda.device_of(x):  # Triton launches on the current device, whatever the tensors' is
-        masked_shrink_kernel[(rows, columns, parts)](
-            x, lora_a, s, partial, borrow_workspace(rows * columns, x.device) if parts > 1 else None, m, k, r, steps,
-            x.stride(0), lora_a.stride(0), inverse_keep if split else inverse_keep * scales.in_s,
-            scales.in_s if split else None, *_seed_arguments(seed, x), philox.threshold(dropout_p),
-            BLOCK_M, block_k, ranks, "tf32" if tf32 else "ieee", **_options(x.dtype),
-        )  # fmt: skip
+    workspace = borrow_workspace(rows * columns, x.device) if parts > 1 else None
+    arguments = (
+        x, lora_a, s, partial, workspace, m, k, r, steps, x.stride(0), lora_a.stride(0),
+        inverse_keep if split else inverse_keep * scales.in_s, scales.in_s if split else None,
+        *_seed_arguments(seed, x), philox.threshold(dropout_p), BLOCK_M, block_k, ranks, "tf32" if tf32 else "ieee",
+    )  # fmt: skip
+    _launch(masked_shrink_kernel, (rows, columns, parts), arguments, device, x)
     return s
 
 
 def mask_and_add(
-    x: Tensor | None, dx: Tensor | None, ds: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor, *, tf32: bool
-) -> Tensor | None:
+    x: Tensor | None, dx: Tensor | None, ds: Tensor, lora_a: Tensor, dropout_p: float, seed: Tensor, *,
+    device: torch.device, tf32: bool,
+) -> Tensor | None:  # fmt: skip
     """mask∘x [M, K], unscaled, where x is given; and adds mask∘(ds [M, R]·lora_a [R, K]) / (1-p) to dx [M, K], which is
-    contiguous, in place where dx is given."""
+    contiguous, in place where dx is given. Tensors on "meta": as for masked_shrink."""
     m, r = ds.shape
     k = lora_a.shape[1]
     dropped = None if x is None else ds.new_empty(m, k)
-    with torch.cuda.device_of(ds):
-        masked_backward_kernel[(triton.cdiv(m, BLOCK_M), triton.cdiv(k, BACKWARD_K))](
-            x, dropped, dx, ds, lora_a, m, k, r, 0 if x is None else x.stride(0), lora_a.stride(0),
-            philox.inverse_keep(dropout_p), *_seed_arguments(seed, ds), philox.threshold(dropout_p),
-            BLOCK_M, BACKWARD_K, min(_power_of_two(r), RANK_STEP), "tf32" if tf32 else "ieee", **_options(ds.dtype),
-        )  # fmt: skip
+    arguments = (
+        x, dropped, dx, ds, lora_a, m, k, r, 0 if x is None else x.stride(0), lora_a.stride(0),
+        philox.inverse_keep(dropout_p), *_seed_arguments(seed, ds), philox.threshold(dropout_p),
+        BLOCK_M, BACKWARD_K, min(_power_of_two(r), RANK_STEP), "tf32" if tf32 else "ieee",
+    )  # fmt: skip
+    _launch(masked_backward_kernel, (triton.cdiv(m, BLOCK_M), triton.cdiv(k, BACKWARD_K)), arguments, device, ds)
     return dropped
+
+
+def compile_all(calls: Iterable[Callable[[], Any]], workers: int) -> int:
+    """Compiles what calls with tensors on "meta" would launch, side by side; the number of kernels."""
+    _compiled.clear()
+    side_by_side(calls, workers)
+    return len(_compiled)
+
+
+_compiled: dict[int, Any] = {}  # what tensors on "meta" have compiled, by identity
+
+
+def _launch(kernel: Any, grid: tuple, arguments: tuple, device: torch.device, like: Tensor) -> None:
+    """Triton launches on the current device, whatever the tensors' is."""
+    options = _options(like.dtype)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        if not like.is_meta:
+            kernel[grid](*arguments, **options)
+            return
+        compiled = kernel.run(*arguments, grid=grid, warmup=True, **options)
+    if hasattr(compiled, "metadata"):  # else the compilation has only begun
+        _compiled[id(compiled)] = compiled
 
 
 def _options(dtype: torch.dtype) -> dict:
