@@ -28,6 +28,7 @@ from torch.nn import functional
 from benchmarks.clocks import Clocks
 from benchmarks.gpu.child import Child
 from benchmarks.judge import Judge
+from fastlora.backends import composed
 from fastlora.bench.cases import GPU_HEADLINE, LayerCase
 from fastlora.bench.layer import input_sets
 from fastlora.bench.peers import SCALING, LayerTensors
@@ -50,11 +51,11 @@ Variant = tuple[ModuleType, dict]
 
 def variants(backend: str) -> dict[str, Variant]:
     """Name -> (backend's module, keyword arguments of prepare): what the backend chooses itself first, then, of CUDA,
-    the queue orders that the schedule model cannot settle."""
+    the queue orders that the schedule model cannot settle, and what a call would get if it lost: cuBLAS's products."""
     if backend == "triton":
         from fastlora.backends.triton import launch as triton_lora
 
-        return {"triton": (triton_lora, {})}
+        return {"triton": (triton_lora, {}), "composed": (composed, {})}
     from fastlora.backends.cuda import launch as cuda
     from fastlora.backends.cuda.tiles import CudaTile
 
@@ -65,6 +66,7 @@ def variants(backend: str) -> dict[str, Variant]:
         "cuda, separate shrink": (cuda, {"tile": wide}),
         "cuda group 8": (cuda, {"tile": replace(wide, group_m=8)}),
         "cuda group 32": (cuda, {"tile": replace(wide, group_m=32)}),
+        "composed": (composed, {}),
     }
 
 

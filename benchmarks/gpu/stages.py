@@ -79,6 +79,7 @@ def contact(output: Path, work: Path, workers: int) -> list[Step]:
         Step("memcheck", sanitizer("memcheck"), 45, needs=("build",)),
         Step("more cuda tests", tests(CUDA_TESTS, "-m", "not contact", limit=30), 90, needs=("build",)),
         Step("conformance", tests("tests/emulator/test_conformance.py", "-k", "hardware_agrees", limit=40), 45),
+        Step("graph tests", tests("tests/integrations/test_cuda_graphs.py", limit=40), 60, needs=("build",)),
         Step("racecheck", sanitizer("racecheck"), 45, needs=("build",)),
         Step("more triton tests", tests("tests/values", workers=workers, limit=60), 120),
     ]

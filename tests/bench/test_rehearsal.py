@@ -43,7 +43,7 @@ def results_are_few_flat_files(visits):
 
 def every_variant_is_in_one_rotation_with_the_noise_and_the_clocks(visits):
     rows = visits["contact"]["mark.json"]["rows"]
-    assert len(rows) == 2 * 2 * 5 and all(row["frozen_us"] > 0 for row in rows)
+    assert len(rows) == 2 * 2 * 6 and all(row["frozen_us"] > 0 for row in rows)
     for row in rows:
         together = [other for other in rows if (other["pass"], other["r"]) == (row["pass"], row["r"])]
         assert {other["frozen_us"] for other in together} == {row["frozen_us"]}

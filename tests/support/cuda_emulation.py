@@ -108,12 +108,13 @@ class EmulatedLaunch:
         self._operands: dict[str, torch.Tensor] = {}  # of the launch at hand
         self._error: Exception | None = None
 
-    def launch(self, real: Callable, prepared, operands, numbers) -> None:
+    def launch(self, real: Callable, prepared, tensors, numbers) -> None:
         """fastlora.backends.cuda.launch._launch, given as ``real``, with its operands known to the emulator. Raises
         what the emulator finds."""
-        self._operands, self._error = dict(operands), None
+        named = zip(prepared.tensors, tensors, strict=True)
+        self._operands, self._error = {name: tensor for name, tensor in named if tensor is not None}, None
         try:
-            real(prepared, operands, numbers)
+            real(prepared, tensors, numbers)
         except RuntimeError as failed:
             raise self._error or failed from None
 

@@ -129,7 +129,7 @@ def triton_compiled() -> list[Defect]:
                 for each, options in _further_launches(rank=sizes[0][3])
             ]
             for text in _texts(tests[0][1]):
-                kernel = f"sm_{arch} {'forward' if 'lora_forward_kernel' in text else 'backward'}, {what}"
+                kernel = f"sm_{arch} {_direction(text)}, {what}"
                 for deletion in deletions.find(text):
                     missing = functools.partial(_check_edited, text, deletion)
                     defects.append(
@@ -147,6 +147,10 @@ def triton_compiled() -> list[Defect]:
     return defects
 
 
+def _direction(text: str) -> str:
+    return "forward" if "lora_forward_kernel" in text else "backward"
+
+
 def _check_edited(text: str, deletion: deletions.Deletion, check) -> None:
     """A check without an instruction of one of the kernels that it launches."""
     launched = []
@@ -155,7 +159,7 @@ def _check_edited(text: str, deletion: deletions.Deletion, check) -> None:
         launched.append(ptx)
         return deletions.without(text, [deletion]) if ptx == text else ptx
 
-    check(edit_ptx=edit)
+    check(edit_ptx=edit, only=_direction(text))
     if text not in launched:
         raise RuntimeError("the check launches other kernels than the one without the instruction")
 

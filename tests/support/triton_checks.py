@@ -55,24 +55,50 @@ def run(
     needs=ALL,
     kernels=triton_lora,
     edit_ptx=None,
+    only=None,
 ):
-    """Forward and backward of one layer by ``kernels``; its results, and the counters of both launches.
+    """Forward and backward of one layer by ``kernels``; its results, and the counters of the launches.
 
     The device has few multiprocessors, so that a wave of the queue is shorter than a row group.
+
+    only: "forward" or "backward", the one launch that ``edit_ptx`` changes. The other is spared: an edited backward
+    gets the S that an unedited forward makes, and after an edited forward a backward would show no more than whether
+    its bits are an unedited one's.
     """
     c = case
     needs = needs._replace(dbias=needs.dbias and c.bias is not None)
     device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
     if kernels is not triton_lora:  # what a mutant compiles to need not be covered
         edit_ptx = edit_ptx or str
+    results: dict[str, torch.Tensor] = {}
+    unedited = _unedited_forward(case, config, arch) if only else None
     with device, emulated(arch, options, edit_ptx) as stats:
-        forward_args = (c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
-        y, s = launches.forward(kernels, *forward_args, config=config)
-        backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
-        gradients = launches.backward(kernels, *backward_args, config=config)
-    assert len(stats) == 2, "one launch each way"
+        y, s = unedited if only == "backward" else launches.forward(kernels, *_forward_operands(c), config=config)
+        if only != "forward":
+            backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
+            gradients = launches.backward(kernels, *backward_args, config=config)
+            results = {n: g for n, g in gradients._asdict().items() if g is not None}
+    assert len(stats) == (1 if only else 2), "one launch each way"
     assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
-    return {"y": y, **{n: g for n, g in gradients._asdict().items() if g is not None}}, stats
+    if only == "forward":
+        assert all(map(torch.equal, (y, s), unedited)), "Y or S has other bits"
+    return {"y": y, **results}, stats
+
+
+def _forward_operands(c: numerics.Case) -> tuple:
+    return c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed
+
+
+_unedited: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
+def _unedited_forward(c: numerics.Case, config: TileConfig, arch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Y and S, which no schedule changes; a case is the same whenever it is drawn."""
+    key = (arch, config, c.x.shape, c.lora_b.shape, c.x.dtype, c.dropout_p)
+    if key not in _unedited:
+        with mock.patch.object(triton_lora, "target_of", lambda device: Target(arch, n_sms=3)), emulated(arch):
+            _unedited[key] = launches.forward(triton_lora, *_forward_operands(c), config=config)
+    return _unedited[key]
 
 
 def check_integers(sizes, arch: int, schedules=SCHEDULES, **altered):

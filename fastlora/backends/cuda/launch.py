@@ -92,7 +92,7 @@ def _multiprocessors(device: torch.device) -> int:
 class _Prepared:
     """What the calls of one description share: the plan with all that does not change, and scratch memory."""
 
-    operands: tuple[str, ...]  # what `launch` is given first, by the names that a plan has for them
+    operands: tuple[str, ...]  # of `launch`, by their names in a plan
 
     def __init__(self, spec: LaunchSpec, plan: Any, **constants: Any):
         self.spec, self.plan, self.device = spec, plan, spec.device
@@ -111,36 +111,43 @@ class _Prepared:
         matrices = {name: (0, stride) for name, stride in strides.items() if name in self.operands}
         partials = {"gradient_partials": plan.gradient_partial_floats, "split_partials": plan.split_partial_floats}
         scratch = {name: size for name, size in partials.items() if size}
-        numbers = _NUMBERS + (("seed", "seed_address") if spec.dropout else ())
-        self.bound = plan.bind((*self.operands, "workspace", *scratch, *numbers), **matrices, **constants)
+        # By their names in a plan, in the order in which `bound` is given them.
+        seed_address, seed = (("seed_address",), ("seed",)) if spec.dropout else ((), ())
+        self.tensors = (*self.operands, "workspace", *scratch, *seed_address)
+        self.bound = plan.bind((*self.tensors, *_NUMBERS, *seed), **matrices, **constants)
         self.scratch = tuple(scratch.values())
         self.words = plan.workspace_words
 
     def launch(self, operands: Sequence[Tensor | None], scaling: float, dropout_p: float, seed: Tensor | None) -> None:
-        """A launch on the current stream of the operands' device, which need not be current itself.
-
-        operands: as ``operands`` names them; None is one that this launch does not use.
-        """
-        workspace = borrow_workspace(self.words, self.device)
+        """A launch with these ``operands``, of which None is one that it does not use."""
         partials = [torch.empty(size, dtype=torch.float32, device=self.device) for size in self.scratch]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (*operands, workspace, *partials)]
+        tensors = [*operands, borrow_workspace(self.words, self.device), *partials]
         numbers = _numbers(scaling, dropout_p, self.spec.dtype, self.spec.direction == "backward")
-        device = self.device.index or 0
-        self.bound(device, raw_stream(device), *addresses, *numbers, *_seed(seed))
+        if seed is not None:
+            address, value = _by_address_or_value(seed)
+            tensors.append(address)
+            numbers = (*numbers, value)
+        _launch(self, tensors, numbers)
 
 
-def _seed(seed: Tensor | None) -> tuple[int, ...]:
-    """A seed's value where it is in reach of the CPU, else its address; the other is 0."""
-    if seed is None:
-        return ()
-    return (int(seed), 0) if seed.device.type == "cpu" else (0, seed.data_ptr())
+def _by_address_or_value(seed: Tensor) -> tuple[Tensor | None, int]:
+    """By value where it is in reach of the CPU."""
+    return (None, int(seed)) if seed.device.type == "cpu" else (seed, 0)
+
+
+def _launch(prepared: _Prepared, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+    """Launches on the current stream of the operands' device, which need not be current itself. ``numbers``: those of
+    _NUMBERS, and with dropout the seed."""
+    device = prepared.device.index or 0
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    prepared.bound(device, raw_stream(device), *addresses, *numbers)
 
 
 _NUMBERS = ("scale_in_s", "scale_on_branch", "drop_threshold", "inverse_keep")
 
 
 @lru_cache(maxsize=256)
-def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: bool) -> tuple[float, float, int, float]:
+def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: bool) -> tuple[float, ...]:
     """The values of _NUMBERS: the factors of the branch, and what dropout drops and keeps."""
     scales = split_scaling(scaling, dtype)
     drops = (philox.threshold(dropout_p), philox.inverse_keep(dropout_p)) if dropout_p > 0.0 else (0, 1.0)
