@@ -245,6 +245,13 @@ def test_the_table_of_saved_bytes_is_what_is_counted_now():
         assert row["fastlora"] <= row["x_and_s"] + 8 <= row["peft"] + 8  # and a seed
 
 
-def test_the_readme_shows_what_is_in_the_results():
-    text = (readme_tables.ROOT / "README.md").read_text()
-    assert readme_tables.BLOCK.search(text) and readme_tables.fill(text, readme_tables.ROOT) == text
+@pytest.mark.parametrize("page", readme_tables.PAGES)
+def test_pages_show_what_is_in_the_results(page):
+    text = (readme_tables.ROOT / page).read_text()
+    assert readme_tables.fill(text, readme_tables.ROOT, os.path.dirname(page)) == text
+
+
+def test_every_page_with_a_table_is_checked():
+    pages = {path.relative_to(readme_tables.ROOT).as_posix() for path in readme_tables.ROOT.glob("*/**/*.md")}
+    pages = {page for page in pages if readme_tables.BLOCK.search((readme_tables.ROOT / page).read_text())}
+    assert pages and {page for page in pages if not page.startswith((".", "build"))} <= set(readme_tables.PAGES)
