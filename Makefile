@@ -45,7 +45,7 @@ endif
 	touch $@
 
 demo: install  ## fine-tune SmolLM2-135M with fastlora and with PEFT, and compare
-	$(RUN) -m fastlora.cli.main finetune --compare peft --output build/demo $(DEMO_ARGS)
+	$(RUN) -m fastlora.cli.main finetune --compare peft --measure-full --overwrite --output build/demo $(DEMO_ARGS)
 
 test: install test-values  ## every test; on a machine without a GPU the kernels run interpreted and emulated
 	$(RUN) -m pytest tests -n $(WORKERS) --durations 15

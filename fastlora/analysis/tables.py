@@ -57,10 +57,10 @@ _AMPLIFICATION: list[_Column] = [
 ]
 _SIMILARITY: list[_Column] = [
     ("φ_A(1, 1)", lambda row: row["similarity"]["a"][0][0]),
-    ("φ_A(r, r)", lambda row: _last(row["similarity"]["a"])),
+    ("φ_A(r, r)", lambda row: last(row["similarity"]["a"])),
     ("φ_B(1, 1)", lambda row: row["similarity"]["b"][0][0]),
-    ("φ_B(r, r)", lambda row: _last(row["similarity"]["b"])),
-    ("chance φ_A(r, r)", lambda row: _last(row["similarity"]["random"])),
+    ("φ_B(r, r)", lambda row: last(row["similarity"]["b"])),
+    ("chance φ_A(r, r)", lambda row: last(row["similarity"]["random"])),
 ]
 
 
@@ -106,7 +106,7 @@ def _note(rows: list[dict]) -> str:
     return " ".join(notes)
 
 
-def _last(table: list[list[float]]) -> float:
+def last(table: list[list[float]]) -> float:
     """φ(r, r) at the smaller of the two ranks."""
     r = min(len(table), len(table[0]))
     return table[r - 1][r - 1]

@@ -96,7 +96,8 @@ def _trained(arm: Arm, blocks: TokenBlocks, settings: Settings) -> Record:
     device = torch.device(settings.device)
     with Interruption() as interruption, tqdm(total=settings.steps, desc=arm.name, unit="step") as bar:
         train(arm, blocks, settings, interruption, lambda loss: bar.update())
-    arm.record.held_out_after = held_out_loss(arm.model, blocks, settings.batch_size, device)
+    loss = held_out_loss(arm.model, blocks, settings.batch_size, device)
+    arm.record.held_out.append((arm.record.step, loss))
     arm.optimizer = None
     arm.model.zero_grad(set_to_none=True)
     return arm.record
@@ -106,7 +107,7 @@ def _latencies(base: nn.Module, adapted: nn.Module, blocks: TokenBlocks, setting
     """Time of one forward pass over LATENCY_TOKENS tokens, interleaved."""
     merged = shared_copy(adapted)
     merge(merged)
-    tokens = blocks.held_out[:1, :LATENCY_TOKENS].to(settings.device)
+    tokens = blocks.held_out.ids[:1, :LATENCY_TOKENS].to(settings.device)
 
     def forward(model: nn.Module) -> Callable[[], None]:
         model.eval()

@@ -38,6 +38,12 @@ class BenchOptions:
     on_progress: Callable[[str], None] = field(default=lambda label: None)
 
 
+def lowest_cpu_share(report: dict) -> float | None:
+    """The least of the rows' shares of a CPU (timing.Timing.cpu_share); None where none was measured."""
+    shares = [row.get("cpu_share") for section in SECTIONS for row in report[section]]
+    return min((share for share in shares if share is not None), default=None)
+
+
 class Unfinished(Exception):
     """A run that ended early. ``report`` holds what was measured until then; the cause says why it ended."""
 

@@ -43,6 +43,25 @@ def ratio_table(rows: list[dict], which: str) -> Table:
     )
 
 
+def top_table(rows: list[dict], which: str) -> Table:
+    """For a terminal: a row per variant, fastlora's first, then by its mean ratio to the frozen layer."""
+    ratios: dict[str, list[float]] = {}
+    for row in rows:
+        if row["pass"] == which and row["variant"] != "frozen":
+            ratios.setdefault(row["variant"], []).append(row["ratio_to_frozen"])
+    order = sorted(ratios, key=lambda name: (name != "fastlora", geometric_mean(ratios[name])))
+    lines = [
+        [name, *(f"{value:.3f}" for value in (geometric_mean(found), min(found), max(found))), str(len(found))]
+        for name, found in ((name, ratios[name]) for name in order)
+    ]
+    return Table(
+        f"One layer, {which}: time ÷ the frozen layer's",
+        "Medians of interleaved runs; lower is better, the frozen layer is 1. Means over the cases a variant serves.",
+        ["variant", "mean", "lowest", "highest", "cases"],
+        lines,
+    )
+
+
 def layer_details(rows: list[dict]) -> Table:
     """Every row of the layer section."""
     lines = [

@@ -17,7 +17,11 @@ Name = TypeVar("Name")
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one variant in µs: median, quartiles, fastest; how many; "graph", "events" or "host"."""
+    """Times of one variant in µs: median, quartiles, fastest; how many; "graph", "events" or "host".
+
+    cpu_share: this thread's CPU time over wall time while it and the others were timed. On a machine that has nothing
+        else to do it is close to 1; None where the time is the GPU's.
+    """
 
     median_us: float
     q25_us: float
@@ -25,12 +29,23 @@ class Timing:
     min_us: float
     rounds: int
     method: str
+    cpu_share: float | None = None
 
 
-def summarise(samples: list[float], method: str) -> Timing:
+class CpuShare:
+    """CPU time over wall time of this thread since this was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.thread_time()
+
+    def value(self) -> float:
+        return (time.thread_time() - self._cpu) / (time.perf_counter() - self._wall)
+
+
+def summarise(samples: list[float], method: str, cpu_share: float | None = None) -> Timing:
     """Median and quartiles of samples in µs."""
     low, middle, high = statistics.quantiles(samples, n=4) if len(samples) > 1 else samples * 3
-    return Timing(middle, low, high, min(samples), len(samples), method)
+    return Timing(middle, low, high, min(samples), len(samples), method, cpu_share)
 
 
 class HostClock:
@@ -101,7 +116,7 @@ def time_interleaved(
             _run(stages[call % len(stages)], clock)
     clock.finish()
     marks: dict[str, list] = {name: [] for name in variants}
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), CpuShare()
     for index in range(MAX_ROUNDS):
         for name in turns(variants, index):
             stages = variants[name]
@@ -111,6 +126,7 @@ def time_interleaved(
             if time.perf_counter() - started > seconds:
                 break
     clock.finish()
+    share = None if device == "cuda" else cpu.value()
     result = {}
     for name, rounds in marks.items():
         method = variants[name][0].method or clock.method
@@ -119,7 +135,7 @@ def time_interleaved(
             "backward": [clock.elapsed_us(middle, end) for _, middle, end in rounds],
             "step": [clock.elapsed_us(start, end) for start, _, end in rounds],
         }
-        result[name] = {which: summarise(samples, method) for which, samples in spans.items()}
+        result[name] = {which: summarise(samples, method, share) for which, samples in spans.items()}
     return result
 
 
@@ -190,7 +206,7 @@ def time_calls(
     for call in variants.values():
         for _ in range(calls):
             call()
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), CpuShare()
     for index in range(MAX_ROUNDS):
         for name in turns(variants, index):
             call = variants[name]
@@ -204,4 +220,5 @@ def time_calls(
             samples[name].append((clock() - begin) / calls * 1e6)
         if index + 1 >= MIN_ROUNDS and time.perf_counter() - started > seconds:
             break
-    return {name: summarise(values, method) for name, values in samples.items()}
+    share = None if device == "cuda" else cpu.value()
+    return {name: summarise(values, method, share) for name, values in samples.items()}

@@ -38,7 +38,7 @@ _SHOWN = 4
 )
 def analyze(adapter: Path, base: str | None, against: Path | None, modules: str | None, output: Path) -> None:
     """Say what an adapter learned: spectra and effective ranks of ΔW; with a base model, which directions it amplifies;
-    with a second adapter, which directions they share.
+    with a second adapter, which directions they share. Matrix types are shown, every layer is in the files.
 
     ADAPTER is a directory in PEFT's format. ΔW is never formed.
     """
@@ -129,9 +129,10 @@ def _weights(name: str, layers: dict) -> dict:
     import torch
 
     from fastlora.finetune.models import find_model, load_weights
+    from fastlora.tables import wrapped
 
-    source = find_model(None if name == PACKAGED else name)
-    click.echo(f"Loading {source.label}{'' if source.local else ' from the hub'}")
+    source = find_model(name)
+    click.echo(wrapped(source.announcement))
     modules = dict(load_weights(source, "auto", torch.device("cpu")).named_modules())
     weights = {path: getattr(modules.get(path), "weight", None) for path in layers}
     absent = [path for path, weight in weights.items() if weight is None]
@@ -150,7 +151,9 @@ def _weights(name: str, layers: dict) -> dict:
 def _write(report: dict, output: Path) -> None:
     from fastlora.analysis.layers import json_text
     from fastlora.analysis.plots import amplification_png, spectra_png
+    from fastlora.analysis.sentences import narrow_table, sentences
     from fastlora.analysis.tables import layer_table, shown, type_table
+    from fastlora.tables import wrapped
 
     rows = report["layers"]
     tables = [type_table(rows), layer_table(rows)]
@@ -163,13 +166,16 @@ def _write(report: dict, output: Path) -> None:
         files |= _similarity_files(report)
     pictures = [f"![{name}]({name})" for name in files if name.endswith(".png")]
     text = [f"# What {shown(report['adapter'])} learned", "", f"`{shown(report['command'], 2000)}`", "", *pictures, ""]
-    files["analysis.md"] = "\n".join([*text, *(table.to_markdown() for table in tables)]).encode()
+    said = sentences(rows)
+    files["analysis.md"] = "\n".join([*text, *said, "", *(table.to_markdown() for table in tables)]).encode()
     with staged(output) as stage:
         for name, data in files.items():
             (stage / name).write_bytes(data)
-    for table in tables:
-        click.echo(table.to_markdown())
-    click.echo(f"Wrote {', '.join(files)} in {shown(str(output))}")
+    click.echo(narrow_table(rows).to_text())
+    click.echo()
+    click.echo("\n".join(map(wrapped, said)))
+    click.echo()
+    click.echo(wrapped(f"Every layer: analysis.md in {shown(str(output))}, beside {', '.join(sorted(files))}"))
 
 
 def _similarity_files(report: dict) -> dict[str, bytes]:

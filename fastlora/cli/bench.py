@@ -15,6 +15,7 @@ from fastlora.outputs import directory_for_results, reported_write_errors
 
 CASE = "M,N,K,R[,P[,DTYPE]]"
 DEFAULT_DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+QUIET_SHARE = 0.95  # a thread that had less of its CPU was kept from it by others for as long as differences matter
 
 
 @click.command()
@@ -162,18 +163,26 @@ def _measure(options, output: Path) -> None:
 
 
 def _write(report: dict, output: Path) -> None:
+    """Writes the files, and shows what matters most in 80 columns."""
     from fastlora.bench.report import write_report
-    from fastlora.bench.tables import host_table, ratio_table
+    from fastlora.bench.run import lowest_cpu_share
+    from fastlora.bench.tables import host_table, top_table
+    from fastlora.tables import wrapped
 
     with reported_write_errors(output):
         files = write_report(report, output)
     if report["layer"]:
-        click.echo(ratio_table(report["layer"], "step").to_markdown())
+        click.echo(top_table(report["layer"], "step").to_text() + "\n")
     if report["host"]:
-        click.echo(host_table(report["host"]).to_markdown())
+        click.echo(host_table(report["host"]).to_text() + "\n")
     for name, reasons in report["missing"].items():
-        click.echo(f"not measured: {name}: {'; '.join(reasons)}")
+        click.echo(wrapped(f"not measured: {name}: {'; '.join(reasons)}"))
     if "unfinished" in report:
-        click.echo(f"not finished: {report['unfinished']}")
-    for path in files:
-        click.echo(f"wrote {path}")
+        click.echo(wrapped(f"not finished: {report['unfinished']}"))
+    share = lowest_cpu_share(report)
+    if share is not None and share < QUIET_SHARE:
+        click.echo(wrapped(
+            f"WARNING: busy machine: the timed work had {share:.0%} of a CPU at worst, so that times are too long; end "
+            "what else runs and measure again"
+        ))  # fmt: skip
+    click.echo(wrapped(f"wrote {', '.join(path.name for path in files)} in {output}"))

@@ -9,6 +9,7 @@ import subprocess
 import click
 
 from fastlora.errors import CommandError, first_line
+from fastlora.tables import wrapped
 
 PACKAGES = ("fastlora", "torch", "triton", "numpy", "safetensors", "transformers", "peft")
 COMPILERS = ("nvcc", "c++")
@@ -65,7 +66,7 @@ def collect() -> dict:
     import torch
 
     import fastlora
-    from fastlora.dispatch import served_by
+    from fastlora.dispatch import ENVIRONMENT_VARIABLE, environment_backend, served_by
     from fastlora.environment import package_versions
 
     devices = device_list()
@@ -77,6 +78,7 @@ def collect() -> dict:
             **{name: compiler_version(name) for name in COMPILERS},
         },
         "platform": platform.platform(),
+        "environment": {ENVIRONMENT_VARIABLE: environment_backend()},
         "devices": devices,
         "backends": dict(fastlora.available_backends()),
         "served_by": {
@@ -89,7 +91,8 @@ def collect() -> dict:
 
 def table(rows: dict[str, object]) -> str:
     width = max(len(name) for name in rows)
-    return "\n".join(f"  {name:<{width}}  {'none' if value is None else value}" for name, value in rows.items())
+    shown = {name: "none" if value is None else value for name, value in rows.items()}
+    return "\n".join(wrapped(f"{name:<{width}}  {value}", "  ", " " * (width + 2)) for name, value in shown.items())
 
 
 def as_text(report: dict) -> str:
@@ -101,12 +104,23 @@ def as_text(report: dict) -> str:
         "Versions": {**report["versions"], "platform": report["platform"]},
         "Devices": devices,
         "Backends": report["backends"],
+        "Environment": {name: insistence(value, report["backends"]) for name, value in report["environment"].items()},
         "Who serves a layer of 4096 x 4096, R 16, M 2048": {
             device: ", ".join(f"{dtype} {name}" for dtype, name in served.items())
             for device, served in report["served_by"].items()
         },
     }
     return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections.items())
+
+
+def insistence(backend: str | None, backends: dict[str, str]) -> str:
+    """What the environment's choice of a backend means for every call of a layer."""
+    if backend is None:
+        return "not set: the best backend serves each call"
+    if backend not in backends:
+        return f"{backend!r}, which is no backend: every call fails"
+    state = backends[backend]
+    return f"{backend}: no other serves a call" + ("" if state == "usable" else f", and here it is {state}")
 
 
 def unmet(required: str, backends: dict[str, str]) -> str | None:
@@ -130,5 +144,8 @@ def info(as_json: bool, require: str) -> None:
     report = collect()
     missing = unmet(require, report["backends"])
     click.echo(json.dumps(report, indent=2) if as_json else as_text(report))
+    for name, value in report["environment"].items():
+        if value is not None and value not in report["backends"]:
+            raise CommandError(f"{name} is {value!r}: choose one of {', '.join(report['backends'])}, or unset it")
     if missing:
         raise CommandError(f"required, but not usable: {missing}")

@@ -30,7 +30,11 @@ _TOKENIZER_FILES = (
 
 @click.command()
 @click.argument("adapter", type=click.Path(path_type=Path))
-@click.option("--base", required=True, help="Model directory, .gguf file or hub name that the adapter was trained on.")
+@click.option(
+    "--base",
+    required=True,
+    help="What the adapter was trained on: model directory, .gguf file, hub name, or 'packaged' (SmolLM2).",
+)
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Directory for the merged model; new or empty."
 )

@@ -14,7 +14,7 @@ from fastlora.errors import CommandError, first_line
 from fastlora.finetune.loop import Arm, make_optimizer
 from fastlora.finetune.models import shared_copy
 from fastlora.finetune.settings import Settings
-from fastlora.model import ALL_LINEAR, inject
+from fastlora.model import ALL_LINEAR, inject, match_targets
 
 FASTLORA = "fastlora"
 PEFT = "peft"
@@ -93,6 +93,20 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
         except (ValueError, TypeError, ImportError) as error:  # the last for optional packages of the wrong version
             raise CommandError(f"PEFT: {first_line(error)}") from error
     return Arm(PEFT, model, make_optimizer(model, settings.learning_rate))
+
+
+def check_targets(model: nn.Module, settings: Settings) -> None:
+    """Raises CommandError where a target matches no layer of the model, or one that fastlora cannot replace."""
+    if settings.via == PEFT and _targets(settings) == ALL_LINEAR:
+        return  # PEFT knows linear layers of more kinds
+    try:
+        paths = match_targets(model, _targets(settings))
+    except (ValueError, TypeError) as error:
+        raise CommandError(first_line(error)) from error
+    modules = dict(model.named_modules())
+    for path in paths if settings.via != PEFT else ():
+        if not isinstance(modules[path], nn.Linear):
+            raise CommandError(f"--targets: {path} is {type(modules[path]).__name__}, not a linear layer")
 
 
 def _targets(settings: Settings) -> str | list[str]:

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from fastlora.finetune.data import Sequences
 from fastlora.finetune.loop import causal_loss, make_optimizer
 from fastlora.finetune.memory import (
     SavedTensors,
@@ -36,15 +37,13 @@ class FullFinetuning:
         return self.peak_bytes > 0
 
 
-def measure_full_finetuning(model: nn.Module, batch: Tensor, settings: Settings) -> FullFinetuning:
-    """Takes one full fine-tuning step, which changes the model: nothing may need its weights afterwards.
-
-    Args:
-        batch: token ids [batch_size, block_size].
+def measure_full_finetuning(model: nn.Module, batch: Sequences, settings: Settings) -> FullFinetuning:
+    """Takes one full fine-tuning step where the settings say so and memory allows. The step changes the model: nothing
+    may need its weights afterwards.
     """
     device = torch.device(settings.device)
     estimate = estimate_full_finetuning(model)
-    if sum(estimate.values()) * MARGIN > free_memory(device):
+    if not settings.measure_full or sum(estimate.values()) * MARGIN > free_memory(device):
         return FullFinetuning(0, estimate)
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     model.train()

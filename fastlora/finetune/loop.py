@@ -4,15 +4,16 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 import fastlora
 from fastlora.errors import CommandError
-from fastlora.finetune.data import TokenBlocks, batch_at
+from fastlora.finetune.data import IGNORED, Sequences, TokenBlocks, batch_at
 from fastlora.finetune.interrupt import Interruption
 from fastlora.finetune.memory import SavedTensors, count_bytes, peak_bytes, reset_peak
 from fastlora.finetune.settings import Settings
@@ -27,18 +28,22 @@ class Record:
     """What a run has measured so far.
 
     Attributes:
-        losses: mean cross entropy per token of each step's batch, before its update; one entry a finished step.
-        seconds: time spent in training steps.
-        held_out_before, held_out_after: mean cross entropy per token of the held-out blocks.
+        losses: mean cross entropy per learned token of each step's batch, before its update; one entry a finished step,
+            as in the three lists that follow.
+        learning_rates: that of the update.
+        step_tokens: tokens of the batch, without padding.
+        step_seconds: time spent in the step.
+        held_out: (step, mean cross entropy per learned token of the held-out sequences); step 0 is before training.
         peak_bytes: measured peak memory of training; 0 where it could not be measured.
         tensor_bytes: weights, gradients, optimiser state and tensors saved for backward, counted in the first step.
         calls: fastlora's dispatch counts in training steps.
     """
 
     losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-    held_out_before: float | None = None
-    held_out_after: float | None = None
+    learning_rates: list[float] = field(default_factory=list)
+    step_tokens: list[int] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
     peak_bytes: int = 0
     tensor_bytes: dict[str, int] = field(default_factory=dict)
     calls: dict = field(default_factory=dict)
@@ -46,6 +51,19 @@ class Record:
     @property
     def step(self) -> int:
         return len(self.losses)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps."""
+        return sum(self.step_seconds)
+
+    @property
+    def held_out_before(self) -> float:
+        return self.held_out[0][1]
+
+    @property
+    def held_out_after(self) -> float:
+        return self.held_out[-1][1]
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -61,7 +79,7 @@ class Record:
         """Raises TypeError where the keys are not those of a record."""
         if set(values) != {entry.name for entry in fields(cls)}:
             raise TypeError("not a record of this version")
-        return cls(**values)
+        return cls(**{**values, "held_out": [(step, loss) for step, loss in values["held_out"]]})
 
 
 @dataclass
@@ -93,15 +111,25 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def causal_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Mean next-token cross entropy of tokens [batch, length], computed in float32 from the model's logits."""
-    logits = model(input_ids=tokens, use_cache=False).logits
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten())
+def causal_loss(model: nn.Module, sequences: Sequences) -> torch.Tensor:
+    """Mean next-token cross entropy over the sequences' targets, computed in float32 from the model's logits."""
+    logits = model(input_ids=sequences.ids, use_cache=False).logits
+    targets = sequences.labels[:, 1:].flatten()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORED)
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, blocks: TokenBlocks, batch_size: int, device: torch.device) -> float:
-    """Mean loss over the held-out blocks with dropout off; the model's mode is as before afterwards.
+def held_out_loss(
+    model: nn.Module,
+    blocks: TokenBlocks,
+    batch_size: int,
+    device: torch.device,
+    on_batch: Callable[[int], object] = lambda sequences: None,
+) -> float:
+    """Mean loss over the held-out targets with dropout off; the model's mode is as before afterwards.
+
+    Args:
+        on_batch: gets the number of sequences of each batch that is done.
 
     Raises:
         CommandError: it is not finite.
@@ -110,9 +138,10 @@ def held_out_loss(model: nn.Module, blocks: TokenBlocks, batch_size: int, device
     model.eval()
     total = 0.0
     for batch in blocks.held_out.split(batch_size):
-        total += causal_loss(model, batch.to(device)).item() * len(batch)
+        total += causal_loss(model, batch.trimmed().to(device)).item() * batch.targets
+        on_batch(len(batch))
     model.train(training)
-    mean = total / len(blocks.held_out)
+    mean = total / blocks.held_out.targets
     if not math.isfinite(mean):
         raise CommandError(f"the held-out loss is {mean}: {REMEDY}")
     return mean
@@ -124,28 +153,35 @@ def train(
     settings: Settings,
     interruption: Interruption,
     on_step: Callable[[float], None],
+    until: int | None = None,
 ) -> None:
     """Runs the steps that the arm's record still lacks, adding each to it; `on_step` gets every loss.
+
+    Args:
+        until: the step to stop after, if not the last.
 
     Raises:
         Interrupted: between steps, with model, optimiser and record in agreement.
         CommandError: a loss is not finite; the weights are as before that step.
     """
     device = torch.device(settings.device)
-    record = arm.record
-    if record.step >= settings.steps:
+    record, until = arm.record, settings.steps if until is None else until
+    if record.step >= until:
         return
     arm.model.train()
     with interruption.deferred():
         reset_peak(device)  # collects garbage, in whose callbacks Python would drop an Interrupted
     fastlora.reset_dispatch_counts()
     try:
-        while record.step < settings.steps:
+        while record.step < until:
             with interruption.deferred():
-                batch = batch_at(blocks.train, record.step, settings.batch_size, settings.seed).to(device)
+                size = settings.batch_size * settings.grad_accum
+                batch = batch_at(blocks.train, record.step, size, settings.seed)
                 start = time.perf_counter()
                 loss = _step(arm, batch, settings)
-                record.seconds += time.perf_counter() - start
+                record.step_seconds.append(time.perf_counter() - start)
+                record.learning_rates.append(arm.optimizer.param_groups[0]["lr"])
+                record.step_tokens.append(int(batch.lengths().sum()))
                 record.losses.append(loss)
                 on_step(loss)
     finally:
@@ -153,22 +189,24 @@ def train(
         record.add_calls(fastlora.dispatch_counts())
 
 
-def _step(arm: Arm, batch: Tensor, settings: Settings) -> float:
-    """One update of the arm's model; returns the loss before it."""
+def _step(arm: Arm, batch: Sequences, settings: Settings) -> float:
+    """One update of the arm's model; returns the loss before it, the mean over all targets of its parts."""
     optimizer, first = arm.optimizer, not arm.record.losses
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(arm.record.step, settings.steps, settings.learning_rate)
-    if first:
-        with SavedTensors(arm.model.parameters()) as saved:
-            loss = causal_loss(arm.model, batch)
-    else:
-        loss = causal_loss(arm.model, batch)
-    value = loss.item()
-    if not math.isfinite(value):
-        raise CommandError(f"the loss is {value} at step {arm.record.step + 1}: {REMEDY}")
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    targets, mean, kept = batch.targets, 0.0, 0
+    for part in batch.split(settings.batch_size):
+        share = part.targets / targets
+        part = part.trimmed().to(torch.device(settings.device))
+        with SavedTensors(arm.model.parameters()) if first else nullcontext() as saved:
+            loss = causal_loss(arm.model, part) * share
+        kept = max(kept, saved.bytes if saved else 0)
+        mean += loss.item()
+        if not math.isfinite(mean):
+            raise CommandError(f"the loss is {mean} at step {arm.record.step + 1}: {REMEDY}")
+        loss.backward()
     optimizer.step()
     if first:
-        arm.record.tensor_bytes = count_bytes(arm.model, optimizer, saved.bytes)
-    return value
+        arm.record.tensor_bytes = count_bytes(arm.model, optimizer, kept)
+    return mean

@@ -1,30 +1,35 @@
-"""Proof that the merged model answers as the model with its adapter does."""
+"""A sample before and after training, and proof that the merged model answers as the one with its adapter does."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastlora.errors import CommandError, first_line
+from fastlora.finetune.data import IGNORED, Sequences
+from fastlora.finetune.models import position_limit
 from fastlora.finetune.settings import Settings
 from fastlora.model import merge, unmerge
 
 DEFAULT_TEXT_PROMPT = 'The "with" statement is used to'
 PROMPT_TOKENS = 32
 ANSWER_TOKENS = 24
+CHECK_PARTS = ("sample before", "sample after", "sample merged")
 
 
 @dataclass(frozen=True)
 class MergeCheck:
-    """Greedy continuations of one prompt before and after merging.
+    """Greedy continuations of one prompt: by the base model, with the adapter, and merged.
 
     Attributes:
-        same_answer: both continuations are the same tokens.
+        same_answer: the last two are the same tokens.
         max_logit_difference: largest |difference| of the logits over prompt and answer.
         max_logit: largest |logit| there, to judge the difference by.
     """
 
     prompt: str
+    base_answer: str
     answer: str
     merged_answer: str
     same_answer: bool
@@ -32,11 +37,12 @@ class MergeCheck:
     max_logit: float
 
 
-def prompt_tokens(tokenizer, held_out: Tensor, settings: Settings, limit: int | None) -> Tensor:
-    """What the merged model will continue, as token ids [1, length].
+def prompt_tokens(tokenizer, held_out: Sequences, settings: Settings, limit: int | None) -> Tensor:
+    """What the models will continue, as token ids [1, length].
 
     Args:
-        held_out: token ids [h, block_size]; the first ones are the prompt where the settings name a text but no prompt.
+        held_out: where the settings name a text but no prompt, the first of these gives it: what comes before its first
+            label, or its first tokens where all are learned.
         limit: positions of the model, or None.
 
     Raises:
@@ -44,7 +50,8 @@ def prompt_tokens(tokenizer, held_out: Tensor, settings: Settings, limit: int | 
     """
     prompt = settings.prompt or (None if settings.text else DEFAULT_TEXT_PROMPT)
     if not prompt:
-        return held_out[:1, : min(PROMPT_TOKENS, (limit or PROMPT_TOKENS + 1) - 1)]
+        given = int((held_out.labels[0] != IGNORED).nonzero()[0])
+        return held_out.ids[:1, : given or min(PROMPT_TOKENS, (limit or PROMPT_TOKENS + 1) - 1)]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     if not prompt_ids or (limit is not None and len(prompt_ids) >= limit):
         room = "at least one" if limit is None else f"1 to {limit - 1}"
@@ -53,27 +60,42 @@ def prompt_tokens(tokenizer, held_out: Tensor, settings: Settings, limit: int | 
 
 
 @torch.no_grad()
-def check_merge(model: nn.Module, tokenizer, prompt_ids: Tensor, settings: Settings, limit: int | None) -> MergeCheck:
-    """Generates, merges, generates again, and takes the merge back.
+def check_merge(
+    base: nn.Module,
+    model: nn.Module,
+    tokenizer,
+    prompt_ids: Tensor,
+    settings: Settings,
+    begin: Callable[[str], None],
+) -> MergeCheck:
+    """Generates with the base model and with the adapted one, merges, generates again, and takes the merge back.
 
     Args:
-        prompt_ids, limit: as of `prompt_tokens`.
+        prompt_ids: as `prompt_tokens` gives them.
+        begin: gets the name of each of CHECK_PARTS as it begins.
 
     Raises:
         CommandError: a merged weight is not finite.
     """
+    base.eval()
     model.eval()
+    limit = position_limit(base)
     prompt_ids = prompt_ids.to(settings.device)
     answer_tokens = ANSWER_TOKENS if limit is None else min(ANSWER_TOKENS, limit - prompt_ids.shape[1])
+    start = prompt_ids.shape[1]
+    begin(CHECK_PARTS[0])
+    base_sequence = _continue(base, prompt_ids, tokenizer, answer_tokens)
+    begin(CHECK_PARTS[1])
     sequence = _continue(model, prompt_ids, tokenizer, answer_tokens)
     logits = model(input_ids=sequence, use_cache=False).logits.float()
+    begin(CHECK_PARTS[2])
     _merge(model, settings)
     merged_sequence = _continue(model, prompt_ids, tokenizer, answer_tokens)
     merged_logits = model(input_ids=sequence, use_cache=False).logits.float()
     _unmerge(model, settings)
-    start = prompt_ids.shape[1]
     return MergeCheck(
         prompt=tokenizer.decode(prompt_ids[0]),
+        base_answer=tokenizer.decode(base_sequence[0, start:]),
         answer=tokenizer.decode(sequence[0, start:]),
         merged_answer=tokenizer.decode(merged_sequence[0, start:]),
         same_answer=torch.equal(sequence, merged_sequence),

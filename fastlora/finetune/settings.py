@@ -20,13 +20,15 @@ class Settings:
 
     Attributes:
         model: a directory, a .gguf file or a hub name; None for the packaged SmolLM2-135M-Instruct.
-        text: files to train on; empty for the text of CPython's `pydoc_data.topics`.
+        text: files to train on, plain text or rows; empty for the text of CPython's `pydoc_data.topics`.
         targets: suffixes of the names of the layers to adapt, or "all-linear" alone for all but the output head.
-        block_size: tokens a sequence; batch_size: sequences a step; held_out: sequences kept for evaluation.
+        block_size: tokens a sequence; batch_size: sequences at once; grad_accum: batches a step; held_out: sequences
+            kept for evaluation; eval_every: steps from one evaluation to the next, 0 for the first and last alone.
         dtype: a torch dtype's name. device: a torch device string.
         via: "fastlora" (its own layers) or "peft" (a PEFT model whose layers are patched by fastlora).
         compare: "peft" to repeat the run with unpatched PEFT, or None.
-        prompt: what the merged model is asked to continue; None for the start of a held-out sequence.
+        prompt: what the models continue for the sample; None for the start of a held-out sequence.
+        measure_full: take one step of full fine-tuning to measure its memory, rather than to estimate it.
     """
 
     model: str | None = None
@@ -38,8 +40,10 @@ class Settings:
     dropout: float = 0.0
     steps: int = 40
     batch_size: int = 1
+    grad_accum: int = 1
     block_size: int = 256
     held_out: int = 8
+    eval_every: int = 0
     learning_rate: float = 2e-3
     dtype: str = "float32"
     device: str = "cpu"
@@ -47,6 +51,7 @@ class Settings:
     via: str = "fastlora"
     compare: str | None = None
     prompt: str | None = None
+    measure_full: bool = False
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

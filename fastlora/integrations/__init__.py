@@ -5,7 +5,9 @@ stays what it was. ``patch`` returns the layers that are fused as things stand; 
 the others ("14 of 16 LoRA layers fused; 2 by PEFT's forward: ..."). Each call of a LoRA layer that PEFT serves itself,
 of whatever class (embeddings, experts, quantised bases), is counted by reason, except within a graph of
 ``torch.compile`` and within ``torch.nn.TransformerEncoderLayer``, whose fast path no hook may stop. ``strict=True``
-refuses a model in which some layer would not be fused.
+refuses a model in which some layer would not be fused. Trainer is also the way to datasets by name
+(``datasets.load_dataset``), to logging services (``report_to`` of its arguments) and to schedules and optimisers that
+``fastlora finetune`` does not have.
 
 ```python
 import fastlora
@@ -20,6 +22,31 @@ trainer.train()
 model.save_pretrained(directory)
 print(fastlora.dispatch_counts())  # calls served by each backend, and what fell back to PEFT's forward, by reason
 ```
+
+**TRL's SFTTrainer.** It puts the adapters in itself, so ``patch`` comes after it. The dataset has the rows that
+``fastlora finetune`` takes, too: ``messages``, or ``prompt`` and ``completion``, or ``text``.
+
+```python
+import fastlora
+from peft import LoraConfig
+from trl import SFTTrainer
+
+trainer = SFTTrainer(
+    model=model,
+    args=arguments,
+    train_dataset=dataset,
+    processing_class=tokenizer,
+    peft_config=LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"),
+)
+print(fastlora.integrations.peft.patch(trainer.model))  # the one line
+
+trainer.train()
+trainer.save_model(directory)
+print(fastlora.dispatch_counts())
+```
+
+Whatever else builds a PEFT model and trains it, from a YAML file say, as axolotl does, takes the same line between the
+two.
 
 **Plain PyTorch.** No PEFT needed; the adapter file is in PEFT's format all the same.
 

@@ -25,6 +25,11 @@ class Result:
         assert len(lines) == 1, self.err
         return lines[0]
 
+    @property
+    def text(self) -> str:
+        """What is on stdout as one line, however it is wrapped."""
+        return " ".join(self.out.split())
+
 
 def save_tokenizer(directory: Path) -> int:
     """Writes a byte-level tokenizer without merges; returns the size of its vocabulary."""

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ import torch
 import fastlora
 from fastlora.adapters.files import read_adapter
 from fastlora.analysis import amplification, subspace_similarity
+from fastlora.analysis.tables import number
+from fastlora.tables import WIDTH
 
 PNG = b"\x89PNG"
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -48,6 +51,27 @@ def report_of(directory):
     return {row["path"]: row for row in report["layers"]}
 
 
+def assert_shown(result, rows, written):
+    """A table with a row a type and three sentences that are in the file, too; no layer."""
+    assert max(map(len, result.out.splitlines())) <= WIDTH or "/" in max(result.out.splitlines(), key=len)
+    table, said, _ = result.out[result.out.index("Matrix types") :].split("\n\n")
+    for kind in ("q_proj", "v_proj"):
+        members = [row for row in rows.values() if row["type"] == kind]
+        expected = [kind, "2", "4", number(mean(row["delta_norm"] for row in members))]
+        assert [line.split()[:4] for line in table.splitlines() if line.startswith(kind)] == [expected]
+    norms = {
+        kind: mean(row["delta_norm"] for row in rows.values() if row["type"] == kind) for kind in ("q_proj", "v_proj")
+    }
+    most, least = sorted(norms, key=norms.get, reverse=True)
+    sentences = [
+        line for line in written.splitlines() if line.endswith(".") and not line.startswith(("#", "Frobenius"))
+    ]
+    assert len(sentences) == 3 and " ".join(said.split()) == " ".join(sentences)
+    assert f"ΔW is largest in {most}" in sentences[0] and f"smallest in {least}" in sentences[0]
+    assert f"uses {number(mean(row['effective_rank'] for row in rows.values()))} directions" in sentences[1]
+    assert "layers.1" not in result.out
+
+
 def test_spectra_alone(fastlora_cli, make_adapter, tmp_path):
     adapter, output = make_adapter("adapter"), tmp_path / "out"
     result = fastlora_cli("analyze", adapter, "--output", output)
@@ -61,12 +85,9 @@ def test_spectra_alone(fastlora_cli, make_adapter, tmp_path):
         assert rows[path]["spectrum"] == pytest.approx(exact.tolist(), rel=1e-10)
         assert rows[path]["delta_norm"] == pytest.approx(exact.norm().item())
         assert rows[path]["scaling"] == 1.5 and rows[path]["layer"] in (0, 1)
-    assert "| q_proj | 2 | 4 |" in result.out and "| 1 | v_proj | 16×32 | 4 |" in result.out
-    assert (
-        (output / "analysis.md")
-        .read_text()
-        .endswith(result.out[result.out.index("## ") : result.out.index("Wrote")][:-1])
-    )
+    written = (output / "analysis.md").read_text()
+    assert "| q_proj | 2 | 4 |" in written and "| 1 | v_proj | 16×32 | 4 |" in written
+    assert_shown(result, rows, written)
 
 
 def test_layers_are_in_the_models_order(fastlora_cli, tmp_path):
@@ -91,7 +112,13 @@ def test_base_and_against(fastlora_cli, make_adapter, tiny_model, base, tmp_path
         assert torch.tensor(similarity["a"]).shape == (4, 2) and similarity["rank_against"] == 2
         assert similarity["a"] == subspace_similarity(a, others[path].lora_a).tolist()
         assert similarity["b"] == subspace_similarity(b, others[path].lora_b, side="left").tolist()
-    assert "factor" in result.out and "φ_A(r, r)" in result.out
+    written = (output / "analysis.md").read_text()
+    assert "factor" in written and "φ_A(r, r)" in written
+    assert_shown(result, rows, written)
+    factor = number(mean(row["amplification"]["factor"] for row in rows.values()))
+    overlap = number(mean(row["similarity"]["a"][1][1] for row in rows.values()))
+    assert f"In its own directions ΔW is {factor} times what W has there" in result.text
+    assert f"the two adapters' A share φ = {overlap} of their leading directions" in result.text
 
 
 def test_an_adapter_against_itself_is_the_same_everywhere(fastlora_cli, make_adapter, tmp_path):
@@ -133,6 +160,7 @@ def test_an_untrained_adapter_has_no_directions(fastlora_cli, make_adapter, tiny
         assert row["delta_norm"] == 0 and row["effective_rank"] == 0
         assert row["amplification"]["factor"] is None and row["amplification"]["rank"] == 0
         assert row["similarity"]["b"][0][0] is None and row["similarity"]["a"][0][0] is not None
+    assert "The adapter changes nothing: every ΔW is 0" in result.text
 
 
 def test_modules_restricts_to_common_layers(fastlora_cli, make_adapter, tmp_path):

@@ -11,9 +11,10 @@ import torch
 
 from fastlora.backends import tuning
 from fastlora.backends.configs import TILE_TABLES, table_for
-from fastlora.bench import claims, contest, run, tuner
+from fastlora.bench import claims, contest, run, timing, tuner
 from fastlora.bench.correctness import WrongResult
 from fastlora.finetune.settings import Settings
+from fastlora.tables import WIDTH
 
 
 @pytest.fixture
@@ -37,13 +38,38 @@ def test_one_case_end_to_end(fastlora_cli, tmp_path, small_machine):
         tmp_path,
     )
     assert measured.code == 0, measured.err
-    assert "| M 8, N 6, K 10, R 2, float32 |" in measured.out
+    assert max(map(len, measured.out.splitlines())) <= WIDTH
     report = json.loads((tmp_path / "bench.json").read_text())
+    ratios = {row["variant"]: row["ratio_to_frozen"] for row in report["layer"] if row["pass"] == "step"}
+    del ratios["frozen"]
+    shown = [line.split("  ") for line in measured.out.partition("One layer, step")[2].splitlines()[2:][: len(ratios)]]
+    table = {cells[0]: cells[-1].strip() for cells in shown}
+    assert list(table)[0] == "fastlora" and set(table) == set(ratios) and set(table.values()) == {"1"}
+    assert all(f"{ratio:.3f}" in measured.out for ratio in ratios.values())
+    assert "| M 8, N 6, K 10, R 2, float32 |" in (tmp_path / "bench.md").read_text()
     assert {row["variant"] for row in report["layer"]} >= {"frozen", "fastlora", "eager", "unsloth order"}
     assert "compiled peft" not in {row["variant"] for row in report["layer"]} | set(report["missing"])
     again = fastlora_cli("bench", "--from", tmp_path / "bench.json", "--output", tmp_path / "again")
     assert again.code == 0, again.err
     assert (tmp_path / "again" / "bench.md").read_text() == (tmp_path / "bench.md").read_text()
+
+
+def test_a_busy_machine_is_said(fastlora_cli, tmp_path, small_machine, monkeypatch):
+    """A clock that runs while the thread does not, as when another process has the CPU."""
+    clock = timing.time.thread_time
+    for share, said in ((0.5, True), (1.0, False)):
+        with monkeypatch.context() as patch:
+            # What the thread had is a share of what passed.
+            patch.setattr(timing.time, "thread_time", lambda share=share: share * timing.time.perf_counter())
+            result = fastlora_cli(*SMALL, "--case", "8,6,10,2", "--output", tmp_path / str(share))
+        assert result.code == 0, result.err
+        assert ("busy machine: the timed work had 50% of a CPU" in result.text) is said
+        assert all(row["cpu_share"] == pytest.approx(share, rel=0.01) for row in report_rows(tmp_path / str(share)))
+    assert timing.time.thread_time is clock
+
+
+def report_rows(directory):
+    return json.loads((directory / "bench.json").read_text())["layer"]
 
 
 @pytest.mark.parametrize(

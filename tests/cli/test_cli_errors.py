@@ -8,6 +8,9 @@ import sys
 import pytest
 
 from fastlora.finetune import loop
+from fastlora.finetune.state import FILE_NAME
+
+LOG = "steps.csv"
 
 
 def assert_refused(result, *words):
@@ -76,10 +79,11 @@ def test_tokenizer_of_a_larger_model(finetune, tiny_model, tmp_path):
         (lambda path: path.mkdir(), ["cannot read", "directory"]),
         (lambda path: path.write_text(""), ["is empty"]),
         (lambda path: path.write_text(" \n\t\n"), ["is empty"]),
-        (lambda path: path.write_bytes(b"caf\xe9 \xff"), ["is not UTF-8"]),
+        (lambda path: path.write_bytes(b"caf\xe9 \xff"), ["text.txt is not UTF-8", "0xe9 at byte 3"]),
+        (lambda path: path.write_bytes(b"\xef\xbb\xbfcaf\xe9 x"), ["text.txt is not UTF-8", "0xe9 at byte 6"]),
         (lambda path: path.write_text("short"), ["has 5 tokens", "--block-size"]),
     ],
-    ids=["missing", "directory", "empty", "blank", "latin-1", "short"],
+    ids=["missing", "directory", "empty", "blank", "latin-1", "latin-1-marked", "short"],
 )
 def test_bad_text_file(finetune, tmp_path, make, words):
     path = tmp_path / "text.txt"
@@ -120,8 +124,15 @@ def test_failed_download_is_one_line(finetune, monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     result = finetune("--model", "nobody/no-such-model", "--output", tmp_path)
-    assert_refused(result, "cannot load model nobody/no-such-model from the hub")
-    assert "Loading nobody/no-such-model from the hub" in result.out
+    assert_refused(result, "there is no directory nobody/no-such-model, and", "cannot be loaded from the hub")
+    assert "No directory nobody/no-such-model: loading nobody/no-such-model from the hub" in result.out
+
+
+def test_a_directory_that_is_not_there_is_said(finetune, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert_refused(finetune("--model", "nodir", "--output", tmp_path), "there is no directory nodir, and")
 
 
 def test_output_that_cannot_be_made(finetune, tmp_path):
@@ -129,7 +140,7 @@ def test_output_that_cannot_be_made(finetune, tmp_path):
     assert_refused(finetune("--output", tmp_path / "file" / "out"), "cannot write", "Not a directory")
 
 
-@pytest.mark.parametrize("writes_before_full", [0, 1, 2, 3], ids=["weights", "config", "png", "json"])
+@pytest.mark.parametrize("writes_before_full", [0, 1, 2], ids=["state", "weights", "config"])
 def test_full_disk_leaves_earlier_results_untouched(finetune, monkeypatch, tmp_path, writes_before_full):
     assert finetune("--output", tmp_path, "--steps", 1).code == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -143,13 +154,14 @@ def test_full_disk_leaves_earlier_results_untouched(finetune, monkeypatch, tmp_p
         return sync(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync_until_full)
-    result = finetune("--output", tmp_path, "--steps", 2)
+    result = finetune("--output", tmp_path, "--steps", 2, "--overwrite")
     assert result.code == 2
-    assert result.err.strip().splitlines()[-1] == (
-        f"fastlora: error: cannot write {tmp_path}: {os.strerror(errno.ENOSPC)}"
-    )
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "loss.png", "report.json"]
+    full = tmp_path / FILE_NAME if writes_before_full == 0 else tmp_path
+    assert result.err.strip().splitlines()[-1] == f"fastlora: error: cannot write {full}: {os.strerror(errno.ENOSPC)}"
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    replaced = {tmp_path / LOG} | ({tmp_path / FILE_NAME} if writes_before_full else set())
+    assert after.keys() == before.keys()
+    assert {path for path in before if before[path] != after[path]} == replaced
 
 
 def test_full_disk_while_saving_an_interrupted_state(finetune, monkeypatch, tmp_path):
@@ -169,22 +181,14 @@ def test_full_disk_while_saving_an_interrupted_state(finetune, monkeypatch, tmp_
     result = finetune("--output", tmp_path)
     assert result.code == 2
     assert "No space left" in result.err.strip().splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_results_replace_those_of_an_earlier_run(finetune, tmp_path):
-    assert finetune("--output", tmp_path, "--steps", 1).code == 0
-    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    assert finetune("--output", tmp_path, "--steps", 2).code == 0
-    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() != before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "loss.png", "report.json"]
+    assert [path.name for path in tmp_path.iterdir()] == [LOG]
 
 
 def test_diverging_run_stops_with_a_remedy(finetune, tmp_path):
     result = finetune("--learning-rate", 1e30, "--output", tmp_path)
     assert result.code == 2
     assert "lower --learning-rate" in result.err.strip().splitlines()[-1]
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [LOG]  # which shows where it went wrong
 
 
 @pytest.mark.parametrize("package", ["transformers", "matplotlib"])
@@ -203,7 +207,9 @@ def test_peft_that_does_not_go_with_other_packages(finetune, monkeypatch, tmp_pa
         raise ImportError("Found an incompatible version of torchao.\nUpgrade it.")
 
     monkeypatch.setattr(peft, "get_peft_model", incompatible)
-    assert_refused(finetune("--via", "peft", "--output", tmp_path), "PEFT: Found an incompatible version of torchao")
+    result = finetune("--via", "peft", "--output", tmp_path)
+    assert result.code == 2
+    assert "PEFT: Found an incompatible version of torchao" in result.err.strip().splitlines()[-1]
     monkeypatch.setitem(sys.modules, "peft", None)  # importing it fails
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     assert_refused(finetune("--via", "peft", "--output", tmp_path), "peft cannot be imported: ")

@@ -26,17 +26,18 @@ def compared(finetune, shared_output):
     """One run with --compare peft, made once: its result is kept beside its files."""
     directory = shared_output / "run"
     if not directory.exists():
-        result = finetune("--compare", "peft", "--output", directory)
+        result = finetune("--compare", "peft", "--measure-full", "--output", directory)
         assert result.code == 0, result.err
-        (shared_output / "out.txt").write_text(result.out)
+        (shared_output / "out.txt").write_text(result.text)
     return directory, (shared_output / "out.txt").read_text()
 
 
-def test_leaves_exactly_its_three_results(compared):
+def test_leaves_exactly_its_results(compared):
     directory, out = compared
-    assert sorted(path.name for path in directory.iterdir()) == ["adapter", "loss.png", "report.json"]
+    names = ["adapter", "loss.png", "report.json", "state.safetensors", "steps.csv"]
+    assert sorted(path.name for path in directory.iterdir()) == names
     assert (directory / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert all(f"{directory}/{name}" in out for name in ("adapter", "loss.png", "report.json"))
+    assert f"Wrote {directory}/adapter, loss.png and report.json beside it" in out
 
 
 def test_loss_falls_on_training_and_held_out_text(compared):
@@ -177,7 +178,7 @@ def test_options_reach_the_adapter(finetune, tmp_path):
 def test_agreement_is_not_claimed_under_dropout(finetune, tmp_path):
     result = finetune("--compare", "peft", "--dropout", 0.5, "--output", tmp_path)
     assert result.code == 0
-    assert "agreement is not expected: the two draw different dropout masks" in result.out
+    assert "agreement is not expected: the two draw different dropout masks" in result.text
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "float16"])
@@ -206,7 +207,7 @@ def test_several_texts_are_all_used(finetune, text_file, tmp_path):
     second.write_text("another text " * 40)
     assert finetune("--text", text_file, "--text", second, "--output", tmp_path / "out", "--steps", 1).code == 0
     tokens = read_report(tmp_path / "out")["text"]["tokens"]
-    joined = len(text_file.read_bytes()) + len("\n\n") + len(second.read_bytes())
+    joined = len(text_file.read_bytes()) + 1 + len(second.read_bytes())  # an end-of-sequence token between them
     assert tokens == joined // 24 * 24
 
 

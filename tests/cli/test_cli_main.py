@@ -12,6 +12,7 @@ import torch
 
 from fastlora.cli import info
 from fastlora.cli.main import COMMANDS, main
+from fastlora.tables import WIDTH
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -89,9 +90,9 @@ def test_info_says_who_serves_a_layer_by_dtype(fastlora_cli, monkeypatch):
             "no compiler" if name in ("cuda", "triton") or (name == "composed" and spec.dropout) else None
         ),
     )
-    shown = fastlora_cli("info").out
-    assert "  cuda:0           bfloat16 composed, float16 composed, float32 composed, float64 composed\n" in shown
-    assert "  cuda:0, dropout  bfloat16 reference, float16 reference, float32 reference, float64 reference\n" in shown
+    shown = fastlora_cli("info").text
+    assert "cuda:0 bfloat16 composed, float16 composed, float32 composed, float64 composed" in shown
+    assert "cuda:0, dropout bfloat16 reference, float16 reference, float32 reference, float64 reference" in shown
 
 
 def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
@@ -99,9 +100,29 @@ def test_info_as_text_names_each_backend_and_its_reason(fastlora_cli):
 
     result = fastlora_cli("info")
     assert result.code == 0
-    lines = [line.split(maxsplit=1) for line in result.out.splitlines() if line.startswith("  ")]
+    assert max(map(len, result.out.splitlines())) <= WIDTH
     for name, reason in fastlora.available_backends().items():
-        assert [name, reason] in lines
+        assert f" {name} {reason} " in result.text
+
+
+def test_info_shows_the_environments_backend_and_refuses_nonsense(fastlora_cli, monkeypatch):
+    monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
+    assert "FASTLORA_BACKEND not set: the best backend serves each call" in fastlora_cli("info").text
+    monkeypatch.setenv("FASTLORA_BACKEND", "reference")
+    result = fastlora_cli("info", "--json")
+    assert result.code == 0 and json.loads(result.out)["environment"] == {"FASTLORA_BACKEND": "reference"}
+    states = {"cuda": "no CUDA device", "reference": "usable"}
+    collected = info.collect() | {"backends": states, "environment": {"FASTLORA_BACKEND": "cuda"}}
+    with monkeypatch.context() as patch:
+        patch.setattr(info, "collect", lambda: collected)
+        result = fastlora_cli("info")
+    assert result.code == 0
+    assert "FASTLORA_BACKEND cuda: no other serves a call, and here it is no CUDA device" in result.text
+    monkeypatch.setenv("FASTLORA_BACKEND", "cublas")
+    result = fastlora_cli("info")
+    assert result.code == 2
+    assert "FASTLORA_BACKEND is 'cublas': choose one of cuda, triton, composed, reference" in result.error_line
+    assert "'cublas', which is no backend" in result.text
 
 
 def test_info_fails_where_a_required_backend_is_not_usable(fastlora_cli, monkeypatch):

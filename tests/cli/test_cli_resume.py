@@ -10,7 +10,7 @@ import time
 import pytest
 
 from fastlora.finetune import loop, runner
-from fastlora.finetune.interrupt import Interrupted, Interruption
+from fastlora.finetune.interrupt import SIGNALS, Interrupted, Interruption
 from fastlora.finetune.state import FILE_NAME
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -60,21 +60,24 @@ def test_resumed_run_equals_the_uninterrupted_one(finetune, fastlora_cli, interr
         result = finetune(*options, *resume, "--output", parts)
         assert result.code == 130
         assert f"fastlora finetune --resume --output {parts}" in result.out
-        assert [path.name for path in parts.iterdir()] == [FILE_NAME]
+        assert (parts / FILE_NAME).exists() and not (parts / "report.json").exists()
     result = fastlora_cli("finetune", "--resume", "--output", parts)
     assert result.code == 0, result.err
     assert losses(parts) == losses(whole)
     assert (parts / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
-    assert not (parts / FILE_NAME).exists()
+    logs = [[line.split(",")[:5] for line in (d / "steps.csv").read_text().splitlines()] for d in (whole, parts)]
+    assert logs[0] == logs[1]
     calls = [json.loads((d / "report.json").read_text())["runs"]["fastlora"]["dispatch_counts"] for d in (whole, parts)]
     assert calls[0] == calls[1]
 
 
-def test_sigterm_stops_like_ctrl_c(finetune, interrupt_in_step, tmp_path):
-    interrupt_in_step(2, signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_like_ctrl_c(finetune, interrupt_in_step, tmp_path, number):
+    interrupt_in_step(2, number)
     result = finetune("--output", tmp_path)
     assert result.code == 130
-    assert "fastlora 2 of 6 steps" in result.out
+    assert "fastlora 2 of 6 steps" in result.text
+    assert (tmp_path / FILE_NAME).exists()
 
 
 def test_second_ctrl_c_in_a_step_gives_up_without_saving(finetune, monkeypatch, tmp_path):
@@ -100,19 +103,28 @@ def test_interrupt_before_the_first_step_saves_nothing(finetune, monkeypatch, tm
     assert list(tmp_path.iterdir()) == []
 
 
-def test_interrupt_while_resuming_keeps_the_further_state(finetune, interrupt_in_step, monkeypatch, tmp_path):
+@pytest.mark.parametrize("where", ["fastlora_arm", "peft_arm"])
+def test_interrupt_while_resuming_keeps_the_further_state(finetune, interrupt_in_step, monkeypatch, tmp_path, where):
+    """Whichever of the two is rebuilt when the signal comes, and although building draws random numbers."""
+    options = ["--compare", "peft", "--dropout", 0.3]
+    assert finetune(*options, "--output", tmp_path / "whole").code == 0
+    parts = tmp_path / "parts"
     interrupt_in_step(8)
-    assert finetune("--compare", "peft", "--output", tmp_path).code == 130
-    state = (tmp_path / FILE_NAME).read_bytes()
+    assert finetune(*options, "--output", parts).code == 130
+    build = getattr(runner, where)
 
     def interrupted(*args):
+        build(*args)
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(runner, "peft_arm", interrupted)
-    result = finetune("--compare", "peft", "--resume", "--output", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, where, interrupted)
+        result = finetune("--resume", "--output", parts)
     assert result.code == 130
-    assert "is as it was" in result.out
-    assert (tmp_path / FILE_NAME).read_bytes() == state
+    assert ("is as it was" if where == "fastlora_arm" else "fastlora 6 of 6 steps") in result.text
+    result = finetune("--resume", "--output", parts)
+    assert result.code == 0, result.err
+    assert losses(parts) == losses(tmp_path / "whole")
 
 
 def test_signal_to_a_real_process(tiny_model, text_file, tmp_path, fastlora_cli):
@@ -136,7 +148,7 @@ def test_signal_to_a_real_process(tiny_model, text_file, tmp_path, fastlora_cli)
     assert "state saved" in out
     assert "Traceback" not in err
     assert "Exception ignored" not in err
-    assert [path.name for path in output.iterdir()] == [FILE_NAME]
+    assert sorted(path.name for path in output.iterdir()) == [FILE_NAME, "steps.csv"]
 
 
 @pytest.fixture
@@ -191,10 +203,10 @@ def test_resume_from_a_foreign_safetensors_file(fastlora_cli, tmp_path):
 
 
 def test_signal_outside_of_a_deferred_block_raises_at_once_and_handlers_are_restored():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     with Interruption(), pytest.raises(Interrupted):
         signal.raise_signal(signal.SIGTERM)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_signal_in_a_deferred_block_waits_for_its_end():

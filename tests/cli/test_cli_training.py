@@ -9,7 +9,7 @@ import torch
 from fastlora import outputs
 from fastlora.errors import CommandError
 from fastlora.finetune.compare import LOSS_TOLERANCE, compare_losses
-from fastlora.finetune.data import batch_at, make_blocks, read_text
+from fastlora.finetune.data import Sequences, batch_at, make_blocks, read_text
 from fastlora.finetune.full import measure_full_finetuning
 from fastlora.finetune.loop import causal_loss, learning_rate_at
 from fastlora.finetune.memory import SavedTensors, distinct_bytes, peak_bytes, peak_method, reset_peak
@@ -18,11 +18,16 @@ from fastlora.finetune.settings import Settings
 CPU = torch.device("cpu")
 
 
+def learned(rows):
+    """Sequences whose every token the loss counts."""
+    return Sequences(torch.tensor(rows), torch.tensor(rows))
+
+
 def test_blocks_are_the_text_without_its_tail_each_on_one_side():
     blocks = make_blocks(list(range(105)), block_size=10, held_out=3, seed=0)
-    assert blocks.train.shape == (7, 10)
-    assert blocks.held_out.shape == (3, 10)
-    rows = torch.cat([blocks.train, blocks.held_out])
+    assert blocks.train.ids.shape == (7, 10)
+    assert blocks.held_out.ids.shape == (3, 10)
+    rows = torch.cat([blocks.train.ids, blocks.held_out.ids])
     assert torch.equal(rows[rows[:, 0].argsort()].flatten(), torch.arange(100))
 
 
@@ -67,7 +72,7 @@ def test_learning_rate_warms_up_peaks_and_decays():
 
 def test_causal_loss_predicts_the_next_token():
     vocabulary = 7
-    tokens = torch.tensor([[1, 2, 3, 4]])
+    tokens = learned([[1, 2, 3, 4]])
 
     class Successor(torch.nn.Module):
         def forward(self, input_ids, use_cache):
@@ -121,7 +126,7 @@ class Model(torch.nn.Module):
 
 def test_full_finetuning_counts_all_parameters_and_freezes_again():
     model = Model()
-    full = measure_full_finetuning(model, torch.tensor([[1, 2, 3]]), Settings())
+    full = measure_full_finetuning(model, learned([[1, 2, 3]]), Settings(measure_full=True))
     parameters = 4 * (11 * 6 + 6 * 6 + 6)
     assert full.tensor_bytes["weights"] == full.tensor_bytes["gradients"] == parameters
     assert [parameter.requires_grad for parameter in model.parameters()] == [True, False, False]
@@ -134,7 +139,7 @@ def test_full_finetuning_is_only_estimated_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(module, "free_memory", lambda device: 1000)
     model = Model()
     before = [parameter.clone() for parameter in model.parameters()]
-    full = measure_full_finetuning(model, torch.tensor([[1, 2, 3]]), Settings())
+    full = measure_full_finetuning(model, learned([[1, 2, 3]]), Settings(measure_full=True))
     assert not full.measured
     assert "saved for backward" not in full.tensor_bytes
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

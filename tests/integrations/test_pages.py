@@ -16,6 +16,7 @@ PAGE = re.compile(r"^\*\*(?P<title>[^*:.]+)[:.].*?```python\n(?P<code>.*?)```", 
 PAGES = {page["title"]: page["code"] for page in PAGE.finditer(fastlora.integrations.__doc__)}
 TITLES = [
     "PEFT and transformers' Trainer",
+    "TRL's SFTTrainer",
     "Plain PyTorch",
     "FSDP2",
     "Merge and serve",
@@ -51,6 +52,32 @@ def test_peft_and_trainer(tmp_path):
     )
     dataset = [{"input_ids": row, "labels": row} for batch in BATCHES for row in batch]
     run("PEFT and transformers' Trainer", tmp_path, arguments=arguments, dataset=dataset)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def word_tokenizer():
+    """As many words as the model has embeddings."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {"<eos>": 0, **{f"w{index}": index for index in range(1, 31)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>")
+
+
+def test_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=2, save_strategy="no", report_to=[], use_cpu=True, bf16=False
+    )
+    rows = [{"prompt": f"w{i} w{i + 1}", "completion": f" w{i + 2} w{i + 3}"} for i in range(1, 9)]
+    names = {"arguments": arguments, "dataset": Dataset.from_list(rows), "tokenizer": word_tokenizer()}
+    given = run("TRL's SFTTrainer", tmp_path, **names)
+    assert given["trainer"].state.global_step == 2
+    factors = [parameter for name, parameter in given["trainer"].model.named_parameters() if "lora_B" in name]
+    assert factors and all(factor.abs().max() > 0 for factor in factors)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
