@@ -2,6 +2,7 @@
 
 setuptools' backend is called as a front end would call it, on a copy of the files that git knows."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -95,12 +96,13 @@ def test_the_wheel_runs_where_it_is_unpacked(built, tmp_path):
     with zipfile.ZipFile(built["wheel"]) as archive:
         archive.extractall(tmp_path)
     script = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import fastlora; from fastlora.cli.main import main\n"
+        "import sys, fastlora; from fastlora.cli.main import main\n"
         "assert fastlora.__file__.startswith(sys.argv[1]), fastlora.__file__\n"
         "print(fastlora.available_backends()['cuda'])\n"
         "sys.argv = ['fastlora', '--version']; main()"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    command, alone = [sys.executable, "-c", script, str(tmp_path)], {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=alone)
     assert fastlora.__version__ in done.stdout, done.stderr
     assert "fastlora._C is not built" in done.stdout or "no CUDA device" in done.stdout
 
