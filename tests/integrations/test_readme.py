@@ -80,7 +80,7 @@ def test_its_scripts_are_whole_and_print_what_it_says(name, tmp_path, monkeypatc
 
     (script,), expected = blocks(section(name), "python"), blocks(section(name), "text")
     lines = [line for text in expected for line in text.splitlines()]
-    lines += re.findall(r"# prints (.*?)(?:;.*)?$", script, re.MULTILINE)
+    lines += re.findall(r"# prints (.*?)(?:[;:] .*)?$", script, re.MULTILINE)
     assert len(lines) == script.count("print(")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("FASTLORA_BACKEND", raising=False)
@@ -88,8 +88,8 @@ def test_its_scripts_are_whole_and_print_what_it_says(name, tmp_path, monkeypatc
     exec(compile(script, name, "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out.splitlines()
     for line in lines:
-        if torch.cuda.is_available() and (line.startswith("{") or line.isdecimal()):
-            continue  # counts of the reference
+        if torch.cuda.is_available() and line.startswith("{"):
+            continue  # counts of the reference, from a machine without one
         assert line in printed
     counts = fastlora.dispatch_counts()
     assert counts["fallbacks"] == {} and sum(n for key, n in counts.items() if key != "fallbacks") in (4, 112)
