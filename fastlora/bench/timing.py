@@ -20,7 +20,7 @@ class Timing:
     """Times of one variant in µs: median, quartiles, fastest; how many; "graph", "events" or "host".
 
     cpu_share: this thread's CPU time over wall time while it and the others were timed. On a machine that has nothing
-        else to do it is close to 1; None where the time is the GPU's.
+        else to do it is close to 1; None where the time is the GPU's, or the thread's own.
     """
 
     median_us: float
@@ -220,5 +220,5 @@ def time_calls(
             samples[name].append((clock() - begin) / calls * 1e6)
         if index + 1 >= MIN_ROUNDS and time.perf_counter() - started > seconds:
             break
-    share = None if device == "cuda" else cpu.value()
+    share = cpu.value() if method == "host" and device != "cuda" else None
     return {name: summarise(values, method, share) for name, values in samples.items()}

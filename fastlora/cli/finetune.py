@@ -151,8 +151,8 @@ def finetune(
     The loss counts every token of a text, the completion of a prompt, and the assistant's turns of messages, as the
     model's chat template writes them. Texts follow each other with an end-of-sequence token between.
 
-    AdamW without weight decay; the learning rate rises linearly over the first tenth of the steps, then falls as a
-    cosine to a tenth of its peak.
+    The optimiser is AdamW without weight decay. Its schedule: a linear warm-up over the first tenth of the steps, then
+    a cosine down to a tenth of the learning rate.
 
     Ctrl-C, SIGTERM and SIGHUP save the state; --resume goes on from there, bit for bit. With more --steps or another
     --learning-rate, the schedule is the new one's from there on. The exit code is 1 where the loss curves of --compare

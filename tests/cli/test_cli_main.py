@@ -27,6 +27,20 @@ def test_help_lists_every_command(fastlora_cli):
     assert all(f"\n  {name} " in result.out for name in COMMANDS)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_80_columns(fastlora_cli, name):
+    result = fastlora_cli(name, "--help")
+    assert result.code == 0
+    assert max(map(len, result.out.splitlines())) <= WIDTH
+
+
+def test_finetunes_help_names_the_schedule_and_where_else_to_go(fastlora_cli):
+    """The numbers are those of learning_rate_at, which has a test."""
+    text = fastlora_cli("finetune", "--help").text
+    assert "a linear warm-up over the first tenth of the steps, then a cosine down to a tenth" in text
+    assert "Trainer, TRL or axolotl" in text and "fastlora.integrations.peft.patch" in text
+
+
 def test_no_arguments_show_help_and_fail(fastlora_cli):
     result = fastlora_cli()
     assert result.code == 2

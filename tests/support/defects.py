@@ -50,12 +50,13 @@ class Defect:
 
 def _first(checks: Iterable[tuple[str, Callable[[], None]]]) -> Finding | None:
     for by, check in checks:
-        if failure := _failure(check):
-            return Finding(*failure, by)
+        if found := failure(check):
+            return Finding(*found, by)
     return None
 
 
-def _failure(check: Callable[[], None]) -> tuple[str, str] | None:
+def failure(check: Callable[[], None]) -> tuple[str, str] | None:
+    """The kind and the text of a check's failure, or None; the workspaces are the check's own."""
     with pytest.MonkeyPatch.context() as patch:
         poison(patch)
         patch.setattr(workspace, "_by_stream", {})

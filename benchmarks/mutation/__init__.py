@@ -1,0 +1,1 @@
+"""How many mutants made by rule the tests find."""
