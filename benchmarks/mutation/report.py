@@ -3,37 +3,48 @@
 from collections import Counter
 
 
-def report(seed: int, wanted: int, rows: list[dict]) -> str:
+def is_missed(row: dict) -> bool:
+    """Nothing found it, and no reason for that is on record."""
+    return not (row["stillborn"] or row["found"] or row["reason"])
+
+
+def report(seed: int, wanted: dict[str, int], rows: list[dict]) -> str:
     """The results as Markdown."""
-    living = [row for row in rows if not row["stillborn"]]
-    found = [row for row in living if row["found"]]
-    excused = [row for row in living if not row["found"] and row["reason"]]
-    missed = [row for row in living if not row["found"] and not row["reason"]]
+    counts = " ".join(f"--{language} {count}" for language, count in wanted.items())
     lines = [
         "# Mutation score",
         "",
-        f"`python -m benchmarks.mutation --seed {seed} --triton {wanted}`: mutants made by the rules of",
-        "`tests/support/python_mutations.py`, by the checks of `make test`.",
+        f"`python -m benchmarks.mutation --seed {seed} {counts}`: mutants made by the rules of",
+        "`tests/support/python_mutations.py` and `cpp_mutations.py`, by the checks of `make test`. Those that the",
+        "compiler refused do not count; others change nothing, for a reason that is given.",
         "",
-        f"{len(living)} mutants: {len(found)} found, {len(excused)} that change nothing, {len(missed)} missed; besides",
-        f"{len(rows) - len(living)} that the compiler refused. Found of those that change something:"
-        f" {_score(len(found), len(living) - len(excused))}.",
-        "",
-        "| rule | mutants | found | change nothing | missed |",
-        "|---|---|---|---|---|",
+        "| | wanted | mutants | found | change nothing | missed | refused | found of those that change something |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for rule, count in sorted(Counter(row["rule"] for row in living).items()):
-        of_rule = [sum(row["rule"] == rule for row in each) for each in (found, excused, missed)]
-        lines.append(f"| {rule} | {count} | {of_rule[0]} | {of_rule[1]} | {of_rule[2]} |")
-    lines += ["", "What found them:", ""]
-    lines += [f"- {check}: {count}" for check, count in Counter(row["found"] for row in found).most_common()]
-    lines += ["", "Where:", ""]
-    lines += [f"- {by}: {count}" for by, count in Counter(row["by"] for row in found).most_common()]
-    for title, some in (("Missed", missed), ("Change nothing", excused)):
-        lines += ["", f"## {title}", ""] if some else []
-        lines += [f"- `{row['mutant']}`{': ' + row['reason'] if row['reason'] else ''}" for row in some]
+    for language, count in wanted.items():
+        some = [row for row in rows if row["language"] == language]
+        lines.append(f"| {language} | {count} | {_cells(some)} |")
+    lines += [
+        "",
+        "| rule | mutants | found | change nothing | missed | refused | share |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for rule in sorted({row["rule"] for row in rows}):
+        lines.append(f"| {rule} | {_cells([row for row in rows if row['rule'] == rule])} |")
+    for title, key in (("What found them", "found"), ("By which check", "by")):
+        found = Counter(row[key] for row in rows if row["found"]).most_common()
+        lines += ["", f"{title}:", "", *(f"- {name}: {count}" for name, count in found)]
+    missed = [row for row in rows if is_missed(row)]
+    lines += ["", "## Missed", "", *(f"- `{row['mutant']}`" for row in missed)] if missed else []
+    excused = [row for row in rows if row["reason"] and not row["found"]]
+    if excused:
+        lines += ["", "## Change nothing", "", *(f"- `{row['mutant']}`: {row['reason']}" for row in excused)]
     return "\n".join(lines) + "\n"
 
 
-def _score(found: int, all_: int) -> str:
-    return f"{100 * found / all_:.1f} %" if all_ else "none yet"
+def _cells(rows: list[dict]) -> str:
+    living = [row for row in rows if not row["stillborn"]]
+    found = sum(row["found"] is not None for row in living)
+    missed = sum(map(is_missed, living))
+    share = f"{100 * found / (found + missed):.1f} %" if found + missed else ""
+    return f"{len(living)} | {found} | {len(living) - found - missed} | {missed} | {len(rows) - len(living)} | {share}"

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from tests.support import generated, mutants, python_mutations
+from tests.support import cpp_mutations, generated, generated_cuda, generated_triton, mutants, python_mutations
 
 CASES = {
     "constant": ("x = 4", {"x = 5", "x = 3"}),
@@ -58,9 +58,41 @@ def test_mutants_of_the_kernels_are_python(module):
 
 
 def test_the_order_is_the_seeds():
-    every = generated.of_triton()
+    every = generated_triton.mutations()
     names = [each.name for each in generated.in_order(1, every)]
     assert names == [each.name for each in generated.in_order(1, every)] and len(set(names)) == len(names)
     assert names != [each.name for each in generated.in_order(2, every)] and sorted(names) == sorted(
         each.name for each in every
     )
+
+
+CPP_CASES = {
+    "constant": ("x = 4;", {"x = 5;", "x = 3;"}),
+    "comparison": ("x = a < b;", {"x = a <= b;", "x = a >= b;"}),
+    "operator": ("x = a + b;", {"x = a - b;"}),
+    "connective": ("x = a && b;", {"x = a || b;"}),
+    "condition": ("if (f(a)) x = b;", {"if (!(f(a))) x = b;"}),
+    "extreme": ("x = min(a, b);", {"x = max(a, b);"}),
+    "narrowed": ("x = int64_t(a) * b;", {"x = int(a) * b;"}),
+    "wrong of a pair": ("x = tile.row;", {"x = tile.column;"}),
+    "removed": ("c.sync_warpgroup();", {";"}),
+    "dropped call": ("c.advance_stage();", {";"}),
+    "dropped statement": ("p.count = a;", {";"}),
+    "moved": ("fence_async_shared();\n  x = b;", {"x = b;\n  fence_async_shared();"}),
+}
+
+
+@pytest.mark.parametrize("rule", CPP_CASES)
+def test_a_rule_for_cpp(rule):
+    body, wanted = CPP_CASES[rule]
+    text = f"// 7 + 8\nvoid f() {{  // a < b\n  {body}\n}}\n"
+    found = {m.apply(text) for m in cpp_mutations.find(text) if m.rule == rule}
+    assert found >= {text.replace(body, each) for each in wanted}
+    assert all(m.apply(text).startswith("// 7 + 8") for m in cpp_mutations.find(text)), "comments are left alone"
+
+
+def test_mutants_of_csrc():
+    found = generated_cuda.mutations()
+    assert {each.path for each in found} >= {"csrc/schedule.h", "csrc/sm90/producer.cuh", "csrc/host/plan.cpp"}
+    assert not any("wgmma.cuh" in each.path or "spin" in each.path for each in found)
+    assert len({each.name for each in found}) == len(found)

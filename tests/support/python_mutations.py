@@ -3,7 +3,8 @@
 import ast
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+from tests.support.mutation import Mutation
 
 # What is easily taken for another: attributes and names of the two sides of something.
 _PAIRS = (
@@ -21,30 +22,6 @@ _COMPARED = {
 _CALCULATED = {ast.Add: "-", ast.Sub: "+", ast.Mult: "+", ast.FloorDiv: "*", ast.Mod: "//", ast.BitAnd: "|"}
 _SYNCHRONISES = re.compile(r"(tl\.debug_barrier|wait_for|publish)\(.*\)$", re.S)
 _EXTREMES = {"minimum": "maximum", "maximum": "minimum", "min": "max", "max": "min"}
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """``new`` in the place of characters ``start`` to ``end`` of a file, which hold ``old``. rule: its name."""
-
-    rule: str
-    start: int
-    end: int
-    old: str
-    new: str
-
-    def apply(self, text: str) -> str:
-        """
-        Raises:
-            ValueError: the text is another than the one that the mutation was made for.
-        """
-        if text[self.start : self.end] != self.old:
-            raise ValueError(f"no {self.old!r} at character {self.start}")
-        return text[: self.start] + self.new + text[self.end :]
-
-    def line(self, text: str) -> int:
-        """From 1."""
-        return text.count("\n", 0, self.start) + 1
 
 
 def find(text: str) -> list[Mutation]:
