@@ -107,6 +107,11 @@ class Sequences:
         positions = torch.arange(1, self.labels.shape[1] + 1)
         return ((self.labels != IGNORED) * positions).amax(dim=1)
 
+    @property
+    def tokens(self) -> int:
+        """All of them, without padding."""
+        return int(self.lengths().sum())
+
     def trimmed(self) -> "Sequences":
         """Without the columns that change no loss."""
         longest = int(self.lengths().max())
@@ -122,7 +127,7 @@ class TokenBlocks:
 
     @property
     def tokens(self) -> int:
-        return int(self.train.lengths().sum() + self.held_out.lengths().sum())
+        return self.train.tokens + self.held_out.tokens
 
     def fingerprint(self) -> str:
         """A hash of all ids and labels, which tells a resumed run that it sees the text it began with."""

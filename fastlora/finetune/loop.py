@@ -181,7 +181,7 @@ def train(
                 loss = _step(arm, batch, settings)
                 record.step_seconds.append(time.perf_counter() - start)
                 record.learning_rates.append(arm.optimizer.param_groups[0]["lr"])
-                record.step_tokens.append(int(batch.lengths().sum()))
+                record.step_tokens.append(batch.tokens)
                 record.losses.append(loss)
                 on_step(loss)
     finally:

@@ -115,9 +115,12 @@ def load_skeleton(source: ModelSource) -> nn.Module | None:
         return None  # what is wrong, loading the weights says
 
 
-def load_weights(source: ModelSource, dtype: torch.dtype | str, device: torch.device) -> nn.Module:
-    """The causal language model alone, with a bar on stderr; dtype "auto" keeps the file's. Raises as `load_model`."""
-    return _load("AutoModelForCausalLM", source, show_progress=True, dtype=dtype).to(device)
+def load_weights(
+    source: ModelSource, dtype: torch.dtype | str, device: torch.device, show_progress: bool = False
+) -> nn.Module:
+    """The causal language model alone, with a bar on stderr where that is wanted; dtype "auto" keeps the file's. Raises
+    as `load_model`."""
+    return _load("AutoModelForCausalLM", source, show_progress, dtype=dtype).to(device)
 
 
 def load_for_task(source: ModelSource, task: str | None, device: torch.device) -> tuple[nn.Module, set[str]]:

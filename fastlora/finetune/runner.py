@@ -126,7 +126,7 @@ class Runner:
             raise CommandError(f"cannot resume from {self.saved.path}: the text or the tokenizer is no longer the same")
         if skeleton is not None:
             self._checked_prompt(skeleton, tokenizer, blocks)
-        base = load_weights(source, getattr(torch, settings.dtype), self.device)
+        base = load_weights(source, getattr(torch, settings.dtype), self.device, show_progress=True)
         check_targets(base, settings)
         prompt_ids = self._checked_prompt(base, tokenizer, blocks)
         for note in encoded.notes:

@@ -31,7 +31,7 @@ def make_report(trainer: Trainer, command: str) -> tuple[dict, dict[str, bytes]]
         "environment": describe(trainer.device.type),
         "model": trainer.label,
         "settings": settings.to_dict(),
-        "held_out_tokens": trainer.blocks.held_out.numel(),
+        "held_out_tokens": trainer.blocks.held_out.tokens,
         "text": {"sha256": trainer.blocks.fingerprint(), "tokens": trainer.blocks.tokens},
         "base_loss": trainer.base_loss(),
         "budget": plan.budget,

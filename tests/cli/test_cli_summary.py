@@ -138,7 +138,7 @@ def test_an_adapter_over_a_gguf_file_loads_by_the_lines_that_are_shown(finetune,
 def test_unknown_targets_are_found_before_the_weights_load(finetune, tiny_model, monkeypatch, tmp_path):
     from fastlora.finetune import runner
 
-    monkeypatch.setattr(runner, "load_weights", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(runner, "load_weights", lambda *args, **options: pytest.fail("loaded"))
     for via in ("fastlora", "peft"):
         result = finetune("--targets", "query", "--via", via, "--output", tmp_path)
         assert result.code == 2 and "'query'" in result.error_line and "q_proj" in result.error_line
