@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from fastlora.bench.names import SECTIONS
+from fastlora.bench.run import lowest_cpu_share
 from fastlora.bench.tables import report_tables
 from fastlora.bench.verdict import verdict
 from fastlora.files import write_file
@@ -31,6 +32,9 @@ def environment_lines(report: dict) -> list[str]:
         lines.insert(1, "GPU: " + ", ".join(f"{name} {value}" for name, value in env["gpu"].items()))
     peaks = ", ".join(f"{value:.4g} TFLOP/s ({name})" for name, value in report["peaks"]["matmul_tflops"].items())
     lines.insert(-1, f"Measured peaks: copy {report['peaks']['copy_gbs']:.4g} GB/s, matrix product {peaks}")
+    share = lowest_cpu_share(report)
+    if share is not None:
+        lines.append(f"The timed work had {share:.0%} of a CPU at worst; what it lacked to 100% ran beside it")
     if "unfinished" in report:
         lines.append(f"Not finished: {report['unfinished']}")
     return lines

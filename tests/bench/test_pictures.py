@@ -9,7 +9,7 @@ import pytest
 from benchmarks import ROOT
 from fastlora.bench import plots
 from fastlora.bench.cases import preset_cases
-from fastlora.bench.report import write_report
+from fastlora.bench.report import environment_lines, write_report
 from fastlora.bench.verdict import headline_case, means_over_cases, verdict
 
 MEASURED = ROOT / "benchmarks" / "results" / "cpu" / "bench.json"
@@ -106,6 +106,15 @@ def test_the_comparison_comes_first(tmp_path):
     text = files[1].read_text().splitlines()
     assert [line for line in text if line][1:3] == [result, "![variants](variants.png)"]
     assert all(path.stat().st_size < 150_000 for path in files if path.suffix == ".png")
+
+
+def test_the_page_says_how_busy_the_machine_was(tmp_path):
+    report = json.loads(MEASURED.read_text())
+    said = "The timed work had 37% of a CPU at worst"
+    assert said not in "".join(environment_lines(report))
+    for number, each in enumerate(report["layer"]):
+        each["cpu_share"] = 0.37 if number == 5 else 1.0
+    assert said in "".join(environment_lines(report))
 
 
 def test_the_committed_report_is_written_by_this_code(tmp_path):
