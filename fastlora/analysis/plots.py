@@ -97,6 +97,7 @@ def amplification_png(title: str, rows: list[dict], along: str = "layer") -> byt
         for axes in (norms, factors):
             _name_layers(axes, members, along)
             axes.grid(axis="y", alpha=0.3)
+            axes.minorticks_off()  # half of the time that drawing takes
     figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return png_bytes(figure)
 
@@ -144,6 +145,7 @@ def spectra_png(title: str, rows: list[dict]) -> bytes:
             axes.plot(range(1, len(values) + 1), values, marker=".", linewidth=0.9, color=colour)
         axes.set(title=_plain(kind, 40), yscale="log" if largest > 0 else "linear")
         axes.grid(alpha=0.3)
+        axes.minorticks_off()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         if place % columns == 0:
             axes.set_ylabel("σᵢ of ΔW")
