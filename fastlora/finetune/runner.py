@@ -167,6 +167,8 @@ class Runner:
         settings = self.settings
         if self.saved is not None and arm.name in self.saved.records:
             self.saved.restore(arm)
+            if arm.record.step >= settings.steps:
+                self.say(f"{arm.name}: all {settings.steps} steps are done; more --steps would go further")
         record = arm.record
         if not record.held_out:
             before = self._held_out(arm, blocks) if held_out_before is None else held_out_before

@@ -109,7 +109,8 @@ def test_the_adapter_is_there_before_anything_is_measured_about_it(finetune, fas
     after = contents(tmp_path)
     assert after[WEIGHTS] != before[WEIGHTS]
     assert not after.keys() & {"report.json", "loss.png"}  # those were about another adapter
-    assert fastlora_cli("finetune", "--output", tmp_path, "--resume").code == 0
+    result = fastlora_cli("finetune", "--output", tmp_path, "--resume")
+    assert result.code == 0 and "fastlora: all 3 steps are done; more --steps would go further" in result.text
     assert contents(tmp_path)[WEIGHTS] == after[WEIGHTS] and len(run_of(tmp_path)["losses"]) == 3
 
 
