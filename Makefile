@@ -24,7 +24,7 @@ STAGE ?= contact
 CLANG_FORMAT = $(RUN) -c "from clang_format import clang_format; clang_format()"
 CUDA_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: help install demo test test-sweep test-values lint check format wheel gpu gpu-objects clean
+.PHONY: help install demo test test-sweep test-values lint check format wheel sdist gpu gpu-objects clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -64,8 +64,9 @@ lint: install  ## ruff, mypy, clang-format: lint, types and format
 	$(RUN) -m mypy
 	$(CLANG_FORMAT) --dry-run -Werror $(CUDA_SOURCES)
 
-check: install  ## the README's tables, the counted traffic and the kernels' machine code are those of the results
+check: install  ## the pages' tables and picture, the counted traffic and the kernels' machine code are those of the results
 	$(RUN) -m benchmarks.readme_tables --check
+	$(RUN) -m benchmarks.readme_picture --check
 	$(RUN) -m benchmarks.traffic --check
 	$(RUN) -m benchmarks.cuda_resources --check
 
@@ -76,6 +77,9 @@ format: install  ## what ruff and clang-format can mend
 
 wheel: install  ## build the wheel into dist/
 	$(RUN) -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+sdist: install  ## the source distribution, into dist/; a wheel is made of it wherever it is installed
+	$(RUN) -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
 
 # Nothing is installed where a torch is at hand: such a machine may have no network, and the checkout runs as it is.
 # What was compiled beforehand (make gpu-objects) is linked; else it is compiled there.

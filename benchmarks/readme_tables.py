@@ -1,4 +1,4 @@
-"""Fills the README's tables from result files, so that none is typed.
+"""Fills the tables of README pages from result files, so that none is typed.
 
 A table stands between two comments; the first names the table and the file that it comes from:
 
@@ -10,6 +10,7 @@ A table stands between two comments; the first names the table and the file that
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from fastlora.bench.tables import case_label, host_table, model_table, ratio_tab
 from fastlora.study.results import amplification_table, budget_table, ranks_table, similarity_table
 from fastlora.tables import MIB, Table
 
+PAGES = ("README.md", "benchmarks/results/README.md")
 BLOCK = re.compile(r"(<!-- table: (\S+) (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -76,8 +78,8 @@ TABLES: dict[str, Callable[[dict], Table]] = {
 }
 
 
-def block_text(kind: str, path: str, root: Path) -> str:
-    """A table and the line that says where it comes from.
+def block_text(kind: str, path: str, root: Path, folder: str = "") -> str:
+    """A table and the line that says where it comes from, for a page in a folder under the root.
 
     Raises:
         ValueError: no such kind of table, or no such file.
@@ -89,7 +91,7 @@ def block_text(kind: str, path: str, root: Path) -> str:
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
     heading, body = TABLES[kind](report).to_markdown().split("\n", 1)
-    note = f"[{path}]({path}), {made_with(report)}: `{report['command']}`"
+    note = f"[{path}]({os.path.relpath(path, folder or '.')}), {made_with(report)}: `{report['command']}`"
     return f"**{heading.removeprefix('## ')}**\n{body}\n{note}\n"
 
 
@@ -103,26 +105,27 @@ def made_with(report: dict) -> str:
     return f"{source}, torch {env['versions']['torch']}, commit {commit}, {env['date'][:10]}"
 
 
-def fill(text: str, root: Path) -> str:
-    """The text with every marked table made anew."""
-    return BLOCK.sub(lambda found: found[1] + block_text(found[2], found[3], root) + found[4], text)
+def fill(text: str, root: Path, folder: str = "") -> str:
+    """The text of a page in a folder under the root, with every marked table made anew."""
+    return BLOCK.sub(lambda found: found[1] + block_text(found[2], found[3], root, folder) + found[4], text)
 
 
 @click.command()
-@click.option("--readme", default=ROOT / "README.md", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--check", is_flag=True, help="Write nothing; exit code 1 where a table is not up to date.")
-def main(readme: Path, check: bool) -> None:
-    """Rewrite the README's tables from benchmarks/results."""
-    text = readme.read_text()
-    try:
-        filled = fill(text, ROOT)
-    except ValueError as error:
-        raise click.UsageError(str(error)) from error
-    if check and filled != text:
-        raise click.ClickException(f"{readme} has tables that are not those of benchmarks/results")
-    if not check:
-        readme.write_text(filled)
-    click.echo(f"{len(BLOCK.findall(text))} tables, {'up to date' if filled == text else 'rewritten'}")
+def main(check: bool) -> None:
+    """Rewrite the pages' tables from benchmarks/results."""
+    for name in PAGES:
+        page = ROOT / name
+        text = page.read_text()
+        try:
+            filled = fill(text, ROOT, str(Path(name).parent))
+        except ValueError as error:
+            raise click.UsageError(f"{name}: {error}") from error
+        if check and filled != text:
+            raise click.ClickException(f"{name} has tables that are not those of benchmarks/results")
+        if not check:
+            page.write_text(filled)
+        click.echo(f"{name}: {len(BLOCK.findall(text))} tables, {'up to date' if filled == text else 'rewritten'}")
 
 
 if __name__ == "__main__":

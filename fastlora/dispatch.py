@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from fastlora.backends import composed, reference, tuning
 from fastlora.backends.target import target_of
@@ -63,13 +64,11 @@ def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
 def triton_unusable(device: torch.device | None = None) -> str | None:
     """Why Triton's kernels cannot run on a device (None: the current one), or None. That there is no device is a
     PassingReason."""
-    from packaging.version import Version
-
     try:
         import triton
     except ImportError as error:
         return f"not installed ({error}); pip install 'fastlora[triton]'"
-    if Version(triton.__version__) < Version("3.6"):
+    if TorchVersion(triton.__version__) < "3.6":
         return f"version {triton.__version__} is older than 3.6; pip install --upgrade 'triton>=3.6'"
     if triton.knobs.runtime.interpret:
         return backend_module("triton").interpreter_unusable()

@@ -1,19 +1,28 @@
-"""The paper's figures as PNG: heat maps of φ, bars of the amplification, spectra of ΔW."""
+"""The paper's figures as PNG: heat maps of φ, the amplification, spectra of ΔW. Each title says what to see."""
 
 import io
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastlora.analysis.tables import shown, types_of
+from fastlora.analysis.tables import NONE, number, shown, types_of
 
 DPI = 90
-BARS = (("delta_projection", "of ΔW"), ("weight_projection", "of W"), ("random_projection", "of a random matrix"))
+SERIES = (
+    ("weight_projection", "along W's own strongest directions", "s-"),
+    ("delta_projection", "along ΔW's directions", "o-"),
+    ("random_projection", "along random directions", "^:"),
+)
+WHAT_TO_SEE = "bright: the first i directions lie within the others' first j; dark: they have nothing in common"
 _MOST_TYPES = 40  # a picture of more rows has more pixels than a PNG may have
-_FLOOR = 1e-12  # what a logarithmic axis shows instead of zero
+_MOST_LABELS = 8  # points of a line that have room for their values
+_LEAST_SHARE = 1e-6  # of the largest singular value; what is smaller is rounding, and would stretch the scale
 
 Panel = tuple[str, Sequence[Sequence[float]]]
 
@@ -27,21 +36,22 @@ def png_bytes(figure: Figure) -> bytes:
 
 
 def similarity_png(title: str, panels: Sequence[Panel], axes_names: tuple[str, str] = ("i", "j")) -> bytes:
-    """Heat maps of φ(i, j), a row a panel: the whole table, and its lower triangle j ≤ i enlarged.
+    """Heat maps of φ(i, j), a row a panel: the whole table, and its lower triangle j ≤ i enlarged. Each row's title has
+    φ(1, 1), whether the strongest directions are the same.
 
     Args:
         panels: label and table [r1][r2] of each row; NaN stays blank.
         axes_names: what i and j count.
     """
-    figure = Figure(figsize=(10, 0.6 + 2.9 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(10, 1.1 + 2.5 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), 2, squeeze=False, width_ratios=(2, 1))
-    figure.suptitle(_plain(title))
+    figure.suptitle(f"{_plain(title)}\n{WHAT_TO_SEE}")
     for (whole, zoom), (label, table) in zip(grid, panels, strict=True):
         values = np.array(table, dtype=float)
         side = min(values.shape)
         square = values[:side, :side]
         triangle = np.where(np.tri(side, dtype=bool), square, np.nan)
-        image = _heat_map(whole, values, label, axes_names)
+        image = _heat_map(whole, values, f"{label}: φ(1, 1) = {number(values[0, 0], 2)}", axes_names)
         _heat_map(zoom, triangle, "lower triangle", axes_names)
         figure.colorbar(image, ax=[whole, zoom], label="φ", shrink=0.9)
     return png_bytes(figure)
@@ -65,49 +75,86 @@ def _heat_map(axes, values: np.ndarray, title: str, names: tuple[str, str]):
 
 
 def amplification_png(title: str, rows: list[dict], along: str = "layer") -> bytes:
-    """A row a matrix type: bars of ‖UᵀWV‖ for every layer, and the amplification factor.
+    """A row a matrix type: at the left how large W is along three sets of directions, at the right the amplification
+    factor, which is ‖ΔW‖ over the first of them. Logarithmic, one scale for all types.
 
     Args:
         rows: layers with "amplification", as `analyze_layers` returns them; what has no layer number shows its path.
         along: what stands side by side.
     """
     types, title = _first_types(rows, title)
-    figure = Figure(figsize=(11, 0.6 + 2.4 * len(types)), layout="constrained")
-    grid = figure.subplots(len(types), 2, squeeze=False, width_ratios=(3, 2))
-    figure.suptitle(_plain(title))
+    figure = Figure(figsize=(11, 1.2 + 2.3 * len(types)), layout="constrained")
+    grid = figure.subplots(len(types), 2, squeeze=False, sharey="col")
+    figure.suptitle(f"{_plain(title)}\nright, above 1: along ΔW's directions, ΔW is larger than W")
     for (norms, factors), (kind, members) in zip(grid, types.items(), strict=True):
-        places = np.arange(len(members))
-        for index, (field, label) in enumerate(BARS):
-            heights = [np.maximum(_finite(row["amplification"][field]), _FLOOR) for row in members]
-            norms.bar(places + 0.27 * (index - 1), heights, width=0.27, label=label)
-        norms.set(title=_plain(kind), ylabel="‖UᵀWV‖", yscale="log")
-        factors.bar(places, [_finite(row["amplification"]["factor"]) for row in members], color="tab:purple")
-        factors.set(title=f"{_plain(kind)}: ‖ΔW‖ / ‖UᵀWV‖", ylabel="factor")
+        for field, label, style in SERIES:
+            _points(norms, [row["amplification"][field] for row in members], style, label=label)
+        of_factors = [row["amplification"]["factor"] for row in members]
+        _points(factors, of_factors, "D-", color="tab:red", values_shown=len(members) <= _MOST_LABELS)
+        factors.axhline(1.0, color="black", linewidth=1, linestyle="--")
+        norms.set(title=f"{_plain(kind, 40)}: how large W is, ‖UᵀWV‖", yscale="log")
+        factors.set(title=f"{_plain(kind, 40)}: ‖ΔW‖ ÷ ‖UᵀWV‖ is {_range_text(of_factors)}", yscale="log")
         for axes in (norms, factors):
             _name_layers(axes, members, along)
-    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+            axes.grid(axis="y", alpha=0.3)
+            axes.minorticks_off()  # half of the time that drawing takes
+    figure.legend(*grid[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return png_bytes(figure)
 
 
+def _points(axes, values: Sequence[float | None], style: str, *, values_shown: bool = False, **options) -> None:
+    """Markers, joined, each with its value on request. A logarithmic axis shows what is above 0 alone."""
+    heights = [value if value > 0 else np.nan for value in map(_finite, values)]
+    axes.plot(range(len(values)), heights, style, markersize=5, **options)
+    axes.margins(y=0.2)
+    for place, value in enumerate(heights if values_shown else ()):
+        if np.isfinite(value):
+            offset = {"xytext": (0, 5), "textcoords": "offset points", "ha": "center", "fontsize": "small"}
+            axes.annotate(number(value, 2), (place, value), **offset)
+
+
+def _range_text(values: Sequence[float | None]) -> str:
+    """The least and the greatest of the values that are numbers."""
+    known = [value for value in map(_finite, values) if np.isfinite(value)]
+    if not known:
+        return NONE
+    least, most = number(min(known), 2), number(max(known), 2)
+    return least if least == most else f"{least} to {most}"
+
+
 def spectra_png(title: str, rows: list[dict]) -> bytes:
-    """A panel a matrix type: the singular values of ΔW, a line a layer, coloured from the first layer to the last."""
+    """A panel a matrix type: the singular values of ΔW, a line a layer, coloured from the first layer to the last. All
+    panels have one scale; values below a millionth of the largest are left out."""
     types, title = _first_types(rows, title)
     columns = min(4, len(types))
     lines = -(-len(types) // columns)
-    figure = Figure(figsize=(1 + 3.2 * columns, 0.6 + 2.8 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).flat
-    figure.suptitle(_plain(title))
-    for axes, (kind, members) in zip(grid, types.items(), strict=False):
+    figure = Figure(figsize=(2 + 2.8 * columns, 1.0 + 2.6 * lines), layout="constrained")
+    cells = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
+    for axes in cells[len(types) :]:
+        axes.remove()
+    figure.suptitle(
+        f"{_plain(title)}\nhow strongly each of ΔW's directions acts: steep means that a lower rank would do"
+    )
+    largest = max((value for row in rows for value in row["spectrum"] if np.isfinite(value)), default=0.0)
+    most_layers = max(map(len, types.values()))
+    for place, (axes, (kind, members)) in enumerate(zip(cells, types.items(), strict=False)):
         for index, row in enumerate(members):
-            values = np.maximum(row["spectrum"], _FLOOR)
+            values = np.array(row["spectrum"], dtype=float)
+            values[~(values > _LEAST_SHARE * largest)] = np.nan
             colour = _colour(index, len(members))
             axes.plot(range(1, len(values) + 1), values, marker=".", linewidth=0.9, color=colour)
-        axes.set(
-            title=f"{_plain(kind)}: {len(members)} layers, dark to light", xlabel="i", ylabel="σᵢ of ΔW", yscale="log"
-        )
+        axes.set(title=_plain(kind, 40), yscale="log" if largest > 0 else "linear")
+        axes.grid(alpha=0.3)
+        axes.minorticks_off()
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    for axes in list(grid)[len(types) :]:
-        axes.remove()
+        if place % columns == 0:
+            axes.set_ylabel("σᵢ of ΔW")
+        if place + columns >= len(types):
+            axes.set_xlabel("i")
+            axes.tick_params(labelbottom=True)
+    if most_layers > 1:
+        scale = ScalarMappable(Normalize(1, most_layers), "viridis")
+        figure.colorbar(scale, ax=cells[: len(types)], label="layer of its type", ticks=MaxNLocator(integer=True))
     return png_bytes(figure)
 
 
@@ -129,8 +176,6 @@ def _finite(value: float | None) -> float:
 
 
 def _colour(index: int, count: int) -> tuple:
-    from matplotlib import colormaps
-
     return colormaps["viridis"](index / max(1, count - 1))
 
 

@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from fastlora.bench.names import SECTIONS
+from fastlora.bench.run import lowest_cpu_share
 from fastlora.bench.tables import report_tables
+from fastlora.bench.verdict import verdict
 from fastlora.files import write_file
 
 STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80rem;padding:0 1rem}
@@ -30,6 +32,9 @@ def environment_lines(report: dict) -> list[str]:
         lines.insert(1, "GPU: " + ", ".join(f"{name} {value}" for name, value in env["gpu"].items()))
     peaks = ", ".join(f"{value:.4g} TFLOP/s ({name})" for name, value in report["peaks"]["matmul_tflops"].items())
     lines.insert(-1, f"Measured peaks: copy {report['peaks']['copy_gbs']:.4g} GB/s, matrix product {peaks}")
+    share = lowest_cpu_share(report)
+    if share is not None:
+        lines.append(f"The timed work had {share:.0%} of a CPU at worst; what it lacked to 100% ran beside it")
     if "unfinished" in report:
         lines.append(f"Not finished: {report['unfinished']}")
     return lines
@@ -61,10 +66,11 @@ def write_report(report: dict, directory: Path) -> list[Path]:
     if pictures is None:
         facts.append("Pictures: none for want of matplotlib; `fastlora bench --from bench.json` draws them where it is")
     title = f"fastlora bench, {report['preset']}: {report['environment']['device_name']}"
-    text = [f"# {title}", "", *(f"- {fact}" for fact in facts), ""]
-    text += [f"![{path.stem}]({path.name})" for path in pictures or ()]
+    result = verdict(report)
+    first, *others = [f"![{path.stem}]({path.name})" for path in pictures or ()] or [""]
+    text = [f"# {title}", "", result, "", first, "", *(f"- {fact}" for fact in facts), "", *others]
     files[1].write_text("\n".join([*text, "", *(table.to_markdown() for table in tables)]))
-    files[2].write_text(_page(title, facts, pictures or [], [table.to_html() for table in tables]))
+    files[2].write_text(_page(title, result, facts, pictures or [], [table.to_html() for table in tables]))
     return [*files, *(pictures or ())]
 
 
@@ -77,15 +83,17 @@ def _pictures(report: dict, directory: Path) -> list[Path] | None:
     return draw_all(report, directory)
 
 
-def _page(title: str, facts: list[str], pictures: list[Path], tables: list[str]) -> str:
+def _page(title: str, result: str, facts: list[str], pictures: list[Path], tables: list[str]) -> str:
     items = "".join(f"<li>{html.escape(fact)}</li>" for fact in facts)
-    images = "".join(
+    images = [
         f'<img alt="{path.stem}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">\n'
         for path in pictures
-    )
+    ]
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{STYLE}</style></head><body><h1>{html.escape(title)}</h1><ul>{items}</ul>\n{images}"
-        + "".join(tables)
+        f"<style>{STYLE}</style></head><body><p><strong>{html.escape(result)}</strong></p>\n"
+        + "".join(images[:1])
+        + f"<h1>{html.escape(title)}</h1><ul>{items}</ul>\n"
+        + "".join([*images[1:], *tables])
         + "</body></html>\n"
     )

@@ -15,16 +15,16 @@ def case_label(row: dict) -> str:
     return f"M {row['m']}, N {row['n']}, K {row['k']}, R {row['r']}{dropout}, {row['dtype']}"
 
 
-def _unique(values) -> list:
+def unique(values) -> list:
     return list(dict.fromkeys(values))
 
 
 def ratio_table(rows: list[dict], which: str) -> Table:
     """Every case's ratio to the frozen layer, a column per variant, and their geometric mean."""
     chosen = [row for row in rows if row["pass"] == which]
-    variants = [name for name in _unique(row["variant"] for row in chosen) if name != "frozen"]
+    variants = [name for name in unique(row["variant"] for row in chosen) if name != "frozen"]
     lines, ratios = [], {name: [] for name in variants}
-    for label in _unique(map(case_label, chosen)):
+    for label in unique(map(case_label, chosen)):
         found = {row["variant"]: row for row in chosen if case_label(row) == label}
         cells = [label, time_text(found["frozen"]["median_us"])]
         for name in variants:

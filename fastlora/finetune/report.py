@@ -17,7 +17,7 @@ from fastlora.finetune.settings import Settings
 from fastlora.model import TrainableParameters
 
 _PACKAGES = ("torch", "triton", "transformers", "peft")
-SMOOTHED_STEPS = 20  # the mean is over as many at most, and over a tenth of the run
+SMOOTHED_STEPS = 20  # the mean is over as many at most, and over a fifth of the run
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def as_dict(settings: Settings, model_label: str, blocks: TokenBlocks, results: 
 
 
 def running_mean(values: list[float]) -> list[float]:
-    """Means over the last steps, as many as there are up to a tenth of all and SMOOTHED_STEPS."""
-    window = max(1, min(SMOOTHED_STEPS, len(values) // 10))
+    """Means over the last steps, as many as there are up to a fifth of all and SMOOTHED_STEPS."""
+    window = max(1, min(SMOOTHED_STEPS, len(values) // 5))
     return [sum(part) / len(part) for part in (values[max(0, i + 1 - window) : i + 1] for i in range(len(values)))]
 
 
@@ -113,7 +113,9 @@ def curve_png(report: dict) -> bytes:
     axes.set_xlabel("step")
     axes.set_ylabel("cross entropy (nats per token), lower is better")
     settings = report["settings"]
-    axes.set_title(f"{report['model']}, r={settings['rank']}, {settings['dtype']}")
+    ends = {name: (run["held_out_loss_before"], run["held_out_loss_after"]) for name, run in report["runs"].items()}
+    result = ", ".join(f"{name} {before:.3f} to {after:.3f}" for name, (before, after) in ends.items())
+    axes.set_title(f"Held-out loss: {result}\n{report['model']}, r={settings['rank']}, {settings['dtype']}")
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

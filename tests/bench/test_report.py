@@ -4,14 +4,13 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
 
 from benchmarks import readme_tables, saved_bytes
-from fastlora.bench import plots, run
-from fastlora.bench.cases import LayerCase, preset_cases
+from fastlora.bench import run
+from fastlora.bench.cases import LayerCase
 from fastlora.bench.models import ModelCase
 from fastlora.bench.peers import STORED_S, Peer
 from fastlora.bench.report import load_report, write_report
@@ -75,17 +74,17 @@ def test_files_are_made_from_the_json_alone(report, tmp_path):
     first = write_report(report, tmp_path / "a")
     again = write_report(load_report(first[0]), tmp_path / "b")
     assert [path.name for path in first] == [path.name for path in again]
-    assert {path.name for path in first} == {
-        "bench.json", "bench.md", "bench.html", "ratio.png", "roofline.png", "memory.png",
-    }  # fmt: skip
+    names = [path.name for path in first if path.name != "roofline.png"]  # which depends on the peaks of the machine
+    assert names == ["bench.json", "bench.md", "bench.html", "variants.png", "memory.png"]
     for ours, theirs in zip(first[:2], again[:2], strict=True):
         assert ours.read_text() == theirs.read_text()
 
 
 def test_the_page_stands_alone_and_shows_every_number(report, tmp_path):
-    page = write_report(report, tmp_path)[2].read_text()
+    files = write_report(report, tmp_path)
+    page = files[2].read_text()
     assert not re.search(r'(src|href)="(?!data:)', page)
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == sum(path.suffix == ".png" for path in files)
     assert "&lt;absent&gt;" in page and "<absent>" not in page
     for table in report_tables(report):
         for row in table.rows:
@@ -133,32 +132,6 @@ def test_models_are_held_against_the_peaks_of_their_dtype(monkeypatch):
         del entry["tflops"], entry["gbs"], entry["share_of_peak"]
     older = model_table(found["decoder"])
     assert "of peak" not in older.columns and {len(line) for line in older.rows} == {len(older.columns)}
-
-
-@pytest.mark.parametrize("preset, lines", [("quick", 3), ("lorafusion", 3), ("llama8b", 16), ("full", 16)])
-def test_the_picture_of_any_grid_has_lines_that_can_be_told_apart(preset, lines):
-    cases = preset_cases(preset, "cuda")
-    rows = [{"variant": "fastlora", "pass": "step", **asdict(case), "ratio_to_frozen": float(case.r)} for case in cases]
-    found = plots.ratio_lines(rows)
-    assert len(found) == lines
-    assert {m for points in found.values() for m, _ in points} == {case.m for case in cases}
-    for label, points in found.items():
-        rank = int(re.search(r"R (\d+)", label)[1])
-        assert [ratio for _, ratio in points] == pytest.approx([rank] * len(points))
-
-
-def test_lines_of_one_picture_all_look_different(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.extend(figure.axes[0].lines))
-    rows = [{**row("fastlora", 1, 1.0, 1.0), "r": r} for r in range(1, plots.MAX_LINES + 1)]
-    plots.ratio_over_tokens(rows, "title", tmp_path / "ratio.png")
-    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == len(drawn) == plots.MAX_LINES + 1
-
-
-def test_lines_are_geometric_means_over_what_their_label_leaves_out(monkeypatch):
-    rows = [row("fastlora", m, ratio, 1.0) for m in (2, 1) for ratio in (2.0, 8.0)]
-    monkeypatch.setattr(plots, "MAX_LINES", 1)
-    assert plots.ratio_lines(rows) == {"1×1 float32 R 1": [(1, pytest.approx(4.0)), (2, pytest.approx(4.0))]}
 
 
 def test_times_have_units():
@@ -272,6 +245,13 @@ def test_the_table_of_saved_bytes_is_what_is_counted_now():
         assert row["fastlora"] <= row["x_and_s"] + 8 <= row["peft"] + 8  # and a seed
 
 
-def test_the_readme_shows_what_is_in_the_results():
-    text = (readme_tables.ROOT / "README.md").read_text()
-    assert readme_tables.BLOCK.search(text) and readme_tables.fill(text, readme_tables.ROOT) == text
+@pytest.mark.parametrize("page", readme_tables.PAGES)
+def test_pages_show_what_is_in_the_results(page):
+    text = (readme_tables.ROOT / page).read_text()
+    assert readme_tables.fill(text, readme_tables.ROOT, os.path.dirname(page)) == text
+
+
+def test_every_page_with_a_table_is_checked():
+    pages = {path.relative_to(readme_tables.ROOT).as_posix() for path in readme_tables.ROOT.glob("*/**/*.md")}
+    pages = {page for page in pages if readme_tables.BLOCK.search((readme_tables.ROOT / page).read_text())}
+    assert pages and {page for page in pages if not page.startswith((".", "build"))} <= set(readme_tables.PAGES)

@@ -10,7 +10,7 @@ import torch
 
 from fastlora.finetune import summary
 from fastlora.finetune.models import ModelSource
-from fastlora.finetune.report import running_mean
+from fastlora.finetune.report import curve_png, running_mean
 from fastlora.tables import WIDTH, Table, wrapped
 
 STEPS = 6
@@ -184,9 +184,9 @@ def test_a_run_that_went_wrong_is_said(report):
     assert "fell back 2 times: too odd" in shown
 
 
-def test_the_mean_is_over_a_tenth_of_the_run():
+def test_the_mean_is_over_a_fifth_of_the_run():
     assert running_mean([1.0, 5.0, 3.0]) == [1.0, 5.0, 3.0]
-    assert running_mean([float(i) for i in range(20)])[:3] == [0.0, 0.5, 1.5]
+    assert running_mean([float(i) for i in range(10)])[:3] == [0.0, 0.5, 1.5]
     assert len(running_mean([1.0] * 1000)) == 1000
 
 
@@ -197,3 +197,26 @@ def test_tables_and_paragraphs_are_laid_out():
     assert wrapped("a " * 50).splitlines()[1].startswith("  a")
     path = "/" + "x" * 100
     assert wrapped(f"Wrote {path}").splitlines() == ["Wrote", f"  {path}"]
+
+
+def test_the_curve_says_its_result_and_has_every_held_out_loss(monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    runs = {
+        name: {
+            "losses": [3.0, 2.0, 2.5, 1.5],
+            "held_out_losses": [[0, first], [2, 2.5], [4, last]],
+            "held_out_loss_before": first,
+            "held_out_loss_after": last,
+        }
+        for name, first, last in (("fastlora", 3.25, 2.125), ("peft", 3.25, 2.25))
+    }
+    curve_png({"model": "m", "settings": {"rank": 8, "dtype": "float32"}, "runs": runs})
+    (axes,) = figures[0].axes
+    assert axes.get_title().startswith("Held-out loss: fastlora 3.250 to 2.125, peft 3.250 to 2.250\n")
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    for name, run in runs.items():
+        assert drawn[f"{name}: held out"] == run["held_out_losses"]
+    assert "lower is better" in axes.get_ylabel()

@@ -27,7 +27,7 @@ LAYERS = (
     ("adapters",),
     ("integrations", "analysis", "warming"),
     ("__init__",),
-    ("finetune",),
+    ("finetune", "hub_kernel"),
     ("bench",),
     ("study",),
     ("cli",),
