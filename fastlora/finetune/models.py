@@ -3,7 +3,10 @@
 import copy
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -100,13 +103,11 @@ def load_tokenizer(source: ModelSource):
 
 def load_skeleton(source: ModelSource) -> nn.Module | None:
     """The causal language model without weights, on the meta device, to check names and sizes by; None where there is
-    none to be had so: of a GGUF file, whose header takes as long to read as the weights.
+    none to be had so.
 
     Raises:
         CommandError: the configuration is missing or broken, or the download failed.
     """
-    if source.gguf_file:
-        return None
     config = _load("AutoConfig", source)
     try:
         with torch.device("meta"):
@@ -120,7 +121,10 @@ def load_weights(
 ) -> nn.Module:
     """The causal language model alone, with a bar on stderr where that is wanted; dtype "auto" keeps the file's. Raises
     as `load_model`."""
-    return _load("AutoModelForCausalLM", source, show_progress, dtype=dtype).to(device)
+    try:
+        return _load("AutoModelForCausalLM", source, show_progress, dtype=dtype).to(device)
+    finally:
+        _read_gguf.cache_clear()  # which nothing reads after the weights
 
 
 def load_for_task(source: ModelSource, task: str | None, device: torch.device) -> tuple[nn.Module, set[str]]:
@@ -160,13 +164,35 @@ def _load(kind: str, source: ModelSource, show_progress: bool = False, **options
     if source.gguf_file:
         options["gguf_file"] = source.gguf_file
     try:
-        return getattr(transformers, kind).from_pretrained(source.location, local_files_only=source.local, **options)
+        with _gguf_read_once() if source.gguf_file else nullcontext():
+            return getattr(transformers, kind).from_pretrained(
+                source.location, local_files_only=source.local, **options
+            )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         where = source.location
         failed = f"cannot load model {where}"
         if not source.local:
             failed = f"there is no directory {where}, and model {where} cannot be loaded from the hub"
         raise CommandError(f"{failed}: {first_line(error)}") from error
+
+
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers reads a GGUF file's header, seconds for a tokenizer of some size, once each for the tokenizer and
+    the configuration, and twice for the weights. Within this, what was read before serves."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = lambda path, *options: _read_gguf(reader, str(path), os.stat(path).st_mtime_ns, *options)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+
+
+@lru_cache(maxsize=1)
+def _read_gguf(reader: Callable, path: str, changed: int, *options: object) -> object:
+    return reader(path, *options)
 
 
 def _quiet_transformers():

@@ -1,6 +1,7 @@
 """fastlora finetune on unusable input: one line on stderr, exit code 2, nothing half-written."""
 
 import errno
+import importlib.util
 import os
 import socket
 import sys
@@ -50,6 +51,24 @@ def test_unknown_target_names_those_that_match(finetune, tmp_path):
     assert_refused(result, "'query'", "q_proj, ", "down_proj", "lm_head")
     assert "'q_proj'" not in result.error_line
     assert list(tmp_path.iterdir()) == []  # not even the directories
+
+
+def test_of_a_gguf_file_the_header_alone_is_read_for_that(fastlora_cli, monkeypatch, text_file, tmp_path):
+    """And once, though transformers asks for it again and again."""
+    gguf = pytest.importorskip("gguf")
+    from fastlora.finetune import models, runner
+
+    if importlib.util.find_spec(models.PACKAGE) is None:
+        pytest.skip("the packaged model is not installed")
+    read = []
+    reader = gguf.GGUFReader
+    monkeypatch.setattr(gguf, "GGUFReader", lambda *options: read.append(options) or reader(*options))
+    monkeypatch.setattr(runner, "load_weights", lambda *options: pytest.fail("the weights were loaded"))
+    models._read_gguf.cache_clear()
+    result = fastlora_cli("finetune", "--text", text_file, "--targets", "query", "--output", tmp_path / "out")
+    assert_refused(result, "'query'", "q_proj, ", "down_proj")
+    assert models.load_tokenizer(models.find_model(None)) and len(read) == 1
+    models._read_gguf.cache_clear()
 
 
 def test_blocks_and_prompts_beyond_the_models_positions(finetune, tmp_path):
