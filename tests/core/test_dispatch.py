@@ -248,6 +248,8 @@ def test_triton_refuses_what_it_cannot_compute():
     assert triton_lora.why_unsupported(spec()) is None
     assert "float64" in triton_lora.why_unsupported(spec(dtype=torch.float64))
     assert "rank 257" in triton_lora.why_unsupported(spec(sizes=(1, 1, 1, 257)))
+    assert "32-bit offsets" in triton_lora.why_unsupported(spec(sizes=(1, 1, 2**23, 256)))
+    assert triton_lora.why_unsupported(spec(sizes=(1, 2**30, 2**23 - 1, 256))) is None
 
 
 def test_available_backends_give_a_reason():

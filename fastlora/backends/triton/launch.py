@@ -35,6 +35,8 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         )
     if spec.sizes.r > MAX_RANK:
         return f"rank {spec.sizes.r} is above {MAX_RANK}"
+    if spec.sizes.r * spec.sizes.k >= 2**31:
+        return f"A's gradient has {spec.sizes.r} x {spec.sizes.k} elements, which 32-bit offsets do not reach"
     if spec.base_format != "dense" or spec.branch != "single":
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
     return None
