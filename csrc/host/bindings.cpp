@@ -25,27 +25,27 @@ PyObject* guarded(Body body) noexcept {
 }
 
 // An object of a type of this module: what every Python object begins with, and what it is about.
-template <class Held>
+template <class Value>
 struct Object {
-  PyObject_HEAD Held* held;
+  PyObject_HEAD Value* value;
 };
 
-template <class Held>
-Held& held(PyObject* object) {
-  return *reinterpret_cast<Object<Held>*>(object)->held;
+template <class Value>
+Value& value_of(PyObject* object) {
+  return *reinterpret_cast<Object<Value>*>(object)->value;
 }
 
-template <class Held>
-Ref make(PyTypeObject* type, Held value) {
+template <class Value>
+Ref make(PyTypeObject* type, Value value) {
   Ref object(reinterpret_cast<allocfunc>(PyType_GetSlot(type, Py_tp_alloc))(type, 0));
-  reinterpret_cast<Object<Held>*>(object.get())->held = new Held(std::move(value));
+  reinterpret_cast<Object<Value>*>(object.get())->value = new Value(std::move(value));
   return object;
 }
 
-template <class Held>
+template <class Value>
 void deallocate(PyObject* object) {
   PyTypeObject* type = Py_TYPE(object);
-  delete reinterpret_cast<Object<Held>*>(object)->held;
+  delete reinterpret_cast<Object<Value>*>(object)->value;
   reinterpret_cast<freefunc>(PyType_GetSlot(type, Py_tp_free))(object);
   Py_DECREF(type);  // which an object of a type made at run time holds
 }
@@ -92,7 +92,7 @@ constexpr int kBeforeOperands = 2;  // arguments of a call: the device and the s
 
 PyObject* call_launcher(PyObject* self, PyObject* arguments, PyObject*) {
   return guarded([&] {
-    const Launcher& launcher = held<Launcher>(self);
+    const Launcher& launcher = value_of<Launcher>(self);
     const size_t given = PyTuple_Size(arguments), wanted = launcher.in_calls.size() + kBeforeOperands;
     if (given != wanted) {
       throw TypeError("a launch takes " + std::to_string(wanted) + " arguments, got " + std::to_string(given));
@@ -118,7 +118,7 @@ PyObject* bind(PyObject* self, PyObject* arguments, PyObject* named) {
   return guarded([&] {
     PyObject* names;
     if (!PyArg_ParseTuple(arguments, "O!:bind", &PyTuple_Type, &names)) throw PythonError();
-    Launcher launcher{held<Plan>(self), {}, {}};
+    Launcher launcher{value_of<Plan>(self), {}, {}};
     read_named("bind", operand_fields(), named, launcher.operands);
     for (Py_ssize_t i = 0; i < PyTuple_Size(names); ++i) {
       launcher.in_calls.push_back(&find_field("bind", operand_fields(), PyTuple_GetItem(names, i)));
@@ -135,7 +135,7 @@ PyObject* parameters(PyObject* self, PyObject* arguments, PyObject* named) {
     read_named("parameters", operand_fields(), named, operands);
     check_required("parameters", operand_fields(), {named});
     std::vector<MapSpec> maps;
-    const Params params = held<Plan>(self).parameters(operands, maps);
+    const Params params = value_of<Plan>(self).parameters(operands, maps);
     const Ref described = list_of(maps, [](const MapSpec& map) { return as_dict(map); });
     return Ref(Py_BuildValue("(y#O)", &params, Py_ssize_t(sizeof params), described.get()));
   });
@@ -143,7 +143,7 @@ PyObject* parameters(PyObject* self, PyObject* arguments, PyObject* named) {
 
 PyObject* queue(PyObject* self, PyObject*) {
   return guarded([&] {
-    return list_of(held<Plan>(self).queue(),
+    return list_of(value_of<Plan>(self).queue(),
                    [](const Tile& t) { return Py_BuildValue("(iiii)", t.row, t.column, t.split, t.gradient); });
   });
 }
@@ -160,10 +160,10 @@ PyObject* new_plan(PyTypeObject* type, PyObject* arguments, PyObject* named) {
 
 template <int64_t (Plan::*count)() const>
 PyObject* number(PyObject* self, void*) {
-  return PyLong_FromLongLong((held<Plan>(self).*count)());
+  return PyLong_FromLongLong((value_of<Plan>(self).*count)());
 }
 
-PyObject* variant_of(PyObject* self, void*) { return as_dict(held<Plan>(self).variant()); }
+PyObject* variant_of(PyObject* self, void*) { return as_dict(value_of<Plan>(self).variant()); }
 
 PyTypeObject* make_plan_type() {
   static PyMethodDef methods[] = {
