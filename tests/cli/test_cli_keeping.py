@@ -214,13 +214,18 @@ def test_a_terminal_that_goes_away_leaves_the_state(tiny_model, text_file, tmp_p
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # without columns a bar shows nothing
     command = [sys.executable, "-c", "from fastlora.cli.main import main; main()", "finetune", "--model", tiny_model]
     command += ["--text", text_file, "--steps", 100_000, "--block-size", 24, "--output", tmp_path / "out"]
+
+    def own_terminal():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        fcntl.ioctl(slave, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [str(part) for part in command],
         stdin=slave,
         stdout=slave,
         stderr=slave,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )
     os.close(slave)
     try:

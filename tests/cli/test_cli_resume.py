@@ -74,7 +74,11 @@ def test_resumed_run_equals_the_uninterrupted_one(finetune, fastlora_cli, interr
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_stop_like_ctrl_c(finetune, interrupt_in_step, tmp_path, number):
     interrupt_in_step(2, number)
-    result = finetune("--output", tmp_path)
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        result = finetune("--output", tmp_path)
+    finally:
+        signal.signal(number, before)
     assert result.code == 130
     assert "fastlora 2 of 6 steps" in result.text
     assert (tmp_path / FILE_NAME).exists()
