@@ -166,7 +166,7 @@ class CompiledLaunch:
         if self.compiled is None:
             self._compile(args)
         kernel = self.compiled
-        if kernel is None:  # a hook of Triton's has taken the compilation over
+        if kernel is None:  # a hook of Triton's replaces the compilation
             return
         grid, bound, stream = (self.grid, 1, 1), self._bound(args), self._stream(self._index)
         metadata = kernel.launch_metadata(grid, stream, *bound)
