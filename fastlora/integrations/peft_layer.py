@@ -15,7 +15,7 @@ from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 
 class FusedLinear(Linear):
-    """PEFT's ``lora.Linear`` with a fused forward for one active plain adapter over a frozen dense ``nn.Linear``.
+    """PEFT's ``lora.Linear`` with a fused forward for active plain adapters over a frozen dense ``nn.Linear``.
 
     Same constructor, attributes, state dict and methods. ``patch`` turns existing layers into this class, ``register``
     makes PEFT construct it.

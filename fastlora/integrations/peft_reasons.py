@@ -9,25 +9,13 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
+from fastlora.integrations.peft_parts import Parts, stacked
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 # Tensors that stand in for plain ones while torch.export or torch.func look at a model.
 _TRACING_TENSORS = ("FakeTensor", "FunctionalTensor")
 _ROLES = ("base_layer", "lora_A", "lora_B")
-
-
-class Parts(NamedTuple):
-    """What one fused call uses. Looked up at every call: PEFT replaces weights and changes scalings in place."""
-
-    weight: Tensor  # [N, K]
-    bias: Tensor | None  # [N]
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    lora_bias: Tensor | None  # [N]
-    scaling: float | Tensor
-    dropout_p: float
-    training: bool
 
 
 class Units(NamedTuple):
@@ -55,12 +43,13 @@ def call_reason(layer: Linear) -> str | None:
     return None if isinstance(found, Units) else found
 
 
-def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Units | str:
+def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str | None = None) -> Parts | Units | str:
     """The parts of a layer that can be served fused; or units to serve it within; or the reason why it cannot be.
 
     Args:
         layer: the layer to be called.
         linears: those of its FSDP units, once the call is within theirs.
+        adapter: one of several active ones, to look at it alone.
     """
     if layer._disable_adapters:
         return "adapters disabled"
@@ -68,10 +57,11 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Un
         return "merged"
     modules = layer._modules  # nn.Module's own lookup takes longer than all these checks
     lora_a = modules["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in lora_a]
-    if len(active) != 1:
-        return f"{len(active)} active adapters"
-    (adapter,) = active
+    if adapter is None:
+        active = [name for name in layer.active_adapters if name in lora_a]
+        if len(active) != 1:
+            return _inspect_several(layer, active)
+        (adapter,) = active
     if adapter in layer.lora_variant:
         return type(layer.lora_variant[adapter]).__name__
     if layer.fan_in_fan_out:
@@ -95,6 +85,19 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Un
             bias = bias.detach()
     p = dropout.p if type(dropout) is nn.Dropout else 0.0
     return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+
+
+def _inspect_several(layer: Linear, active: list[str]) -> Parts | str:
+    """The parts of all active adapters as those of one, or the reason why they cannot be served fused."""
+    found = []
+    for adapter in active:
+        parts = inspect(layer, adapter=adapter)
+        if isinstance(parts, str):
+            return parts
+        if isinstance(parts, Units):
+            return f"{len(active)} active adapters in FSDP units of single layers"
+        found.append(parts)
+    return stacked(found) if found else "0 active adapters"
 
 
 def _linear_reason(role: str, linear: nn.Module) -> str | None:

@@ -112,8 +112,7 @@ def test_several_adapters_and_switching():
         model.base_model.set_adapter(["default", "second"])
     fastlora.reset_dispatch_counts()
     torch.testing.assert_close(fused(IDS), stock(IDS))
-    assert fallbacks() == {"2 active adapters": 1} and fused_calls() == 1
-    assert unserved(fused) == {"base_model.model.q_proj": "2 active adapters"}
+    assert not fallbacks() and fused_calls() == 2 and unserved(fused) == {}
     for model in (stock, fused):
         model.set_adapter("default")
         model.delete_adapter("second")
