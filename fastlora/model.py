@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fastlora.conv1d import LoRAConv1D, is_conv1d
 from fastlora.heads import (
     clear_marks,
     is_head,
@@ -54,10 +55,11 @@ def inject(
     modules_to_save: Iterable[str] | None = None,
     **unknown,
 ) -> list[str]:
-    """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear`` and freezes every other parameter.
+    """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear``, and transformers' ``Conv1D`` (GPT-2) by
+    its subclass ``LoRAConv1D``; freezes every other parameter.
 
     Targets are matched as PEFT does: a list holds names or dotted suffixes of module paths, a string is a regular
-    expression that must match a whole path. "all-linear" stands for every plain ``nn.Linear`` but the output heads of a
+    expression that must match a whole path. "all-linear" stands for every such layer but the output heads of a
     transformers model (lm_head, score, classifier, qa_outputs, ...), which PEFT leaves out, too. Layers that carry a
     branch already keep it. Nothing changes unless every target can be served.
 
@@ -172,13 +174,18 @@ def replace_linears(model: nn.Module, options: dict[str, dict], saved: Iterable[
     if problems:
         raise ValueError("cannot train and save the whole of " + "; ".join(problems))
     note_newly_drawn(model, known=(layer for _, layer in lora_layers(model)))
-    layers = {name: LoRALinear.from_linear(modules[name], **kwargs) for name, kwargs in options.items()}
+    layers = {name: branched(modules[name], **kwargs) for name, kwargs in options.items()}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         keep_marks(modules[name], layer)
         setattr(modules[parent], child, layer)
     mark_saved(modules[name] for name in saved)
     _freeze_all_but_adapters(model)
+
+
+def branched(linear: nn.Module, **options) -> LoRALinear:
+    """The LoRA layer around a plain ``nn.Linear`` or ``Conv1D``; options as for ``LoRALinear.from_linear``."""
+    return (LoRAConv1D if is_conv1d(linear) else LoRALinear).from_linear(linear, **options)  # type: ignore[arg-type]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -302,7 +309,7 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, LoRALinear)
+    return type(module) in (nn.Linear, LoRALinear, LoRAConv1D) or is_conv1d(module)
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> str:
@@ -331,21 +338,22 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]]) -> str | None:
     """Why the module of this name cannot be replaced, or None."""
     module = modules[name]
-    if type(module).__name__ == "Conv1D":
-        return f"{name}: Conv1D keeps its weight as [in, out]; use fastlora.integrations.peft for such models"
-    if type(module) is not nn.Linear:
+    if not (type(module) is nn.Linear or is_conv1d(module)):
         return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     if (manager := _manager(name, modules)) is not None:
         return f"{name}: {manager} manages the parameters around it; put LoRA in first, then wrap or shard"
-    if id(module.weight) not in owners:
+    weight: Any = module.weight
+    if id(weight) not in owners:
         return f"{name}: its weight is no parameter (pruning, weight norm and the like compute it)"
-    if weight_reason(module.weight):
-        return f"{name}: its weight does not do: {weight_reason(module.weight)}"
-    shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
+    if weight_reason(weight):
+        return f"{name}: its weight does not do: {weight_reason(weight)}"
+    shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
     if shared:
         return f"{name}: its weight is tied to {', '.join(shared)}"
     forward = vars(module).get("forward")
-    wrapped = forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward  # as hooks leave it
+    wrapped = (
+        forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    )  # as hooks leave it
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or wrapped:
         return (
             f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "

@@ -59,6 +59,8 @@ class LoRALinear(nn.Linear):
     "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732).
     """
 
+    plain_class: Any = nn.Linear  # what unload makes of a layer
+
     def __init__(
         self,
         in_features: int,
@@ -118,8 +120,23 @@ class LoRALinear(nn.Linear):
                 floating-point; ``adapter_dtype`` is neither the weight's nor float32 over a 16-bit weight.
             ValueError: as for the class.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, cls):
+        if not isinstance(linear, nn.Linear) or isinstance(linear, LoRALinear):
             raise TypeError(f"from_linear needs an nn.Linear, got {type(linear).__name__}")
+        return cls._around(linear, r, alpha, dropout, rslora, init, copy_input, adapter_dtype)
+
+    @classmethod
+    def _around(
+        cls,
+        linear: Any,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str = "kaiming",
+        copy_input: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> Any:
+        """``from_linear`` of a layer of the right class."""
         weight = linear.weight
         if weight_reason(weight):
             raise TypeError(f"from_linear cannot share this layer's weight: {weight_reason(weight)}")
@@ -127,9 +144,10 @@ class LoRALinear(nn.Linear):
         if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype.itemsize == 2):
             raise TypeError(f"adapter_dtype {dtype} does not go with a {weight.dtype} weight; {_allowed(weight.dtype)}")
         # On "meta", so that no second weight is allocated and no random number is drawn for it.
+        out_features, in_features = cls._features(weight)
         layer = cls(
-            weight.shape[1],
-            weight.shape[0],
+            in_features,
+            out_features,
             bias=linear.bias is not None,
             r=r,
             alpha=alpha,
@@ -147,6 +165,21 @@ class LoRALinear(nn.Linear):
         layer.lora_B = nn.Parameter(torch.empty(layer.lora_B.shape, device=weight.device, dtype=dtype))
         layer.reset_lora_parameters()
         return layer.train(linear.training)
+
+    @staticmethod
+    def _features(weight: Tensor) -> tuple[int, int]:
+        """out_features and in_features of a layer with this weight."""
+        return weight.shape[0], weight.shape[1]
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """The weight's shape, also where its value is elsewhere."""
+        return self.out_features, self.in_features
+
+    @property
+    def weight_rows(self) -> Tensor:
+        """The weight as [out_features, in_features], however it lies in memory."""
+        return self.weight
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew: for a layer made on "meta" and given memory with ``to_empty``."""
@@ -201,7 +234,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + scaling·B·A [out_features, in_features], computed in float32 at least and rounded once to W's dtype."""
+        """W + scaling·B·A in the weight's shape, computed in float32 at least and rounded once to W's dtype."""
         return self._with_branch(self.scaling)
 
     def _with_branch(self, factor: float) -> Tensor:
@@ -273,16 +306,18 @@ class LoRALinear(nn.Linear):
         if not self.merged:
             raise ValueError("unload turns a merged layer into an nn.Linear; call merge() first")
         for name in ("forward", "_old_forward"):  # accelerate's hooks leave them on the object
-            if getattr(vars(self).get(name), "__func__", None) is LoRALinear.forward:
-                setattr(self, name, nn.Linear.forward.__get__(self))
+            if getattr(vars(self).get(name), "__func__", None) is type(self).forward:
+                setattr(self, name, self.plain_class.forward.__get__(self))
         self._drop_base()
         del self.lora_A, self.lora_B
         forget(self, "lora_A", "lora_B")
+        plain = self.plain_class
         own = vars(LoRALinear(1, 1, device="meta")).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
+        vars(self).pop("plain_class", None)
         for name in own & vars(self).keys():
             if name != "merged" or "forward" not in vars(self):  # a wrapper around the old forward reads `merged`
                 del self.__dict__[name]
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = plain
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """A merged layer's entries are marked, or those of nn.Linear where they are written for from_pretrained."""

@@ -29,7 +29,6 @@ _MAX_SAVED_NAMES = 1000
 # Fields that change what an adapter computes, and the values under which it is plain LoRA on linear layers.
 _PLAIN = {
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
     "use_dora": (False,),
     "lora_bias": (False,),
     "use_qalora": (False,),
@@ -45,7 +44,8 @@ _PLAIN = {
     "ensure_weight_tying": (False,),
     "megatron_config": (None, {}),
 }
-# Fields that change nothing in an adapter that is plain by the others: where it comes from, how it was started, where.
+# Fields that change nothing in an adapter that is plain by the others: where it comes from, how it was started, where;
+# and how the base weights lie, which the layers themselves say.
 _HARMLESS = {
     "alpha_pattern",
     "auto_mapping",
@@ -53,6 +53,7 @@ _HARMLESS = {
     "corda_config",
     "eva_config",
     "exclude_modules",
+    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
     "layers_pattern",

@@ -25,6 +25,7 @@ from fastlora.adapters.files import (
     read_header,
     scaling_of,
 )
+from fastlora.conv1d import LoRAConv1D, linear_features
 from fastlora.files import write_files
 from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules, task_of
 from fastlora.model import canonical_name, lora_layers, replace_linears
@@ -222,7 +223,7 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
         "alpha_pattern": {_pattern(p, alphas): value for p, value in alphas.items() if value != alpha},
         "target_modules": _targets(model, layers),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
         "init_lora_weights": True,
         "use_dora": False,
         "modules_to_save": saved or None,
@@ -274,9 +275,9 @@ def _check_fit(
             problems.append(f"merged, call fastlora.unmerge first: {listed(merged)}")
     else:
         expected = {
-            canonical_name(name): ((stored[path].a_shape[0], m.in_features), (m.out_features, stored[path].b_shape[1]))
+            path: ((stored[path].a_shape[0], sizes[1]), (sizes[0], stored[path].b_shape[1]))
             for name, m in model.named_modules()
-            if (path := canonical_name(name)) in stored and isinstance(m, nn.Linear)
+            if (path := canonical_name(name)) in stored and (sizes := linear_features(m)) is not None
         }
     unexpected = [path for path in stored if path not in expected]
     if unexpected:

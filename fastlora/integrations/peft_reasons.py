@@ -2,11 +2,12 @@
 
 import warnings
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
 from fastlora.integrations.peft_parts import Parts, stacked
@@ -64,18 +65,18 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
         (adapter,) = active
     if adapter in layer.lora_variant:
         return type(layer.lora_variant[adapter]).__name__
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out"
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
     if _has_hooks(dropout):
         return "hooks on lora_dropout"
     base, a, b = linears or (modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter])
-    if linears is None and (
-        _linear_reason("base_layer", base) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
-    ):
-        return _find_units((base, a, b))
+    transposed = layer.fan_in_fan_out
+    if linears is None:
+        kind = Conv1D if transposed else nn.Linear
+        reason = _linear_reason("base_layer", base, kind) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
+        if reason is not None:
+            return reason if transposed else _find_units((base, a, b))
     weight, bias = base.weight, base.bias
     if weight.requires_grad:
         if not is_frozen_view(base, "weight"):
@@ -83,6 +84,10 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
         weight = weight.detach()
         if bias is not None and bias.requires_grad and is_frozen_view(base, "bias"):
             bias = bias.detach()
+    if transposed:
+        if is_dtensor(weight):
+            return "fan_in_fan_out over DTensors"
+        weight = weight.t()
     p = dropout.p if type(dropout) is nn.Dropout else 0.0
     return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
 
@@ -100,9 +105,9 @@ def _inspect_several(layer: Linear, active: list[str]) -> Parts | str:
     return stacked(found) if found else "0 active adapters"
 
 
-def _linear_reason(role: str, linear: nn.Module) -> str | None:
+def _linear_reason(role: str, linear: Any, kind: type = nn.Linear) -> str | None:
     """Why a layer cannot be replaced by a product with its weight, or None."""
-    if type(linear) is not nn.Linear:
+    if type(linear) is not kind:
         return f"{role} is a {type(linear).__name__}"
     if _has_hooks(linear):
         return f"hooks on {role}"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastlora.conv1d import linear_features
 from fastlora.environment import commit
 from fastlora.errors import CommandError, first_line
 from fastlora.finetune.arms import adapter_snapshot, fastlora_arm, save_arm
@@ -180,9 +181,10 @@ def _costs(base: nn.Module, projections: tuple[str, ...]) -> tuple[int, ...]:
             found = [modules[path] for path in match_targets(base, [name])]
         except ValueError as error:
             raise CommandError(f"--projections: {first_line(error)}") from error
-        if not all(isinstance(module, nn.Linear) for module in found):
+        sizes = [linear_features(module) for module in found]
+        if None in sizes:
             raise CommandError(f"--projections: {name} names modules that are not linear layers")
-        costs.append(sum(module.in_features + module.out_features for module in found))
+        costs.append(sum(sum(features) for features in sizes if features))
     return tuple(costs)
 
 

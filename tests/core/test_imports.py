@@ -23,6 +23,7 @@ LAYERS = (
     ("sharding",),
     ("placement",),
     ("module",),
+    ("conv1d",),
     ("model",),
     ("adapters",),
     ("integrations", "analysis", "warming"),
