@@ -15,7 +15,8 @@ from fastlora.errors import CommandError, first_line
 from fastlora.finetune.loop import Arm, make_optimizer
 from fastlora.finetune.models import shared_copy
 from fastlora.finetune.settings import Settings
-from fastlora.model import ALL_LINEAR, inject, match_targets
+from fastlora.model import inject
+from fastlora.targets import ALL_LINEAR, match_targets
 
 FASTLORA = "fastlora"
 PEFT = "peft"

@@ -26,7 +26,7 @@ class FusedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
         if args or (kwargs and any(value is not None for value in kwargs.values())):
-            served = "adapter_names" if kwargs.get("adapter_names") is not None else "extra forward arguments"
+            served = "adapter_names" if kwargs.get("adapter_names") is not None else _argument_reason(self)
         else:
             served = inspect(self)
             if isinstance(served, Parts):
@@ -38,6 +38,12 @@ class FusedLinear(Linear):
         if not torch.compiler.is_compiling():
             count_fallback(f"peft: {served}")
         return super().forward(x, *args, **kwargs)
+
+
+def _argument_reason(layer: FusedLinear) -> str:
+    """Why a call with further arguments cannot be fused: what the layer is, an aLoRA layer say, or the arguments."""
+    found = inspect(layer)
+    return found if isinstance(found, str) else "extra forward arguments"
 
 
 def type_reason(layer: LoraLayer) -> str | None:

@@ -21,10 +21,10 @@ from fastlora.finetune.loop import Arm, held_out_loss, train
 from fastlora.finetune.models import find_model, load_model
 from fastlora.finetune.report import versions
 from fastlora.finetune.settings import Settings
-from fastlora.model import match_targets
 from fastlora.outputs import check_writable, reported_write_errors
 from fastlora.study.plan import Plan, RunSpec, StudySettings, make_plan
 from fastlora.study.store import RunStore
+from fastlora.targets import match_targets
 
 SPLIT_SEED = 0  # one split for all runs: their held-out losses compare
 POLL_SECONDS = 0.5

@@ -24,6 +24,7 @@ LAYERS = (
     ("placement",),
     ("module",),
     ("conv1d",),
+    ("targets",),
     ("model",),
     ("adapters",),
     ("integrations", "analysis", "warming"),

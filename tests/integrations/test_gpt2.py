@@ -65,6 +65,20 @@ def test_two_active_adapters_autocast_merge_and_back():
     torch.testing.assert_close(logits(fused.merge_and_unload()), expected)
 
 
+def test_the_weight_is_handed_on_without_a_copy():
+    """What autograd keeps of a call is the weight's own memory, patched or injected."""
+    model = make_stock()
+    patch(model)
+    injected = make_injected()
+    for block in (model.base_model.model.transformer.h[0], injected.transformer.h[0]):
+        layer = block.mlp.c_fc
+        weight = layer.base_layer.weight if hasattr(layer, "base_layer") else layer.weight
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            layer(torch.randn(3, 12, requires_grad=True))
+        assert [t.data_ptr() for t in kept if t.numel() == weight.numel()] == [weight.data_ptr()]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit(dtype):
     stock = make_stock(dtype)
