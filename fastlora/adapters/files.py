@@ -164,7 +164,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not plain LoRA on linear layers: {listed(odd)}; load it with PEFT")
     for field, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
         value = config.setdefault(field, default)
-        if not _is_number(value):
+        if not is_number(value):
             raise ValueError(f"{path}: {field} must be a number, got {_shown(value)}")
     if not 0.0 <= config["lora_dropout"] <= 1.0:
         raise ValueError(f"{path}: lora_dropout must be between 0 and 1, got {config['lora_dropout']}")
@@ -172,7 +172,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: use_rslora must be true or false, got {_shown(config['use_rslora'])}")
     for field in ("rank_pattern", "alpha_pattern"):
         config[field] = config.get(field) or {}
-        if not isinstance(config[field], dict) or not all(map(_is_number, config[field].values())):
+        if not isinstance(config[field], dict) or not all(map(is_number, config[field].values())):
             raise ValueError(f"{path}: {field} must map module paths to numbers, got {_shown(config[field])}")
         try:
             config[field] = Patterns(config[field])
@@ -191,7 +191,7 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:

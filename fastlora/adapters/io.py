@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fastlora.adapters.config import most_common, plain_config
 from fastlora.adapters.files import (
     CONFIG_NAME,
     PREFIX,
@@ -27,7 +26,7 @@ from fastlora.adapters.files import (
 )
 from fastlora.conv1d import LoRAConv1D, linear_features
 from fastlora.files import write_files
-from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules, task_of
+from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
 from fastlora.placement import is_offloaded, require_values, store, stored
@@ -203,56 +202,15 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
     rslora = all(layer.rslora for layer in layers.values())
     # The file has one rsLoRA flag. Where layers differ in it, each one's scaling is expressed by its alpha.
     mixed = not rslora and any(layer.rslora for layer in layers.values())
-    ranks = {path: layer.r for path, layer in layers.items()}
-    alphas = {path: layer.scaling * layer.r if mixed else layer.alpha for path, layer in layers.items()}
-    # The dropout too: it matters to further training only, so the most common one stands for all.
-    dropout = _most_common([layer.dropout for layer in layers.values()])
-    rank, alpha = _most_common(list(ranks.values())), _most_common(list(alphas.values()))
-    base = getattr(model, "config", None)
-    saved = [canonical_name(name) for name, _ in saved_modules(model)]
-    return {
-        "peft_type": "LORA",
-        "task_type": _task_type(model, saved),
-        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "use_rslora": rslora,
-        "rank_pattern": {_pattern(p, ranks): value for p, value in ranks.items() if value != rank},
-        "alpha_pattern": {_pattern(p, alphas): value for p, value in alphas.items() if value != alpha},
-        "target_modules": _targets(model, layers),
-        "bias": "none",
-        "fan_in_fan_out": any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
-        "init_lora_weights": True,
-        "use_dora": False,
-        "modules_to_save": saved or None,
-    }
-
-
-def _task_type(model: nn.Module, saved: list[str]) -> str | None:
-    """PEFT's name of the task. For some, PEFT expects certain modules in the file, if the model has them."""
-    task, heads = task_of(model)
-    expected = [canonical_name(name) for name in modules_ending_in(model, heads)] if heads else []
-    return task if all(lies_in(name, saved) for name in expected) else None
-
-
-def _most_common(values: list) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _pattern(path: str, paths: dict[str, Any]) -> str:
-    """A key that PEFT's ``(.*\\.)?(key)$`` finds in this path only."""
-    matches = [other for other in paths if re.match(rf"(.*\.)?({path})$", other)]
-    return path if matches == [path] else f"^{re.escape(path)}"
-
-
-def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
-    """Last path components where these mean exactly the layers that carry a branch, else whole paths."""
-    leaves = {path.rpartition(".")[2] for path in layers}
-    named = [canonical_name(name) for name, _ in model.named_modules()]
-    meant = {name for name in named if name.rpartition(".")[2] in leaves}
-    return sorted(leaves if meant == set(layers) else layers)
+    return plain_config(
+        model,
+        {path: layer.r for path, layer in layers.items()},
+        {path: layer.scaling * layer.r if mixed else layer.alpha for path, layer in layers.items()},
+        rslora=rslora,
+        # It matters to further training only, so the most common one stands for all.
+        dropout=most_common([layer.dropout for layer in layers.values()]),
+        transposed=any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
+    )
 
 
 def _check_fit(
