@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import fastlora
 
@@ -138,7 +139,10 @@ def test_alora_is_pefts_forward_and_counted():
 
 
 RESTRICTIONS = {
-    "patterns": ({"rank_pattern": {"0.self_attn.q_proj": 5, "down_proj": 2}, "alpha_pattern": {r"1\..*": 1}}, 6),
+    "patterns": (
+        {"rank_pattern": {"0.self_attn.q_proj": 5, "q_proj": 1, "down_proj": 2}, "alpha_pattern": {r"1\..*": 1}},
+        6,
+    ),
     "rslora and patterns": ({"use_rslora": True, "rank_pattern": {"v_proj": 4}}, 6),
     "exclude a suffix": ({"exclude_modules": ["layers.1.mlp.down_proj", "v_proj"]}, 3),
     "exclude by pattern": ({"exclude_modules": r".*\.0\..*"}, 3),
@@ -219,3 +223,65 @@ def test_a_whole_path_is_taken_whatever_its_block_as_in_peft():
     excluded = make_llama()
     left = fastlora.inject(excluded, "all-linear", r=2, exclude_modules=r".*mlp.*")
     assert len(left) == 8 and not any("mlp" in name for name in left)
+
+
+def test_the_block_is_the_first_number_of_a_path_as_in_peft():
+    """Not that of an expert further down."""
+
+    def build():
+        blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])}) for _ in range(2)]
+        return nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(blocks)})})
+
+    options = {"target_modules": ["experts.0", "experts.1"], "layers_to_transform": [1]}
+    stock = peft.get_peft_model(build(), peft.LoraConfig(r=2, **options))
+    theirs = [name for name, m in stock.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
+    ours = fastlora.inject(build(), r=2, **options)
+    assert [f"base_model.model.{name}" for name in ours] == theirs and len(theirs) == 2
+
+
+# What patch leaves alone
+
+
+EMBEDDINGS = {
+    "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+    "embeddings and the head": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
+    "trainable tokens": {"trainable_token_indices": [1, 5], "target_modules": ["q_proj"]},
+    "a head saved whole": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    "embeddings saved whole": {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*tie.*", "ignore:.*embedding layers.*", "ignore:Setting `save_embedding")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", EMBEDDINGS)
+def test_embeddings_and_what_trains_whole_stay_pefts(name, tied, tmp_path):
+    """Embeddings are PEFT's forward, counted; trainable tokens and saved modules are no LoRA layers: not touched."""
+    base = make_llama(tie_word_embeddings=tied)
+    torch.manual_seed(2)
+    stock = randomise(peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=7, **EMBEDDINGS[name])))
+    for parameter_name, parameter in stock.named_parameters():
+        if "lora_embedding_A" in parameter_name:
+            nn.init.normal_(parameter, std=0.3)
+    fused = copy.deepcopy(stock)
+    before = {path: type(module) for path, module in stock.named_modules()}
+    patched = patch(fused)
+    after = {path: type(module) for path, module in fused.named_modules()}
+    assert {path for path in before if before[path] is not after[path]} == set(patched)
+    heads = 1 if "head" in name and "whole" not in name else 0
+    assert len(patched) == 2 + heads
+    reason = "a peft.tuners.lora.layer.Embedding, not a stock lora.Linear"
+    expected = {reason: 1} if name.startswith("embeddings") and "whole" not in name else {}
+    assert list(patched.unserved.values()) == list(expected)
+    fastlora.reset_dispatch_counts()
+    assert_same_training_step(stock, fused, forward=logits)
+    assert fallbacks() == expected and fused_calls() == 2 * len(patched)
+    for model in (stock, fused):
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1).step()
+    for model, directory in ((stock, "stock"), (fused, "fused")):
+        model.save_pretrained(tmp_path / directory, save_embedding_layers=False)
+    from safetensors.torch import load_file
+
+    files = [load_file(tmp_path / d / "adapter_model.safetensors") for d in ("stock", "fused")]
+    assert files[0].keys() == files[1].keys()
+    for key, value in files[1].items():
+        torch.testing.assert_close(value, files[0][key], msg=key)
