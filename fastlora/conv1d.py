@@ -2,13 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.module import MERGE_READS, LoRALinear
+from fastlora.module import LoRALinear
 from fastlora.ops import lora_linear
-from fastlora.placement import stored
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 _MODULES = ("transformers.pytorch_utils", "transformers.modeling_utils")
@@ -58,9 +56,9 @@ class LoRAConv1D(LoRALinear):
     def weight_shape(self) -> tuple[int, int]:
         return self.in_features, self.out_features
 
-    @property
-    def weight_rows(self) -> Tensor:
-        return self.weight.t()
+    @staticmethod
+    def _rows(weight: Tensor) -> Tensor:
+        return weight.t()
 
     def reset_parameters(self) -> None:
         """As ``Conv1D`` starts its parameters; the branch as in ``LoRALinear``."""
@@ -77,17 +75,19 @@ class LoRAConv1D(LoRALinear):
         weight, bias = self.weight.t(), self.bias
         if self.merged:
             return F.linear(x, weight, bias)
+        if self.dora:
+            return self._dora_forward(x)
         call: Any = lora_linear_sharded if is_dtensor(weight) else lora_linear
         return call(
             x, weight, self.lora_A, self.lora_B, self.scaling, bias,
             dropout_p=self.dropout, training=self.training, copy_input=self.copy_input,
         )  # fmt: skip
 
-    def _with_branch(self, factor: float) -> Tensor:
-        weight, a, b = (stored(self, name) for name in MERGE_READS)
-        compute = torch.promote_types(weight.dtype, torch.float32)
-        merged = torch.addmm(weight.to(compute), a.to(compute).t(), b.to(compute).t(), alpha=factor)
-        return merged.to(weight.dtype)
+    def _add_branch(self, weight: Tensor, factor: float) -> Tensor:
+        return super()._add_branch(weight.t(), factor).t().contiguous()
+
+    def _scale_rows(self, weight: Tensor, scale: Tensor) -> Tensor:
+        return weight * scale
 
     def unload(self) -> None:
         """Makes this object a ``Conv1D`` with the weight that it has: to be called on a merged layer.

@@ -17,11 +17,19 @@ from fastlora.heads import (
     note_newly_drawn,
     saved_modules,
 )
-from fastlora.module import MERGE_READS, LoRALinear, check_hyperparameters, weight_reason
+from fastlora.layer_checks import check_hyperparameters, weight_reason
+from fastlora.merging import MERGE_READS
+from fastlora.module import LoRALinear
 from fastlora.placement import require_values
 from fastlora.targets import Narrowing, by_pattern, match_targets
 
-_PEFT_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "init_lora_weights": "init"}
+_PEFT_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+}
 # What compilation, data-parallel and checkpointing wrappers insert into module paths.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Modules that have taken charge of the parameters that they found, and would neither shard nor synchronise new ones.
@@ -49,6 +57,7 @@ def inject(
     rslora: bool = False,
     init: str = "kaiming",
     copy_input: bool = False,
+    dora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     modules_to_save: Iterable[str] | None = None,
     exclude_modules: str | Iterable[str] | None = None,
@@ -69,7 +78,7 @@ def inject(
     Args:
         model: any module; changed in place.
         target_modules: list of suffixes, a regular expression, or "all-linear".
-        r, alpha, dropout, rslora, init, copy_input, adapter_dtype: as for ``LoRALinear.from_linear``.
+        r, alpha, dropout, rslora, init, copy_input, dora, adapter_dtype: as for ``LoRALinear.from_linear``.
         modules_to_save: modules that train whole and that ``save_adapter`` saves, such as the newly drawn head of a
             classifier. As in PEFT, every module whose path ends in one of these names is meant, and nothing in them
             gets a branch. Unlike in PEFT they train in place: the model keeps no copy of their old values.
@@ -114,6 +123,7 @@ def inject(
                 "rslora": rslora,
                 "init": init,
                 "copy_input": copy_input,
+                "dora": dora,
                 "adapter_dtype": adapter_dtype,
             }
             for name in names
@@ -356,7 +366,7 @@ def _saved_refusal(
 
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:
-    adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    adapters = {id(p) for _, layer in lora_layers(model) for p in layer.adapter_parameters().values()}
     adapters |= {id(p) for _, module in saved_modules(model) for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:

@@ -102,15 +102,23 @@ def _layer_of(module: Any) -> _Layer | None:
     if isinstance(module, LoRALinear):
         if module.merged:
             return None
-        return _Layer(module.weight_rows, module.bias, module.lora_A, module.lora_B, module.scaling, module.dropout)
+        return _Layer(
+            module.weight_rows,
+            None if module.dora else module.bias,
+            module.lora_A,
+            module.lora_B,
+            module.scaling,
+            module.dropout,
+        )
     from fastlora.integrations.peft_reasons import Parts, inspect
 
     parts = inspect(module)
     if not isinstance(parts, Parts):
         return None
-    weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, _ = parts
-    scaling = 1.0 if isinstance(scaling, Tensor) else scaling
-    return _Layer(weight, lora_bias if bias is None else bias, lora_a, lora_b, scaling, dropout_p)
+    scaling = 1.0 if isinstance(parts.scaling, Tensor) else parts.scaling
+    bias = parts.lora_bias if parts.bias is None else parts.bias
+    bias = bias if parts.magnitude is None else None  # DoRA's launch has none
+    return _Layer(parts.weight, bias, parts.lora_a, parts.lora_b, scaling, parts.dropout_p)
 
 
 def _kind(layer: _Layer) -> tuple:

@@ -18,8 +18,9 @@ def plain_config(
     rslora: bool = False,
     dropout: float = 0.0,
     transposed: bool = False,
+    dora: bool = False,
 ) -> dict[str, Any]:
-    """The configuration of plain LoRA on linear layers.
+    """The configuration of LoRA or DoRA on linear layers.
 
     Args:
         model: what the layers are of.
@@ -27,6 +28,7 @@ def plain_config(
         rslora: whether the scaling is alpha / sqrt(r).
         dropout: of the branches' inputs.
         transposed: whether layers among them keep their weights as [in, out].
+        dora: whether each has a magnitude besides.
     """
     rank, alpha = most_common(list(ranks.values())), most_common(list(alphas.values()))
     base = getattr(model, "config", None)
@@ -46,7 +48,7 @@ def plain_config(
         "bias": "none",
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
-        "use_dora": False,
+        "use_dora": dora,
         "modules_to_save": saved or None,
     }
 

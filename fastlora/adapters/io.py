@@ -19,6 +19,7 @@ from fastlora.adapters.files import (
     StoredShapes,
     alpha_of,
     check_ranks,
+    entry_name,
     listed,
     open_adapter,
     read_header,
@@ -27,9 +28,12 @@ from fastlora.adapters.files import (
 from fastlora.conv1d import LoRAConv1D, linear_features
 from fastlora.files import write_files
 from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules
+from fastlora.merging import MAGNITUDE
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
 from fastlora.placement import is_offloaded, require_values, store, stored
+
+ADAPTER = ("lora_A", "lora_B", MAGNITUDE)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -53,7 +57,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer to save; call fastlora.inject first")
-    require_values(model, layers.items(), "save", ("lora_A", "lora_B"))
+    require_values(model, layers.items(), "save", ADAPTER)
     _warn_of_unsaved(model)
     tensors = _values(model, layers)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -88,7 +92,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         stored, stored_whole = read_header(file, directory / WEIGHTS_NAME, config)
         check_ranks(stored, config)
         layers = dict(lora_layers(model))
-        require_values(model, layers.items(), "load into", ("lora_A", "lora_B"), allow_meta=True)
+        require_values(model, layers.items(), "load into", ADAPTER, allow_meta=True)
         found = modules_ending_in(model, config["modules_to_save"]) if config["modules_to_save"] else []
         saved = dict(saved_modules(model)) | {name: model.get_submodule(name) for name in found}
         whole = _parameters_of(saved)
@@ -104,8 +108,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for name, (module, attribute) in whole.items():
             _copy(module, attribute, file.get_tensor(PREFIX + name))
         for path, layer in layers.items():
-            _copy(layer, "lora_A", file.get_tensor(f"{PREFIX}{path}.lora_A.weight"))
-            _copy(layer, "lora_B", file.get_tensor(f"{PREFIX}{path}.lora_B.weight"))
+            for name in layer.adapter_parameters():
+                _copy(layer, name, file.get_tensor(PREFIX + entry_name(path, name)))
             layer.alpha = alphas[path]
             layer.rslora = bool(config.get("use_rslora", False))
             layer.scaling = scaling_of(layer.alpha, layer.r, config)
@@ -146,7 +150,7 @@ def _parameters_of(saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, st
 def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """The tensors of an adapter file, whole and on the CPU, each in memory of its own: a file has no ties."""
     places: list[tuple[str, tuple[nn.Module, str]]]
-    places = [(f"{path}.lora_{f}.weight", (layer, f"lora_{f}")) for path, layer in layers.items() for f in "AB"]
+    places = [(entry_name(path, f), (layer, f)) for path, layer in layers.items() for f in layer.adapter_parameters()]
     places += _parameters_of(dict(saved_modules(model))).items()
     values: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -172,7 +176,7 @@ def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor
 
 def _warn_of_unsaved(model: nn.Module) -> None:
     whole = [name for name, _ in saved_modules(model)]
-    adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    adapters = {id(p) for _, layer in lora_layers(model) for p in layer.adapter_parameters().values()}
     others = [
         canonical_name(name)
         for name, p in model.named_parameters()
@@ -210,7 +214,16 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
         # It matters to further training only, so the most common one stands for all.
         dropout=most_common([layer.dropout for layer in layers.values()]),
         transposed=any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
+        dora=_is_dora(layers),
     )
+
+
+def _is_dora(layers: dict[str, LoRALinear]) -> bool:
+    """Raises ValueError where some layers are DoRA and others not: a configuration has one flag."""
+    plain = [path for path, layer in layers.items() if not layer.dora]
+    if plain and len(plain) < len(layers):
+        raise ValueError(f"cannot save DoRA layers beside others in one adapter file: {listed(plain)} are no DoRA")
+    return not plain
 
 
 def _check_fit(
@@ -228,6 +241,9 @@ def _check_fit(
         missing = [path for path in expected if path not in stored]
         if missing:
             problems.append(f"missing from the file: {listed(missing)}")
+        other = [path for path, layer in layers.items() if path in stored and layer.dora != stored[path].dora]
+        if other:
+            problems.append(f"DoRA in the file or in the model alone: {listed(other)}")
         merged = [path for path, layer in layers.items() if layer.merged]
         if merged:
             problems.append(f"merged, call fastlora.unmerge first: {listed(merged)}")
@@ -262,7 +278,8 @@ def _check_fit(
 
 def _check_tied(layers: dict[str, LoRALinear], whole: dict[str, tuple[nn.Module, str]], file) -> None:
     """Raises where one tensor of the model would be given two values."""
-    tensors = {f"{path}.lora_{f}.weight": getattr(layer, f"lora_{f}") for path, layer in layers.items() for f in "AB"}
+    tensors: dict[str, Tensor]
+    tensors = {entry_name(p, f): t for p, layer in layers.items() for f, t in layer.adapter_parameters().items()}
     tensors |= {name: getattr(module, attribute) for name, (module, attribute) in whole.items()}
     places: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -278,7 +295,7 @@ def _options(
 ) -> dict[str, dict]:
     modules = {canonical_name(name): (name, module) for name, module in model.named_modules()}
     options = {}
-    for path, (a_shape, _, dtype) in stored.items():
+    for path, (a_shape, _, dtype, dora) in stored.items():
         name, linear = modules[path]
         # Over a 16-bit weight float32 loses nothing of any stored value; elsewhere A and B have the weight's dtype.
         widen = linear.weight.dtype.itemsize == 2 and dtype != linear.weight.dtype
@@ -287,6 +304,7 @@ def _options(
             "alpha": alphas[path],
             "dropout": config["lora_dropout"],
             "rslora": bool(config.get("use_rslora", False)),
+            "dora": dora,
             "adapter_dtype": torch.float32 if widen else None,
         }
     return options

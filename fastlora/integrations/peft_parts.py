@@ -20,6 +20,9 @@ class Parts(NamedTuple):
     scaling: float | Tensor
     dropout_p: float
     training: bool
+    magnitude: Tensor | None = None  # [N], of DoRA
+    adapter: str | None = None  # whose norms DoRA keeps
+    stored: Tensor | None = None  # the weight's own tensor, of which ``weight`` may be a view
 
 
 def stacked(parts: list[Parts]) -> Parts | str:
@@ -35,6 +38,8 @@ def stacked(parts: list[Parts]) -> Parts | str:
         The parts, or the reason why PEFT's forward has to serve them.
     """
     count = f"{len(parts)} active adapters"
+    if any(each.magnitude is not None for each in parts):
+        return f"{count} with DoRA"  # PEFT scales what the adapters before it have added
     if any(each.dropout_p > 0.0 and each.training for each in parts):
         return f"{count} with dropout"  # a mask each
     if any(is_dtensor(tensor) for each in parts for tensor in (each.weight, each.lora_a, each.lora_b)):

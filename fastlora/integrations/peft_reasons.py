@@ -5,7 +5,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -63,8 +65,11 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
         if len(active) != 1:
             return _inspect_several(layer, active)
         (adapter,) = active
+    magnitude = None
     if adapter in layer.lora_variant:
-        return type(layer.lora_variant[adapter]).__name__
+        magnitude = _magnitude(layer, adapter)
+        if isinstance(magnitude, str):
+            return magnitude
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
@@ -76,8 +81,9 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
         kind = Conv1D if transposed else nn.Linear
         reason = _linear_reason("base_layer", base, kind) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
         if reason is not None:
-            return reason if transposed else _find_units((base, a, b))
+            return reason if transposed or magnitude is not None else _find_units((base, a, b))
     weight, bias = base.weight, base.bias
+    stored = weight
     if weight.requires_grad:
         if not is_frozen_view(base, "weight"):
             return "the base weight trains"
@@ -89,7 +95,37 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
             return "fan_in_fan_out over DTensors"
         weight = weight.t()
     p = dropout.p if type(dropout) is nn.Dropout else 0.0
-    return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+    if magnitude is None:
+        return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+    if reason := _dora_reason(layer, dropout, magnitude, weight, a.weight, b):
+        return reason
+    factors = (a.weight, b.weight, None, layer.scaling[adapter], 0.0, False)
+    return Parts(weight, bias, *factors, magnitude, adapter, stored)
+
+
+def _magnitude(layer: Linear, adapter: str) -> Tensor | str:
+    """The magnitude [N] of a DoRA adapter, or the name of another variant, or why it cannot be served."""
+    variant = type(layer.lora_variant[adapter])
+    if variant is not DoraLinearVariant:
+        return variant.__name__
+    module = layer.lora_magnitude_vector[adapter]
+    if type(module) is not DoraLinearLayer:
+        return f"lora_magnitude_vector is a {type(module).__name__}"
+    return "hooks on lora_magnitude_vector" if _has_hooks(module) else module.weight
+
+
+def _dora_reason(
+    layer: Linear, dropout: nn.Module, magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: nn.Linear
+) -> str | None:
+    if type(dropout) is not nn.Identity and layer.training:
+        return "DoRA with dropout"  # PEFT drops the base product's input as well
+    if lora_b.bias is not None:
+        return "DoRA with a lora_bias"
+    if any(map(is_dtensor, (magnitude, weight, lora_a, lora_b.weight))):
+        return "DoRA over DTensors"
+    if magnitude.device != weight.device:
+        return f"lora_magnitude_vector on {magnitude.device}"
+    return None
 
 
 def _inspect_several(layer: Linear, active: list[str]) -> Parts | str:

@@ -14,14 +14,16 @@ PACKAGE = Path(fastlora.__file__).parent
 # module imports from its own layer and from lower ones; nowhere is there a circle.
 LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
-    ("checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands"),
+    ("checks", "layer_checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands"),
     ("backends",),
     ("dispatch",),
     ("differentiable",),
     ("op_tools",),
     ("ops",),
+    ("dora",),
     ("sharding",),
     ("placement",),
+    ("merging",),
     ("module",),
     ("conv1d",),
     ("targets",),

@@ -168,12 +168,6 @@ def test_mixed_batches_fall_back():
     assert fallbacks() == {"adapter_names": 2}
 
 
-def test_dora_falls_back():
-    stock, fused = make_pair(use_dora=True)
-    assert_same_training_step(stock, fused)
-    assert fallbacks() == {"DoraLinearVariant": 2} and fused_calls() == 0
-
-
 def test_scaling_is_read_at_every_call():
     stock, fused = make_pair()
     for model in (stock, fused):

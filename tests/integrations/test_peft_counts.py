@@ -258,7 +258,7 @@ def test_export(strict):
 
 
 STATES = {
-    "DoraLinearVariant": ({"use_dora": True}, lambda model: None),
+    "DoRA with dropout": ({"use_dora": True, "lora_dropout": 0.5}, lambda model: None),
     "2 active adapters with dropout": ({}, lambda model: model.base_model.set_adapter(["default", "dropping"])),
     "adapters disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),
     "merged": ({}, lambda model: model.merge_adapter()),

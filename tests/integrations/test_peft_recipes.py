@@ -229,10 +229,11 @@ def test_the_block_is_the_first_number_of_a_path_as_in_peft():
     """Not that of an expert further down."""
 
     def build():
-        blocks = [nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])}) for _ in range(2)]
-        return nn.ModuleDict({"model": nn.ModuleDict({"layers": nn.ModuleList(blocks)})})
+        experts = [nn.ModuleList([nn.ModuleDict({"up": nn.Linear(3, 3)}) for _ in range(2)]) for _ in range(2)]
+        blocks = nn.ModuleList([nn.ModuleDict({"experts": each}) for each in experts])
+        return nn.ModuleDict({"model": nn.ModuleDict({"layers": blocks})})
 
-    options = {"target_modules": ["experts.0", "experts.1"], "layers_to_transform": [1]}
+    options = {"target_modules": ["up"], "layers_to_transform": [1]}
     stock = peft.get_peft_model(build(), peft.LoraConfig(r=2, **options))
     theirs = [name for name, m in stock.named_modules() if isinstance(m, peft.tuners.lora.Linear)]
     ours = fastlora.inject(build(), r=2, **options)

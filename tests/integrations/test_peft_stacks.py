@@ -125,7 +125,7 @@ def test_16_bit_adapters_are_as_exact_as_stock(dtype):
 
 UNSERVED = {
     "2 active adapters with dropout": {"second": {"lora_dropout": 0.5}},
-    "DoraLinearVariant": {"second": {"use_dora": True}},
+    "2 active adapters with DoRA": {"second": {"use_dora": True}},
     "2 active adapters of torch.bfloat16, torch.float32": {"change": cast("second", torch.bfloat16)},
     "hooks on lora_B": {"change": lambda m: layer_of(m).lora_B["second"].register_forward_hook(lambda *_: None)},
     "3 active adapters with dropout": {"second": {"lora_dropout": 0.5}, "names": ("default", "second", "second")},
