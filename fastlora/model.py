@@ -1,15 +1,15 @@
 """LoRA over a whole model: put it in, fold it into the weights and out again, count what trains."""
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fastlora.conv1d import LoRAConv1D, is_conv1d
 from fastlora.heads import (
     clear_marks,
-    is_head,
     keep_marks,
     lies_in,
     mark_saved,
@@ -17,12 +17,19 @@ from fastlora.heads import (
     note_newly_drawn,
     saved_modules,
 )
-from fastlora.module import MERGE_READS, LoRALinear, check_hyperparameters, weight_reason
+from fastlora.layer_checks import check_hyperparameters, weight_reason
+from fastlora.merging import MERGE_READS
+from fastlora.module import LoRALinear
 from fastlora.placement import require_values
+from fastlora.targets import Narrowing, by_pattern, match_targets
 
-ALL_LINEAR = "all-linear"
-_NAMES_SHOWN = 20
-_PEFT_NAMES = {"lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora", "init_lora_weights": "init"}
+_PEFT_NAMES = {
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "init_lora_weights": "init",
+}
 # What compilation, data-parallel and checkpointing wrappers insert into module paths.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 # Modules that have taken charge of the parameters that they found, and would neither shard nor synchronise new ones.
@@ -50,24 +57,38 @@ def inject(
     rslora: bool = False,
     init: str = "kaiming",
     copy_input: bool = False,
+    dora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     modules_to_save: Iterable[str] | None = None,
+    exclude_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Iterable[int] | None = None,
+    layers_pattern: str | Iterable[str] | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     **unknown,
 ) -> list[str]:
-    """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear`` and freezes every other parameter.
+    """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear``, and transformers' ``Conv1D`` (GPT-2) by
+    its subclass ``LoRAConv1D``; freezes every other parameter.
 
     Targets are matched as PEFT does: a list holds names or dotted suffixes of module paths, a string is a regular
-    expression that must match a whole path. "all-linear" stands for every plain ``nn.Linear`` but the output heads of a
+    expression that must match a whole path. "all-linear" stands for every such layer but the output heads of a
     transformers model (lm_head, score, classifier, qa_outputs, ...), which PEFT leaves out, too. Layers that carry a
     branch already keep it. Nothing changes unless every target can be served.
 
     Args:
         model: any module; changed in place.
         target_modules: list of suffixes, a regular expression, or "all-linear".
-        r, alpha, dropout, rslora, init, copy_input, adapter_dtype: as for ``LoRALinear.from_linear``.
+        r, alpha, dropout, rslora, init, copy_input, dora, adapter_dtype: as for ``LoRALinear.from_linear``.
         modules_to_save: modules that train whole and that ``save_adapter`` saves, such as the newly drawn head of a
             classifier. As in PEFT, every module whose path ends in one of these names is meant, and nothing in them
             gets a branch. Unlike in PEFT they train in place: the model keeps no copy of their old values.
+        exclude_modules: targets that get no branch all the same: a list of names or suffixes, or a regular expression
+            for whole paths.
+        layers_to_transform: number or numbers of the blocks to which targets are confined that are names or suffixes.
+        layers_pattern: name or names of the lists whose numbers these are ("layers", "h"); by default any.
+        rank_pattern, alpha_pattern: other values of r and alpha for some layers. As in PEFT, the first key counts that,
+            as a regular expression, matches the end of the layer's path from a dot on. ``save_adapter`` writes what
+            comes of all five.
 
     Returns:
         The paths of the layers replaced by this call, in the model's order.
@@ -75,7 +96,8 @@ def inject(
     Raises:
         ValueError: a target matches nothing (the message names what would match); a match is not a plain ``nn.Linear``,
             shares its weight with another module, carries hooks or is sharded already; a hyperparameter is out of
-            range; ``modules_to_save`` names no module, or one that shares a parameter with another or has a branch.
+            range; ``modules_to_save`` names no module, or one that shares a parameter with another or has a branch;
+            something to exclude, a number of a block or a key of a pattern matches nothing (in PEFT: nothing happens).
         TypeError: ``target_modules`` is neither a string nor a list of strings, or r is not an integer; an argument has
             PEFT's name for it.
     """
@@ -84,17 +106,24 @@ def inject(
         raise TypeError(f"inject() got an unexpected keyword argument {name!r}{hint}")
     check_hyperparameters(r, alpha, dropout, init)
     saved = _match_saved(model, modules_to_save)
-    names = match_targets(model, target_modules, saved)
+    narrowing = Narrowing(exclude_modules, layers_to_transform, layers_pattern)
+    names = match_targets(model, target_modules, saved, narrowing)
+    paths = {name: canonical_name(name) for name in names}
+    ranks = by_pattern("rank_pattern", rank_pattern, paths, r)
+    alphas = by_pattern("alpha_pattern", alpha_pattern, paths, alpha)
+    for name in names:
+        check_hyperparameters(ranks[name], alphas[name], dropout, init)
     replace_linears(
         model,
         {
             name: {
-                "r": r,
-                "alpha": alpha,
+                "r": ranks[name],
+                "alpha": alphas[name],
                 "dropout": dropout,
                 "rslora": rslora,
                 "init": init,
                 "copy_input": copy_input,
+                "dora": dora,
                 "adapter_dtype": adapter_dtype,
             }
             for name in names
@@ -118,43 +147,6 @@ def _match_saved(model: nn.Module, names: Iterable[str] | None) -> list[str]:
     return modules_ending_in(model, names) if names else []
 
 
-def match_targets(model: nn.Module, target_modules: str | Iterable[str], saved: Iterable[str] = ()) -> list[str]:
-    """The paths that ``inject`` would replace, in the model's order; raises as it does for a target without a match.
-
-    Args:
-        saved: paths of modules that are going to train whole, beside those that do.
-    """
-    if not isinstance(target_modules, str):
-        targets = list(target_modules) if isinstance(target_modules, Iterable) else [target_modules]
-        if not all(isinstance(target, str) for target in targets):
-            raise TypeError(f"target_modules must be a string or a list of strings, got {target_modules!r}")
-        target_modules = targets
-    whole = [*saved, *(name for name, _ in saved_modules(model))]
-    modules = {name: module for name, module in model.named_modules() if name and not lies_in(name, whole)}
-    if not list(model.children()):
-        raise ValueError(f"{type(model).__name__} has no submodules to replace; LoRALinear.from_linear wraps one layer")
-    if isinstance(target_modules, str):
-        if target_modules.lower() == ALL_LINEAR:
-            matched, unknown = _all_linear(model, modules), []
-        else:
-            try:
-                pattern = re.compile(target_modules)
-            except re.error as error:
-                raise ValueError(f"target_modules {target_modules!r} is not a regular expression: {error}") from error
-            matched, unknown = [name for name in modules if pattern.fullmatch(name)], [target_modules]
-        unknown = [] if matched else (unknown or [target_modules])
-    else:
-        matched = [name for name in modules if any(_is_suffix(target, name) for target in target_modules)]
-        unknown = [t for t in target_modules if not any(_is_suffix(t, name) for name in matched)]
-    if unknown or not matched:
-        as_names = "in a list, " if isinstance(target_modules, str) else ""  # a string has to match whole paths
-        raise ValueError(
-            f"target_modules {', '.join(map(repr, unknown)) or '(empty)'} match no module of {type(model).__name__}; "
-            f"{as_names}names that would match: {_linear_names(modules)}"
-        )
-    return [name for name in matched if not isinstance(modules[name], LoRALinear)]
-
-
 def replace_linears(model: nn.Module, options: dict[str, dict], saved: Iterable[str] = ()) -> None:
     """Replaces layers by path, each with its own ``from_linear`` options, after checking that all can be; then freezes
     all else but the modules at the paths ``saved``, which train whole from then on.
@@ -172,13 +164,18 @@ def replace_linears(model: nn.Module, options: dict[str, dict], saved: Iterable[
     if problems:
         raise ValueError("cannot train and save the whole of " + "; ".join(problems))
     note_newly_drawn(model, known=(layer for _, layer in lora_layers(model)))
-    layers = {name: LoRALinear.from_linear(modules[name], **kwargs) for name, kwargs in options.items()}
+    layers = {name: branched(modules[name], **kwargs) for name, kwargs in options.items()}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         keep_marks(modules[name], layer)
         setattr(modules[parent], child, layer)
     mark_saved(modules[name] for name in saved)
     _freeze_all_but_adapters(model)
+
+
+def branched(linear: nn.Module, **options) -> LoRALinear:
+    """The LoRA layer around a plain ``nn.Linear`` or ``Conv1D``; options as for ``LoRALinear.from_linear``."""
+    return (LoRAConv1D if is_conv1d(linear) else LoRALinear).from_linear(linear, **options)  # type: ignore[arg-type]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -293,27 +290,6 @@ def _require_own_weights(model: nn.Module, layers: list[tuple[str, LoRALinear]])
         )
 
 
-def _is_suffix(target: str, name: str) -> bool:
-    return name == target or name.endswith(f".{target}")
-
-
-def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
-    return [name for name, module in modules.items() if _is_plain_linear(module) and not is_head(model, name)]
-
-
-def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, LoRALinear)
-
-
-def _linear_names(modules: dict[str, nn.Module]) -> str:
-    """The last components of the paths of all plain linear layers, as a list of targets would hold them."""
-    names = sorted({name.rpartition(".")[2] for name, module in modules.items() if _is_plain_linear(module)})
-    if not names:
-        return "none (the model has no nn.Linear)"
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown + (f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else "")
-
-
 def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """A path for every place that holds each parameter, by its id. A block with several parents is one place; a layer
     that is itself a child of several parents is several, since each parent has to be given its replacement."""
@@ -331,21 +307,22 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]]) -> str | None:
     """Why the module of this name cannot be replaced, or None."""
     module = modules[name]
-    if type(module).__name__ == "Conv1D":
-        return f"{name}: Conv1D keeps its weight as [in, out]; use fastlora.integrations.peft for such models"
-    if type(module) is not nn.Linear:
+    if not (type(module) is nn.Linear or is_conv1d(module)):
         return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     if (manager := _manager(name, modules)) is not None:
         return f"{name}: {manager} manages the parameters around it; put LoRA in first, then wrap or shard"
-    if id(module.weight) not in owners:
+    weight: Any = module.weight
+    if id(weight) not in owners:
         return f"{name}: its weight is no parameter (pruning, weight norm and the like compute it)"
-    if weight_reason(module.weight):
-        return f"{name}: its weight does not do: {weight_reason(module.weight)}"
-    shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
+    if weight_reason(weight):
+        return f"{name}: its weight does not do: {weight_reason(weight)}"
+    shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
     if shared:
         return f"{name}: its weight is tied to {', '.join(shared)}"
     forward = vars(module).get("forward")
-    wrapped = forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward  # as hooks leave it
+    wrapped = (
+        forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    )  # as hooks leave it
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or wrapped:
         return (
             f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "
@@ -389,7 +366,7 @@ def _saved_refusal(
 
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:
-    adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    adapters = {id(p) for _, layer in lora_layers(model) for p in layer.adapter_parameters().values()}
     adapters |= {id(p) for _, module in saved_modules(model) for p in module.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in adapters:

@@ -2,29 +2,28 @@
 
 import math
 import warnings
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlora.dora import Norms, dora_linear, weight_norm
+from fastlora.layer_checks import WEIGHT_DTYPES, allowed_dtypes, check_hyperparameters, weight_reason
+from fastlora.merging import Merging
 from fastlora.ops import lora_linear
-from fastlora.placement import forget, store, stored, unusable
+from fastlora.placement import forget
 from fastlora.save_pretrained import plain_saver, warn_unmerged
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
-INITS = ("kaiming", "gaussian")
-WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MERGED_MARK = "merged"  # key in the state dict of a merged layer
-MERGE_READS = ("weight", "lora_A", "lora_B")
 _PLAIN_UNDER_BRANCH = (
     "a state dict without lora_A and lora_B was loaded into layers whose branch is not zero, and the branch stays: "
     "where the state dict is of a merged model, the branch now counts twice"
 )
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Merging):
     """``y = x·Wᵀ + bias + scaling·(dropout(x)·Aᵀ)·Bᵀ`` with W and bias frozen, A and B trainable.
 
     Args:
@@ -39,6 +38,9 @@ class LoRALinear(nn.Linear):
         init: "kaiming" (A as ``nn.Linear`` starts its weight) or "gaussian" (A normal, std 1 / r). B starts at zero.
         copy_input: save a copy of the input for the backward, so that the input may be modified in place after the
             layer (``x += layer(x)``). Otherwise the input itself is saved.
+        dora: DoRA: scale each output by a trained magnitude over the norm of its row of W + scaling·B·A, before the
+            bias. The magnitude starts as that norm. With dropout in training the base product's input is dropped, too,
+            as in PEFT, by torch's own products, counted.
         device: where the parameters live. On "meta" nothing is drawn; see ``reset_parameters``.
         dtype: dtype of all parameters.
 
@@ -47,6 +49,7 @@ class LoRALinear(nn.Linear):
         bias: frozen parameter [out_features], or None.
         lora_A: parameter [r, in_features].
         lora_B: parameter [out_features, r].
+        lora_magnitude_vector: parameter [out_features] of a DoRA layer; others have none.
         r, alpha, scaling: rank, alpha, and the factor that multiplies the branch; ``scaling`` is read at every call.
         merged: whether ``weight`` holds the branch, in which case the forward is one ``F.linear`` and the adapter does
             not train.
@@ -58,6 +61,8 @@ class LoRALinear(nn.Linear):
     Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685); rsLoRA: Kalajdzievski,
     "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA" (arXiv:2312.03732).
     """
+
+    plain_class: Any = nn.Linear  # what unload makes of a layer
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class LoRALinear(nn.Linear):
         rslora: bool = False,
         init: str = "kaiming",
         copy_input: bool = False,
+        dora: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -91,6 +97,10 @@ class LoRALinear(nn.Linear):
         self.merged = False
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
+        self.dora = bool(dora)
+        if self.dora:
+            self.lora_magnitude_vector = nn.Parameter(self.weight.new_empty(out_features))
+            self._norms = Norms()
         self.reset_lora_parameters()
 
     @classmethod
@@ -104,32 +114,52 @@ class LoRALinear(nn.Linear):
         init: str = "kaiming",
         copy_input: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        dora: bool = False,
     ) -> "LoRALinear":
         """Puts a branch on an existing layer, whose weight and bias it shares: same storage, device, dtype and mode.
 
         Args:
             linear: a plain ``nn.Linear`` with a dense floating-point weight; left as it is.
-            r, alpha, dropout, rslora, init, copy_input: as for the class.
-            adapter_dtype: dtype of A and B; the weight's own by default. float32 over a 16-bit weight is trained
-                without casting the input up.
+            r, alpha, dropout, rslora, init, copy_input, dora: as for the class.
+            adapter_dtype: dtype of A and B (and of the magnitude); the weight's own by default. float32 over a 16-bit
+                weight is trained without casting the input up.
 
         Raises:
             TypeError: ``linear`` is not an ``nn.Linear``, carries a branch already, or its weight is not dense
                 floating-point; ``adapter_dtype`` is neither the weight's nor float32 over a 16-bit weight.
             ValueError: as for the class.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, cls):
+        if not isinstance(linear, nn.Linear) or isinstance(linear, LoRALinear):
             raise TypeError(f"from_linear needs an nn.Linear, got {type(linear).__name__}")
+        return cls._around(linear, r, alpha, dropout, rslora, init, copy_input, adapter_dtype, dora)
+
+    @classmethod
+    def _around(
+        cls,
+        linear: Any,
+        r: int = 8,
+        alpha: float = 16,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        init: str = "kaiming",
+        copy_input: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        dora: bool = False,
+    ) -> Any:
+        """``from_linear`` of a layer of the right class."""
         weight = linear.weight
         if weight_reason(weight):
             raise TypeError(f"from_linear cannot share this layer's weight: {weight_reason(weight)}")
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
         if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype.itemsize == 2):
-            raise TypeError(f"adapter_dtype {dtype} does not go with a {weight.dtype} weight; {_allowed(weight.dtype)}")
+            raise TypeError(
+                f"adapter_dtype {dtype} does not go with a {weight.dtype} weight; {allowed_dtypes(weight.dtype)}"
+            )
         # On "meta", so that no second weight is allocated and no random number is drawn for it.
+        out_features, in_features = cls._features(weight)
         layer = cls(
-            weight.shape[1],
-            weight.shape[0],
+            in_features,
+            out_features,
             bias=linear.bias is not None,
             r=r,
             alpha=alpha,
@@ -137,16 +167,27 @@ class LoRALinear(nn.Linear):
             rslora=rslora,
             init=init,
             copy_input=copy_input,
+            dora=dora,
             device="meta",
             dtype=weight.dtype,
         )
         layer.weight = nn.Parameter(weight.detach(), requires_grad=False)
         if linear.bias is not None:
             layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=False)
-        layer.lora_A = nn.Parameter(torch.empty(layer.lora_A.shape, device=weight.device, dtype=dtype))
-        layer.lora_B = nn.Parameter(torch.empty(layer.lora_B.shape, device=weight.device, dtype=dtype))
+        for name, parameter in layer.adapter_parameters().items():
+            setattr(layer, name, nn.Parameter(torch.empty(parameter.shape, device=weight.device, dtype=dtype)))
         layer.reset_lora_parameters()
         return layer.train(linear.training)
+
+    @staticmethod
+    def _features(weight: Tensor) -> tuple[int, int]:
+        """out_features and in_features of a layer with this weight."""
+        return weight.shape[0], weight.shape[1]
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        """The weight's shape, also where its value is elsewhere."""
+        return self.out_features, self.in_features
 
     def reset_parameters(self) -> None:
         """Draws every parameter anew: for a layer made on "meta" and given memory with ``to_empty``."""
@@ -156,7 +197,7 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def reset_lora_parameters(self) -> None:
-        """Draws A and zeroes B.
+        """Draws A and zeroes B; a magnitude becomes the weight's norm.
 
         The draws are those of PEFT, so that the same seed gives the same start: on the default device, in the default
         dtype, one ``nn.Linear`` start for A and one for B, then A again; rounded to the weight's dtype.
@@ -175,6 +216,8 @@ class LoRALinear(nn.Linear):
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.lora_A.copy_(a.to(self.weight.dtype))
         self.lora_B.zero_()
+        if self.dora and not self.weight.is_meta:
+            self.lora_magnitude_vector.copy_(weight_norm(self.weight_rows, self.lora_A, self.lora_B, self.scaling))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -183,11 +226,22 @@ class LoRALinear(nn.Linear):
         own: dict[str, Any] = self._parameters
         if len(own) == 4:  # all four: spared four searches by nn.Module.__getattr__, which a small layer would feel
             weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+        elif self.dora:
+            return self._dora_forward(x)
         else:  # torch's parametrizations make properties of them
             weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
         call: Any = lora_linear if type(weight) is nn.Parameter or not is_dtensor(weight) else lora_linear_sharded
         return call(
             x, weight, lora_a, lora_b, self.scaling, bias,
+            dropout_p=self.dropout, training=self.training, copy_input=self.copy_input,
+        )  # fmt: skip
+
+    def _dora_forward(self, x: Tensor) -> Tensor:
+        if is_dtensor(self.weight):
+            raise ValueError("DoRA over DTensors is not served: shard the layers by FSDP, which gathers them")
+        return dora_linear(
+            x, self.weight_rows, self.lora_A, self.lora_B, self.scaling, self.lora_magnitude_vector, self.bias,
+            norms=self._norms, stored=self.weight,
             dropout_p=self.dropout, training=self.training, copy_input=self.copy_input,
         )  # fmt: skip
 
@@ -199,71 +253,6 @@ class LoRALinear(nn.Linear):
                 param.requires_grad_(False)
         super().register_parameter(name, param)
 
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + scaling·B·A [out_features, in_features], computed in float32 at least and rounded once to W's dtype."""
-        return self._with_branch(self.scaling)
-
-    def _with_branch(self, factor: float) -> Tensor:
-        weight, a, b = (stored(self, name) for name in MERGE_READS)
-        compute = torch.promote_types(weight.dtype, torch.float32)
-        merged = torch.addmm(weight.to(compute), b.to(compute), a.to(compute), alpha=factor)
-        return merged.to(weight.dtype)
-
-    @torch.no_grad()
-    def merge(self, safe: bool = False, keep_base: bool = True) -> None:
-        """Adds the branch to the weight, so that the forward is one ``F.linear``. A merged layer is left as it is.
-
-        The merged weight is a new tensor: a weight shared with another layer keeps its value there. A layer that
-        accelerate has offloaded is merged in accelerate's map, in CPU memory; its files on disk stay as they are.
-
-        Args:
-            safe: refuse a result that is not finite, and leave the layer as it was.
-            keep_base: hold the frozen weight, so that ``unmerge`` restores it bit by bit. Otherwise its memory is
-                released (to serve only, say), and ``unmerge`` subtracts the branch, which is exact to rounding.
-
-        Raises:
-            ValueError: ``safe`` and the merged weight has elements that are not finite; or the weight is sharded,
-                computed, or a placeholder.
-        """
-        if self.merged:
-            return
-        if reason := unusable(self, MERGE_READS, writes="weight"):
-            raise ValueError(reason)
-        merged = self.merged_weight()
-        if safe and not torch.isfinite(merged).all():
-            count = int((~torch.isfinite(merged)).sum())
-            raise ValueError(
-                f"merging gives {count} elements of the {list(merged.shape)} weight that are not finite; "
-                "the layer is left unmerged: look for NaN or overflow in lora_A and lora_B"
-            )
-        if keep_base:
-            # What unmerge() puts back. A buffer follows .to(); one that is not persistent is in no checkpoint.
-            self.register_buffer("_base_weight", stored(self, "weight").detach(), persistent=False)
-        store(self, "weight", merged)
-        self.merged = True
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Restores the frozen weight. A layer that is not merged is left as it is.
-
-        Raises:
-            ValueError: the weight has been sharded or became a placeholder since it was merged.
-        """
-        if not self.merged:
-            return
-        if reason := unusable(self, MERGE_READS, writes="weight"):
-            raise ValueError(reason)
-        base = self._buffers.get("_base_weight")
-        store(self, "weight", self._with_branch(-self.scaling) if base is None else base)
-        self._drop_base()
-        self.merged = False
-
-    def _drop_base(self) -> None:
-        if "_base_weight" in self._buffers:
-            del self._base_weight
-            forget(self, "_base_weight")
-
     def unload(self) -> None:
         """Makes this object a plain ``nn.Linear`` with the weight that it has: to be called on a merged layer.
 
@@ -273,16 +262,20 @@ class LoRALinear(nn.Linear):
         if not self.merged:
             raise ValueError("unload turns a merged layer into an nn.Linear; call merge() first")
         for name in ("forward", "_old_forward"):  # accelerate's hooks leave them on the object
-            if getattr(vars(self).get(name), "__func__", None) is LoRALinear.forward:
-                setattr(self, name, nn.Linear.forward.__get__(self))
+            if getattr(vars(self).get(name), "__func__", None) is type(self).forward:
+                setattr(self, name, self.plain_class.forward.__get__(self))
         self._drop_base()
-        del self.lora_A, self.lora_B
-        forget(self, "lora_A", "lora_B")
+        for name in self.adapter_parameters():
+            delattr(self, name)
+            forget(self, name)
+        vars(self).pop("_norms", None)
+        plain = self.plain_class
         own = vars(LoRALinear(1, 1, device="meta")).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
+        vars(self).pop("plain_class", None)
         for name in own & vars(self).keys():
             if name != "merged" or "forward" not in vars(self):  # a wrapper around the old forward reads `merged`
                 del self.__dict__[name]
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = plain
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         """A merged layer's entries are marked, or those of nn.Linear where they are written for from_pretrained."""
@@ -292,7 +285,7 @@ class LoRALinear(nn.Linear):
         if self.merged and saver is None:
             destination[prefix + MERGED_MARK] = torch.ones((), dtype=torch.bool)
         elif self.merged:
-            for name in ("lora_A", "lora_B"):
+            for name in self.adapter_parameters():
                 destination.pop(prefix + name, None)
         elif saver is not None and first:
             warn_unmerged(saver)
@@ -325,35 +318,8 @@ class LoRALinear(nn.Linear):
             text += f", dropout={self.dropout}"
         if self.rslora:
             text += ", rslora=True"
+        if self.dora:
+            text += ", dora=True"
         if self.copy_input:
             text += ", copy_input=True"
         return text + (", merged=True" if self.merged else "")
-
-
-def weight_reason(weight: Tensor) -> str | None:
-    """Why a LoRA layer cannot be built on this weight, or None."""
-    if weight.dim() == 2 and weight.dtype in WEIGHT_DTYPES and weight.layout == torch.strided:
-        return None
-    layout = "" if weight.layout == torch.strided else f" {weight.layout}"
-    return f"it is{layout} {weight.dtype} {list(weight.shape)}, not a dense floating-point [out, in] of 16 bits or more"
-
-
-def _allowed(dtype: torch.dtype) -> str:
-    return f"it must be {dtype}" + (" or torch.float32" if dtype.itemsize == 2 else "")
-
-
-def check_hyperparameters(r: int, alpha: float, dropout: float, init: str) -> None:
-    """Raises ValueError or TypeError naming the hyperparameter that no LoRA layer can have."""
-    if isinstance(r, bool) or not isinstance(r, Integral):
-        raise TypeError(f"r must be an integer, got {r!r}")
-    if r < 1:
-        raise ValueError(f"r must be at least 1, got {r}")
-    for name, value in (("alpha", alpha), ("dropout", dropout)):
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if not math.isfinite(alpha):
-        raise ValueError(f"alpha must be finite, got {alpha}")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be between 0 and 1, got {dropout}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(map(repr, INITS))}, got {init!r}")

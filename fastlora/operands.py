@@ -2,7 +2,8 @@
 
 Empty inputs, strides and alignment are settled here, once for every backend: a matrix has unit inner strides and rows
 that do not overlap, a vector and the saved S are contiguous and start on 16 bytes. What already has that form is passed
-on as it is.
+on as it is. So is a weight that lies as [K, N], whose copy at every call would cost more than the branch: its spec says
+"transposed", and a backend that has no code for that refuses it.
 
 A description takes longer than a launch. So a call is known by a key first: all that its description is made of, read
 once and not looked into.
@@ -30,7 +31,8 @@ _ALIGNMENT = 16  # bytes: TMA and 128-bit loads
 def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, LaunchSpec]:
     """The operands of a forward as kernels take them, and the call's description."""
     x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
-    x, weight, lora_a, lora_b = as_rows(x), as_rows(weight), as_rows(lora_a), as_rows(lora_b)
+    x, lora_a, lora_b = as_rows(x), as_rows(lora_a), as_rows(lora_b)
+    weight, stored = as_stored(weight)
     bias = None if bias is None else _as_vector(bias)
     spec = LaunchSpec(
         "forward",
@@ -38,11 +40,12 @@ def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, Launch
         x.dtype,
         (lora_a.dtype, lora_b.dtype),
         x.device,
+        base_format="dense" if stored is weight else "transposed",
         dropout=dropout_p > 0.0,
         bias=bias is not None,
         tf32=uses_tf32(x.dtype),
         scales_branch=scales_branch(scaling, x.dtype),
-        **_layout((x, weight, lora_a, lora_b, None)),
+        **_layout((x, stored, lora_a, lora_b, None)),
     )
     return ForwardOperands(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed), spec
 
@@ -50,7 +53,8 @@ def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, Launch
 def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[BackwardOperands, LaunchSpec]:
     """The operands of a backward as kernels take them, and the call's description."""
     dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
-    dy, weight, lora_a, lora_b = as_rows(dy), as_rows(weight), as_rows(lora_a), as_rows(lora_b)
+    dy, lora_a, lora_b = as_rows(dy), as_rows(lora_a), as_rows(lora_b)
+    weight, stored = as_stored(weight)
     x = as_rows(x) if needs.da and x is not None else None
     # Hooks on saved tensors (offloading, compression) may give S back with other strides, or within something else.
     s = _as_vector(s) if needs.db and s is not None else None
@@ -60,11 +64,12 @@ def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[Backwar
         dy.dtype,
         (lora_a.dtype, lora_b.dtype),
         dy.device,
+        base_format="dense" if stored is weight else "transposed",
         dropout=dropout_p > 0.0,
         needs=needs,
         tf32=uses_tf32(dy.dtype),
         scales_branch=scales_branch(scaling, dy.dtype),
-        **_layout((dy, weight, lora_a, lora_b, x)),
+        **_layout((dy, stored, lora_a, lora_b, x)),
     )
     return BackwardOperands(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed), spec
 
@@ -118,6 +123,16 @@ def as_rows(matrix: Tensor) -> Tensor:
     if matrix.stride(1) == 1 and (rows <= 1 or matrix.stride(0) >= columns):
         return matrix
     return matrix.contiguous()
+
+
+def as_stored(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [N, K] as it is passed on, and as the matrix that lies in memory: itself, or [K, N] where it is the
+    transposed view of that."""
+    n, k = weight.shape
+    if weight.stride(0) == 1 and weight.stride(1) >= n and n > 1 and k > 0:
+        return weight, weight.t()
+    weight = as_rows(weight)
+    return weight, weight
 
 
 def _as_vector(vector: Tensor) -> Tensor:

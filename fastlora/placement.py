@@ -61,11 +61,14 @@ def unusable(layer: Any, names: Iterable[str], writes: str | None = None, allow_
     hooked = _offload_hook(layer) is not None
     rank = layer.lora_A.shape[0] if layer.lora_A.dim() else 0
     shapes = {
-        "weight": (layer.out_features, layer.in_features),
+        "weight": layer.weight_shape,
         "lora_A": (rank, layer.in_features),
         "lora_B": (layer.out_features, rank),
+        "lora_magnitude_vector": (layer.out_features,),
     }
     for name in names:
+        if getattr(layer, name, None) is None:  # a magnitude, which DoRA alone has
+            continue
         tensor, replaced = getattr(layer, name), name == writes
         if is_dtensor(tensor):
             if replaced:

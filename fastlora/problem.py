@@ -140,7 +140,7 @@ class LaunchSpec(NamedTuple):
     dtype: of x, weight, bias and dY.
     adapter_dtypes: of lora_a and lora_b: ``dtype``, or float32 over a 16-bit one.
     device: where all operands are.
-    base_format: how the base weight lies in memory; "dense" is [N, K] in ``dtype``.
+    base_format: how the base weight lies in memory; "dense" is [N, K] in ``dtype``, "transposed" [K, N].
     branch: which adapters a row sees; "single" is one for all rows.
     dropout: whether the branch drops elements of x.
     bias: whether there is a bias to add (forward).

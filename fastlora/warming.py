@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastlora.backends.configs import FEW_ROWS
 from fastlora.dispatch import compile_ahead, environment_backend
 from fastlora.module import LoRALinear
-from fastlora.operands import describe_backward, describe_forward
+from fastlora.operands import as_stored, describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
 
 # Numbers of tokens that stand for all above FEW_ROWS: a tile is chosen by how many there are, of 32 rows at least, and
@@ -102,15 +102,23 @@ def _layer_of(module: Any) -> _Layer | None:
     if isinstance(module, LoRALinear):
         if module.merged:
             return None
-        return _Layer(module.weight, module.bias, module.lora_A, module.lora_B, module.scaling, module.dropout)
+        return _Layer(
+            module.weight_rows,
+            None if module.dora else module.bias,
+            module.lora_A,
+            module.lora_B,
+            module.scaling,
+            module.dropout,
+        )
     from fastlora.integrations.peft_reasons import Parts, inspect
 
     parts = inspect(module)
     if not isinstance(parts, Parts):
         return None
-    weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, _ = parts
-    scaling = 1.0 if isinstance(scaling, Tensor) else scaling
-    return _Layer(weight, lora_bias if bias is None else bias, lora_a, lora_b, scaling, dropout_p)
+    scaling = 1.0 if isinstance(parts.scaling, Tensor) else parts.scaling
+    bias = parts.lora_bias if parts.bias is None else parts.bias
+    bias = bias if parts.magnitude is None else None  # DoRA's launch has none
+    return _Layer(parts.weight, bias, parts.lora_a, parts.lora_b, scaling, parts.dropout_p)
 
 
 def _kind(layer: _Layer) -> tuple:
@@ -135,7 +143,9 @@ def _calls(layer: _Layer, m: int, training: bool, evaluation: bool) -> Iterator[
     lora_a, lora_b = (
         meta(t.shape, torch.float32 if t.dtype == torch.float32 else dtype) for t in (layer.lora_a, layer.lora_b)
     )
-    x, weight, bias = meta((m, k)), meta((n, k)), None if layer.bias is None else meta((n,))
+    transposed = as_stored(layer.weight)[1] is not layer.weight
+    x, weight = meta((m, k)), meta((k, n)).t() if transposed else meta((n, k))
+    bias = None if layer.bias is None else meta((n,))
     trains_bias = layer.bias is not None and layer.bias.requires_grad
     needs = Needs(True, layer.lora_a.requires_grad, layer.lora_b.requires_grad, trains_bias)
     probabilities = {layer.dropout_p} if training else set()

@@ -20,17 +20,20 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 PICKLE_NAME = "adapter_model.bin"
 PREFIX = "base_model.model."
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<factor>[AB])\.weight", re.DOTALL)
+_KEY = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.(?:lora_(?P<factor>[AB])\.weight|(?P<magnitude>lora_magnitude_vector))",
+    re.DOTALL,
+)
+_MAGNITUDE = "M"  # in the place of a factor
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _SHOWN = 10
 # An adapter of 70,000 experts stays below these by half; what is larger is not read.
 MAX_CONFIG, MAX_HEADER = 8 << 20, 32 << 20  # bytes
 _MAX_SAVED_NAMES = 1000
 # Fields that change what an adapter computes, and the values under which it is plain LoRA on linear layers.
-_PLAIN = {
+_PLAIN: dict[str, tuple] = {
     "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "use_dora": (False,),
+    "use_dora": (False, True),
     "lora_bias": (False,),
     "use_qalora": (False,),
     "trainable_token_indices": (None,),
@@ -45,7 +48,8 @@ _PLAIN = {
     "ensure_weight_tying": (False,),
     "megatron_config": (None, {}),
 }
-# Fields that change nothing in an adapter that is plain by the others: where it comes from, how it was started, where.
+# Fields that change nothing in an adapter that is plain by the others: where it comes from, how it was started, where;
+# and how the base weights lie, which the layers themselves say.
 _HARMLESS = {
     "alpha_pattern",
     "auto_mapping",
@@ -53,6 +57,7 @@ _HARMLESS = {
     "corda_config",
     "eva_config",
     "exclude_modules",
+    "fan_in_fan_out",
     "inference_mode",
     "init_lora_weights",
     "layers_pattern",
@@ -84,6 +89,7 @@ class StoredShapes(NamedTuple):
     a_shape: tuple[int, ...]
     b_shape: tuple[int, ...]
     dtype: torch.dtype
+    dora: bool = False  # whether there is a magnitude [out] besides
 
 
 class AdapterLayer(NamedTuple):
@@ -110,10 +116,19 @@ def read_adapter(directory: str | os.PathLike) -> dict[str, AdapterLayer]:
     with file:
         stored, _ = read_header(file, directory / WEIGHTS_NAME, config)
         check_ranks(stored, config)
+        if config.get("use_dora", False):
+            raise ValueError(
+                f"{directory} is DoRA, whose change of a weight is not B·A alone; merge it to look at that"
+            )
         for path in sorted(stored, key=_by_number):
             a, b = (file.get_tensor(f"{PREFIX}{path}.lora_{factor}.weight") for factor in "AB")
             layers[path] = AdapterLayer(a, b, scaling_of(alpha_of(path, config), a.shape[0], config))
     return layers
+
+
+def entry_name(path: str, parameter: str) -> str:
+    """What a file calls a parameter of a layer, behind the prefix."""
+    return f"{path}.{parameter}" + (".weight" if parameter in ("lora_A", "lora_B") else "")
 
 
 def _by_number(path: str) -> list[tuple[int, str]]:
@@ -163,7 +178,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not plain LoRA on linear layers: {listed(odd)}; load it with PEFT")
     for field, default in (("r", 8), ("lora_alpha", 8), ("lora_dropout", 0.0)):
         value = config.setdefault(field, default)
-        if not _is_number(value):
+        if not is_number(value):
             raise ValueError(f"{path}: {field} must be a number, got {_shown(value)}")
     if not 0.0 <= config["lora_dropout"] <= 1.0:
         raise ValueError(f"{path}: lora_dropout must be between 0 and 1, got {config['lora_dropout']}")
@@ -171,7 +186,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: use_rslora must be true or false, got {_shown(config['use_rslora'])}")
     for field in ("rank_pattern", "alpha_pattern"):
         config[field] = config.get(field) or {}
-        if not isinstance(config[field], dict) or not all(map(_is_number, config[field].values())):
+        if not isinstance(config[field], dict) or not all(map(is_number, config[field].values())):
             raise ValueError(f"{path}: {field} must map module paths to numbers, got {_shown(config[field])}")
         try:
             config[field] = Patterns(config[field])
@@ -190,7 +205,7 @@ def _shown(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return False
     try:
@@ -244,9 +259,16 @@ def read_header(file, path: Path, config: dict[str, Any]) -> tuple[dict[str, Sto
             wrong_dtype.append(f"{key} ({view.get_dtype()})")
         else:
             dtypes[match["path"]] = torch.promote_types(dtypes.get(match["path"], dtype), dtype)
-        shapes.setdefault(match["path"], {})[match["factor"]] = tuple(view.get_shape())
+        shapes.setdefault(match["path"], {})[match["factor"] or _MAGNITUDE] = tuple(view.get_shape())
     halves = [f"{PREFIX}{p}.lora_{f}.weight" for p, found in shapes.items() for f in "AB" if f not in found]
     problems = []
+    dora = bool(config.get("use_dora", False))
+    magnitudes = [f"{PREFIX}{path}.lora_magnitude_vector" for path, found in shapes.items() if _MAGNITUDE in found]
+    if dora and len(magnitudes) < len(shapes):
+        lacking = [f"{PREFIX}{path}.lora_magnitude_vector" for path, found in shapes.items() if _MAGNITUDE not in found]
+        halves += lacking
+    if magnitudes and not dora:
+        unexpected += magnitudes
     if unexpected:
         problems.append(f"unexpected: {listed(unexpected)}")
     if halves:
@@ -257,7 +279,14 @@ def read_header(file, path: Path, config: dict[str, Any]) -> tuple[dict[str, Sto
         problems.append("it holds no tensors")
     if problems:
         raise ValueError(f"{path} does not hold plain LoRA weights; {'; '.join(problems)}")
-    layers = {name: StoredShapes(found["A"], found["B"], dtypes[name]) for name, found in shapes.items()}
+    layers = {name: StoredShapes(found["A"], found["B"], dtypes[name], dora) for name, found in shapes.items()}
+    wrong = [
+        f"{name}: lora_magnitude_vector {list(found[_MAGNITUDE])}, lora_B {list(found['B'])}"
+        for name, found in shapes.items()
+        if dora and found[_MAGNITUDE] != found["B"][:1]
+    ]
+    if wrong:
+        raise ValueError(f"{path} does not hold DoRA weights; shapes differ: {listed(wrong, '; ')}")
     return layers, saved
 
 
@@ -269,7 +298,7 @@ def _lies_in_one(parameter: str, names: tuple[str, ...]) -> bool:
 def check_ranks(stored: dict[str, StoredShapes], config: dict[str, Any]) -> None:
     """A and B of each layer agree with each other and with the configured rank."""
     wrong = []
-    for path, (a, b, _) in stored.items():
+    for path, (a, b, *_) in stored.items():
         rank = config["rank_pattern"].value(path, config["r"])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != rank or a[0] < 1:
             wrong.append(f"{path}: lora_A {list(a)}, lora_B {list(b)}, configured rank {rank}")

@@ -2,9 +2,7 @@
 
 import json
 import os
-import re
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from fastlora.adapters.config import most_common, plain_config
 from fastlora.adapters.files import (
     CONFIG_NAME,
     PREFIX,
@@ -20,16 +19,21 @@ from fastlora.adapters.files import (
     StoredShapes,
     alpha_of,
     check_ranks,
+    entry_name,
     listed,
     open_adapter,
     read_header,
     scaling_of,
 )
+from fastlora.conv1d import LoRAConv1D, linear_features
 from fastlora.files import write_files
-from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules, task_of
+from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules
+from fastlora.merging import MAGNITUDE
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
 from fastlora.placement import is_offloaded, require_values, store, stored
+
+ADAPTER = ("lora_A", "lora_B", MAGNITUDE)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
@@ -53,7 +57,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     layers = dict(lora_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer to save; call fastlora.inject first")
-    require_values(model, layers.items(), "save", ("lora_A", "lora_B"))
+    require_values(model, layers.items(), "save", ADAPTER)
     _warn_of_unsaved(model)
     tensors = _values(model, layers)
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
@@ -88,7 +92,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         stored, stored_whole = read_header(file, directory / WEIGHTS_NAME, config)
         check_ranks(stored, config)
         layers = dict(lora_layers(model))
-        require_values(model, layers.items(), "load into", ("lora_A", "lora_B"), allow_meta=True)
+        require_values(model, layers.items(), "load into", ADAPTER, allow_meta=True)
         found = modules_ending_in(model, config["modules_to_save"]) if config["modules_to_save"] else []
         saved = dict(saved_modules(model)) | {name: model.get_submodule(name) for name in found}
         whole = _parameters_of(saved)
@@ -104,8 +108,8 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
         for name, (module, attribute) in whole.items():
             _copy(module, attribute, file.get_tensor(PREFIX + name))
         for path, layer in layers.items():
-            _copy(layer, "lora_A", file.get_tensor(f"{PREFIX}{path}.lora_A.weight"))
-            _copy(layer, "lora_B", file.get_tensor(f"{PREFIX}{path}.lora_B.weight"))
+            for name in layer.adapter_parameters():
+                _copy(layer, name, file.get_tensor(PREFIX + entry_name(path, name)))
             layer.alpha = alphas[path]
             layer.rslora = bool(config.get("use_rslora", False))
             layer.scaling = scaling_of(layer.alpha, layer.r, config)
@@ -146,7 +150,7 @@ def _parameters_of(saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, st
 def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
     """The tensors of an adapter file, whole and on the CPU, each in memory of its own: a file has no ties."""
     places: list[tuple[str, tuple[nn.Module, str]]]
-    places = [(f"{path}.lora_{f}.weight", (layer, f"lora_{f}")) for path, layer in layers.items() for f in "AB"]
+    places = [(entry_name(path, f), (layer, f)) for path, layer in layers.items() for f in layer.adapter_parameters()]
     places += _parameters_of(dict(saved_modules(model))).items()
     values: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -172,7 +176,7 @@ def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor
 
 def _warn_of_unsaved(model: nn.Module) -> None:
     whole = [name for name, _ in saved_modules(model)]
-    adapters = {id(p) for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B)}
+    adapters = {id(p) for _, layer in lora_layers(model) for p in layer.adapter_parameters().values()}
     others = [
         canonical_name(name)
         for name, p in model.named_parameters()
@@ -202,56 +206,24 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
     rslora = all(layer.rslora for layer in layers.values())
     # The file has one rsLoRA flag. Where layers differ in it, each one's scaling is expressed by its alpha.
     mixed = not rslora and any(layer.rslora for layer in layers.values())
-    ranks = {path: layer.r for path, layer in layers.items()}
-    alphas = {path: layer.scaling * layer.r if mixed else layer.alpha for path, layer in layers.items()}
-    # The dropout too: it matters to further training only, so the most common one stands for all.
-    dropout = _most_common([layer.dropout for layer in layers.values()])
-    rank, alpha = _most_common(list(ranks.values())), _most_common(list(alphas.values()))
-    base = getattr(model, "config", None)
-    saved = [canonical_name(name) for name, _ in saved_modules(model)]
-    return {
-        "peft_type": "LORA",
-        "task_type": _task_type(model, saved),
-        "base_model_name_or_path": getattr(base, "_name_or_path", None) or None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": dropout,
-        "use_rslora": rslora,
-        "rank_pattern": {_pattern(p, ranks): value for p, value in ranks.items() if value != rank},
-        "alpha_pattern": {_pattern(p, alphas): value for p, value in alphas.items() if value != alpha},
-        "target_modules": _targets(model, layers),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_dora": False,
-        "modules_to_save": saved or None,
-    }
+    return plain_config(
+        model,
+        {path: layer.r for path, layer in layers.items()},
+        {path: layer.scaling * layer.r if mixed else layer.alpha for path, layer in layers.items()},
+        rslora=rslora,
+        # It matters to further training only, so the most common one stands for all.
+        dropout=most_common([layer.dropout for layer in layers.values()]),
+        transposed=any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
+        dora=_is_dora(layers),
+    )
 
 
-def _task_type(model: nn.Module, saved: list[str]) -> str | None:
-    """PEFT's name of the task. For some, PEFT expects certain modules in the file, if the model has them."""
-    task, heads = task_of(model)
-    expected = [canonical_name(name) for name in modules_ending_in(model, heads)] if heads else []
-    return task if all(lies_in(name, saved) for name in expected) else None
-
-
-def _most_common(values: list) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _pattern(path: str, paths: dict[str, Any]) -> str:
-    """A key that PEFT's ``(.*\\.)?(key)$`` finds in this path only."""
-    matches = [other for other in paths if re.match(rf"(.*\.)?({path})$", other)]
-    return path if matches == [path] else f"^{re.escape(path)}"
-
-
-def _targets(model: nn.Module, layers: dict[str, LoRALinear]) -> list[str]:
-    """Last path components where these mean exactly the layers that carry a branch, else whole paths."""
-    leaves = {path.rpartition(".")[2] for path in layers}
-    named = [canonical_name(name) for name, _ in model.named_modules()]
-    meant = {name for name in named if name.rpartition(".")[2] in leaves}
-    return sorted(leaves if meant == set(layers) else layers)
+def _is_dora(layers: dict[str, LoRALinear]) -> bool:
+    """Raises ValueError where some layers are DoRA and others not: a configuration has one flag."""
+    plain = [path for path, layer in layers.items() if not layer.dora]
+    if plain and len(plain) < len(layers):
+        raise ValueError(f"cannot save DoRA layers beside others in one adapter file: {listed(plain)} are no DoRA")
+    return not plain
 
 
 def _check_fit(
@@ -269,14 +241,17 @@ def _check_fit(
         missing = [path for path in expected if path not in stored]
         if missing:
             problems.append(f"missing from the file: {listed(missing)}")
+        other = [path for path, layer in layers.items() if path in stored and layer.dora != stored[path].dora]
+        if other:
+            problems.append(f"DoRA in the file or in the model alone: {listed(other)}")
         merged = [path for path, layer in layers.items() if layer.merged]
         if merged:
             problems.append(f"merged, call fastlora.unmerge first: {listed(merged)}")
     else:
         expected = {
-            canonical_name(name): ((stored[path].a_shape[0], m.in_features), (m.out_features, stored[path].b_shape[1]))
+            path: ((stored[path].a_shape[0], sizes[1]), (sizes[0], stored[path].b_shape[1]))
             for name, m in model.named_modules()
-            if (path := canonical_name(name)) in stored and isinstance(m, nn.Linear)
+            if (path := canonical_name(name)) in stored and (sizes := linear_features(m)) is not None
         }
     unexpected = [path for path in stored if path not in expected]
     if unexpected:
@@ -303,7 +278,8 @@ def _check_fit(
 
 def _check_tied(layers: dict[str, LoRALinear], whole: dict[str, tuple[nn.Module, str]], file) -> None:
     """Raises where one tensor of the model would be given two values."""
-    tensors = {f"{path}.lora_{f}.weight": getattr(layer, f"lora_{f}") for path, layer in layers.items() for f in "AB"}
+    tensors: dict[str, Tensor]
+    tensors = {entry_name(p, f): t for p, layer in layers.items() for f, t in layer.adapter_parameters().items()}
     tensors |= {name: getattr(module, attribute) for name, (module, attribute) in whole.items()}
     places: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -319,7 +295,7 @@ def _options(
 ) -> dict[str, dict]:
     modules = {canonical_name(name): (name, module) for name, module in model.named_modules()}
     options = {}
-    for path, (a_shape, _, dtype) in stored.items():
+    for path, (a_shape, _, dtype, dora) in stored.items():
         name, linear = modules[path]
         # Over a 16-bit weight float32 loses nothing of any stored value; elsewhere A and B have the weight's dtype.
         widen = linear.weight.dtype.itemsize == 2 and dtype != linear.weight.dtype
@@ -328,6 +304,7 @@ def _options(
             "alpha": alphas[path],
             "dropout": config["lora_dropout"],
             "rslora": bool(config.get("use_rslora", False)),
+            "dora": dora,
             "adapter_dtype": torch.float32 if widen else None,
         }
     return options

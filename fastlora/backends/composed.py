@@ -23,7 +23,7 @@ from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launc
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why a call cannot be composed, or None. With dropout, Triton must be usable."""
-    if spec.base_format != "dense" or spec.branch != "single":
+    if spec.base_format not in ("dense", "transposed") or spec.branch != "single":
         return f"no code for a {spec.base_format} base weight with a {spec.branch} branch"
     return _masked().why_unsupported(spec) if spec.dropout else None
 

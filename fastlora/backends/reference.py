@@ -23,7 +23,7 @@ _UNREAD = {
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why the reference cannot serve a call, or None."""
-    if spec.base_format != "dense" or spec.branch != "single":
+    if spec.base_format not in ("dense", "transposed") or spec.branch != "single":
         return f"no code for a {spec.base_format} base weight with a {spec.branch} branch"
     return None
 

@@ -128,6 +128,7 @@ def _weights(name: str, layers: dict) -> dict:
     """
     import torch
 
+    from fastlora.conv1d import is_conv1d
     from fastlora.finetune.models import find_model, load_weights
     from fastlora.tables import wrapped
 
@@ -135,6 +136,7 @@ def _weights(name: str, layers: dict) -> dict:
     click.echo(wrapped(source.announcement))
     modules = dict(load_weights(source, "auto", torch.device("cpu")).named_modules())
     weights = {path: getattr(modules.get(path), "weight", None) for path in layers}
+    weights |= {path: weight.t() for path, weight in weights.items() if is_conv1d(modules.get(path))}
     absent = [path for path, weight in weights.items() if weight is None]
     if absent:
         raise CommandError(f"{source.label} has no layers {_some(absent)}: the adapter is of another model")

@@ -10,6 +10,7 @@ COMMANDS = {
     "info": "fastlora.cli.info:info",
     "finetune": "fastlora.cli.finetune:finetune",
     "merge": "fastlora.cli.merge:merge",
+    "convert": "fastlora.cli.convert:convert",
     "bench": "fastlora.cli.bench:bench",
     "tune": "fastlora.cli.tune:tune",
     "analyze": "fastlora.cli.analyze:analyze",

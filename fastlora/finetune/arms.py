@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.io import save_adapter
+from fastlora.conv1d import linear_features
 from fastlora.errors import CommandError, first_line
 from fastlora.finetune.loop import Arm, make_optimizer
 from fastlora.finetune.models import shared_copy
 from fastlora.finetune.settings import Settings
-from fastlora.model import ALL_LINEAR, inject, match_targets
+from fastlora.model import inject
+from fastlora.targets import ALL_LINEAR, match_targets
 
 FASTLORA = "fastlora"
 PEFT = "peft"
@@ -88,6 +90,7 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
     with warnings.catch_warnings():
         # PEFT asks transformers for an attribute that newer versions of it rename.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT sets it as each layer needs it, and says so
         try:
             model = peft.get_peft_model(model, config)
         except (ValueError, TypeError, ImportError) as error:  # the last for optional packages of the wrong version
@@ -105,7 +108,7 @@ def check_targets(model: nn.Module, settings: Settings) -> None:
         raise CommandError(first_line(error)) from error
     modules = dict(model.named_modules())
     for path in paths if settings.via != PEFT else ():
-        if not isinstance(modules[path], nn.Linear):
+        if linear_features(modules[path]) is None:
             raise CommandError(f"--targets: {path} is {type(modules[path]).__name__}, not a linear layer")
 
 

@@ -1,7 +1,9 @@
 """Loading a language model and its tokenizer: a directory, a GGUF file, a hub name, or the packaged SmolLM2."""
 
 import copy
+import importlib
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -114,6 +116,45 @@ def load_skeleton(source: ModelSource) -> nn.Module | None:
             return _quiet_transformers().AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError):
         return None  # what is wrong, loading the weights says
+
+
+def load_structure(source: ModelSource) -> nn.Module:
+    """A model of transformers or of diffusers without weights, on the meta device: the class that its files name.
+
+    Raises:
+        CommandError: the configuration is missing or broken, or names no class that is known here.
+    """
+    directory = Path(source.location)
+    of_diffusers = _diffusers_class(directory) if source.local and source.gguf_file is None else None
+    if of_diffusers is not None:
+        kind = getattr(_diffusers(), of_diffusers, None)
+        if kind is None:
+            raise CommandError(f"{directory} is a {of_diffusers}, which this version of diffusers has not")
+        with torch.device("meta"):
+            return kind.from_config(kind.load_config(directory))
+    config = _load("AutoConfig", source)
+    transformers = _quiet_transformers()
+    kinds = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
+    try:
+        with torch.device("meta"):
+            return kinds[0]._from_config(config) if kinds else transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError) as error:
+        raise CommandError(f"cannot build model {source.label}: {first_line(error)}") from error
+
+
+def _diffusers_class(directory: Path) -> str | None:
+    """The class that a configuration of diffusers names, or None for one of transformers."""
+    try:
+        return json.loads((directory / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return None  # what is wrong, transformers says
+
+
+def _diffusers():
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as error:
+        raise CommandError(f"a model of diffusers needs that package ({error}): pip install diffusers") from error
 
 
 def load_weights(

@@ -23,6 +23,12 @@ model.save_pretrained(directory)
 print(fastlora.dispatch_counts())  # calls served by each backend, and what fell back to PEFT's forward, by reason
 ```
 
+Embeddings (``lora.Embedding``, tied to a head or not) stay PEFT's own forward, counted. There is no base product whose
+reads a fused kernel could share: both terms are gathers, one of N and one of r numbers a token, and what is left is one
+product of M x r by r x N; A's gradient, a scatter over the vocabulary, would need a sort to be the same in every run,
+which torch's embedding does where deterministic algorithms are asked for. ``trainable_token_indices`` and
+``modules_to_save`` are no LoRA layers: ``patch`` does not touch them.
+
 **TRL's SFTTrainer.** It puts the adapters in itself, so ``patch`` comes after it. The dataset has the rows that
 ``fastlora finetune`` takes, too: ``messages``, or ``prompt`` and ``completion``, or ``text``.
 

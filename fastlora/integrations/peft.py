@@ -60,9 +60,10 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
     """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place.
 
     It works on what ``get_peft_model`` and ``from_pretrained`` return, on models inside trainers and on models that
-    ``fully_shard`` has sharded; ``unpatch`` reverts it. A layer whose state keeps it from being served now (merged,
-    disabled, several active adapters) is served as soon as its state allows. Layers that ``add_adapter`` makes later
-    are turned when the model is called next, except within a graph of ``torch.compile``: patch again before that.
+    ``fully_shard`` has sharded; ``unpatch`` reverts it. Several active adapters are one fused call, their ranks
+    stacked. A layer whose state keeps it from being served now (merged, disabled, several active adapters with dropout
+    in training) is served as soon as its state allows. Layers that ``add_adapter`` makes later are turned when the
+    model is called next, except within a graph of ``torch.compile``: patch again before that.
 
     Args:
         model: any module that holds PEFT LoRA layers.

@@ -8,14 +8,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.dispatch import count_fallback
+from fastlora.dora import Norms, dora_linear
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
 from fastlora.ops import lora_linear
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
+_NORMS = "_fastlora_norms"  # attribute of a layer: by adapter, what DoRA keeps between calls
+
 
 class FusedLinear(Linear):
-    """PEFT's ``lora.Linear`` with a fused forward for one active plain adapter over a frozen dense ``nn.Linear``.
+    """PEFT's ``lora.Linear`` with a fused forward for active plain adapters over a frozen dense ``nn.Linear``.
 
     Same constructor, attributes, state dict and methods. ``patch`` turns existing layers into this class, ``register``
     makes PEFT construct it.
@@ -26,18 +29,24 @@ class FusedLinear(Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
         if args or (kwargs and any(value is not None for value in kwargs.values())):
-            served = "adapter_names" if kwargs.get("adapter_names") is not None else "extra forward arguments"
+            served = "adapter_names" if kwargs.get("adapter_names") is not None else _argument_reason(self)
         else:
             served = inspect(self)
             if isinstance(served, Parts):
                 served = input_reason(self, served, x) or served
         if isinstance(served, Parts):
-            return _fused_forward(served, x, self.copy_input)
+            return _fused_forward(self, served, x)
         if isinstance(served, Units):
             return _forward_within(self, served, x)
         if not torch.compiler.is_compiling():
             count_fallback(f"peft: {served}")
         return super().forward(x, *args, **kwargs)
+
+
+def _argument_reason(layer: FusedLinear) -> str:
+    """Why a call with further arguments cannot be fused: what the layer is, an aLoRA layer say, or the arguments."""
+    found = inspect(layer)
+    return found if isinstance(found, str) else "extra forward arguments"
 
 
 def type_reason(layer: LoraLayer) -> str | None:
@@ -66,7 +75,8 @@ def restore(layer: LoraLayer) -> bool:
     if class_beneath(layer) is not FusedLinear:
         return False
     swap_class(layer, Linear)
-    vars(layer).pop("copy_input", None)
+    for name in ("copy_input", _NORMS):
+        vars(layer).pop(name, None)
     return True
 
 
@@ -83,16 +93,29 @@ def _stop_counting(layer: LoraLayer) -> None:
         del hooks[key]
 
 
-def _fused_forward(parts: Parts, x: Tensor, copy_input: bool) -> Tensor:
-    weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, training = parts
+def _fused_forward(layer: Any, parts: Parts, x: Tensor) -> Tensor:
+    weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, training, magnitude, adapter, stored = parts
+    if magnitude is not None:
+        norms = (
+            None if torch.compiler.is_compiling() else vars(layer).setdefault(_NORMS, {}).setdefault(adapter, Norms())
+        )
+        options = {"norms": norms, "stored": stored, "copy_input": layer.copy_input}
+        return dora_linear(x, weight, lora_a, lora_b, scaling, magnitude, bias, **options)
     if lora_bias is not None:
         side = lora_bias * scaling
         bias = (side if bias is None else bias + side).to(weight.dtype)
     if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
         lora_b, scaling = lora_b * scaling, 1.0
     call = lora_linear_sharded if is_dtensor(weight) else lora_linear
-    options = {"dropout_p": dropout_p, "training": training, "copy_input": copy_input}
+    options = {"dropout_p": dropout_p, "training": training, "copy_input": layer.copy_input}
     return call(x, weight, lora_a, lora_b, scaling, bias, **options)
+
+
+def _norms(layer: Any, adapter: str | None) -> Norms | None:
+    """What DoRA keeps between calls of an adapter; nothing within a graph, which makes it itself."""
+    if torch.compiler.is_compiling():
+        return None
+    return vars(layer).setdefault(_NORMS, {}).setdefault(adapter, Norms())
 
 
 def _forward_within(layer: Linear, units: Units, x: Tensor) -> Tensor:
@@ -102,7 +125,7 @@ def _forward_within(layer: Linear, units: Units, x: Tensor) -> Tensor:
         parts = inspect(layer, units.linears)
         reason = parts if isinstance(parts, str) else input_reason(layer, parts, x)
         if reason is None:
-            return _fused_forward(parts, x, layer.copy_input)
+            return _fused_forward(layer, parts, x)
         count_fallback(f"peft: {reason}")
         return _stock_forward(layer, units.linears, x)
 

@@ -2,32 +2,23 @@
 
 import warnings
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
+from fastlora.integrations.peft_parts import Parts, stacked
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 # Tensors that stand in for plain ones while torch.export or torch.func look at a model.
 _TRACING_TENSORS = ("FakeTensor", "FunctionalTensor")
 _ROLES = ("base_layer", "lora_A", "lora_B")
-
-
-class Parts(NamedTuple):
-    """What one fused call uses. Looked up at every call: PEFT replaces weights and changes scalings in place."""
-
-    weight: Tensor  # [N, K]
-    bias: Tensor | None  # [N]
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    lora_bias: Tensor | None  # [N]
-    scaling: float | Tensor
-    dropout_p: float
-    training: bool
 
 
 class Units(NamedTuple):
@@ -55,12 +46,13 @@ def call_reason(layer: Linear) -> str | None:
     return None if isinstance(found, Units) else found
 
 
-def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Units | str:
+def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str | None = None) -> Parts | Units | str:
     """The parts of a layer that can be served fused; or units to serve it within; or the reason why it cannot be.
 
     Args:
         layer: the layer to be called.
         linears: those of its FSDP units, once the call is within theirs.
+        adapter: one of several active ones, to look at it alone.
     """
     if layer._disable_adapters:
         return "adapters disabled"
@@ -68,38 +60,90 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Un
         return "merged"
     modules = layer._modules  # nn.Module's own lookup takes longer than all these checks
     lora_a = modules["lora_A"]._modules
-    active = [name for name in layer.active_adapters if name in lora_a]
-    if len(active) != 1:
-        return f"{len(active)} active adapters"
-    (adapter,) = active
+    if adapter is None:
+        active = [name for name in layer.active_adapters if name in lora_a]
+        if len(active) != 1:
+            return _inspect_several(layer, active)
+        (adapter,) = active
+    magnitude = None
     if adapter in layer.lora_variant:
-        return type(layer.lora_variant[adapter]).__name__
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out"
+        magnitude = _magnitude(layer, adapter)
+        if isinstance(magnitude, str):
+            return magnitude
     dropout = modules["lora_dropout"]._modules[adapter]
     if type(dropout) not in (nn.Dropout, nn.Identity):
         return f"lora_dropout is a {type(dropout).__name__}"
     if _has_hooks(dropout):
         return "hooks on lora_dropout"
     base, a, b = linears or (modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter])
-    if linears is None and (
-        _linear_reason("base_layer", base) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
-    ):
-        return _find_units((base, a, b))
+    transposed = layer.fan_in_fan_out
+    if linears is None:
+        kind = Conv1D if transposed else nn.Linear
+        reason = _linear_reason("base_layer", base, kind) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
+        if reason is not None:
+            return reason if transposed or magnitude is not None else _find_units((base, a, b))
     weight, bias = base.weight, base.bias
+    stored = weight
     if weight.requires_grad:
         if not is_frozen_view(base, "weight"):
             return "the base weight trains"
         weight = weight.detach()
         if bias is not None and bias.requires_grad and is_frozen_view(base, "bias"):
             bias = bias.detach()
+    if transposed:
+        if is_dtensor(weight):
+            return "fan_in_fan_out over DTensors"
+        weight = weight.t()
     p = dropout.p if type(dropout) is nn.Dropout else 0.0
-    return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+    if magnitude is None:
+        return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+    if reason := _dora_reason(layer, dropout, magnitude, weight, a.weight, b):
+        return reason
+    factors = (a.weight, b.weight, None, layer.scaling[adapter], 0.0, False)
+    return Parts(weight, bias, *factors, magnitude, adapter, stored)
 
 
-def _linear_reason(role: str, linear: nn.Module) -> str | None:
+def _magnitude(layer: Linear, adapter: str) -> Tensor | str:
+    """The magnitude [N] of a DoRA adapter, or the name of another variant, or why it cannot be served."""
+    variant = type(layer.lora_variant[adapter])
+    if variant is not DoraLinearVariant:
+        return variant.__name__
+    module = layer.lora_magnitude_vector[adapter]
+    if type(module) is not DoraLinearLayer:
+        return f"lora_magnitude_vector is a {type(module).__name__}"
+    return "hooks on lora_magnitude_vector" if _has_hooks(module) else module.weight
+
+
+def _dora_reason(
+    layer: Linear, dropout: nn.Module, magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: nn.Linear
+) -> str | None:
+    if type(dropout) is not nn.Identity and layer.training:
+        return "DoRA with dropout"  # PEFT drops the base product's input as well
+    if lora_b.bias is not None:
+        return "DoRA with a lora_bias"
+    if any(map(is_dtensor, (magnitude, weight, lora_a, lora_b.weight))):
+        return "DoRA over DTensors"
+    if magnitude.device != weight.device:
+        return f"lora_magnitude_vector on {magnitude.device}"
+    return None
+
+
+def _inspect_several(layer: Linear, active: list[str]) -> Parts | str:
+    """The parts of all active adapters as those of one, or the reason why they cannot be served fused."""
+    found = []
+    for adapter in active:
+        parts = inspect(layer, adapter=adapter)
+        if isinstance(parts, str):
+            return parts
+        if isinstance(parts, Units):
+            return f"{len(active)} active adapters in FSDP units of single layers"
+        found.append(parts)
+    return stacked(found) if found else "0 active adapters"
+
+
+def _linear_reason(role: str, linear: Any, kind: type = nn.Linear) -> str | None:
     """Why a layer cannot be replaced by a product with its weight, or None."""
-    if type(linear) is not nn.Linear:
+    if type(linear) is not kind:
         return f"{role} is a {type(linear).__name__}"
     if _has_hooks(linear):
         return f"hooks on {role}"

@@ -39,6 +39,7 @@ def adapter_state_dict(model: nn.Module, layout: str = "fastlora") -> dict[str, 
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     prefix, name_a, name_b = LAYOUTS[layout]
+    _refuse_dora(dict(lora_layers(model)))
     require_values(model, lora_layers(model), "read", ("lora_A", "lora_B"))
     state = {}
     for path, layer in lora_layers(model):
@@ -68,6 +69,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> li
             merged layers; all are listed and nothing is changed.
     """
     layers = dict(lora_layers(model))
+    _refuse_dora(layers)
     targets = {(path, factor): getattr(layer, f"lora_{factor}") for path, layer in layers.items() for factor in "AB"}
     found, problems = {}, []
     for key, value in state.items():
@@ -91,3 +93,10 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> li
         else:
             targets[path, factor].copy_(value)
     return list(layers)
+
+
+def _refuse_dora(layers: Mapping) -> None:
+    found = [path for path, layer in layers.items() if layer.dora]
+    if found:
+        names = ", ".join(found[:5])
+        raise ValueError(f"no layout here holds the magnitudes of DoRA layers ({names}): save_adapter does")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastlora.conv1d import linear_features
 from fastlora.environment import commit
 from fastlora.errors import CommandError, first_line
 from fastlora.finetune.arms import adapter_snapshot, fastlora_arm, save_arm
@@ -20,10 +21,10 @@ from fastlora.finetune.loop import Arm, held_out_loss, train
 from fastlora.finetune.models import find_model, load_model
 from fastlora.finetune.report import versions
 from fastlora.finetune.settings import Settings
-from fastlora.model import match_targets
 from fastlora.outputs import check_writable, reported_write_errors
 from fastlora.study.plan import Plan, RunSpec, StudySettings, make_plan
 from fastlora.study.store import RunStore
+from fastlora.targets import match_targets
 
 SPLIT_SEED = 0  # one split for all runs: their held-out losses compare
 POLL_SECONDS = 0.5
@@ -180,9 +181,10 @@ def _costs(base: nn.Module, projections: tuple[str, ...]) -> tuple[int, ...]:
             found = [modules[path] for path in match_targets(base, [name])]
         except ValueError as error:
             raise CommandError(f"--projections: {first_line(error)}") from error
-        if not all(isinstance(module, nn.Linear) for module in found):
+        sizes = [linear_features(module) for module in found]
+        if None in sizes:
             raise CommandError(f"--projections: {name} names modules that are not linear layers")
-        costs.append(sum(module.in_features + module.out_features for module in found))
+        costs.append(sum(sum(features) for features in sizes if features))
     return tuple(costs)
 
 

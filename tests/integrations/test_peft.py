@@ -112,8 +112,7 @@ def test_several_adapters_and_switching():
         model.base_model.set_adapter(["default", "second"])
     fastlora.reset_dispatch_counts()
     torch.testing.assert_close(fused(IDS), stock(IDS))
-    assert fallbacks() == {"2 active adapters": 1} and fused_calls() == 1
-    assert unserved(fused) == {"base_model.model.q_proj": "2 active adapters"}
+    assert not fallbacks() and fused_calls() == 2 and unserved(fused) == {}
     for model in (stock, fused):
         model.set_adapter("default")
         model.delete_adapter("second")
@@ -167,12 +166,6 @@ def test_mixed_batches_fall_back():
     names = ["default", "__base__"]
     assert torch.equal(fused(IDS, adapter_names=names), stock(IDS, adapter_names=names))
     assert fallbacks() == {"adapter_names": 2}
-
-
-def test_dora_falls_back():
-    stock, fused = make_pair(use_dora=True)
-    assert_same_training_step(stock, fused)
-    assert fallbacks() == {"DoraLinearVariant": 2} and fused_calls() == 0
 
 
 def test_scaling_is_read_at_every_call():

@@ -258,8 +258,8 @@ def test_export(strict):
 
 
 STATES = {
-    "DoraLinearVariant": ({"use_dora": True}, lambda model: None),
-    "2 active adapters": ({}, lambda model: model.base_model.set_adapter(["default", "second"])),
+    "DoRA with dropout": ({"use_dora": True, "lora_dropout": 0.5}, lambda model: None),
+    "2 active adapters with dropout": ({}, lambda model: model.base_model.set_adapter(["default", "dropping"])),
     "adapters disabled": ({}, lambda model: model.base_model.disable_adapter_layers()),
     "merged": ({}, lambda model: model.merge_adapter()),
     "0 active adapters": ({}, lambda model: model.set_adapter("third")),
@@ -275,9 +275,9 @@ STATES = {
 def test_patch_lists_what_a_call_would_be_served_for_now(reason):
     options, change = STATES[reason]
     model = make_stock(**options)
-    for name, targets in ("second", ["down"]), ("third", ["embed"]):
+    for name, targets, p in ("dropping", ["down"], 0.5), ("third", ["embed"], 0.0):
         if not options:
-            add_adapter(model, name, r=2, target_modules=targets)
+            add_adapter(model, name, r=2, target_modules=targets, lora_dropout=p)
     change(model)
     patched = patch(model)
     assert isinstance(patched, list) and "base_model.model.down" not in patched

@@ -11,7 +11,7 @@ import fastlora
 peft = pytest.importorskip("peft")
 from peft.tuners.lora.layer import Linear as StockLinear  # noqa: E402
 
-from fastlora.integrations.peft import patch, register, unserved  # noqa: E402
+from fastlora.integrations.peft import patch, unserved  # noqa: E402
 from tests.support.peft_models import (  # noqa: E402
     IDS,
     Base,
@@ -20,7 +20,6 @@ from tests.support.peft_models import (  # noqa: E402
     layer_of,
     make_pair,
     make_stock,
-    randomise,
 )
 
 
@@ -116,22 +115,3 @@ def test_patching_what_has_no_lora_or_a_replaced_forward():
     assert patch(model) == ["base_model.model.down"]
     with pytest.raises(ValueError, match="q_proj: its forward was replaced on the instance"):
         patch(model, strict=True)
-
-
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
-def test_conv1d_and_special_linears_are_pefts():
-    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
-
-    def build(registered):
-        torch.manual_seed(0)
-        config = peft.LoraConfig(r=2, target_modules=["c_attn", "out_proj"], fan_in_fan_out=registered)
-        base = nn.ModuleDict({"c_attn": conv1d(6, 4), "out": nn.MultiheadAttention(4, 1)})
-        return randomise(peft.get_peft_model(base, register(config) if registered else config))
-
-    stock, patched, registered = build(False), build(False), build(True)
-    assert not patch(patched) and set(unserved(registered).values()) == set(unserved(patched).values())
-    x = torch.randn(3, 4)
-    for model in (patched, registered):
-        fastlora.reset_dispatch_counts()
-        torch.testing.assert_close(model.base_model.model["c_attn"](x), stock.base_model.model["c_attn"](x))
-        assert fallbacks() == {"fan_in_fan_out": 1}

@@ -1,4 +1,4 @@
-"""State dicts of loralib and torchtune, and models of other homes: diffusers' attention, HF's Conv1D."""
+"""State dicts of loralib and torchtune, and models of other homes: diffusers' attention."""
 
 import copy
 import re
@@ -161,30 +161,3 @@ def test_diffusers_unet():
     x, text = (torch.randn(*shape, dtype=torch.float64) for shape in ((1, 4, 8, 8), (1, 3, 8)))
     count = sum(bool(re.search(r"to_(q|k|v|out\.0)$", name)) for name, _ in model.named_modules())
     check_trains(model, lambda: model(x, 1, text).sample, count)
-
-
-def test_conv1d_of_gpt2_is_refused_by_inject_and_served_by_peft():
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
-    import fastlora
-    from fastlora.integrations.peft import patch
-
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8)
-    model = transformers.GPT2LMHeadModel(config).eval()
-    with pytest.raises(
-        ValueError, match=r"c_attn: Conv1D keeps its weight as \[in, out\]; use fastlora.integrations.peft"
-    ):
-        inject(model, ["c_attn"])
-    lora = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
-    stock = peft.get_peft_model(model, lora)
-    for name, parameter in stock.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
-    ids = torch.arange(6).view(1, 6)
-    expected = stock(ids).logits
-    fastlora.reset_dispatch_counts()
-    patch(stock)
-    assert torch.equal(stock(ids).logits, expected)
-    assert fastlora.dispatch_counts()["fallbacks"] == {"peft: fan_in_fan_out": 1}
-    with pytest.raises(ValueError, match="c_attn: fan_in_fan_out"):
-        patch(stock, strict=True)

@@ -71,17 +71,21 @@ def fallbacks():
     return {name.removeprefix("peft: "): n for name, n in fastlora.dispatch_counts()["fallbacks"].items()}
 
 
-def gradients(model, forward=lambda model: model(IDS)):
+def on_ids(model):
+    return model(IDS)
+
+
+def gradients(model, forward=on_ids):
     model.zero_grad()
     output = forward(model)
     output.float().pow(2).mean().backward()
     return output, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_training_step(stock, fused, dtype=torch.float32):
+def assert_same_training_step(stock, fused, dtype=torch.float32, forward=on_ids):
     """Outputs and gradients within a few roundings of each other, relative to the largest value of each tensor."""
-    expected, wanted = gradients(stock)
-    output, got = gradients(fused)
+    expected, wanted = gradients(stock, forward)
+    output, got = gradients(fused, forward)
     slack = 64 * torch.finfo(dtype).eps
     assert output.dtype == expected.dtype and (output - expected).abs().max() <= slack * expected.abs().max()
     assert got.keys() == wanted.keys() and got
