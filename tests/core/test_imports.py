@@ -14,13 +14,14 @@ PACKAGE = Path(fastlora.__file__).parent
 # module imports from its own layer and from lower ones; nowhere is there a circle.
 LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
-    ("checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands"),
+    ("checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands", "segments"),
     ("backends",),
     ("dispatch",),
     ("differentiable",),
     ("op_tools",),
     ("ops",),
     ("sharding",),
+    ("grouped",),
     ("placement",),
     ("module",),
     ("model",),
