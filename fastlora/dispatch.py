@@ -135,6 +135,15 @@ def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[
     raise ValueError(f"no backend serves this call: {'; '.join(passed_over)}")
 
 
+def why_no_backend(spec: LaunchSpec) -> str | None:
+    """Why no backend serves a call, or None."""
+    try:
+        select_backend(spec, None)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 class _Route(NamedTuple):
     """Who serves the calls of one description, with what, and why nobody faster."""
 

@@ -3,7 +3,7 @@
 **PEFT and transformers' Trainer: one line.** Everything else of PEFT (several adapters, switching, merging, saving)
 stays what it was. ``patch`` returns the layers that are fused as things stand; printed, its result says what becomes of
 the others ("14 of 16 LoRA layers fused; 2 by PEFT's forward: ..."). Each call of a LoRA layer that PEFT serves itself,
-of whatever class (embeddings, experts, quantised bases), is counted by reason, except within a graph of
+of whatever class (embeddings, convolutions, quantised bases), is counted by reason, except within a graph of
 ``torch.compile`` and within ``torch.nn.TransformerEncoderLayer``, whose fast path no hook may stop. ``strict=True``
 refuses a model in which some layer would not be fused. Trainer is also the way to datasets by name
 (``datasets.load_dataset``), to logging services (``report_to`` of its arguments) and to schedules and optimisers that
@@ -21,6 +21,27 @@ trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
 trainer.train()
 model.save_pretrained(directory)
 print(fastlora.dispatch_counts())  # calls served by each backend, and what fell back to PEFT's forward, by reason
+```
+
+**Mixtures of experts.** LoRA on the experts of a transformers model (Mixtral, Qwen3-MoE, gpt-oss, OLMoE, DeepSeek and
+whatever else takes an ``experts_implementation``) needs the same line. PEFT adds ΔW to a copy of all experts' weights
+at every call; patched, each expert's rows go through its factors, and nothing of the weights' size is made or saved.
+
+```python
+import fastlora
+from peft import LoraConfig, get_peft_model
+
+config = LoraConfig(
+    r=8,
+    lora_alpha=16,
+    target_modules=["q_proj", "v_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)
+model = get_peft_model(model, config)
+print(fastlora.integrations.peft.patch(model))  # "4 of 4 LoRA layers fused"
+
+model(input_ids=batches[0], labels=batches[0]).loss.backward()
+print(fastlora.dispatch_counts())
 ```
 
 **TRL's SFTTrainer.** It puts the adapters in itself, so ``patch`` comes after it. The dataset has the rows that

@@ -3,13 +3,15 @@
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.dispatch import count_fallback
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
+from fastlora.integrations.peft_experts import FusedParamWrapper, experts_reason, wraps_experts
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
+from fastlora.integrations.peft_reasons import call_reason as linear_reason
 from fastlora.ops import lora_linear
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
@@ -40,32 +42,43 @@ class FusedLinear(Linear):
         return super().forward(x, *args, **kwargs)
 
 
+_FUSED: dict[type[LoraLayer], type[LoraLayer]] = {Linear: FusedLinear, ParamWrapper: FusedParamWrapper}
+_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+
+
 def type_reason(layer: LoraLayer) -> str | None:
     """Why ``patch`` leaves this LoRA layer alone whatever its state, or None."""
     kind = class_beneath(layer)
-    if kind not in (Linear, FusedLinear):
+    if not (kind in (Linear, FusedLinear) or (kind in (ParamWrapper, FusedParamWrapper) and wraps_experts(layer))):
         return f"a {kind.__module__}.{kind.__name__}, not a stock lora.Linear"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     return None
 
 
+def call_reason(layer: LoraLayer) -> str | None:
+    """Why the next call of a layer without a ``type_reason`` would not be fused, or None; see ``patch``."""
+    return experts_reason(layer) if isinstance(layer, ParamWrapper) else linear_reason(layer)
+
+
 def fuse(layer: LoraLayer, copy_input: bool = False, may_hook: bool = True) -> None:
-    """Makes a layer a ``FusedLinear`` if it can be one; any other layer's calls are counted from now on, by a hook."""
+    """Gives a layer the fused class if there is one; any other layer's calls are counted from now on, by a hook."""
+    kind = class_beneath(layer)
     if type_reason(layer) is None:
         _stop_counting(layer)
-        swap_class(layer, FusedLinear)
+        swap_class(layer, _FUSED.get(kind, kind))
         layer.copy_input = copy_input
-    elif may_hook and class_beneath(layer) is not FusedLinear and count_call not in layer._forward_pre_hooks.values():
+    elif may_hook and kind not in _STOCK and count_call not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(count_call)
 
 
 def restore(layer: LoraLayer) -> bool:
-    """Takes ``fuse`` back; whether the layer was a ``FusedLinear``."""
+    """Takes ``fuse`` back; whether the layer had a fused class."""
     _stop_counting(layer)
-    if class_beneath(layer) is not FusedLinear:
+    stock = _STOCK.get(class_beneath(layer))
+    if stock is None:
         return False
-    swap_class(layer, Linear)
+    swap_class(layer, stock)
     vars(layer).pop("copy_input", None)
     return True
 

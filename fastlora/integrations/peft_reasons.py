@@ -104,7 +104,7 @@ def _linear_reason(role: str, linear: nn.Module) -> str | None:
     if _has_hooks(linear):
         return f"hooks on {role}"
     weight = linear.weight
-    if not (_is_plain(weight) or is_dtensor(weight)):
+    if not (is_plain(weight) or is_dtensor(weight)):
         return f"{role} holds a {type(weight).__name__}"
     return None
 
@@ -144,7 +144,7 @@ def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
             return "dropout over DTensors"
     elif is_dtensor(lora_a) or is_dtensor(lora_b):
         return "DTensor adapter, plain base"
-    elif not _is_plain(x):
+    elif not is_plain(x):
         return f"the input is a {type(x).__name__}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transform"
@@ -153,8 +153,20 @@ def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
 
 def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: str) -> str | None:
     """Why an input of this dtype cannot be served fused, or None."""
-    weight_dtype, adapter_dtype = parts.weight.dtype, parts.lora_a.dtype
-    if adapter_dtype != parts.lora_b.dtype:
+    adapters = (parts.lora_a.dtype, parts.lora_b.dtype)
+    return dtype_reason(layer, parts.weight.dtype, adapters, dtype, device_type)
+
+
+def dtype_reason(
+    layer: LoraLayer,
+    weight_dtype: torch.dtype,
+    adapters: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype,
+    device_type: str,
+) -> str | None:
+    """Why an input of this dtype cannot be served fused by a base weight and by A and B of those, or None."""
+    adapter_dtype = adapters[0]
+    if adapter_dtype != adapters[1]:
         return "lora_A and lora_B differ in dtype"
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
@@ -179,5 +191,6 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no subclass with a behaviour of its own."""
     return type(tensor) in _PLAIN_TENSORS or type(tensor).__name__ in _TRACING_TENSORS

@@ -16,6 +16,7 @@ PAGE = re.compile(r"^\*\*(?P<title>[^*:.]+)[:.].*?```python\n(?P<code>.*?)```", 
 PAGES = {page["title"]: page["code"] for page in PAGE.finditer(fastlora.integrations.__doc__)}
 TITLES = [
     "PEFT and transformers' Trainer",
+    "Mixtures of experts",
     "TRL's SFTTrainer",
     "Plain PyTorch",
     "FSDP2",
@@ -53,6 +54,13 @@ def test_peft_and_trainer(tmp_path):
     dataset = [{"input_ids": row, "labels": row} for batch in BATCHES for row in batch]
     run("PEFT and transformers' Trainer", tmp_path, arguments=arguments, dataset=dataset)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_mixtures_of_experts(tmp_path):
+    from tests.support.tiny_moe import make_moe
+
+    given = run("Mixtures of experts", tmp_path, model=make_moe())
+    assert all(p.grad is not None for p in given["model"].parameters() if p.requires_grad)
 
 
 def word_tokenizer():
