@@ -44,6 +44,34 @@ model(input_ids=batches[0], labels=batches[0]).loss.backward()
 print(fastlora.dispatch_counts())
 ```
 
+**Several adapters in one batch.** A patched PEFT model takes ``adapter_names``, one for each sample, in training as
+well: several jobs share one base model and one base product a layer. Each adapter's gradients are those of its own
+rows, so that it ends where it would have ended alone, given the loss that it would have had alone. ``"__base__"``
+stands for no adapter; at inference the same call serves a batch of several users.
+
+```python
+import fastlora
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), adapter_name="first")
+model.add_adapter("second", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+fastlora.integrations.peft.patch(model)
+model.set_requires_grad(["first", "second"])  # PEFT lets the active adapter alone train
+
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+for first, second in zip(batches, other_batches):
+    names = ["first"] * len(first) + ["second"] * len(second)
+    logits = model(input_ids=torch.cat([first, second]), adapter_names=names).logits
+    parts = zip(logits.split([len(first), len(second)]), (first, second))
+    loss = sum(F.cross_entropy(part[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for part, ids in parts)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+model.save_pretrained(directory)  # each adapter in a folder of its name
+```
+
 **TRL's SFTTrainer.** It puts the adapters in itself, so ``patch`` comes after it. The dataset has the rows that
 ``fastlora finetune`` takes, too: ``messages``, or ``prompt`` and ``completion``, or ``text``.
 

@@ -14,16 +14,32 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.grouped import grouped_lora_linear
+from fastlora.segments import NO_ADAPTER
 
 IMPLEMENTATION = "fastlora"
 
 
 class Factors(NamedTuple):
-    """The branch of all experts' matrices of one name."""
+    """The branches of all experts' matrices of one name: of one adapter, or of T, one behind the other."""
 
-    lora_a: Tensor  # [E, R, in]
-    lora_b: Tensor  # [E, out, R]
-    scaling: float
+    lora_a: Tensor  # [E, R, in] or [T·E, R, in]
+    lora_b: Tensor  # [E, out, R] or [T·E, out, R]
+    scaling: float | Tensor  # [T·E]
+
+
+class Tenants(NamedTuple):
+    """Which of several adapters each token has."""
+
+    owners: Tensor  # int64 [tokens]; NO_ADAPTER for none
+    count: int  # T
+
+
+class Segments(NamedTuple):
+    """Where rows sorted by expert, and by adapter within an expert, change one of the two; see grouped_lora_linear."""
+
+    ends: Tensor
+    experts: Tensor | None
+    adapters: Tensor | None
 
 
 class Served:
@@ -31,8 +47,8 @@ class Served:
 
     _experts_implementation = IMPLEMENTATION
 
-    def __init__(self, config: Any, factors: Mapping[str, Factors]):
-        self.__config, self.factors = config, factors
+    def __init__(self, config: Any, factors: Mapping[str, Factors], tenants: Tenants | None):
+        self.__config, self.factors, self.tenants = config, factors, tenants
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__config, name)
@@ -63,10 +79,10 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 
 @contextmanager
-def serving(experts: nn.Module, factors: Mapping[str, Factors]) -> Iterator[None]:
-    """Within it a call of ``experts`` is served with these factors."""
+def serving(experts: nn.Module, factors: Mapping[str, Factors], tenants: Tenants | None = None) -> Iterator[None]:
+    """Within it a call of ``experts`` is served with these factors; with ``tenants``, each token with its adapter's."""
     config = experts.config
-    experts.config = Served(config, factors)
+    experts.config = Served(config, factors, tenants)
     try:
         yield
     finally:
@@ -94,15 +110,13 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
             "seen, and patch chooses it by itself: leave the model's experts_implementation as it was"
         )
     (tokens, hidden), k = hidden_states.shape, top_k_index.shape[-1]
-    by_expert, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    numbers = torch.arange(experts.num_experts, device=order.device, dtype=by_expert.dtype)
-    ends = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
+    order, segments = _sort(top_k_index, experts.num_experts, experts.config.tenants)
     # Every row is selected once, so that no sum of the backward depends on the order of its terms.
     rows = hidden_states.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, hidden).index_select(0, order)
     first, second = projections(experts)
-    rows = _project(experts, first, rows, ends)
+    rows = _project(experts, first, rows, segments)
     rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
-    rows = _project(experts, second, rows, ends)
+    rows = _project(experts, second, rows, segments)
     if getattr(experts, "has_post_expert_norm", False):
         rows = experts.post_expert_norm(rows)
     rows = rows * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(-1)
@@ -110,14 +124,29 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     return rows.index_select(0, back).view(tokens, k, hidden).sum(1).to(hidden_states.dtype)
 
 
-def _project(experts: nn.Module, name: str, rows: Tensor, ends: Tensor) -> Tensor:
+def _sort(top_k_index: Tensor, n_experts: int, tenants: Tenants | None) -> tuple[Tensor, Segments]:
+    """The order [tokens·k] that brings rows into segments, and the segments. Nothing is read on the host."""
+    choices, places = top_k_index.long(), 1
+    if tenants is not None:  # within an expert: the rows without an adapter, then those of each
+        places = tenants.count + 1
+        choices = choices * places + (tenants.owners - NO_ADAPTER).unsqueeze(1)
+    sorted_choices, order = torch.sort(choices.reshape(-1), stable=True)
+    numbers = torch.arange(n_experts * places, device=order.device)
+    ends = torch.searchsorted(sorted_choices, numbers, right=True, out_int32=True)
+    if tenants is None:
+        return order, Segments(ends, None, None)
+    expert, adapter = numbers // places, numbers % places + NO_ADAPTER
+    return order, Segments(ends, expert, torch.where(adapter == NO_ADAPTER, adapter, adapter * n_experts + expert))
+
+
+def _project(experts: nn.Module, name: str, rows: Tensor, segments: Segments) -> Tensor:
     """Sorted rows [M, ·] times the experts' matrices of one name."""
     weight = getattr(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    factors, adapters = experts.config.factors.get(name), None
+    factors, adapters = experts.config.factors.get(name), segments.adapters
     if factors is None:
         n, k = weight.shape[1:][::-1] if experts.is_transposed else weight.shape[1:]
         factors = Factors(rows.new_zeros(1, 1, k), rows.new_zeros(1, n, 1), 0.0)
-        adapters = torch.full_like(ends, -1)
-    options: dict[str, Any] = {"adapters": adapters, "transposed": experts.is_transposed}
-    return grouped_lora_linear(rows, weight, *factors, ends, bias, **options)
+        adapters = torch.full_like(segments.ends, NO_ADAPTER)
+    options: dict[str, Any] = {"experts": segments.experts, "adapters": adapters, "transposed": experts.is_transposed}
+    return grouped_lora_linear(rows, weight, *factors, segments.ends, bias, **options)

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastlora.integrations.peft_experts import FusedParamWrapper
 from fastlora.integrations.peft_layer import FusedLinear, call_reason, fuse, restore, type_reason
+from fastlora.integrations.peft_mixed import MixedLoraModel
 from fastlora.warming import warmup as warm_up
 
 __all__ = ["FusedLinear", "FusedParamWrapper", "Patched", "patch", "register", "unpatch", "unserved"]
@@ -91,6 +92,9 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
         raise ValueError(f"{len(refused)} of {len(layers)} LoRA layers cannot be served fused: {listing}")
     for found in layers:
         found.fuse(copy_input)
+    for tuner in model.modules():
+        if type(tuner) is LoraModel:
+            tuner.__class__ = MixedLoraModel
     for home in _homes(model):
         _remove_watches(home)
         home.register_forward_pre_hook(_Watch(home, copy_input))
@@ -106,6 +110,9 @@ def unpatch(model: nn.Module) -> list[str]:
     Returns:
         The paths of the layers whose class it changed.
     """
+    for tuner in model.modules():
+        if type(tuner) is MixedLoraModel:
+            tuner.__class__ = LoraModel
     for home in _homes(model):
         _remove_watches(home)
     return [found.name for found in _lora_layers(model) if restore(found.layer)]

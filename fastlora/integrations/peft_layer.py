@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastlora.dispatch import count_fallback
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
 from fastlora.integrations.peft_experts import FusedParamWrapper, experts_reason, wraps_experts
+from fastlora.integrations.peft_mixed import Mixed, inspect_mixed, mixed_forward
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
 from fastlora.integrations.peft_reasons import call_reason as linear_reason
 from fastlora.ops import lora_linear
@@ -26,9 +27,15 @@ class FusedLinear(Linear):
     copy_input = False  # whether to save a copy of the input for the backward; see patch
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
-        if args or (kwargs and any(value is not None for value in kwargs.values())):
-            served = "adapter_names" if kwargs.get("adapter_names") is not None else "extra forward arguments"
+        """x [..., in_features] -> [..., out_features]; arguments but ``adapter_names`` go to PEFT's own forward."""
+        served: Parts | Units | Mixed | str
+        names = kwargs.get("adapter_names")
+        if args or any(value is not None for name, value in kwargs.items() if name != "adapter_names"):
+            served = "extra forward arguments" if names is None else "adapter_names and further arguments"
+        elif names is not None:
+            served = inspect_mixed(self, x, names)
+            if isinstance(served, Mixed):
+                return mixed_forward(served, x.clone() if self.copy_input else x)
         else:
             served = inspect(self)
             if isinstance(served, Parts):

@@ -8,12 +8,15 @@ import torch
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
+from fastlora.dispatch import why_no_backend
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
+from fastlora.problem import LaunchSpec, Sizes
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 # Tensors that stand in for plain ones while torch.export or torch.func look at a model.
 _TRACING_TENSORS = ("FakeTensor", "FunctionalTensor")
+BASE = "__base__"  # PEFT's name for a sample without an adapter
 _ROLES = ("base_layer", "lora_A", "lora_B")
 
 
@@ -76,11 +79,9 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Un
         return type(layer.lora_variant[adapter]).__name__
     if layer.fan_in_fan_out:
         return "fan_in_fan_out"
-    dropout = modules["lora_dropout"]._modules[adapter]
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"lora_dropout is a {type(dropout).__name__}"
-    if _has_hooks(dropout):
-        return "hooks on lora_dropout"
+    dropout = dropout_of(layer, adapter)
+    if isinstance(dropout, str):
+        return dropout
     base, a, b = linears or (modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter])
     if linears is None and (
         _linear_reason("base_layer", base) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
@@ -93,8 +94,44 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Un
         weight = weight.detach()
         if bias is not None and bias.requires_grad and is_frozen_view(base, "bias"):
             bias = bias.detach()
-    p = dropout.p if type(dropout) is nn.Dropout else 0.0
-    return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
+    return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], *dropout)
+
+
+def dropout_of(layer: Linear, adapter: str) -> tuple[float, bool] | str:
+    """An adapter's dropout and whether it applies now, or why it cannot be fused."""
+    dropout = layer._modules["lora_dropout"]._modules[adapter]
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"lora_dropout is a {type(dropout).__name__}"
+    if _has_hooks(dropout):
+        return "hooks on lora_dropout"
+    return (dropout.p if type(dropout) is nn.Dropout else 0.0), dropout.training
+
+
+def base_reason(layer: Linear, *factors: tuple[str, nn.Module]) -> str | None:
+    """Why a layer's base, or its given factors by role, cannot be replaced by products with weights, or None."""
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    for role, linear in factors or (("base_layer", layer.base_layer),):
+        reason = _linear_reason(role, linear)
+        if reason is not None:
+            return reason
+        if not is_plain(linear.weight):
+            return f"{role} holds a {type(linear.weight).__name__}"
+    return None if factors or not layer.base_layer.weight.requires_grad else "the base weight trains"
+
+
+def segments_reason(
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: tuple[torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int, int],
+) -> str | None:
+    """Why no backend serves rows in segments of an input of this dtype and of these sizes (M, N, K, R), or None."""
+    if device.type != "cuda":
+        return None
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return why_no_backend(LaunchSpec("forward", Sizes(*sizes), dtype, adapters, device, branch="segments"))
 
 
 def _linear_reason(role: str, linear: nn.Module) -> str | None:
