@@ -4,6 +4,7 @@ from fastlora import analysis, integrations
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.backends import reference
 from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
+from fastlora.grouped import GroupedLoRAFunction, grouped_lora_linear
 from fastlora.model import inject, merge, merge_and_unload, trainable_parameters, unmerge
 from fastlora.module import LoRALinear
 from fastlora.op_tools import decompositions
@@ -13,12 +14,14 @@ from fastlora.warming import warmup
 __version__ = "0.1.0"
 
 __all__ = [
+    "GroupedLoRAFunction",
     "LoRALinear",
     "LoRALinearFunction",
     "analysis",
     "available_backends",
     "decompositions",
     "dispatch_counts",
+    "grouped_lora_linear",
     "inject",
     "integrations",
     "load_adapter",

@@ -59,14 +59,15 @@ def check_arguments(x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, b
         raise ValueError(_shape_error(x, weight, lora_a, lora_b, bias))
     dtype, device = x.dtype, x.device
     if not (dtype in _DTYPES and dtype == weight.dtype == lora_a.dtype == lora_b.dtype and bias is None):
-        _check_types(dtype, weight, lora_a, lora_b, bias)
+        check_types(dtype, weight, lora_a, lora_b, bias)
     if not (device == weight.device == lora_a.device == lora_b.device and (bias is None or bias.device == device)):
         for name, tensor in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b), ("bias", bias)):
             if tensor is not None and tensor.device != device:
                 raise ValueError(f"x is on {device} but {name} is on {tensor.device}; move them to one device")
 
 
-def _check_types(dtype: torch.dtype, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+def check_types(dtype: torch.dtype, weight: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor | None) -> None:
+    """Raises TypeError unless weight, A, B and bias are of dtypes that go with an x of ``dtype``."""
     if dtype not in _DTYPES:
         raise TypeError(f"x must be float16, bfloat16, float32 or float64, got {dtype}")
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from fastlora.backends import composed, reference, tuning
+from fastlora.backends import composed, reference, segments_composed, segments_reference, tuning
 from fastlora.backends.target import target_of
 from fastlora.backends.triton import driver
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
@@ -49,15 +49,22 @@ def backend_module(name: str) -> ModuleType:
     return composed if name == "composed" else reference
 
 
+def _serving_module(name: str, spec: LaunchSpec) -> ModuleType:
+    """The module of a backend for a call, whose branch two of them have a module of its own for."""
+    if spec.branch == "segments":
+        return {"composed": segments_composed, "reference": segments_reference}.get(name) or backend_module(name)
+    return backend_module(name)
+
+
 def why_unsupported(name: str, spec: LaunchSpec) -> str | None:
     """Why a backend cannot serve a call here, after its name, or None."""
     return _why_unsupported(name, spec)
 
 
 def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
-    needs_triton = name == "triton" or (name == "composed" and spec.dropout)
+    needs_triton = name == "triton" or (name == "composed" and spec.dropout and spec.branch == "single")
     unusable = triton_unusable(spec.device) if needs_triton else None
-    reason = unusable or backend_module(name).why_unsupported(spec)
+    reason = unusable or _serving_module(name, spec).why_unsupported(spec)
     return type(reason)(f"{name}: {reason}") if reason else None
 
 
@@ -105,7 +112,8 @@ def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[
         they are the reference's, whatever is requested.
 
     Raises:
-        ValueError: the requested backend does not exist or cannot serve this call; the message says why.
+        ValueError: the requested backend does not exist or cannot serve this call, or no backend can; the message says
+            why.
     """
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}")
@@ -118,13 +126,22 @@ def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[
         return requested, ()
     if spec.device.type != "cuda":
         return "reference", ()
-    passed_over = []
+    passed_over: list[str] = []
     for name in preference(spec):
         reason = _why_unsupported(name, spec)
         if reason is None:
-            break
+            return name, tuple(passed_over)
         passed_over.append(reason)
-    return name, tuple(passed_over)
+    raise ValueError(f"no backend serves this call: {'; '.join(passed_over)}")
+
+
+def why_no_backend(spec: LaunchSpec) -> str | None:
+    """Why no backend serves a call, or None."""
+    try:
+        select_backend(spec, None)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class _Route(NamedTuple):
@@ -140,7 +157,7 @@ def _route(spec: LaunchSpec, requested: str | None) -> _Route:
     name, passed_over = select_backend(spec, requested)
     if name == "reference" and passed_over:
         _warn_once(spec, passed_over)
-    return _Route(name, passed_over, backend_module(name).prepare(spec))
+    return _Route(name, passed_over, _serving_module(name, spec).prepare(spec))
 
 
 _MOST_KEYS = 4096
@@ -232,6 +249,17 @@ def backward(operands: Any, needs: Needs, requested: str | None) -> Gradients:
         route = _route(spec, requested)
         _remember(key, route, given, operands)
     return _counted(route)(operands)
+
+
+def segmented(operands: Any, spec: LaunchSpec, requested: str | None) -> Any:
+    """Likewise for rows in segments: what a forward or backward of such operands returns.
+
+    Args:
+        operands: GroupedForward or GroupedBackward of fastlora.segments.
+        spec: their description.
+        requested: a backend's name to insist on, or None.
+    """
+    return _counted(_route(spec, requested))(operands)
 
 
 def launch_forward(backend: ModuleType, operands: ForwardOperands, **choice: Any) -> tuple[Tensor, Tensor]:

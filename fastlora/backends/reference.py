@@ -55,13 +55,7 @@ def lora_forward(
     if dropout_p > 0.0:
         dropped = x.masked_fill(drop_mask(seed, dropout_p, x.shape[0], x.shape[1], x.device), 0.0)  # type: ignore[arg-type]
         kept_scale = inverse_keep(dropout_p)
-    in_s, on_branch = split_scaling(scaling, dtype) if dtype == torch.float16 else (scaling, 1.0)
-    down = lora_a.t()
-    s = _shrink(dropped, down, in_s * kept_scale)
-    if dtype == torch.float16 and in_s != 1.0:
-        # |in_s| < 1 must not hide an overflow that the composed layer has.
-        unscaled = _shrink(dropped, down, kept_scale)
-        s = torch.where(unscaled.isinf(), unscaled * in_s, s)
+    s, on_branch = shrink(dropped, lora_a.t(), scaling, kept_scale)
     y = linear(x, weight, bias)
     y.addmm_(s, lora_b.t(), alpha=on_branch)
     return y, s
@@ -90,7 +84,7 @@ def lora_backward(
     dtype = dy.dtype
     a = lora_a if lora_a.dtype == dtype else lora_a.to(dtype)
     if need_dx or need_da:
-        ds = _shrink(dy, lora_b if lora_b.dtype == dtype else lora_b.to(dtype), scaling)  # [M, R]
+        ds = shrink_once(dy, lora_b if lora_b.dtype == dtype else lora_b.to(dtype), scaling)  # [M, R]
     if need_dx:
         dx = torch.mm(dy, weight)
         if drop is None:
@@ -112,7 +106,19 @@ def lora_backward(
     return Gradients(dx, da, db, dbias)
 
 
-def _shrink(rows: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
+def shrink(dropped: Tensor, down: Tensor, scaling: float, kept_scale: float) -> tuple[Tensor, float]:
+    """S of dropped rows [M, K] and Aᵀ [K, R], and what is left of the scaling to the branch (see split_scaling)."""
+    dtype = dropped.dtype
+    in_s, on_branch = split_scaling(scaling, dtype) if dtype == torch.float16 else (scaling, 1.0)
+    s = shrink_once(dropped, down, in_s * kept_scale)
+    if dtype == torch.float16 and in_s != 1.0:
+        # |in_s| < 1 must not hide an overflow that the composed layer has.
+        unscaled = shrink_once(dropped, down, kept_scale)
+        s = torch.where(unscaled.isinf(), unscaled * in_s, s)
+    return s, on_branch
+
+
+def shrink_once(rows: Tensor, down: Tensor, scale: float = 1.0) -> Tensor:
     """scale · rows [M, ·]·down [·, R] with one rounding (beta = 0 leaves the sum's first operand unread)."""
     m, r = rows.shape[0], down.shape[1]
     if r < _RANK_BY_ROWS and m > _FEW_ROWS:

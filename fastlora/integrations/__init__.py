@@ -3,7 +3,7 @@
 **PEFT and transformers' Trainer: one line.** Everything else of PEFT (several adapters, switching, merging, saving)
 stays what it was. ``patch`` returns the layers that are fused as things stand; printed, its result says what becomes of
 the others ("14 of 16 LoRA layers fused; 2 by PEFT's forward: ..."). Each call of a LoRA layer that PEFT serves itself,
-of whatever class (embeddings, experts, quantised bases), is counted by reason, except within a graph of
+of whatever class (embeddings, convolutions, quantised bases), is counted by reason, except within a graph of
 ``torch.compile`` and within ``torch.nn.TransformerEncoderLayer``, whose fast path no hook may stop. ``strict=True``
 refuses a model in which some layer would not be fused. Trainer is also the way to datasets by name
 (``datasets.load_dataset``), to logging services (``report_to`` of its arguments) and to schedules and optimisers that
@@ -21,6 +21,55 @@ trainer = Trainer(model=model, args=arguments, train_dataset=dataset)
 trainer.train()
 model.save_pretrained(directory)
 print(fastlora.dispatch_counts())  # calls served by each backend, and what fell back to PEFT's forward, by reason
+```
+
+**Mixtures of experts.** LoRA on the experts of a transformers model (Mixtral, Qwen3-MoE, gpt-oss, OLMoE, DeepSeek and
+whatever else takes an ``experts_implementation``) needs the same line. PEFT adds ΔW to a copy of all experts' weights
+at every call; patched, each expert's rows go through its factors, and nothing of the weights' size is made or saved.
+
+```python
+import fastlora
+from peft import LoraConfig, get_peft_model
+
+config = LoraConfig(
+    r=8,
+    lora_alpha=16,
+    target_modules=["q_proj", "v_proj"],
+    target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+)
+model = get_peft_model(model, config)
+print(fastlora.integrations.peft.patch(model))  # "4 of 4 LoRA layers fused"
+
+model(input_ids=batches[0], labels=batches[0]).loss.backward()
+print(fastlora.dispatch_counts())
+```
+
+**Several adapters in one batch.** A patched PEFT model takes ``adapter_names``, one for each sample, in training as
+well: several jobs share one base model and one base product a layer. Each adapter's gradients are those of its own
+rows, so that it ends where it would have ended alone, given the loss that it would have had alone. ``"__base__"``
+stands for no adapter; at inference the same call serves a batch of several users.
+
+```python
+import fastlora
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"), adapter_name="first")
+model.add_adapter("second", LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+fastlora.integrations.peft.patch(model)
+model.set_requires_grad(["first", "second"])  # PEFT lets the active adapter alone train
+
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+for first, second in zip(batches, other_batches):
+    names = ["first"] * len(first) + ["second"] * len(second)
+    logits = model(input_ids=torch.cat([first, second]), adapter_names=names).logits
+    parts = zip(logits.split([len(first), len(second)]), (first, second))
+    loss = sum(F.cross_entropy(part[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) for part, ids in parts)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+model.save_pretrained(directory)  # each adapter in a folder of its name
 ```
 
 Embeddings (``lora.Embedding``, tied to a head or not) stay PEFT's own forward, counted. There is no base product whose

@@ -1,9 +1,10 @@
 """PEFT models on fastlora's kernels: one line, ``patch(model)``, and everything else stays PEFT's.
 
 The adapters, their names, files, merging and switching remain PEFT's own; only the forward of its ``lora.Linear``
-changes, and only where the fused layer computes the same thing. Any other call of any LoRA layer, of whatever class,
-goes to PEFT's forward and is counted, by reason, in ``fastlora.dispatch_counts()["fallbacks"]``. Calls within a graph
-of ``torch.compile`` are served alike, but what falls back there is not counted.
+changes, and of its ``lora.ParamWrapper`` over the experts of a transformers model, and only where the fused layer
+computes the same thing. Any other call of any LoRA layer, of whatever class, goes to PEFT's forward and is counted, by
+reason, in ``fastlora.dispatch_counts()["fallbacks"]``. Calls within a graph of ``torch.compile`` are served alike, but
+what falls back there is not counted.
 """
 
 from typing import Any, NamedTuple
@@ -15,11 +16,12 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from fastlora.integrations.peft_layer import FusedLinear, fuse, restore, type_reason
-from fastlora.integrations.peft_reasons import call_reason
+from fastlora.integrations.peft_experts import FusedParamWrapper
+from fastlora.integrations.peft_layer import FusedLinear, call_reason, fuse, restore, type_reason
+from fastlora.integrations.peft_mixed import MixedLoraModel
 from fastlora.warming import warmup as warm_up
 
-__all__ = ["FusedLinear", "Patched", "patch", "register", "unpatch", "unserved"]
+__all__ = ["FusedLinear", "FusedParamWrapper", "Patched", "patch", "register", "unpatch", "unserved"]
 
 _NEVER_CALLED = "torch.nn.MultiheadAttention reads its weight and never calls it"
 _FAST_PATH = "torch.nn.TransformerEncoderLayer in eval mode reads its weight and does not call it"
@@ -57,7 +59,8 @@ class Patched(list):
 
 
 def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warmup: bool = False) -> Patched:
-    """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place.
+    """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place, and every ``ParamWrapper``
+    over experts that transformers calls through its ``ExpertsInterface`` into a ``FusedParamWrapper``.
 
     It works on what ``get_peft_model`` and ``from_pretrained`` return, on models inside trainers and on models that
     ``fully_shard`` has sharded; ``unpatch`` reverts it. Several active adapters are one fused call, their ranks
@@ -90,6 +93,9 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
         raise ValueError(f"{len(refused)} of {len(layers)} LoRA layers cannot be served fused: {listing}")
     for found in layers:
         found.fuse(copy_input)
+    for tuner in model.modules():
+        if type(tuner) is LoraModel:
+            tuner.__class__ = MixedLoraModel
     for home in _homes(model):
         _remove_watches(home)
         home.register_forward_pre_hook(_Watch(home, copy_input))
@@ -99,11 +105,15 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
 
 
 def unpatch(model: nn.Module) -> list[str]:
-    """Turns every ``FusedLinear`` back into PEFT's own class, in place, and ends the counting of all other layers.
+    """Turns every ``FusedLinear`` and ``FusedParamWrapper`` back into PEFT's own class, in place, and ends the counting
+    of all other layers.
 
     Returns:
         The paths of the layers whose class it changed.
     """
+    for tuner in model.modules():
+        if type(tuner) is MixedLoraModel:
+            tuner.__class__ = LoraModel
     for home in _homes(model):
         _remove_watches(home)
     return [found.name for found in _lora_layers(model) if restore(found.layer)]

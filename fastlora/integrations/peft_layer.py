@@ -3,14 +3,17 @@
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.dispatch import count_fallback
 from fastlora.dora import Norms, dora_linear
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
+from fastlora.integrations.peft_experts import FusedParamWrapper, experts_reason, wraps_experts
+from fastlora.integrations.peft_mixed import Mixed, inspect_mixed, mixed_forward
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
+from fastlora.integrations.peft_reasons import call_reason as linear_reason
 from fastlora.ops import lora_linear
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
@@ -27,9 +30,15 @@ class FusedLinear(Linear):
     copy_input = False  # whether to save a copy of the input for the backward; see patch
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in_features] -> [..., out_features]; further arguments go to PEFT's own forward."""
-        if args or (kwargs and any(value is not None for value in kwargs.values())):
-            served = "adapter_names" if kwargs.get("adapter_names") is not None else _argument_reason(self)
+        """x [..., in_features] -> [..., out_features]; arguments but ``adapter_names`` go to PEFT's own forward."""
+        served: Parts | Units | Mixed | str
+        names = kwargs.get("adapter_names")
+        if args or any(value is not None for name, value in kwargs.items() if name != "adapter_names"):
+            served = _argument_reason(self) if names is None else "adapter_names and further arguments"
+        elif names is not None:
+            served = inspect_mixed(self, x, names)
+            if isinstance(served, Mixed):
+                return mixed_forward(served, x.clone() if self.copy_input else x)
         else:
             served = inspect(self)
             if isinstance(served, Parts):
@@ -49,32 +58,43 @@ def _argument_reason(layer: FusedLinear) -> str:
     return found if isinstance(found, str) else "extra forward arguments"
 
 
+_FUSED: dict[type[LoraLayer], type[LoraLayer]] = {Linear: FusedLinear, ParamWrapper: FusedParamWrapper}
+_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+
+
 def type_reason(layer: LoraLayer) -> str | None:
     """Why ``patch`` leaves this LoRA layer alone whatever its state, or None."""
     kind = class_beneath(layer)
-    if kind not in (Linear, FusedLinear):
+    if not (kind in (Linear, FusedLinear) or (kind in (ParamWrapper, FusedParamWrapper) and wraps_experts(layer))):
         return f"a {kind.__module__}.{kind.__name__}, not a stock lora.Linear"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     return None
 
 
+def call_reason(layer: LoraLayer) -> str | None:
+    """Why the next call of a layer without a ``type_reason`` would not be fused, or None; see ``patch``."""
+    return experts_reason(layer) if isinstance(layer, ParamWrapper) else linear_reason(layer)
+
+
 def fuse(layer: LoraLayer, copy_input: bool = False, may_hook: bool = True) -> None:
-    """Makes a layer a ``FusedLinear`` if it can be one; any other layer's calls are counted from now on, by a hook."""
+    """Gives a layer the fused class if there is one; any other layer's calls are counted from now on, by a hook."""
+    kind = class_beneath(layer)
     if type_reason(layer) is None:
         _stop_counting(layer)
-        swap_class(layer, FusedLinear)
+        swap_class(layer, _FUSED.get(kind, kind))
         layer.copy_input = copy_input
-    elif may_hook and class_beneath(layer) is not FusedLinear and count_call not in layer._forward_pre_hooks.values():
+    elif may_hook and kind not in _STOCK and count_call not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(count_call)
 
 
 def restore(layer: LoraLayer) -> bool:
-    """Takes ``fuse`` back; whether the layer was a ``FusedLinear``."""
+    """Takes ``fuse`` back; whether the layer had a fused class."""
     _stop_counting(layer)
-    if class_beneath(layer) is not FusedLinear:
+    stock = _STOCK.get(class_beneath(layer))
+    if stock is None:
         return False
-    swap_class(layer, Linear)
+    swap_class(layer, stock)
     for name in ("copy_input", _NORMS):
         vars(layer).pop(name, None)
     return True
@@ -96,10 +116,7 @@ def _stop_counting(layer: LoraLayer) -> None:
 def _fused_forward(layer: Any, parts: Parts, x: Tensor) -> Tensor:
     weight, bias, lora_a, lora_b, lora_bias, scaling, dropout_p, training, magnitude, adapter, stored = parts
     if magnitude is not None:
-        norms = (
-            None if torch.compiler.is_compiling() else vars(layer).setdefault(_NORMS, {}).setdefault(adapter, Norms())
-        )
-        options = {"norms": norms, "stored": stored, "copy_input": layer.copy_input}
+        options = {"norms": _norms(layer, adapter), "stored": stored, "copy_input": layer.copy_input}
         return dora_linear(x, weight, lora_a, lora_b, scaling, magnitude, bias, **options)
     if lora_bias is not None:
         side = lora_bias * scaling

@@ -11,13 +11,16 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fastlora.dispatch import why_no_backend
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
 from fastlora.integrations.peft_parts import Parts, stacked
+from fastlora.problem import LaunchSpec, Sizes
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
 # Tensors that stand in for plain ones while torch.export or torch.func look at a model.
 _TRACING_TENSORS = ("FakeTensor", "FunctionalTensor")
+BASE = "__base__"  # PEFT's name for a sample without an adapter
 _ROLES = ("base_layer", "lora_A", "lora_B")
 
 
@@ -70,11 +73,9 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
         magnitude = _magnitude(layer, adapter)
         if isinstance(magnitude, str):
             return magnitude
-    dropout = modules["lora_dropout"]._modules[adapter]
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"lora_dropout is a {type(dropout).__name__}"
-    if _has_hooks(dropout):
-        return "hooks on lora_dropout"
+    dropout = dropout_of(layer, adapter)
+    if isinstance(dropout, str):
+        return dropout
     base, a, b = linears or (modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter])
     transposed = layer.fan_in_fan_out
     if linears is None:
@@ -94,13 +95,49 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
         if is_dtensor(weight):
             return "fan_in_fan_out over DTensors"
         weight = weight.t()
-    p = dropout.p if type(dropout) is nn.Dropout else 0.0
     if magnitude is None:
-        return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], p, dropout.training)
-    if reason := _dora_reason(layer, dropout, magnitude, weight, a.weight, b):
+        return Parts(weight, bias, a.weight, b.weight, b.bias, layer.scaling[adapter], *dropout)
+    if reason := _dora_reason(layer, adapter, magnitude, weight, a.weight, b):
         return reason
     factors = (a.weight, b.weight, None, layer.scaling[adapter], 0.0, False)
     return Parts(weight, bias, *factors, magnitude, adapter, stored)
+
+
+def dropout_of(layer: Linear, adapter: str) -> tuple[float, bool] | str:
+    """An adapter's dropout and whether it applies now, or why it cannot be fused."""
+    dropout = layer._modules["lora_dropout"]._modules[adapter]
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"lora_dropout is a {type(dropout).__name__}"
+    if _has_hooks(dropout):
+        return "hooks on lora_dropout"
+    return (dropout.p if type(dropout) is nn.Dropout else 0.0), dropout.training
+
+
+def base_reason(layer: Linear, *factors: tuple[str, nn.Module]) -> str | None:
+    """Why a layer's base, or its given factors by role, cannot be replaced by products with weights, or None."""
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    for role, linear in factors or (("base_layer", layer.base_layer),):
+        reason = _linear_reason(role, linear)
+        if reason is not None:
+            return reason
+        if not is_plain(linear.weight):
+            return f"{role} holds a {type(linear.weight).__name__}"
+    return None if factors or not layer.base_layer.weight.requires_grad else "the base weight trains"
+
+
+def segments_reason(
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: tuple[torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int, int],
+) -> str | None:
+    """Why no backend serves rows in segments of an input of this dtype and of these sizes (M, N, K, R), or None."""
+    if device.type != "cuda":
+        return None
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return why_no_backend(LaunchSpec("forward", Sizes(*sizes), dtype, adapters, device, branch="segments"))
 
 
 def _magnitude(layer: Linear, adapter: str) -> Tensor | str:
@@ -115,9 +152,9 @@ def _magnitude(layer: Linear, adapter: str) -> Tensor | str:
 
 
 def _dora_reason(
-    layer: Linear, dropout: nn.Module, magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: nn.Linear
+    layer: Linear, adapter: str, magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: nn.Linear
 ) -> str | None:
-    if type(dropout) is not nn.Identity and layer.training:
+    if type(layer.lora_dropout[adapter]) is not nn.Identity and layer.training:
         return "DoRA with dropout"  # PEFT drops the base product's input as well
     if lora_b.bias is not None:
         return "DoRA with a lora_bias"
@@ -148,7 +185,7 @@ def _linear_reason(role: str, linear: Any, kind: type = nn.Linear) -> str | None
     if _has_hooks(linear):
         return f"hooks on {role}"
     weight = linear.weight
-    if not (_is_plain(weight) or is_dtensor(weight)):
+    if not (is_plain(weight) or is_dtensor(weight)):
         return f"{role} holds a {type(weight).__name__}"
     return None
 
@@ -188,7 +225,7 @@ def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
             return "dropout over DTensors"
     elif is_dtensor(lora_a) or is_dtensor(lora_b):
         return "DTensor adapter, plain base"
-    elif not _is_plain(x):
+    elif not is_plain(x):
         return f"the input is a {type(x).__name__}"
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transform"
@@ -197,8 +234,20 @@ def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
 
 def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: str) -> str | None:
     """Why an input of this dtype cannot be served fused, or None."""
-    weight_dtype, adapter_dtype = parts.weight.dtype, parts.lora_a.dtype
-    if adapter_dtype != parts.lora_b.dtype:
+    adapters = (parts.lora_a.dtype, parts.lora_b.dtype)
+    return dtype_reason(layer, parts.weight.dtype, adapters, dtype, device_type)
+
+
+def dtype_reason(
+    layer: LoraLayer,
+    weight_dtype: torch.dtype,
+    adapters: tuple[torch.dtype, torch.dtype],
+    dtype: torch.dtype,
+    device_type: str,
+) -> str | None:
+    """Why an input of this dtype cannot be served fused by a base weight and by A and B of those, or None."""
+    adapter_dtype = adapters[0]
+    if adapter_dtype != adapters[1]:
         return "lora_A and lora_B differ in dtype"
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
@@ -223,5 +272,6 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is no subclass with a behaviour of its own."""
     return type(tensor) in _PLAIN_TENSORS or type(tensor).__name__ in _TRACING_TENSORS

@@ -14,7 +14,7 @@ PACKAGE = Path(fastlora.__file__).parent
 # module imports from its own layer and from lower ones; nowhere is there a circle.
 LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
-    ("checks", "layer_checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands"),
+    ("checks", "layer_checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands", "segments"),
     ("backends",),
     ("dispatch",),
     ("differentiable",),
@@ -22,6 +22,7 @@ LAYERS = (
     ("ops",),
     ("dora",),
     ("sharding",),
+    ("grouped",),
     ("placement",),
     ("merging",),
     ("module",),

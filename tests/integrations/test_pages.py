@@ -16,6 +16,8 @@ PAGE = re.compile(r"^\*\*(?P<title>[^*:.]+)[:.].*?```python\n(?P<code>.*?)```", 
 PAGES = {page["title"]: page["code"] for page in PAGE.finditer(fastlora.integrations.__doc__)}
 TITLES = [
     "PEFT and transformers' Trainer",
+    "Mixtures of experts",
+    "Several adapters in one batch",
     "TRL's SFTTrainer",
     "Plain PyTorch",
     "FSDP2",
@@ -53,6 +55,41 @@ def test_peft_and_trainer(tmp_path):
     dataset = [{"input_ids": row, "labels": row} for batch in BATCHES for row in batch]
     run("PEFT and transformers' Trainer", tmp_path, arguments=arguments, dataset=dataset)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_mixtures_of_experts(tmp_path):
+    from tests.support.tiny_moe import make_moe
+
+    given = run("Mixtures of experts", tmp_path, model=make_moe())
+    assert all(p.grad is not None for p in given["model"].parameters() if p.requires_grad)
+
+
+def test_several_adapters_in_one_batch_end_where_each_ends_alone(tmp_path):
+    import peft
+
+    others = [torch.randint(0, 31, (3, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(3, 6)]
+    torch.manual_seed(0)
+    given = run("Several adapters in one batch", tmp_path, other_batches=others)
+    together = dict(given["model"].named_parameters())
+    for name, batches in (("first", BATCHES), ("second", others)):
+        torch.manual_seed(0)
+        first = peft.LoraConfig(r=8, lora_alpha=16, target_modules="all-linear")
+        alone = peft.get_peft_model(make_llama(), first, adapter_name="first")
+        alone.add_adapter("second", peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]))
+        alone.set_adapter(name)
+        trained = {key: p for key, p in alone.named_parameters() if p.requires_grad}
+        before = {key: p.detach().clone() for key, p in trained.items()}
+        optimizer = torch.optim.AdamW(trained.values(), lr=1e-3)
+        for batch in batches:
+            alone(input_ids=batch, labels=batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert trained and all(f".{name}." in key for key in trained)
+        for key, parameter in trained.items():
+            moved = (parameter - before[key]).abs().max()
+            # Where a gradient is next to nothing, AdamW's step is of the same size and its sign is of rounding.
+            assert moved > 0 and (together[key] - parameter).abs().mean() <= 1e-3 * moved, key
+        assert (tmp_path / "adapter" / name / "adapter_model.safetensors").is_file()
 
 
 def word_tokenizer():

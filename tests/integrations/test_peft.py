@@ -160,14 +160,6 @@ def test_add_weighted_adapter():
     assert fused_calls() == 2 and not fallbacks()
 
 
-def test_mixed_batches_fall_back():
-    stock, fused = make_pair()
-    stock.eval(), fused.eval()
-    names = ["default", "__base__"]
-    assert torch.equal(fused(IDS, adapter_names=names), stock(IDS, adapter_names=names))
-    assert fallbacks() == {"adapter_names": 2}
-
-
 def test_scaling_is_read_at_every_call():
     stock, fused = make_pair()
     for model in (stock, fused):

@@ -1,0 +1,152 @@
+"""transformers' MoE experts with LoRA on their weights: an implementation of transformers' ``ExpertsInterface``.
+
+Rows are sorted by expert and the two projections are two calls of ``grouped_lora_linear``; W + ΔW of the experts is
+never made. transformers calls an implementation by the name in an experts module's config. So for the length of one
+call the module has a ``Served`` config, which gives this implementation's name and carries the factors.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.grouped import grouped_lora_linear
+from fastlora.segments import NO_ADAPTER
+
+IMPLEMENTATION = "fastlora"
+
+
+class Factors(NamedTuple):
+    """The branches of all experts' matrices of one name: of one adapter, or of T, one behind the other."""
+
+    lora_a: Tensor  # [E, R, in] or [T·E, R, in]
+    lora_b: Tensor  # [E, out, R] or [T·E, out, R]
+    scaling: float | Tensor  # [T·E]
+
+
+class Tenants(NamedTuple):
+    """Which of several adapters each token has."""
+
+    owners: Tensor  # int64 [tokens]; NO_ADAPTER for none
+    count: int  # T
+
+
+class Segments(NamedTuple):
+    """Where rows sorted by expert, and by adapter within an expert, change one of the two; see grouped_lora_linear."""
+
+    ends: Tensor
+    experts: Tensor | None
+    adapters: Tensor | None
+
+
+class Served:
+    """The config of an experts module during a call that is served with ``factors`` by parameter name."""
+
+    _experts_implementation = IMPLEMENTATION
+
+    def __init__(self, config: Any, factors: Mapping[str, Factors], tenants: Tenants | None):
+        self.__config, self.factors, self.tenants = config, factors, tenants
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__config, name)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers calls this module's forward by the implementation that its config names."""
+    return _goes_by_interface(type(module)) and {"config", "num_experts", "has_gate"} <= vars(module).keys()
+
+
+@lru_cache
+def _goes_by_interface(kind: type[nn.Module]) -> bool:
+    """Whether the class has transformers' decorator, which keeps the interface in a closure of its forward."""
+    code, cells = getattr(kind.forward, "__code__", None), getattr(kind.forward, "__closure__", None)
+    if code is None or "experts_interface" not in code.co_freevars:
+        return False
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    if cells[code.co_freevars.index("experts_interface")].cell_contents is not ALL_EXPERTS_FUNCTIONS:
+        return False
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+    return True
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """The names of the two parameters that an experts module multiplies by."""
+    return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
+
+
+@contextmanager
+def serving(experts: nn.Module, factors: Mapping[str, Factors], tenants: Tenants | None = None) -> Iterator[None]:
+    """Within it a call of ``experts`` is served with these factors; with ``tenants``, each token with its adapter's."""
+    config = experts.config
+    experts.config = Served(config, factors, tenants)
+    try:
+        yield
+    finally:
+        experts.config = config
+
+
+def is_serving(experts: nn.Module) -> bool:
+    return isinstance(experts.config, Served)
+
+
+def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What transformers' experts compute of hidden_states [tokens, hidden], with the branches of ``serving``.
+
+    Args:
+        experts: the module.
+        top_k_index, top_k_weights: [tokens, k], the experts of each token and their weights in its result. An index
+            past the last expert, as expert parallelism has them, gives nothing.
+
+    Raises:
+        ValueError: the module is called without the factors of a LoRA layer.
+    """
+    if not is_serving(experts):
+        raise ValueError(
+            f"experts_implementation={IMPLEMENTATION!r} serves LoRA layers that fastlora.integrations.peft.patch has "
+            "seen, and patch chooses it by itself: leave the model's experts_implementation as it was"
+        )
+    (tokens, hidden), k = hidden_states.shape, top_k_index.shape[-1]
+    order, segments = _sort(top_k_index, experts.num_experts, experts.config.tenants)
+    # Every row is selected once, so that no sum of the backward depends on the order of its terms.
+    rows = hidden_states.unsqueeze(1).expand(-1, k, -1).reshape(tokens * k, hidden).index_select(0, order)
+    first, second = projections(experts)
+    rows = _project(experts, first, rows, segments)
+    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    rows = _project(experts, second, rows, segments)
+    if getattr(experts, "has_post_expert_norm", False):
+        rows = experts.post_expert_norm(rows)
+    rows = rows * top_k_weights.reshape(-1).index_select(0, order).unsqueeze(-1)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(tokens * k, device=order.device))
+    return rows.index_select(0, back).view(tokens, k, hidden).sum(1).to(hidden_states.dtype)
+
+
+def _sort(top_k_index: Tensor, n_experts: int, tenants: Tenants | None) -> tuple[Tensor, Segments]:
+    """The order [tokens·k] that brings rows into segments, and the segments. Nothing is read on the host."""
+    choices, places = top_k_index.long(), 1
+    if tenants is not None:  # within an expert: the rows without an adapter, then those of each
+        places = tenants.count + 1
+        choices = choices * places + (tenants.owners - NO_ADAPTER).unsqueeze(1)
+    sorted_choices, order = torch.sort(choices.reshape(-1), stable=True)
+    numbers = torch.arange(n_experts * places, device=order.device)
+    ends = torch.searchsorted(sorted_choices, numbers, right=True, out_int32=True)
+    if tenants is None:
+        return order, Segments(ends, None, None)
+    expert, adapter = numbers // places, numbers % places + NO_ADAPTER
+    return order, Segments(ends, expert, torch.where(adapter == NO_ADAPTER, adapter, adapter * n_experts + expert))
+
+
+def _project(experts: nn.Module, name: str, rows: Tensor, segments: Segments) -> Tensor:
+    """Sorted rows [M, ·] times the experts' matrices of one name."""
+    weight = getattr(experts, name)
+    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
+    factors, adapters = experts.config.factors.get(name), segments.adapters
+    if factors is None:
+        n, k = weight.shape[1:][::-1] if experts.is_transposed else weight.shape[1:]
+        factors = Factors(rows.new_zeros(1, 1, k), rows.new_zeros(1, n, 1), 0.0)
+        adapters = torch.full_like(segments.ends, NO_ADAPTER)
+    options: dict[str, Any] = {"experts": segments.experts, "adapters": adapters, "transposed": experts.is_transposed}
+    return grouped_lora_linear(rows, weight, *factors, segments.ends, bias, **options)
