@@ -14,6 +14,7 @@ from fastlora.dispatch import compile_ahead, environment_backend
 from fastlora.module import LoRALinear
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
+from fastlora.quantised_weight import QuantisedWeight
 
 # Numbers of tokens that stand for all above FEW_ROWS: a tile is chosen by how many there are, of 32 rows at least, and
 # beyond 2048 rows of 128, so that no number in between has another.
@@ -34,7 +35,7 @@ class Warmed(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    weight: Tensor
+    weight: Tensor | QuantisedWeight
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
@@ -92,9 +93,9 @@ def warmup(
 def _is_fused(module: nn.Module) -> bool:
     if "peft" not in sys.modules:
         return isinstance(module, LoRALinear)
-    from fastlora.integrations.peft_layer import FusedLinear
+    from fastlora.integrations.peft_layer import FusedForward
 
-    return isinstance(module, LoRALinear | FusedLinear)
+    return isinstance(module, LoRALinear | FusedForward)
 
 
 def _layer_of(module: Any) -> _Layer | None:
@@ -116,7 +117,11 @@ def _layer_of(module: Any) -> _Layer | None:
 def _kind(layer: _Layer) -> tuple:
     """Layers of one kind have the same calls."""
     return tuple(
-        (each.shape, each.stride(), each.dtype, each.device, each.requires_grad) if isinstance(each, Tensor) else each
+        (each.shape, each.stride(), each.dtype, each.device, each.requires_grad)
+        if isinstance(each, Tensor)
+        else (each.shape, each.dtype, each.device)
+        if isinstance(each, QuantisedWeight)  # decoded in front of the launch
+        else each
         for each in layer
     )
 

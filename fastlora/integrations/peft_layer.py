@@ -1,5 +1,7 @@
 """``FusedLinear``, which a patched PEFT model has in the place of ``lora.Linear``; the count of all other layers."""
 
+import importlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -9,17 +11,15 @@ from torch.nn import functional as F
 
 from fastlora.dispatch import count_fallback
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
+from fastlora.integrations.peft_quantised import FUSED_NAMES, as_stock
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
 from fastlora.ops import lora_linear
+from fastlora.quantised_weight import QUANTISES_INPUT
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 
-class FusedLinear(Linear):
-    """PEFT's ``lora.Linear`` with a fused forward for one active plain adapter over a frozen dense ``nn.Linear``.
-
-    Same constructor, attributes, state dict and methods. ``patch`` turns existing layers into this class, ``register``
-    makes PEFT construct it.
-    """
+class FusedForward:
+    """What stands in front of a PEFT class in the fused class of it: the forward, and nothing else."""
 
     copy_input = False  # whether to save a copy of the input for the backward; see patch
 
@@ -32,7 +32,8 @@ class FusedLinear(Linear):
             if isinstance(served, Parts):
                 served = input_reason(self, served, x) or served
         if isinstance(served, Parts):
-            return _fused_forward(served, x, self.copy_input)
+            y = _fused_forward(served, x, self.copy_input)
+            return y if isinstance(served.weight, Tensor) else as_stock(self.base_layer, x, y)
         if isinstance(served, Units):
             return _forward_within(self, served, x)
         if not torch.compiler.is_compiling():
@@ -40,32 +41,76 @@ class FusedLinear(Linear):
         return super().forward(x, *args, **kwargs)
 
 
+class FusedLinear(FusedForward, Linear):
+    """PEFT's ``lora.Linear`` with a fused forward for one active plain adapter over a frozen ``nn.Linear``.
+
+    Same constructor, attributes, state dict and methods. ``patch`` turns existing layers into this class, ``register``
+    makes PEFT construct it.
+    """
+
+    stock = Linear
+
+
 def type_reason(layer: LoraLayer) -> str | None:
     """Why ``patch`` leaves this LoRA layer alone whatever its state, or None."""
     kind = class_beneath(layer)
-    if kind not in (Linear, FusedLinear):
+    if not is_fused(kind) and _fused_class(kind) is None:
+        if kind.__name__ == "Linear8bitLt":
+            return f"LLM.int8 {QUANTISES_INPUT}"
         return f"a {kind.__module__}.{kind.__name__}, not a stock lora.Linear"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
     return None
 
 
+@lru_cache
+def _fused_class(kind: type) -> type | None:
+    """The fused class of a class of PEFT's, or None. Those of quantised layers are made here, as PEFT's own exist only
+    where the quantising library does."""
+    if kind is Linear:
+        return FusedLinear
+    name = FUSED_NAMES.get(f"{kind.__module__}.{kind.__name__}")
+    if name is None:
+        return None
+    about = f"PEFT's ``{kind.__name__}`` with a fused forward, as ``FusedLinear`` has it."
+    return type(name, (FusedForward, kind), {"__module__": __name__, "__doc__": about, "stock": kind})
+
+
+def is_fused(kind: type) -> bool:
+    """Whether this is one of the classes that ``fuse`` gives to layers."""
+    return "stock" in vars(kind) and issubclass(kind, FusedForward)
+
+
+def __getattr__(name: str) -> type:
+    """The fused classes of quantised layers by name, as pickle finds them."""
+    for path, fused in FUSED_NAMES.items():
+        if fused == name:
+            module, _, kind = path.rpartition(".")
+            found = _fused_class(getattr(importlib.import_module(module), kind))
+            if found is not None:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def fuse(layer: LoraLayer, copy_input: bool = False, may_hook: bool = True) -> None:
     """Makes a layer a ``FusedLinear`` if it can be one; any other layer's calls are counted from now on, by a hook."""
     if type_reason(layer) is None:
         _stop_counting(layer)
-        swap_class(layer, FusedLinear)
+        kind = class_beneath(layer)
+        if not is_fused(kind):
+            swap_class(layer, _fused_class(kind))
         layer.copy_input = copy_input
-    elif may_hook and class_beneath(layer) is not FusedLinear and count_call not in layer._forward_pre_hooks.values():
+    elif may_hook and not is_fused(class_beneath(layer)) and count_call not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(count_call)
 
 
 def restore(layer: LoraLayer) -> bool:
-    """Takes ``fuse`` back; whether the layer was a ``FusedLinear``."""
+    """Takes ``fuse`` back; whether the layer was of a fused class."""
     _stop_counting(layer)
-    if class_beneath(layer) is not FusedLinear:
+    kind = class_beneath(layer)
+    if not is_fused(kind):
         return False
-    swap_class(layer, Linear)
+    swap_class(layer, kind.stock)
     vars(layer).pop("copy_input", None)
     return True
 

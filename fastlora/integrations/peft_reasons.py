@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import Tensor, nn
 
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
+from fastlora.quantised_weight import QuantisedWeight, read_layer
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -20,7 +21,7 @@ _ROLES = ("base_layer", "lora_A", "lora_B")
 class Parts(NamedTuple):
     """What one fused call uses. Looked up at every call: PEFT replaces weights and changes scalings in place."""
 
-    weight: Tensor  # [N, K]
+    weight: Tensor | QuantisedWeight  # [N, K]
     bias: Tensor | None  # [N]
     lora_a: Tensor  # [R, K]
     lora_b: Tensor  # [N, R]
@@ -81,12 +82,19 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None) -> Parts | Un
         return f"lora_dropout is a {type(dropout).__name__}"
     if _has_hooks(dropout):
         return "hooks on lora_dropout"
+    packed: QuantisedWeight | str | None = None
     base, a, b = linears or (modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter])
     if linears is None and (
         _linear_reason("base_layer", base) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
     ):
-        return _find_units((base, a, b))
-    weight, bias = base.weight, base.bias
+        packed = read_layer(base)
+        if packed is None:
+            return _find_units((base, a, b))
+        reason = packed if isinstance(packed, str) else "hooks on base_layer" if _has_hooks(base) else None
+        reason = reason or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
+        if reason:
+            return reason
+    weight, bias = base.weight if packed is None else packed, base.bias
     if weight.requires_grad:
         if not is_frozen_view(base, "weight"):
             return "the base weight trains"
@@ -159,13 +167,21 @@ def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: 
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
     if device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        dtype = weight_dtype = torch.get_autocast_dtype(device_type)
+        dtype = torch.get_autocast_dtype(device_type)
+        # bitsandbytes' layers compute in a dtype of their own, whatever autocast says.
+        weight_dtype = weight_dtype if _is_4bit(parts.weight) else dtype
         adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
+    if dtype != weight_dtype and _is_4bit(parts.weight):
+        return f"{dtype} input, compute dtype {weight_dtype}: set bnb_4bit_compute_dtype, or torch.autocast, to match"
     if dtype != weight_dtype or not (
         adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype.itemsize == 2)
     ):
         return f"{dtype} input, {weight_dtype} base, {adapter_dtype} adapter"
     return None
+
+
+def _is_4bit(weight: Tensor | QuantisedWeight) -> bool:
+    return isinstance(weight, QuantisedWeight) and weight.is_4bit
 
 
 def _has_hooks(module: nn.Module) -> bool:

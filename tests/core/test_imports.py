@@ -14,15 +14,16 @@ PACKAGE = Path(fastlora.__file__).parent
 # module imports from its own layer and from lower ones; nowhere is there a circle.
 LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
-    ("checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands"),
+    ("checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands", "quantised_weight"),
     ("backends",),
     ("dispatch",),
     ("differentiable",),
-    ("op_tools",),
+    ("op_tools", "quantised_layer"),
     ("ops",),
     ("sharding",),
     ("placement",),
     ("module",),
+    ("quantised_module",),
     ("model",),
     ("adapters",),
     ("integrations", "analysis", "warming"),
