@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,6 +19,8 @@ from fastlora.heads import (
 )
 from fastlora.module import MERGE_READS, LoRALinear, check_hyperparameters, weight_reason
 from fastlora.placement import require_values
+from fastlora.quantised_module import QuantisedLoRALinear
+from fastlora.quantised_weight import read_layer
 
 ALL_LINEAR = "all-linear"
 _NAMES_SHOWN = 20
@@ -55,6 +57,9 @@ def inject(
     **unknown,
 ) -> list[str]:
     """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear`` and freezes every other parameter.
+
+    Layers that bitsandbytes (``Linear4bit``) or torchao (int8 and float8 weights) has quantised stay quantised: they
+    become ``QuantisedLoRALinear``.
 
     Targets are matched as PEFT does: a list holds names or dotted suffixes of module paths, a string is a regular
     expression that must match a whole path. "all-linear" stands for every plain ``nn.Linear`` but the output heads of a
@@ -172,13 +177,17 @@ def replace_linears(model: nn.Module, options: dict[str, dict], saved: Iterable[
     if problems:
         raise ValueError("cannot train and save the whole of " + "; ".join(problems))
     note_newly_drawn(model, known=(layer for _, layer in lora_layers(model)))
-    layers = {name: LoRALinear.from_linear(modules[name], **kwargs) for name, kwargs in options.items()}
+    layers = {name: _class_for(modules[name]).from_linear(modules[name], **kwargs) for name, kwargs in options.items()}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         keep_marks(modules[name], layer)
         setattr(modules[parent], child, layer)
     mark_saved(modules[name] for name in saved)
     _freeze_all_but_adapters(model)
+
+
+def _class_for(linear: nn.Module) -> type[LoRALinear]:
+    return LoRALinear if read_layer(linear) is None else QuantisedLoRALinear
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -207,6 +216,9 @@ def merge(model: nn.Module, safe: bool = False, keep_base: bool = True) -> None:
     """
     layers = _require_layers(model)
     unmerged = [(name, layer) for name, layer in layers if not layer.merged]
+    for name, layer in unmerged:
+        if isinstance(layer, QuantisedLoRALinear):
+            raise ValueError(f"cannot merge {name or type(layer).__name__}: {layer.merge_reason()}")
     require_values(model, unmerged, "merge", MERGE_READS, writes="weight")
     _require_own_weights(model, unmerged)
     if safe:
@@ -302,7 +314,8 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, LoRALinear)
+    """Whether "all-linear" means this module: a plain or a quantised layer, with a branch or without."""
+    return type(module) in (nn.Linear, LoRALinear, QuantisedLoRALinear) or read_layer(module) is not None
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> str:
@@ -330,22 +343,27 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]]) -> str | None:
     """Why the module of this name cannot be replaced, or None."""
-    module = modules[name]
+    module: Any = modules[name]
     if type(module).__name__ == "Conv1D":
         return f"{name}: Conv1D keeps its weight as [in, out]; use fastlora.integrations.peft for such models"
-    if type(module) is not nn.Linear:
+    packed = read_layer(module)
+    if isinstance(packed, str):
+        return f"{name}: {packed}"
+    if type(module) is not nn.Linear and packed is None:
         return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     if (manager := _manager(name, modules)) is not None:
         return f"{name}: {manager} manages the parameters around it; put LoRA in first, then wrap or shard"
     if id(module.weight) not in owners:
         return f"{name}: its weight is no parameter (pruning, weight norm and the like compute it)"
-    if weight_reason(module.weight):
+    if packed is None and weight_reason(module.weight):
         return f"{name}: its weight does not do: {weight_reason(module.weight)}"
     shared = [owner for owner in owners[id(module.weight)] if owner != f"{name}.weight"]
     if shared:
         return f"{name}: its weight is tied to {', '.join(shared)}"
     forward = vars(module).get("forward")
-    wrapped = forward is not None and getattr(forward, "__func__", None) is not nn.Linear.forward  # as hooks leave it
+    wrapped = (
+        forward is not None and getattr(forward, "__func__", None) is not type(module).forward
+    )  # as hooks leave it
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or wrapped:
         return (
             f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "

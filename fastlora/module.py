@@ -124,8 +124,7 @@ class LoRALinear(nn.Linear):
         if weight_reason(weight):
             raise TypeError(f"from_linear cannot share this layer's weight: {weight_reason(weight)}")
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
-        if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype.itemsize == 2):
-            raise TypeError(f"adapter_dtype {dtype} does not go with a {weight.dtype} weight; {_allowed(weight.dtype)}")
+        check_adapter_dtype(dtype, weight.dtype)
         # On "meta", so that no second weight is allocated and no random number is drawn for it.
         layer = cls(
             weight.shape[1],
@@ -173,8 +172,12 @@ class LoRALinear(nn.Linear):
             nn.init.normal_(a, std=1 / self.r)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.lora_A.copy_(a.to(self.weight.dtype))
+        self.lora_A.copy_(a.to(self._start_dtype()))
         self.lora_B.zero_()
+
+    def _start_dtype(self) -> torch.dtype:
+        """What the draws of A are rounded to, whatever dtype A has."""
+        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
@@ -338,8 +341,11 @@ def weight_reason(weight: Tensor) -> str | None:
     return f"it is{layout} {weight.dtype} {list(weight.shape)}, not a dense floating-point [out, in] of 16 bits or more"
 
 
-def _allowed(dtype: torch.dtype) -> str:
-    return f"it must be {dtype}" + (" or torch.float32" if dtype.itemsize == 2 else "")
+def check_adapter_dtype(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Raises TypeError unless adapters of this dtype go with a weight of that one."""
+    if dtype != weight_dtype and not (dtype == torch.float32 and weight_dtype.itemsize == 2):
+        allowed = f"it must be {weight_dtype}" + (" or torch.float32" if weight_dtype.itemsize == 2 else "")
+        raise TypeError(f"adapter_dtype {dtype} does not go with a {weight_dtype} weight; {allowed}")
 
 
 def check_hyperparameters(r: int, alpha: float, dropout: float, init: str) -> None:

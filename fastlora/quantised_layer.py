@@ -61,7 +61,7 @@ def _backward(dy: Tensor, x: Tensor | None, weight: QuantisedWeight, *rest: Any)
     # dX alone reads values of the weight; the rest needs its shape.
     dense = _decoded(weight) if needs.dx else dy.new_empty(()).expand(weight.shape)
     if reason is not None:
-        return in_rows(differentiable_gradients, dy, x, dense, *operands, needs)  # type: ignore[arg-type]
+        return in_rows(differentiable_gradients, dy, x, dense, *operands, needs)
     return in_rows(lambda *args: dispatch.backward(args, needs, backend), dy, x, dense, *operands)
 
 
@@ -182,9 +182,7 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "fastlora::lora_forward_quantised", _op_gradients, setup_context=_setup, lib=_library
-)
+torch.library.register_autograd("fastlora::lora_forward_quantised", _op_gradients, setup_context=_setup, lib=_library)
 
 
 def quantised_linear(

@@ -42,7 +42,10 @@ class QuantisedWeight(NamedTuple):
     dtype: torch.dtype
     block: tuple[int, int]
 
-    requires_grad = False
+    @property
+    def requires_grad(self) -> bool:
+        """Never: a quantised weight is frozen."""
+        return False
 
     @property
     def device(self) -> torch.device:
@@ -64,33 +67,45 @@ class QuantisedWeight(NamedTuple):
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
-        """The values [N, K] in ``dtype``, made by the library: a new tensor."""
-        if self.is_4bit:
-            return _decode_4bit(self)
-        from torchao.quantization import quant_primitives as primitives
+        """The values [N, K] in ``dtype``, made by the library: a new tensor.
 
-        codes, scale, *zero_point = self.tensors
-        if self.format == "float8":
-            return primitives._dequantize_affine_float8(codes, scale, self.dtype)
-        zeros = zero_point[0] if zero_point else None
-        # The bounds do not enter the values; they are the ones that torchao gives.
-        return primitives.dequantize_affine(
-            codes, self.block, scale, zeros, torch.int8, -128, 127, output_dtype=self.dtype
-        )
+        Raises:
+            ImportError: the library that has packed the weight is not installed.
+        """
+        library = "bitsandbytes" if self.is_4bit else "torchao"
+        try:
+            if self.is_4bit:
+                from bitsandbytes import functional
+
+                return _decode_4bit(self, functional)
+            from torchao.quantization import quant_primitives
+
+            return _decode_8bit(self, quant_primitives)
+        except ImportError as error:
+            raise ImportError(f"{library} decodes a {self.format} weight: pip install {library} ({error})") from error
 
 
-def _decode_4bit(weight: QuantisedWeight) -> Tensor:
-    from bitsandbytes.functional import QuantState, dequantize_4bit
+def _decode_8bit(weight: QuantisedWeight, primitives: Any) -> Tensor:
+    codes, scale, *zero_point = weight.tensors
+    if weight.format == "float8":
+        return primitives._dequantize_affine_float8(codes, scale, weight.dtype)
+    zeros = zero_point[0] if zero_point else None
+    # The bounds do not enter the values; they are the ones that torchao gives.
+    return primitives.dequantize_affine(
+        codes, weight.block, scale, zeros, torch.int8, -128, 127, output_dtype=weight.dtype
+    )
 
+
+def _decode_4bit(weight: QuantisedWeight, functional: Any) -> Tensor:
     codes, absmax, *inner = weight.tensors
     nested, offset = None, None
     if inner:
         absmax2, code2, offset = inner
-        nested = QuantState(absmax2, code=code2, blocksize=weight.block[1], dtype=torch.float32)
-    state = QuantState(
+        nested = functional.QuantState(absmax2, code=code2, blocksize=weight.block[1], dtype=torch.float32)
+    state = functional.QuantState(
         absmax, torch.Size(weight.shape), None, weight.block[0], weight.format, weight.dtype, offset, nested
     )
-    values = dequantize_4bit(codes.view(-1, 1), state)
+    values = functional.dequantize_4bit(codes.view(-1, 1), state)
     # Codes of a single byte look to bitsandbytes as if they were transposed.
     return values.t() if codes.numel() == 1 else values
 
@@ -103,18 +118,22 @@ def read_weight(weight: Any, dtype: torch.dtype | None = None) -> QuantisedWeigh
         dtype: of the values; by default the one that the weight was quantised from.
     """
     kind = type(weight)
-    if kind.__module__.partition(".")[0] not in _LIBRARIES or kind.__name__ not in _READERS:
+    if not _is_known(kind):
         return None
     if weight.requires_grad:
         return f"the {kind.__name__} requires a gradient, which no LoRA layer computes: requires_grad_(False)"
-    found = _READERS[kind.__name__](weight)
+    return _checked(kind.__name__, _READERS[kind.__name__](weight), dtype)
+
+
+def _checked(kind: str, found: QuantisedWeight | str, dtype: torch.dtype | None) -> QuantisedWeight | str:
+    """What was read of an object of this class, in this dtype, or why it cannot be used."""
     if isinstance(found, str):
-        return f"this {kind.__name__} {found}"
+        return f"this {kind} {found}"
     found = found if dtype is None else found.to(dtype)
     if found.dtype not in DTYPES:
         return f"a {found.format} weight is decoded to float16, bfloat16 or float32, not to {found.dtype}"
     if any(tensor.device != found.device for tensor in found.tensors):
-        return f"this {kind.__name__} is on {found.device} and some of its scales are not: move the layer as a whole"
+        return f"this {kind} is on {found.device} and some of its scales are not: move the layer as a whole"
     return found
 
 
@@ -152,35 +171,44 @@ def read_layer(linear: Any) -> QuantisedWeight | str | None:
         return read_weight(linear.weight)
     if kind.__name__ not in _LAYERS_4BIT or not kind.__module__.startswith("bitsandbytes."):
         return None
-    if type(linear.weight).__name__ != "Params4bit":
-        return f"a {kind.__name__} holds a {type(linear.weight).__name__}, not its Params4bit"
-    return read_weight(linear.weight, linear.compute_dtype)
+    weight = linear.weight
+    if type(weight).__name__ not in ("Params4bit", "Parameter", "Tensor"):
+        return f"a {kind.__name__} holds a {type(weight).__name__}"
+    return read_codes(kind.__name__, weight, getattr(linear, "quant_state", None), linear.compute_dtype)
 
 
-def packed_weight(weight: Any, dtype: torch.dtype) -> QuantisedWeight | None:
-    """What ``lora_linear`` computes with where it is given anything but a plain tensor; None: that tensor itself.
+def read_codes(owner: str, weight: Any, layers_state: Any, dtype: torch.dtype | None = None) -> QuantisedWeight | str:
+    """``read_weight`` of a layer's 4-bit codes. Pickle and FSDP leave a plain parameter, and the quant state on it or
+    on the layer alone, where bitsandbytes finds it, too."""
+    state = getattr(weight, "quant_state", None)
+    return _checked(owner, _four_bit(weight, layers_state if state is None else state), dtype)
 
-    Raises:
-        TypeError, ValueError: as for ``quantised``.
-    """
-    if isinstance(weight, QuantisedWeight):
-        return weight
-    return None if read_weight(weight) is None else quantised(weight, dtype)
+
+def is_packed(weight: Any) -> bool:
+    """Whether this is what ``quantised`` takes, well-formed or not."""
+    return isinstance(weight, QuantisedWeight) or _is_known(type(weight))
+
+
+def _is_known(kind: type) -> bool:
+    return kind.__name__ in _READERS and kind.__module__.partition(".")[0] in _LIBRARIES
 
 
 def check_decoded_dtype(weight: QuantisedWeight, dtype: torch.dtype) -> None:
     """Raises TypeError unless a layer's input of this dtype can be multiplied by the weight as it is decoded."""
     if weight.dtype != dtype:
         raise TypeError(
-            f"x is {dtype}, but the {weight.format} weight is decoded to {weight.dtype} (a layer's compute dtype): cast x,"
-            " run under torch.autocast with that dtype, or take weight.to(x.dtype)"
+            f"x is {dtype}, but the {weight.format} weight is decoded to {weight.dtype} (a layer's compute dtype):"
+            " cast x, run under torch.autocast with that dtype, or take weight.to(x.dtype)"
         )
 
 
 def _params4bit(weight: Any) -> QuantisedWeight | str:
-    state = weight.quant_state
+    return _four_bit(weight, weight.quant_state)
+
+
+def _four_bit(weight: Any, state: Any) -> QuantisedWeight | str:
     if state is None:
-        if not weight.bnb_quantized:
+        if not getattr(weight, "bnb_quantized", False):
             return "is not quantised yet, which its layer does when it is moved: call layer.to(device) first"
         return "has lost its quant_state, without which its codes mean nothing: load the layer's state dict anew"
     if getattr(state, "packing_format_for_cpu", False):
@@ -197,7 +225,8 @@ def _params4bit(weight: Any) -> QuantisedWeight | str:
         return f"was made of a tensor {None if shape is None else list(shape)}, not of a matrix [out, in]"
     with torch._C.DisableTorchFunctionSubclass():
         codes = weight.detach()  # a plain tensor, whose changes in place are still noticed
-    elements, absmax, inner = prod(shape), state.absmax, ()
+    elements, absmax = prod(shape), state.absmax
+    inner: tuple[Tensor, ...] = ()
     if codes.numel() * codes.element_size() != (elements + 1) // 2 or absmax.numel() != -(elements // -block):
         return (
             f"holds {codes.numel() * codes.element_size()} bytes of codes and {absmax.numel()} scales, which is not "
@@ -235,7 +264,9 @@ def _affine_tensor(weight: Any) -> QuantisedWeight | str:
     if layout != "PlainLayout" or domain != "INT" or weight.tensor_impl.int_data.dtype != torch.int8:
         return f"is of the layout {layout}; only plain int8 is served: use torchao's own forward"
     codes, scale, zero_point = weight.tensor_impl.get_plain()
-    return _of_torchao("int8", weight, (codes, scale) + (() if zero_point is None else (zero_point,)), weight.block_size)
+    return _of_torchao(
+        "int8", weight, (codes, scale) + (() if zero_point is None else (zero_point,)), weight.block_size
+    )
 
 
 def _activation_tensor(weight: Any) -> str:

@@ -14,6 +14,7 @@ from fastlora.dispatch import compile_ahead, environment_backend
 from fastlora.module import LoRALinear
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
+from fastlora.quantised_module import QuantisedLoRALinear
 from fastlora.quantised_weight import QuantisedWeight
 
 # Numbers of tokens that stand for all above FEW_ROWS: a tile is chosen by how many there are, of 32 rows at least, and
@@ -103,7 +104,8 @@ def _layer_of(module: Any) -> _Layer | None:
     if isinstance(module, LoRALinear):
         if module.merged:
             return None
-        return _Layer(module.weight, module.bias, module.lora_A, module.lora_B, module.scaling, module.dropout)
+        weight = module.packed() if isinstance(module, QuantisedLoRALinear) else module.weight
+        return _Layer(weight, module.bias, module.lora_A, module.lora_B, module.scaling, module.dropout)
     from fastlora.integrations.peft_reasons import Parts, inspect
 
     parts = inspect(module)
