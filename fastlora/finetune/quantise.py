@@ -1,7 +1,7 @@
 """--base-quant: the base model's linear layers in 4 or 8 bits, by bitsandbytes or torchao."""
 
-import importlib.util
 import warnings
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -9,14 +9,13 @@ from torch import nn
 from fastlora.errors import CommandError
 from fastlora.heads import is_head
 
-FORMATS = ("nf4", "fp4", "int8", "float8")
 _LIBRARIES = {"nf4": "bitsandbytes", "fp4": "bitsandbytes", "int8": "torchao", "float8": "torchao"}
 
 
 def require_library(name: str) -> None:
     """Raises CommandError where the package that quantises in this format is not installed."""
     library = _LIBRARIES[name]
-    if importlib.util.find_spec(library) is None:
+    if find_spec(library) is None:
         raise CommandError(f"--base-quant {name} needs the {library} package: pip install 'fastlora[quantised]'")
 
 
@@ -25,7 +24,7 @@ def quantise_linears(model: nn.Module, name: str, compute_dtype: torch.dtype) ->
     two dense copies of a weight held.
 
     Args:
-        name: one of FORMATS; the 4-bit ones with nested statistics in blocks of 64, as QLoRA has them.
+        name: one of settings.BASE_QUANTS; the 4-bit ones with nested statistics in blocks of 64, as QLoRA has them.
         compute_dtype: what products over 4-bit weights are made in.
 
     Source: Dettmers et al., "QLoRA: Efficient Finetuning of Quantized LLMs" (arXiv:2305.14314), sections 3 and 4.
@@ -57,4 +56,7 @@ def _quantised(linear: nn.Linear, name: str, compute_dtype: torch.dtype) -> nn.M
     layer.weight = bnb.Params4bit(linear.weight.detach(), False, quant_type=name, module=layer)
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.detach(), requires_grad=linear.bias.requires_grad)
-    return layer.to(device).train(linear.training)  # moving it quantises it
+    layer = layer.to(device).train(linear.training)  # moving it quantises it
+    # Some CPUs' inference would repack the weight, which all copies of the model share, with its scales rounded.
+    layer.support_avx512bf16_for_cpu = False
+    return layer
