@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
+from torch import nn
 
 from fastlora.finetune.compare import LOSS_TOLERANCE
+from fastlora.finetune.quantise import quantise_linears
+from fastlora.quantised_weight import read_layer
 from tests.support.quantised_models import bitsandbytes, torchao
+from tests.support.tiny_llama import make_llama
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +64,14 @@ def test_a_missing_package_is_named_before_anything_is_read(name, library, finet
 def test_full_fine_tuning_of_quantised_weights_is_refused(finetune, tmp_path):
     result = finetune("--base-quant", "nf4", "--measure-full", "--output", tmp_path / "run")
     assert result.code == 2 and "quantised ones cannot train: leave one out" in result.error_line
+
+
+@pytest.mark.parametrize("name", ["fp4", "float8"])
+def test_the_output_head_stays_dense(name):
+    bitsandbytes() if name == "fp4" else torchao()
+    model = quantise_linears(make_llama(torch.bfloat16), name, torch.bfloat16)
+    dense = [path for path, m in model.named_modules() if isinstance(m, nn.Linear) and read_layer(m) is None]
+    assert dense == ["lm_head"]
+    packed = [read_layer(m) for m in model.modules() if isinstance(m, nn.Linear) and m is not model.lm_head]
+    assert {(w.format, w.dtype, w.nested) for w in packed} == {(name, torch.bfloat16, name == "fp4")}
+    assert len(packed) == 14

@@ -137,6 +137,18 @@ def test_backends_do_not_import_each_other():
     assert ON_TOP in edges and not [name for name in edges if side(name) and ON_TOP in edges[name]]
 
 
+def test_quantising_libraries_are_imported_where_their_tensors_are_alone():
+    """Never by importing a module of fastlora: both are optional, and take seconds."""
+    optional = {"bitsandbytes", "torchao"}
+    for name, path in modules(PACKAGE).items():
+        tree = ast.parse(path.read_text())
+        inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert not optional & {each.partition(".")[0] for each in names}, name
+
+
 def test_what_is_allowed_is_there():
     edges = graph(PACKAGE)
     assert all(imported in edges.get(importer, ()) for importer, imported in ALLOWED)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora import quantised_layer
 from fastlora.finetune.memory import SavedTensors
 from fastlora.quantised_weight import QuantisedWeight
 from tests.support.quantised_models import (
@@ -246,6 +247,14 @@ def test_weights_that_quantise_the_input_are_refused():
     ao.quantize_(layer, ao.Int8DynamicActivationInt8WeightConfig())
     with pytest.raises(TypeError, match="quantises the layer's input as well"):
         step_forward(layer.weight, operands())
+
+
+def test_decoding_in_front_of_a_gpus_launch_is_counted(monkeypatch):
+    packed = fastlora.quantised(make("nf4").weight)
+    monkeypatch.setattr(QuantisedWeight, "device", torch.device("cuda"))
+    fastlora.reset_dispatch_counts()
+    quantised_layer._decoded(packed)
+    assert fastlora.dispatch_counts()["fallbacks"] == {"nf4 base: decoded in front of the launch": 1}
 
 
 def test_without_the_library_one_sentence_says_what_to_install(monkeypatch):
