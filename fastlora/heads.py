@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from fastlora.quantised_weight import is_packed
+
 # What PEFT trains and saves whole, and leaves without a branch, by the task in a transformers model's class name.
 _TASKS = {
     "ForSequenceClassification": ("SEQ_CLS", ("classifier", "score")),
@@ -83,6 +85,7 @@ def note_newly_drawn(model: nn.Module, known: Iterable[nn.Module]) -> None:
     known_ids = {id(module) for module in known}
     for name, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if p.is_floating_point() and p.dtype.itemsize > 1]
+        own = [p for p in own if not is_packed(p)]  # what was drawn is not quantised
         if id(module) in known_ids or not own or any(p.is_meta for p in own):
             continue
         if recorded:

@@ -18,8 +18,11 @@ def weight_reason(weight: Tensor) -> str | None:
     return f"it is{layout} {weight.dtype} {list(weight.shape)}, not a dense floating-point [out, in] of 16 bits or more"
 
 
-def allowed_dtypes(dtype: torch.dtype) -> str:
-    return f"it must be {dtype}" + (" or torch.float32" if dtype.itemsize == 2 else "")
+def check_adapter_dtype(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    """Raises TypeError unless adapters of this dtype go with a weight of that one."""
+    if dtype != weight_dtype and not (dtype == torch.float32 and weight_dtype.itemsize == 2):
+        allowed = f"it must be {weight_dtype}" + (" or torch.float32" if weight_dtype.itemsize == 2 else "")
+        raise TypeError(f"adapter_dtype {dtype} does not go with a {weight_dtype} weight; {allowed}")
 
 
 def check_hyperparameters(r: int, alpha: float, dropout: float, init: str) -> None:

@@ -21,6 +21,8 @@ from fastlora.layer_checks import check_hyperparameters, weight_reason
 from fastlora.merging import MERGE_READS
 from fastlora.module import LoRALinear
 from fastlora.placement import require_values
+from fastlora.quantised_module import QuantisedLoRALinear
+from fastlora.quantised_weight import read_layer
 from fastlora.targets import Narrowing, by_pattern, match_targets
 
 _PEFT_NAMES = {
@@ -69,6 +71,9 @@ def inject(
 ) -> list[str]:
     """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear``, and transformers' ``Conv1D`` (GPT-2) by
     its subclass ``LoRAConv1D``; freezes every other parameter.
+
+    Layers that bitsandbytes (``Linear4bit``) or torchao (int8 and float8 weights) has quantised stay quantised: they
+    become ``QuantisedLoRALinear``.
 
     Targets are matched as PEFT does: a list holds names or dotted suffixes of module paths, a string is a regular
     expression that must match a whole path. "all-linear" stands for every such layer but the output heads of a
@@ -174,8 +179,11 @@ def replace_linears(model: nn.Module, options: dict[str, dict], saved: Iterable[
 
 
 def branched(linear: nn.Module, **options) -> LoRALinear:
-    """The LoRA layer around a plain ``nn.Linear`` or ``Conv1D``; options as for ``LoRALinear.from_linear``."""
-    return (LoRAConv1D if is_conv1d(linear) else LoRALinear).from_linear(linear, **options)  # type: ignore[arg-type]
+    """The LoRA layer around a plain ``nn.Linear``, a ``Conv1D`` or a quantised layer; options as for
+    ``LoRALinear.from_linear``."""
+    kind: type[LoRALinear] = LoRAConv1D if is_conv1d(linear) else LoRALinear
+    kind = kind if read_layer(linear) is None else QuantisedLoRALinear
+    return kind.from_linear(linear, **options)  # type: ignore[arg-type]
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
@@ -204,6 +212,9 @@ def merge(model: nn.Module, safe: bool = False, keep_base: bool = True) -> None:
     """
     layers = _require_layers(model)
     unmerged = [(name, layer) for name, layer in layers if not layer.merged]
+    for name, layer in unmerged:
+        if isinstance(layer, QuantisedLoRALinear):
+            raise ValueError(f"cannot merge {name or type(layer).__name__}: {layer.merge_reason()}")
     require_values(model, unmerged, "merge", MERGE_READS, writes="weight")
     _require_own_weights(model, unmerged)
     if safe:
@@ -306,15 +317,18 @@ def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]]) -> str | None:
     """Why the module of this name cannot be replaced, or None."""
-    module = modules[name]
-    if not (type(module) is nn.Linear or is_conv1d(module)):
+    module: Any = modules[name]
+    packed = read_layer(module)
+    if isinstance(packed, str):
+        return f"{name}: {packed}"
+    if not (type(module) is nn.Linear or is_conv1d(module)) and packed is None:
         return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
     if (manager := _manager(name, modules)) is not None:
         return f"{name}: {manager} manages the parameters around it; put LoRA in first, then wrap or shard"
     weight: Any = module.weight
     if id(weight) not in owners:
         return f"{name}: its weight is no parameter (pruning, weight norm and the like compute it)"
-    if weight_reason(weight):
+    if packed is None and weight_reason(weight):
         return f"{name}: its weight does not do: {weight_reason(weight)}"
     shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
     if shared:

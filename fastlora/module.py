@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastlora.dora import Norms, dora_linear, weight_norm
-from fastlora.layer_checks import WEIGHT_DTYPES, allowed_dtypes, check_hyperparameters, weight_reason
+from fastlora.layer_checks import WEIGHT_DTYPES, check_adapter_dtype, check_hyperparameters, weight_reason
 from fastlora.merging import Merging
 from fastlora.ops import lora_linear
 from fastlora.placement import forget
@@ -151,10 +151,7 @@ class LoRALinear(Merging):
         if weight_reason(weight):
             raise TypeError(f"from_linear cannot share this layer's weight: {weight_reason(weight)}")
         dtype = weight.dtype if adapter_dtype is None else adapter_dtype
-        if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype.itemsize == 2):
-            raise TypeError(
-                f"adapter_dtype {dtype} does not go with a {weight.dtype} weight; {allowed_dtypes(weight.dtype)}"
-            )
+        check_adapter_dtype(dtype, weight.dtype)
         # On "meta", so that no second weight is allocated and no random number is drawn for it.
         out_features, in_features = cls._features(weight)
         layer = cls(
@@ -214,10 +211,14 @@ class LoRALinear(Merging):
             nn.init.normal_(a, std=1 / self.r)
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.lora_A.copy_(a.to(self.weight.dtype))
+        self.lora_A.copy_(a.to(self._start_dtype()))
         self.lora_B.zero_()
         if self.dora and not self.weight.is_meta:
             self.lora_magnitude_vector.copy_(weight_norm(self.weight_rows, self.lora_A, self.lora_B, self.scaling))
+
+    def _start_dtype(self) -> torch.dtype:
+        """What the draws of A are rounded to, whatever dtype A has."""
+        return self.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""

@@ -14,6 +14,8 @@ from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.op_tools import register_tools
 from fastlora.philox import draw_seed
 from fastlora.problem import Needs
+from fastlora.quantised_layer import quantised_linear
+from fastlora.quantised_weight import QuantisedWeight, check_decoded_dtype, is_packed, quantised
 from fastlora.rows import flat, in_rows, on_jagged
 from fastlora.saved_tensors import saved_tensors
 
@@ -184,7 +186,7 @@ register_tools(_library)
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantisedWeight,
     lora_a: Tensor,
     lora_b: Tensor,
     scaling: float,
@@ -200,7 +202,8 @@ def lora_linear(
     Args:
         x: input [..., in_features]; float16, bfloat16, float32 or (in plain PyTorch) float64. A nested tensor of jagged
             layout is served where its last dimension is in_features.
-        weight: frozen weight [out_features, in_features] of x's dtype; it must not require a gradient.
+        weight: frozen weight [out_features, in_features] of x's dtype; it must not require a gradient. Or what
+            ``fastlora.quantised`` takes or returns; a library's own tensor is decoded to x's dtype.
         lora_a: [r, in_features]; x's dtype, or float32 over a 16-bit x.
         lora_b: [out_features, r]; likewise.
         scaling: factor of the low-rank branch (alpha / r, or alpha / sqrt(r) for rank-stabilised LoRA).
@@ -232,12 +235,16 @@ def lora_linear(
             "copy_input": copy_input,
         }
         return on_jagged(lambda values: lora_linear(values, weight, lora_a, lora_b, scaling, bias, **options), x)
+    base: Any = weight
+    packed = type(base) is not torch.nn.Parameter and type(base) is not Tensor and is_packed(base)
+    if packed:
+        base = quantised(base, None if type(base) is QuantisedWeight else x.dtype)
     device_type = "cpu" if x.is_cpu else x.device.type
     given = x
     # torch refuses to say for "meta", where shapes alone are computed.
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x, base = x.to(dtype), base.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         lora_a, lora_b = (t if t.dtype == torch.float32 else t.to(dtype) for t in (lora_a, lora_b))
     if type(scaling) is not float:
@@ -245,23 +252,28 @@ def lora_linear(
     trains = torch.is_grad_enabled()
     compiles = torch.compiler.is_compiling()
     reason = None if compiles else transform_reason()
+    if packed:
+        check_decoded_dtype(base, x.dtype)
     if reason != TRACE:  # where sizes are not numbers; torch's operators check them
-        check_arguments(x, weight, lora_a, lora_b, bias)
+        check_arguments(x, base, lora_a, lora_b, bias)
     if not 0.0 <= dropout_p <= 1.0:
         check_dropout(dropout_p)
-    if trains and weight.requires_grad:
-        raise ValueError(frozen_weight_reason(weight))
+    if trains and base.requires_grad:
+        raise ValueError(frozen_weight_reason(base))
     if not training:
         dropout_p = 0.0
     if backend is None and not compiles:
         if reason is not None:
             seed = draw_seed(x.device) if dropout_p > 0.0 and reason == FORWARD_MODE else None
-            return composed(x, weight, lora_a, lora_b, scaling, bias, dropout_p, reason, seed)
+            dense = base.dequantize() if packed else base
+            return composed(x, dense, lora_a, lora_b, scaling, bias, dropout_p, reason, seed)
         backend = environment_backend()
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
-    if compiles or not trains:
-        return _without_node(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
-    if copy_input and x is given and lora_a.requires_grad:
+    if copy_input and trains and not compiles and x is given and lora_a.requires_grad:
         x = x.clone()
+    if packed:
+        return quantised_linear(x, base, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
+    if compiles or not trains:
+        return _without_node(x, base, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
     apply = _apply if reason is None else LoRALinearFunction.apply
-    return apply(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)
+    return apply(x, base, lora_a, lora_b, bias, scaling, dropout_p, seed, backend)

@@ -9,6 +9,8 @@ from torch import nn
 from fastlora.conv1d import LoRAConv1D, is_conv1d
 from fastlora.heads import is_head, lies_in, saved_modules
 from fastlora.module import LoRALinear
+from fastlora.quantised_module import QuantisedLoRALinear
+from fastlora.quantised_weight import read_layer
 
 ALL_LINEAR = "all-linear"
 _NAMES_SHOWN = 20
@@ -163,7 +165,9 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _is_plain_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, LoRALinear, LoRAConv1D) or is_conv1d(module)
+    """Whether "all-linear" means this module: a plain or a quantised layer, with a branch or without."""
+    known = type(module) in (nn.Linear, LoRALinear, LoRAConv1D, QuantisedLoRALinear)
+    return known or is_conv1d(module) or read_layer(module) is not None
 
 
 def _linear_names(modules: dict[str, nn.Module]) -> str:

@@ -14,6 +14,8 @@ from fastlora.dispatch import compile_ahead, environment_backend
 from fastlora.module import LoRALinear
 from fastlora.operands import as_stored, describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
+from fastlora.quantised_module import QuantisedLoRALinear
+from fastlora.quantised_weight import QuantisedWeight
 
 # Numbers of tokens that stand for all above FEW_ROWS: a tile is chosen by how many there are, of 32 rows at least, and
 # beyond 2048 rows of 128, so that no number in between has another.
@@ -34,7 +36,7 @@ class Warmed(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    weight: Tensor
+    weight: Tensor | QuantisedWeight
     bias: Tensor | None
     lora_a: Tensor
     lora_b: Tensor
@@ -92,9 +94,9 @@ def warmup(
 def _is_fused(module: nn.Module) -> bool:
     if "peft" not in sys.modules:
         return isinstance(module, LoRALinear)
-    from fastlora.integrations.peft_layer import FusedLinear
+    from fastlora.integrations.peft_layer import FusedForward
 
-    return isinstance(module, LoRALinear | FusedLinear)
+    return isinstance(module, LoRALinear | FusedForward)
 
 
 def _layer_of(module: Any) -> _Layer | None:
@@ -102,14 +104,9 @@ def _layer_of(module: Any) -> _Layer | None:
     if isinstance(module, LoRALinear):
         if module.merged:
             return None
-        return _Layer(
-            module.weight_rows,
-            None if module.dora else module.bias,
-            module.lora_A,
-            module.lora_B,
-            module.scaling,
-            module.dropout,
-        )
+        weight = module.packed() if isinstance(module, QuantisedLoRALinear) else module.weight_rows
+        own_bias = None if module.dora else module.bias
+        return _Layer(weight, own_bias, module.lora_A, module.lora_B, module.scaling, module.dropout)
     from fastlora.integrations.peft_reasons import Parts, inspect
 
     parts = inspect(module)
@@ -124,7 +121,11 @@ def _layer_of(module: Any) -> _Layer | None:
 def _kind(layer: _Layer) -> tuple:
     """Layers of one kind have the same calls."""
     return tuple(
-        (each.shape, each.stride(), each.dtype, each.device, each.requires_grad) if isinstance(each, Tensor) else each
+        (each.shape, each.stride(), each.dtype, each.device, each.requires_grad)
+        if isinstance(each, Tensor)
+        else (each.shape, each.dtype, each.device)
+        if isinstance(each, QuantisedWeight)  # decoded in front of the launch
+        else each
         for each in layer
     )
 
@@ -143,7 +144,7 @@ def _calls(layer: _Layer, m: int, training: bool, evaluation: bool) -> Iterator[
     lora_a, lora_b = (
         meta(t.shape, torch.float32 if t.dtype == torch.float32 else dtype) for t in (layer.lora_a, layer.lora_b)
     )
-    transposed = as_stored(layer.weight)[1] is not layer.weight
+    transposed = isinstance(layer.weight, Tensor) and as_stored(layer.weight)[1] is not layer.weight
     x, weight = meta((m, k)), meta((k, n)).t() if transposed else meta((n, k))
     bias = None if layer.bias is None else meta((n,))
     trains_bias = layer.bias is not None and layer.bias.requires_grad

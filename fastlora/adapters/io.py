@@ -32,6 +32,7 @@ from fastlora.merging import MAGNITUDE
 from fastlora.model import canonical_name, lora_layers, replace_linears
 from fastlora.module import LoRALinear
 from fastlora.placement import is_offloaded, require_values, store, stored
+from fastlora.quantised_weight import QuantisedWeight, read_layer
 
 ADAPTER = ("lora_A", "lora_B", MAGNITUDE)
 
@@ -298,7 +299,9 @@ def _options(
     for path, (a_shape, _, dtype, dora) in stored.items():
         name, linear = modules[path]
         # Over a 16-bit weight float32 loses nothing of any stored value; elsewhere A and B have the weight's dtype.
-        widen = linear.weight.dtype.itemsize == 2 and dtype != linear.weight.dtype
+        packed = read_layer(linear)
+        own = packed.dtype if isinstance(packed, QuantisedWeight) else linear.weight.dtype
+        widen = own.itemsize == 2 and dtype != own
         options[name] = {
             "r": a_shape[0],
             "alpha": alphas[path],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fastlora.errors import CommandError
-from fastlora.finetune.settings import DTYPES, PROJECTIONS, Settings
+from fastlora.finetune.settings import BASE_QUANTS, DTYPES, PROJECTIONS, Settings
 
 if TYPE_CHECKING:
     from fastlora.finetune.state import SavedState
@@ -101,6 +101,11 @@ def split_targets(ctx: click.Context, param: click.Parameter, value: str) -> tup
     show_default=True,
     help="The peak of the schedule.",
 )
+@click.option(
+    "--base-quant",
+    type=click.Choice(BASE_QUANTS),
+    help="Quantise the base model's linear layers: nf4, fp4 (by bitsandbytes; QLoRA) or int8, float8 (by torchao).",
+)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default=DEFAULTS.dtype, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto takes a CUDA device where there is one.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**63 - 1), default=DEFAULTS.seed, show_default=True)
@@ -166,6 +171,8 @@ def finetune(
         raise CommandError(f"finetune needs {', '.join(missing)}: pip install 'fastlora[finetune]'")
     if resume and overwrite:
         raise CommandError("--resume goes on with a run, --overwrite replaces it: choose one")
+    if options["base_quant"] and options["measure_full"]:
+        raise CommandError("--measure-full trains every weight, and quantised ones cannot train: leave one out")
     # The command's module is imported for `fastlora --help` too, which should not wait for torch.
     from fastlora.finetune.directory import check_output
     from fastlora.finetune.models import check_device

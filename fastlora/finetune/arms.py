@@ -91,6 +91,8 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
         # PEFT asks transformers for an attribute that newer versions of it rename.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "fan_in_fan_out")  # PEFT sets it as each layer needs it, and says so
+        # Of what it could not merge: nothing is merged over a quantised base here.
+        warnings.filterwarnings("ignore", ".*get_apply_tensor_subclass", UserWarning)
         try:
             model = peft.get_peft_model(model, config)
         except (ValueError, TypeError, ImportError) as error:  # the last for optional packages of the wrong version

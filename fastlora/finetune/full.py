@@ -37,12 +37,17 @@ class FullFinetuning:
         return self.peak_bytes > 0
 
 
-def measure_full_finetuning(model: nn.Module, batch: Sequences, settings: Settings) -> FullFinetuning:
+def measure_full_finetuning(
+    model: nn.Module, batch: Sequences, settings: Settings, estimate: dict[str, int] | None = None
+) -> FullFinetuning:
     """Takes one full fine-tuning step where the settings say so and memory allows. The step changes the model: nothing
     may need its weights afterwards.
+
+    Args:
+        estimate: of the model before anything in it was quantised, where something was.
     """
+    estimate = estimate_full_finetuning(model) if estimate is None else estimate
     device = torch.device(settings.device)
-    estimate = estimate_full_finetuning(model)
     if not settings.measure_full or sum(estimate.values()) * MARGIN > free_memory(device):
         return FullFinetuning(0, estimate)
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from fastlora.quantised_weight import QuantisedWeight, read_weight
+
 _STATUS = "/proc/self/status"
 _CLEAR_REFS = "/proc/self/clear_refs"
 _RESET_PEAK = "5"  # what proc(5) says to write there to reset VmHWM
@@ -79,7 +81,7 @@ class SavedTensors:
     """
 
     def __init__(self, existing: Iterable[Tensor]) -> None:
-        self._existing = {tensor.untyped_storage().data_ptr() for tensor in existing}
+        self._existing = {part.untyped_storage().data_ptr() for tensor in existing for part in parts_of(tensor)}
         self._storages: dict[int, int] = {}
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -89,9 +91,10 @@ class SavedTensors:
         return sum(self._storages.values())
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._existing:
-            self._storages[storage.data_ptr()] = storage.nbytes()
+        for part in parts_of(tensor):
+            storage = part.untyped_storage()
+            if storage.data_ptr() not in self._existing:
+                self._storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     def __enter__(self) -> "SavedTensors":
@@ -104,8 +107,18 @@ class SavedTensors:
 
 def distinct_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the tensors' storages, each counted once."""
-    storages = {storage.data_ptr(): storage.nbytes() for tensor in tensors for storage in [tensor.untyped_storage()]}
-    return sum(storages.values())
+    parts = [part.untyped_storage() for tensor in tensors for part in parts_of(tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in parts}.values())
+
+
+def parts_of(tensor: Tensor) -> Iterable[Tensor]:
+    """The tensors that have the memory of this one: itself, or of a quantised weight its codes and its scales."""
+    packed = read_weight(tensor)
+    if isinstance(packed, QuantisedWeight):
+        return packed.tensors
+    if hasattr(tensor, "__tensor_flatten__"):  # a wrapper of other kinds
+        return [part for name in tensor.__tensor_flatten__()[0] for part in parts_of(getattr(tensor, name))]
+    return (tensor,)
 
 
 def count_bytes(model: nn.Module, optimizer: torch.optim.Optimizer, saved: int) -> dict[str, int]:

@@ -22,6 +22,8 @@ CHECK_PARTS = ("sample before", "sample after", "sample merged")
 class MergeCheck:
     """Greedy continuations of one prompt: by the base model, with the adapter, and merged.
 
+    Over a quantised base nothing is merged: the branch would be rounded away. What is not there then is None.
+
     Attributes:
         same_answer: the last two are the same tokens.
         max_logit_difference: largest |difference| of the logits over prompt and answer.
@@ -31,9 +33,9 @@ class MergeCheck:
     prompt: str
     base_answer: str
     answer: str
-    merged_answer: str
-    same_answer: bool
-    max_logit_difference: float
+    merged_answer: str | None
+    same_answer: bool | None
+    max_logit_difference: float | None
     max_logit: float
 
 
@@ -88,19 +90,24 @@ def check_merge(
     begin(CHECK_PARTS[1])
     sequence = _continue(model, prompt_ids, tokenizer, answer_tokens)
     logits = model(input_ids=sequence, use_cache=False).logits.float()
+    found = {
+        "prompt": tokenizer.decode(prompt_ids[0]),
+        "base_answer": tokenizer.decode(base_sequence[0, start:]),
+        "answer": tokenizer.decode(sequence[0, start:]),
+        "max_logit": logits.abs().max().item(),
+    }
     begin(CHECK_PARTS[2])
+    if settings.base_quant:
+        return MergeCheck(**found, merged_answer=None, same_answer=None, max_logit_difference=None)
     _merge(model, settings)
     merged_sequence = _continue(model, prompt_ids, tokenizer, answer_tokens)
     merged_logits = model(input_ids=sequence, use_cache=False).logits.float()
     _unmerge(model, settings)
     return MergeCheck(
-        prompt=tokenizer.decode(prompt_ids[0]),
-        base_answer=tokenizer.decode(base_sequence[0, start:]),
-        answer=tokenizer.decode(sequence[0, start:]),
+        **found,
         merged_answer=tokenizer.decode(merged_sequence[0, start:]),
         same_answer=torch.equal(sequence, merged_sequence),
         max_logit_difference=(logits - merged_logits).abs().max().item(),
-        max_logit=logits.abs().max().item(),
     )
 
 

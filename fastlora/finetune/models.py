@@ -292,5 +292,6 @@ def check_device(name: str) -> torch.device:
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy whose modules are its own and whose tensors are the model's: adapters do not touch frozen weights."""
-    shared = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    shared: list[object] = [*model.parameters(), *model.buffers()]
+    shared += [tensor.quant_state for tensor in shared if hasattr(tensor, "quant_state")]  # bitsandbytes' scales
+    return copy.deepcopy(model, {id(each): each for each in shared})

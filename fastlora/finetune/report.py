@@ -16,7 +16,7 @@ from fastlora.finetune.merging import MergeCheck
 from fastlora.finetune.settings import Settings
 from fastlora.model import TrainableParameters
 
-_PACKAGES = ("torch", "triton", "transformers", "peft")
+_PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "torchao")
 SMOOTHED_STEPS = 20  # the mean is over as many at most, and over a fifth of the run
 
 

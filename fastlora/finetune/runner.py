@@ -31,6 +31,7 @@ from fastlora.finetune.full import measure_full_finetuning
 from fastlora.finetune.interrupt import Interrupted, Interruption
 from fastlora.finetune.log import StepLog
 from fastlora.finetune.loop import Arm, held_out_loss, train
+from fastlora.finetune.memory import estimate_full_finetuning
 from fastlora.finetune.merging import CHECK_PARTS, check_merge, prompt_tokens
 from fastlora.finetune.models import (
     ModelSource,
@@ -41,6 +42,7 @@ from fastlora.finetune.models import (
     load_weights,
     position_limit,
 )
+from fastlora.finetune.quantise import quantise_linears, require_library
 from fastlora.finetune.settings import Settings
 from fastlora.finetune.state import SavedState, save_state
 from fastlora.model import trainable_parameters
@@ -111,8 +113,11 @@ class Runner:
         source = find_model(settings.model)
         if PEFT in (settings.compare, settings.via):
             require_peft()
+        if settings.base_quant:
+            require_library(settings.base_quant)
         closing.enter_context(directory_for_results(self.output))
-        self.say(f"{source.announcement} in {settings.dtype}")
+        quantised = f", its linear layers in {settings.base_quant}" if settings.base_quant else ""
+        self.say(f"{source.announcement} in {settings.dtype}{quantised}")
         # All that can be wrong with the options and the data shows before the weights are loaded, where the model can
         # be built without them.
         skeleton = load_skeleton(source)
@@ -135,8 +140,11 @@ class Runner:
             f"{blocks.tokens:,} tokens: {len(blocks.train)} sequences of up to {settings.block_size} to train on, "
             f"{len(blocks.held_out)} held out"
         )
+        dense = estimate_full_finetuning(base)
+        if settings.base_quant:
+            quantise_linears(base, settings.base_quant, getattr(torch, settings.dtype))
         agreement = self._train_arms(base, blocks)
-        results = self._measure(base, tokenizer, prompt_ids, blocks, agreement)
+        results = self._measure(base, tokenizer, prompt_ids, blocks, agreement, dense)
         return self._write(source, blocks, results)
 
     def _checked_prompt(self, model: nn.Module, tokenizer, blocks: TokenBlocks) -> Tensor:
@@ -233,7 +241,13 @@ class Runner:
         self.say(f"Wrote {self.output / ADAPTER}")
 
     def _measure(
-        self, base: nn.Module, tokenizer, prompt_ids: Tensor, blocks: TokenBlocks, agreement: Agreement | None
+        self,
+        base: nn.Module,
+        tokenizer,
+        prompt_ids: Tensor,
+        blocks: TokenBlocks,
+        agreement: Agreement | None,
+        dense: dict[str, int],
     ) -> reporting.Results:
         arm = self.arms[0]
         counts = trainable_parameters(arm.model)
@@ -244,7 +258,7 @@ class Runner:
             if self.settings.measure_full:
                 begin("full fine-tuning")
             batch = batch_at(blocks.train, 0, self.settings.batch_size, self.settings.seed).trimmed()
-            full = measure_full_finetuning(base, batch, self.settings)
+            full = measure_full_finetuning(base, batch, self.settings, dense)
         records = {entry.name: entry.record for entry in self.arms}
         return reporting.Results(records, counts, layers, merge, full, agreement)
 
@@ -255,7 +269,7 @@ class Runner:
             (stage / REPORT).write_bytes(json.dumps(report, indent=2, allow_nan=False).encode())
         self.show(summary.text(report, results.agreement, source, self.output))
         disagreed = results.agreement is not None and results.agreement.failed
-        merge_failed = self.settings.dtype == "float32" and not results.merge.same_answer
+        merge_failed = self.settings.dtype == "float32" and results.merge.same_answer is False
         return DISAGREED if disagreed or merge_failed else DONE
 
     def _stop(self) -> int:

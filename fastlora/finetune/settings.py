@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+BASE_QUANTS = ("nf4", "fp4", "int8", "float8")
 DTYPES = {
     "float32": "float32",
     "fp32": "float32",
@@ -24,6 +25,7 @@ class Settings:
         targets: suffixes of the names of the layers to adapt, or "all-linear" alone for all but the output head.
         block_size: tokens a sequence; batch_size: sequences at once; grad_accum: batches a step; held_out: sequences
             kept for evaluation; eval_every: steps from one evaluation to the next, 0 for the first and last alone.
+        base_quant: one of BASE_QUANTS, what the base model's linear layers are quantised to, or None.
         dtype: a torch dtype's name. device: a torch device string.
         via: "fastlora" (its own layers) or "peft" (a PEFT model whose layers are patched by fastlora).
         compare: "peft" to repeat the run with unpatched PEFT, or None.
@@ -45,6 +47,7 @@ class Settings:
     held_out: int = 8
     eval_every: int = 0
     learning_rate: float = 2e-3
+    base_quant: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
     seed: int = 0

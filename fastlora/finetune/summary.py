@@ -18,7 +18,7 @@ def text(report: dict, agreement: Agreement | None, source: ModelSource, output:
     """The summary of a report (report.as_dict), in paragraphs."""
     parts = [
         _result(report),
-        _sample(report["merge"]),
+        _sample(report["merge"], report["settings"]["base_quant"]),
         _cost(report, agreement),
         _memory(report),
         f"Wrote {output / ADAPTER}, {PICTURE} and {REPORT} beside it",
@@ -45,13 +45,19 @@ def _perplexity(loss: float) -> str:
     return f"{math.exp(loss):.2f}" if loss < 100 else f"e^{loss:.0f}"
 
 
-def _sample(merge: dict) -> str:
+def _sample(merge: dict, base_quant: str | None) -> str:
     lines = [
         "Sample, greedy:",
         _labelled("prompt", merge["prompt"]),
         _labelled("before", merge["base_answer"]),
         _labelled("after", merge["answer"]),
     ]
+    if merge["same_answer"] is None:
+        note = (
+            f"Not merged: into {base_quant} weights the branch would be rounded away. The merge below adds it to the "
+            "model as it was before it was quantised, whose answers differ a little."
+        )
+        return "\n".join([*lines, wrapped(note)])
     verdict = "the same answer as" if merge["same_answer"] else "ANOTHER ANSWER than"
     difference = f"largest logit difference {merge['max_logit_difference']:.1e} of {merge['max_logit']:.1f}"
     if not merge["same_answer"]:

@@ -1,10 +1,11 @@
 """PEFT models on fastlora's kernels: one line, ``patch(model)``, and everything else stays PEFT's.
 
 The adapters, their names, files, merging and switching remain PEFT's own; only the forward of its ``lora.Linear``
-changes, and of its ``lora.ParamWrapper`` over the experts of a transformers model, and only where the fused layer
-computes the same thing. Any other call of any LoRA layer, of whatever class, goes to PEFT's forward and is counted, by
-reason, in ``fastlora.dispatch_counts()["fallbacks"]``. Calls within a graph of ``torch.compile`` are served alike, but
-what falls back there is not counted.
+changes, of its layers over bitsandbytes' 4-bit and torchao's 8-bit weights, and of its ``lora.ParamWrapper`` over the
+experts of a transformers model, and only where the fused layer computes the same thing. Any other call of any LoRA
+layer, of whatever class, goes to PEFT's forward and is counted, by reason, in
+``fastlora.dispatch_counts()["fallbacks"]``. Calls within a graph of ``torch.compile`` are served alike, but what falls
+back there is not counted.
 """
 
 from typing import Any, NamedTuple
@@ -59,8 +60,9 @@ class Patched(list):
 
 
 def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warmup: bool = False) -> Patched:
-    """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place, and every ``ParamWrapper``
-    over experts that transformers calls through its ``ExpertsInterface`` into a ``FusedParamWrapper``.
+    """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place, every ``lora.bnb.Linear4bit``
+    and ``TorchaoLoraLinear`` into a fused class of it, and every ``ParamWrapper`` over experts that transformers calls
+    through its ``ExpertsInterface`` into a ``FusedParamWrapper``.
 
     It works on what ``get_peft_model`` and ``from_pretrained`` return, on models inside trainers and on models that
     ``fully_shard`` has sharded; ``unpatch`` reverts it. Several active adapters are one fused call, their ranks
@@ -123,7 +125,7 @@ def register(lora_config: LoraConfig) -> LoraConfig:
     """Makes ``get_peft_model`` construct what ``patch`` would make of each layer. The entry is not saved with the
     configuration.
 
-    Quantised and other special layers still get the classes that PEFT, or another entry, has for them.
+    Layers of other kinds still get the classes that PEFT, or another entry, has for them.
 
     Returns:
         The configuration given, changed.

@@ -25,6 +25,8 @@ class FusedParamWrapper(ParamWrapper):
     Same constructor, attributes, state dict and methods.
     """
 
+    stock = ParamWrapper
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [tokens, hidden] and what the experts module takes besides."""
         experts = self.get_base_layer()

@@ -1,5 +1,7 @@
 """``FusedLinear``, which a patched PEFT model has in the place of ``lora.Linear``; the count of all other layers."""
 
+import importlib
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -12,20 +14,18 @@ from fastlora.dora import Norms, dora_linear
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
 from fastlora.integrations.peft_experts import FusedParamWrapper, experts_reason, wraps_experts
 from fastlora.integrations.peft_mixed import Mixed, inspect_mixed, mixed_forward
+from fastlora.integrations.peft_quantised import FUSED_NAMES, as_stock
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
 from fastlora.integrations.peft_reasons import call_reason as linear_reason
 from fastlora.ops import lora_linear
+from fastlora.quantised_weight import QUANTISES_INPUT
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
 _NORMS = "_fastlora_norms"  # attribute of a layer: by adapter, what DoRA keeps between calls
 
 
-class FusedLinear(Linear):
-    """PEFT's ``lora.Linear`` with a fused forward for active plain adapters over a frozen dense ``nn.Linear``.
-
-    Same constructor, attributes, state dict and methods. ``patch`` turns existing layers into this class, ``register``
-    makes PEFT construct it.
-    """
+class FusedForward:
+    """What stands in front of a PEFT class in the fused class of it: the forward, and nothing else."""
 
     copy_input = False  # whether to save a copy of the input for the backward; see patch
 
@@ -44,7 +44,8 @@ class FusedLinear(Linear):
             if isinstance(served, Parts):
                 served = input_reason(self, served, x) or served
         if isinstance(served, Parts):
-            return _fused_forward(self, served, x)
+            y = _fused_forward(self, served, x)
+            return y if isinstance(served.weight, Tensor) else as_stock(self.base_layer, x, y)
         if isinstance(served, Units):
             return _forward_within(self, served, x)
         if not torch.compiler.is_compiling():
@@ -52,20 +53,33 @@ class FusedLinear(Linear):
         return super().forward(x, *args, **kwargs)
 
 
-def _argument_reason(layer: FusedLinear) -> str:
+def _argument_reason(layer: Any) -> str:
     """Why a call with further arguments cannot be fused: what the layer is, an aLoRA layer say, or the arguments."""
     found = inspect(layer)
     return found if isinstance(found, str) else "extra forward arguments"
 
 
-_FUSED: dict[type[LoraLayer], type[LoraLayer]] = {Linear: FusedLinear, ParamWrapper: FusedParamWrapper}
-_STOCK = {fused: stock for stock, fused in _FUSED.items()}
+class FusedLinear(FusedForward, Linear):
+    """PEFT's ``lora.Linear`` with a fused forward for active plain adapters over a frozen dense ``nn.Linear``.
+
+    Same constructor, attributes, state dict and methods. ``patch`` turns existing layers into this class, ``register``
+    makes PEFT construct it.
+    """
+
+    stock = Linear
+
+
+_FUSED: dict[type, type] = {Linear: FusedLinear, ParamWrapper: FusedParamWrapper}
 
 
 def type_reason(layer: LoraLayer) -> str | None:
     """Why ``patch`` leaves this LoRA layer alone whatever its state, or None."""
     kind = class_beneath(layer)
-    if not (kind in (Linear, FusedLinear) or (kind in (ParamWrapper, FusedParamWrapper) and wraps_experts(layer))):
+    if not is_fused(kind) and _fused_class(kind) is None:
+        if kind.__name__ == "Linear8bitLt":
+            return f"LLM.int8 {QUANTISES_INPUT}"
+        return f"a {kind.__module__}.{kind.__name__}, not a stock lora.Linear"
+    if issubclass(kind, ParamWrapper) and not wraps_experts(layer):
         return f"a {kind.__module__}.{kind.__name__}, not a stock lora.Linear"
     if "forward" in vars(layer):
         return "its forward was replaced on the instance"
@@ -77,24 +91,54 @@ def call_reason(layer: LoraLayer) -> str | None:
     return experts_reason(layer) if isinstance(layer, ParamWrapper) else linear_reason(layer)
 
 
+@lru_cache
+def _fused_class(kind: type) -> type | None:
+    """The fused class of a class of PEFT's, or None. Those of quantised layers are made here, as PEFT's own exist only
+    where the quantising library does."""
+    if kind in _FUSED:
+        return _FUSED[kind]
+    name = FUSED_NAMES.get(f"{kind.__module__}.{kind.__name__}")
+    if name is None:
+        return None
+    about = f"PEFT's ``{kind.__name__}`` with a fused forward, as ``FusedLinear`` has it."
+    return type(name, (FusedForward, kind), {"__module__": __name__, "__doc__": about, "stock": kind})
+
+
+def is_fused(kind: type) -> bool:
+    """Whether this is one of the classes that ``fuse`` gives to layers."""
+    return "stock" in vars(kind) and issubclass(kind, (FusedForward, FusedParamWrapper))
+
+
+def __getattr__(name: str) -> type:
+    """The fused classes of quantised layers by name, as pickle finds them."""
+    for path, fused in FUSED_NAMES.items():
+        if fused == name:
+            module, _, kind = path.rpartition(".")
+            found = _fused_class(getattr(importlib.import_module(module), kind))
+            if found is not None:
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def fuse(layer: LoraLayer, copy_input: bool = False, may_hook: bool = True) -> None:
     """Gives a layer the fused class if there is one; any other layer's calls are counted from now on, by a hook."""
     kind = class_beneath(layer)
     if type_reason(layer) is None:
         _stop_counting(layer)
-        swap_class(layer, _FUSED.get(kind, kind))
+        if not is_fused(kind):
+            swap_class(layer, _fused_class(kind))
         layer.copy_input = copy_input
-    elif may_hook and kind not in _STOCK and count_call not in layer._forward_pre_hooks.values():
+    elif may_hook and not is_fused(kind) and count_call not in layer._forward_pre_hooks.values():
         layer.register_forward_pre_hook(count_call)
 
 
 def restore(layer: LoraLayer) -> bool:
     """Takes ``fuse`` back; whether the layer had a fused class."""
     _stop_counting(layer)
-    stock = _STOCK.get(class_beneath(layer))
-    if stock is None:
+    kind = class_beneath(layer)
+    if not is_fused(kind):
         return False
-    swap_class(layer, stock)
+    swap_class(layer, kind.stock)
     for name in ("copy_input", _NORMS):
         vars(layer).pop(name, None)
     return True

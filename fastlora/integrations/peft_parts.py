@@ -6,13 +6,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.quantised_weight import QuantisedWeight
 from fastlora.sharding import is_dtensor
 
 
 class Parts(NamedTuple):
     """What one fused call uses. Looked up at every call: PEFT replaces weights and changes scalings in place."""
 
-    weight: Tensor  # [N, K]
+    weight: Tensor | QuantisedWeight  # [N, K]
     bias: Tensor | None  # [N]
     lora_a: Tensor  # [R, K]
     lora_b: Tensor  # [N, R]

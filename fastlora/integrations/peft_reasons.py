@@ -15,6 +15,7 @@ from fastlora.dispatch import why_no_backend
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
 from fastlora.integrations.peft_parts import Parts, stacked
 from fastlora.problem import LaunchSpec, Sizes
+from fastlora.quantised_weight import QuantisedWeight, read_layer
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)
@@ -77,13 +78,19 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
     if isinstance(dropout, str):
         return dropout
     base, a, b = linears or (modules["base_layer"], lora_a[adapter], modules["lora_B"]._modules[adapter])
-    transposed = layer.fan_in_fan_out
+    transposed, packed = layer.fan_in_fan_out, None
     if linears is None:
         kind = Conv1D if transposed else nn.Linear
         reason = _linear_reason("base_layer", base, kind) or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
         if reason is not None:
-            return reason if transposed or magnitude is not None else _find_units((base, a, b))
-    weight, bias = base.weight, base.bias
+            packed = None if transposed else read_layer(base)
+            if packed is None:
+                return reason if transposed or magnitude is not None else _find_units((base, a, b))
+            reason = packed if isinstance(packed, str) else "hooks on base_layer" if _has_hooks(base) else None
+            reason = reason or _linear_reason("lora_A", a) or _linear_reason("lora_B", b)
+            if reason is not None:
+                return reason
+    weight, bias = base.weight if packed is None else packed, base.bias
     stored = weight
     if weight.requires_grad:
         if not is_frozen_view(base, "weight"):
@@ -152,10 +159,12 @@ def _magnitude(layer: Linear, adapter: str) -> Tensor | str:
 
 
 def _dora_reason(
-    layer: Linear, adapter: str, magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: nn.Linear
+    layer: Linear, adapter: str, magnitude: Tensor, weight: Tensor | QuantisedWeight, lora_a: Tensor, lora_b: nn.Linear
 ) -> str | None:
     if type(layer.lora_dropout[adapter]) is not nn.Identity and layer.training:
         return "DoRA with dropout"  # PEFT drops the base product's input as well
+    if isinstance(weight, QuantisedWeight):
+        return "DoRA over a quantised base"
     if lora_b.bias is not None:
         return "DoRA with a lora_bias"
     if any(map(is_dtensor, (magnitude, weight, lora_a, lora_b.weight))):
@@ -235,7 +244,8 @@ def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
 def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: str) -> str | None:
     """Why an input of this dtype cannot be served fused, or None."""
     adapters = (parts.lora_a.dtype, parts.lora_b.dtype)
-    return dtype_reason(layer, parts.weight.dtype, adapters, dtype, device_type)
+    own_dtype = isinstance(parts.weight, QuantisedWeight) and parts.weight.is_4bit
+    return dtype_reason(layer, parts.weight.dtype, adapters, dtype, device_type, own_dtype)
 
 
 def dtype_reason(
@@ -244,16 +254,23 @@ def dtype_reason(
     adapters: tuple[torch.dtype, torch.dtype],
     dtype: torch.dtype,
     device_type: str,
+    own_dtype: bool = False,
 ) -> str | None:
-    """Why an input of this dtype cannot be served fused by a base weight and by A and B of those, or None."""
+    """Why an input of this dtype cannot be served fused by a base weight and by A and B of those, or None.
+
+    own_dtype: the base layer computes in the weight's dtype whatever autocast says, as bitsandbytes' 4-bit ones do.
+    """
     adapter_dtype = adapters[0]
     if adapter_dtype != adapters[1]:
         return "lora_A and lora_B differ in dtype"
     if dtype != adapter_dtype and not layer.cast_input_dtype_enabled:
         return "input casting disabled"
     if device_type != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device_type):
-        dtype = weight_dtype = torch.get_autocast_dtype(device_type)
+        dtype = torch.get_autocast_dtype(device_type)
+        weight_dtype = weight_dtype if own_dtype else dtype
         adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
+    if dtype != weight_dtype and own_dtype:
+        return f"{dtype} input, compute dtype {weight_dtype}: set bnb_4bit_compute_dtype, or torch.autocast, to match"
     if dtype != weight_dtype or not (
         adapter_dtype == dtype or (adapter_dtype == torch.float32 and dtype.itemsize == 2)
     ):

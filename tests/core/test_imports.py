@@ -14,11 +14,22 @@ PACKAGE = Path(fastlora.__file__).parent
 # module imports from its own layer and from lower ones; nowhere is there a circle.
 LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
-    ("checks", "layer_checks", "rows", "saved_tensors", "save_pretrained", "heads", "outputs", "operands", "segments"),
+    (
+        "checks",
+        "layer_checks",
+        "rows",
+        "saved_tensors",
+        "save_pretrained",
+        "heads",
+        "outputs",
+        "operands",
+        "segments",
+        "quantised_weight",
+    ),  # fmt: skip
     ("backends",),
     ("dispatch",),
     ("differentiable",),
-    ("op_tools",),
+    ("op_tools", "quantised_layer"),
     ("ops",),
     ("dora",),
     ("sharding",),
@@ -26,7 +37,7 @@ LAYERS = (
     ("placement",),
     ("merging",),
     ("module",),
-    ("conv1d",),
+    ("conv1d", "quantised_module"),
     ("targets",),
     ("model",),
     ("adapters",),
@@ -139,6 +150,18 @@ def test_backends_do_not_import_each_other():
     assert mixed == []
     edges = graph(PACKAGE)
     assert ON_TOP in edges and not [name for name in edges if side(name) and ON_TOP in edges[name]]
+
+
+def test_quantising_libraries_are_imported_where_their_tensors_are_alone():
+    """Never by importing a module of fastlora: both are optional, and take seconds."""
+    optional = {"bitsandbytes", "torchao"}
+    for name, path in modules(PACKAGE).items():
+        tree = ast.parse(path.read_text())
+        inside = {id(node) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import | ast.ImportFrom) and id(node) not in inside:
+                names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+                assert not optional & {each.partition(".")[0] for each in names}, name
 
 
 def test_what_is_allowed_is_there():
