@@ -5,11 +5,11 @@ stays what it was. ``patch`` returns the layers that are fused as things stand; 
 the others ("14 of 16 LoRA layers fused; 2 by PEFT's forward: ..."). Each call of a LoRA layer that PEFT serves itself,
 of whatever class (embeddings, convolutions), is counted by reason, except within a graph of ``torch.compile`` and
 within ``torch.nn.TransformerEncoderLayer``, whose fast path no hook may stop. ``strict=True`` refuses a model in which
-some layer would not be fused. Bases that bitsandbytes has quantised to nf4 or fp4 and torchao to int8 or float8 weights are
-served alike (``fastlora.quantised``), where a 4-bit layer's compute dtype is that of its input or of autocast; LLM.int8
-and dynamic activations, which quantise the input as well, are PEFT's. Trainer is also the way to datasets by name
-(``datasets.load_dataset``), to logging services (``report_to`` of its arguments) and to schedules and optimisers that
-``fastlora finetune`` does not have.
+some layer would not be fused. Bases that bitsandbytes has quantised to nf4 or fp4 and torchao to int8 or float8
+weights are served alike (``fastlora.quantised``), where a 4-bit layer's compute dtype is that of its input or of
+autocast; LLM.int8 and dynamic activations, which quantise the input as well, are PEFT's. Trainer is also the way to
+datasets by name (``datasets.load_dataset``), to logging services (``report_to`` of its arguments) and to schedules and
+optimisers that ``fastlora finetune`` does not have.
 
 ```python
 import fastlora
