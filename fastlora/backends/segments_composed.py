@@ -54,8 +54,7 @@ def _forward(spec: LaunchSpec, operands: GroupedForward) -> tuple[Tensor, Tensor
         drop = drop_mask(seed, dropout_p, x.shape[0], x.shape[1], x.device)  # type: ignore[arg-type]
         dropped = x.masked_fill(drop, 0.0).mul_(inverse_keep(dropout_p))
     a, b = _factors(operands, x.dtype)
-    s = F.grouped_mm(dropped, a.transpose(1, 2), offs=segments.ends)
-    s = torch.where(_sees_branch(operands, segment), s * _scale_of_rows(operands, segment, s.dtype), 0.0)
+    s = _scaled(operands, segment, F.grouped_mm(dropped, a.transpose(1, 2), offs=segments.ends))
     y += F.grouped_mm(s, b.transpose(1, 2), offs=segments.ends)
     return torch.where(covered, y, 0.0), s[:, :rank].contiguous()
 
@@ -72,8 +71,7 @@ def _backward(spec: LaunchSpec, operands: GroupedBackward) -> Gradients:
         drop = drop_mask(seed, dropout_p, dy.shape[0], k, dy.device)  # type: ignore[arg-type]
     a, b = _factors(operands, dy.dtype)
     if needs.dx or needs.da:
-        ds = F.grouped_mm(dy, b, offs=segments.ends)
-        ds = torch.where(_sees_branch(operands, segment), ds * _scale_of_rows(operands, segment, ds.dtype), 0.0)
+        ds = _scaled(operands, segment, F.grouped_mm(dy, b, offs=segments.ends))
     if needs.dx:
         dx = _base_product(dy, weight, segments.experts, segments.ends, flip=transposed)
         side = F.grouped_mm(ds, a, offs=segments.ends)
@@ -151,18 +149,16 @@ def _adapters(operands: GroupedForward | GroupedBackward) -> Tensor:
     return torch.arange(ends.shape[0], device=ends.device) if adapters is None else adapters
 
 
-def _sees_branch(operands: GroupedForward | GroupedBackward, segment: Tensor) -> Tensor:
-    """[M, 1]: whether a row has an adapter."""
+def _scaled(operands: GroupedForward | GroupedBackward, segment: Tensor, values: Tensor) -> Tensor:
+    """S or dS [M, R] times the scaling of each row's adapter, rounded once more; 0 where a row has none."""
     adapters = _of_rows(_adapters(operands), segment)
-    return ((segment < operands.segments.ends.shape[0]) & (adapters != NO_ADAPTER))[:, None]
-
-
-def _scale_of_rows(operands: GroupedForward | GroupedBackward, segment: Tensor, dtype: torch.dtype) -> Tensor | float:
-    """[M, 1]: the scaling of each row's adapter; the one of all."""
     if operands.scalings is None:
-        return operands.scaling
-    adapters = _of_rows(_adapters(operands), segment).clamp(min=0)
-    return operands.scalings.index_select(0, adapters)[:, None].to(dtype)
+        scaled = values * operands.scaling
+    else:
+        scalings = operands.scalings.index_select(0, adapters.clamp(min=0)).float()
+        scaled = (values.float() * scalings[:, None]).to(values.dtype)
+    has_adapter = (segment < operands.segments.ends.shape[0]) & (adapters != NO_ADAPTER)
+    return torch.where(has_adapter[:, None], scaled, 0.0)
 
 
 def _by_adapter(operands: GroupedBackward, of_segments: Tensor, parameter: Tensor) -> Tensor:

@@ -2,12 +2,14 @@
 
 Rows are sorted by expert and the two projections are two calls of ``grouped_lora_linear``; W + ΔW of the experts is
 never made. transformers calls an implementation by the name in an experts module's config. So for the length of one
-call the module has a ``Served`` config, which gives this implementation's name and carries the factors.
+call the module has a ``Served`` config, which gives this implementation's name and carries the factors. Meanwhile no
+other thread calls experts this way.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
+from threading import RLock, get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from fastlora.grouped import grouped_lora_linear
 from fastlora.segments import NO_ADAPTER
 
 IMPLEMENTATION = "fastlora"
+_lock = RLock()
 
 
 class Factors(NamedTuple):
@@ -48,7 +51,7 @@ class Served:
     _experts_implementation = IMPLEMENTATION
 
     def __init__(self, config: Any, factors: Mapping[str, Factors], tenants: Tenants | None):
-        self.__config, self.factors, self.tenants = config, factors, tenants
+        self.__config, self.factors, self.tenants, self.thread = config, factors, tenants, _thread()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__config, name)
@@ -81,16 +84,22 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 @contextmanager
 def serving(experts: nn.Module, factors: Mapping[str, Factors], tenants: Tenants | None = None) -> Iterator[None]:
     """Within it a call of ``experts`` is served with these factors; with ``tenants``, each token with its adapter's."""
-    config = experts.config
-    experts.config = Served(config, factors, tenants)
-    try:
-        yield
-    finally:
-        experts.config = config
+    with nullcontext() if torch.compiler.is_compiling() else _lock:
+        config = experts.config
+        experts.config = Served(config, factors, tenants)
+        try:
+            yield
+        finally:
+            experts.config = config
 
 
 def is_serving(experts: nn.Module) -> bool:
-    return isinstance(experts.config, Served)
+    """Whether this is within ``serving`` of this thread."""
+    return isinstance(experts.config, Served) and experts.config.thread == _thread()
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else get_ident()
 
 
 def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from fastlora.differentiable import transform_reason
 from fastlora.dispatch import count_fallback
 from fastlora.integrations.experts import Factors, Tenants, is_experts, is_serving, projections, serving
 from fastlora.integrations.peft_reasons import BASE, dtype_reason, is_plain, segments_reason
@@ -141,6 +142,8 @@ def _factors(wrapper: ParamWrapper, experts: nn.Module, used: list[str]) -> Fact
         return "merged"
     if wrapper.parameter_name not in projections(experts):
         return f"LoRA on {wrapper.parameter_name} of experts"
+    if wrapper.num_experts != experts.num_experts:
+        return "experts that something shares out"
     if getattr(wrapper, "_did_swap_in_out_features", None) is not (not experts.is_transposed):
         return "factors of experts in the layout of an older PEFT"
     weight = getattr(experts, wrapper.parameter_name)
@@ -184,8 +187,8 @@ def _call_reason(
     dtype, device = (weight.dtype, weight.device) if x is None else (x.dtype, x.device)
     if not is_plain(weight):
         return f"the experts module holds a {type(weight).__name__}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func transform"
+    if not torch.compiler.is_compiling() and (reason := transform_reason()):
+        return reason
     adapters = (weight.dtype, weight.dtype) if factors is None else (factors.lora_a.dtype, factors.lora_b.dtype)
     _, n, k = weight.shape if not experts.is_transposed else weight.transpose(1, 2).shape
     sizes = (1 if x is None else x.shape[0], n, k, 1 if factors is None else factors.lora_a.shape[1])

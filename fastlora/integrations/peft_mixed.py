@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastlora.differentiable import transform_reason
 from fastlora.grouped import grouped_lora_linear
 from fastlora.integrations.peft_reasons import BASE, base_reason, dropout_of, dtype_reason, is_plain, segments_reason
 from fastlora.rows import flat
@@ -71,8 +72,8 @@ def inspect_mixed(layer: Linear, x: Tensor, names: Sequence[str]) -> Mixed | str
         return "adapters of several lora_dropout"
     if not is_plain(x):
         return f"the input is a {type(x).__name__}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func transform"
+    if not torch.compiler.is_compiling() and (reason := transform_reason()):
+        return reason
     base = layer.base_layer
     dtypes = {factor.dtype for pair in factors for factor in pair}
     if len(dtypes) > 1:

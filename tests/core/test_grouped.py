@@ -253,6 +253,15 @@ def test_transforms_and_second_derivatives_are_counted():
         )(stacked)
 
 
+def test_vectorized_gradients_are_refused():
+    case = case_of("one weight")
+    x = case.x.requires_grad_()
+    arguments, options = case.arguments()
+    y = grouped_lora_linear(x, case.weight, case.lora_a, case.lora_b, *arguments, **options)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for fastlora::grouped_backward"):
+        torch.autograd.grad(y, x, torch.stack([case.dy] * 2), is_grads_batched=True)
+
+
 def test_a_second_derivative_through_a_frozen_a_is_refused():
     case = case_of("experts")
     x, b = case.x.requires_grad_(), case.lora_b.requires_grad_()
