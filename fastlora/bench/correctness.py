@@ -45,7 +45,7 @@ def check_variant(peer: Peer, layer: Layer, case: LayerCase, tensors: LayerTenso
     """
     mask = _mask(peer, layer, case, tensors) if case.dropout and peer.kind != "frozen" else None
     found = _step(layer, tensors)
-    for name, wanted in expected(tensors, mask, case.dropout, bool(layer.trained)).items():
+    for name, wanted in expected(layer.seen(tensors), mask, case.dropout, bool(layer.trained)).items():
         value = found[name].double()
         if layer.transposed and name.startswith("lora"):
             value = value.t()

@@ -22,17 +22,21 @@ class Cost:
         return max(self.flops / (peak_tflops * 1e6), self.bytes / (peak_gbs * 1e3))
 
 
-def pass_cost(case: LayerCase, which: str, lora: bool) -> Cost:
+def pass_cost(case: LayerCase, which: str, lora: bool, weight_bytes: float | None = None) -> Cost:
     """The cost of one pass of a layer that trains A and B and passes dX on, or of the frozen layer (``lora`` False).
 
     A step is the forward and the backward pass. The fused layer reads X, W0, A, B and writes Y and S; backward it reads
     dY, W0, A, B, X, S and writes dX, dA, dB.
+
+    Args:
+        weight_bytes: of an element of W0, where it is not in the case's dtype.
     """
     if which == "step":
-        return pass_cost(case, "forward", lora) + pass_cost(case, "backward", lora)
+        return pass_cost(case, "forward", lora, weight_bytes) + pass_cost(case, "backward", lora, weight_bytes)
     m, n, k, r = case.m, case.n, case.k, case.r if lora else 0
     size = case.torch_dtype.itemsize
-    base = Cost(2 * m * n * k, size * (m * k + n * k + m * n))
+    weight = size * n * k if weight_bytes is None else round(weight_bytes * n * k)
+    base = Cost(2 * m * n * k, size * (m * k + m * n) + weight)
     branch_flops, branch_bytes = 2 * m * r * (n + k), size * r * (n + k + m)
     if which == "forward":
         return base + Cost(branch_flops, branch_bytes)

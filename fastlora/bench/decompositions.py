@@ -63,6 +63,24 @@ class UnslothOrder(torch.autograd.Function):
         return dx, None, da, db, None
 
 
+class DequantiseOrder(torch.autograd.Function):
+    """:class:`UnslothOrder` over a ``fastlora.QuantisedWeight``: decoded in front of the products, each way."""
+
+    @staticmethod
+    def forward(ctx, x, weight, lora_a, lora_b, scaling):
+        ctx.save_for_backward(x, lora_a, lora_b)
+        ctx.weight, ctx.scaling = weight, scaling
+        return orders.unsloth_forward(Aten, x, weight.dequantize(), lora_a, lora_b, scaling)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, lora_a, lora_b = ctx.saved_tensors
+        weight = ctx.weight.dequantize()
+        dx, da, db = orders.unsloth_backward(Aten, dy, x, weight, lora_a, lora_b, ctx.scaling)
+        return dx, None, da, db, None
+
+
 class LoRAFusionOrder(torch.autograd.Function):
     """:func:`fastlora.bench.orders.lorafusion_forward`: dropped X, mask and S are kept."""
 

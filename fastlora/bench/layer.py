@@ -6,7 +6,7 @@ import torch
 
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import SEED, WrongResult, check_variant
-from fastlora.bench.cost import PASSES, pass_cost
+from fastlora.bench.cost import PASSES, Cost, pass_cost
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
 from fastlora.bench.peers import FROZEN, Layer, LayerTensors, Peer
 from fastlora.bench.timing import GRAPH_BELOW_US, Stage, captured, time_interleaved
@@ -130,7 +130,7 @@ def measure_layer(case: LayerCase, peers: list[Peer], device: str, peaks: dict, 
     rows = []
     for name, (peer, _) in built.items():
         for which in PASSES:
-            timing, cost = timings[name][which], pass_cost(case, which, lora=peer.kind != "frozen")
+            timing, cost = timings[name][which], _cost(peer, case, which)
             rows.append(
                 {
                     "device": device,
@@ -147,6 +147,10 @@ def measure_layer(case: LayerCase, peers: list[Peer], device: str, peaks: dict, 
                 }
             )
     return rows, missing
+
+
+def _cost(peer: Peer, case: LayerCase, which: str) -> Cost:
+    return pass_cost(case, which, peer.kind != "frozen", peer.weight_bytes)
 
 
 def _run_step(stage: Stage) -> None:

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,11 @@ from torch.nn import functional as F
 
 from fastlora.bench import decompositions
 from fastlora.bench.cases import LayerCase
+from fastlora.ops import lora_linear
+from fastlora.quantised_weight import quantised
 
 SCALING = 1.5  # not 0 or 1, which hide a missing or a doubled scaling
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # codes, scales, and the scales' scales
 
 
 @dataclass
@@ -42,9 +45,41 @@ class Layer:
             tensor = getattr(tensors, name)
             parameter.data = tensor.t() if self.transposed else tensor
 
+    def seen(self, tensors: LayerTensors) -> LayerTensors:
+        """What the layer multiplies with, after ``load`` of this set."""
+        return tensors
+
     @property
     def trained(self) -> list[nn.Parameter]:
         return [parameter for name, parameter in self.parameters.items() if name.startswith("lora")]
+
+
+@dataclass
+class PackedLayer(Layer):
+    """A layer over nf4 weights with nested statistics, as QLoRA has them; each set's weight is quantised once.
+
+    point: makes a ``bitsandbytes.nn.Params4bit`` the layer's weight.
+    """
+
+    point: Callable[[nn.Parameter], None] = lambda packed: None
+    packed: dict[int, tuple] = field(default_factory=dict)  # by id, with the weight, which keeps the id its own
+
+    def load(self, tensors: LayerTensors) -> None:
+        self.point(self._of(tensors.weight))
+        for name in ("lora_a", "lora_b"):
+            self.parameters[name].data = getattr(tensors, name)
+
+    def seen(self, tensors: LayerTensors) -> LayerTensors:
+        return replace(tensors, weight=quantised(self._of(tensors.weight), tensors.x.dtype).dequantize())
+
+    def _of(self, weight: Tensor) -> nn.Parameter:
+        if id(weight) not in self.packed:
+            from bitsandbytes.nn import Params4bit
+
+            packed = Params4bit(weight.detach(), False, quant_type="nf4").to(weight.device)
+            self.packed[id(weight)] = (weight, packed)
+            self.parameters.setdefault("weight", packed)
+        return self.packed[id(weight)][1]
 
 
 Builder = Callable[[LayerCase, LayerTensors], Layer]
@@ -59,6 +94,7 @@ class Peer:
         real thing) or "stand-in" (our rewrite of its order).
     dropout: whether it can drop at all.
     mask: who draws the mask: "torch" (one F.dropout of x), "fastlora", or None (unknown: read out of its dX).
+    weight_bytes: of an element of the base weight; None for the case's dtype.
     """
 
     name: str
@@ -66,6 +102,7 @@ class Peer:
     kind: str
     dropout: bool = True
     mask: str | None = "torch"
+    weight_bytes: float | None = None  # of an element of the base weight, where it is not in the case's dtype
 
     def refuses(self, case: LayerCase) -> str | None:
         """Why it cannot serve the case, or None."""
@@ -107,8 +144,6 @@ def _build_fastlora(case: LayerCase, tensors: LayerTensors) -> Layer:
 
 
 def _fastlora_backend(backend: str) -> Builder:
-    from fastlora.ops import lora_linear
-
     def function(x, weight, lora_a, lora_b, scaling, dropout_p):
         return lora_linear(x, weight, lora_a, lora_b, scaling, dropout_p=dropout_p, backend=backend)
 
@@ -185,6 +220,53 @@ def _build_runlora(case: LayerCase, tensors: LayerTensors) -> Layer:
     return Layer(lambda x: operator.apply(x, weight, lora_a * SCALING, lora_b, None), parameters, transposed=True)
 
 
+def _packed_layer(tensors: LayerTensors) -> tuple[PackedLayer, list]:
+    """A layer without a call yet, and a list of one: the weight of the set that was loaded last."""
+    held: list = [None]
+    parameters = {"lora_a": nn.Parameter(tensors.lora_a), "lora_b": nn.Parameter(tensors.lora_b)}
+    layer = PackedLayer(lambda x: x, parameters, point=lambda packed: held.__setitem__(0, packed))
+    layer.load(tensors)
+    return layer, held
+
+
+def _build_fastlora_nf4(case: LayerCase, tensors: LayerTensors) -> Layer:
+    layer, held = _packed_layer(tensors)
+    a, b = layer.parameters["lora_a"], layer.parameters["lora_b"]
+    layer.call = lambda x: lora_linear(x, held[0], a, b, SCALING, dropout_p=case.dropout)
+    return layer
+
+
+def _build_dequantise_order(case: LayerCase, tensors: LayerTensors) -> Layer:
+    layer, held = _packed_layer(tensors)
+    a, b = layer.parameters["lora_a"], layer.parameters["lora_b"]
+
+    def call(x):
+        return decompositions.DequantiseOrder.apply(x, quantised(held[0], x.dtype), a, b, SCALING)
+
+    layer.call = call
+    return layer
+
+
+def _build_peft_nf4(case: LayerCase, tensors: LayerTensors) -> Layer:
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig
+    from peft.tuners.lora.bnb import Linear4bit as PeftLinear4bit
+
+    base = Linear4bit(case.k, case.n, False, case.torch_dtype, quant_type="nf4", device="meta")
+    layer, _ = _packed_layer(tensors)
+    base.weight = layer.parameters["weight"]
+    config = LoraConfig(r=case.r, lora_alpha=SCALING * case.r, lora_dropout=case.dropout)
+    peft = PeftLinear4bit(base, "default", config, r=case.r, lora_alpha=SCALING * case.r)
+    peft.lora_A["default"].weight = layer.parameters["lora_a"]
+    peft.lora_B["default"].weight = layer.parameters["lora_b"]
+
+    def point(packed):
+        base.weight, base.quant_state = packed, packed.quant_state
+
+    layer.call, layer.point = peft, point
+    return layer
+
+
 FROZEN = Peer("frozen", _build_frozen, "frozen", mask=None)
 FASTLORA = Peer("fastlora", _build_fastlora, "ours", mask="fastlora")
 STORED_S = Peer("autograd.Function", _from_function(decompositions.StoredS.apply, False), "stand-in", dropout=False)
@@ -201,11 +283,14 @@ ORDINARY = (
     Peer("runlora order", _from_function(decompositions.RunLoRAOrder.apply, False), "stand-in", dropout=False),
 )
 
-# Only where asked for by name: they need a GPU, or patch what they are imported beside.
+# Only where asked for by name: they need a GPU, patch what they are imported beside, or have another base weight.
 ON_REQUEST = (
     Peer("unsloth", _build_unsloth, "package", dropout=False),
     Peer("lorafusion", _build_lorafusion, "package", mask=None),
     Peer("runlora", _build_runlora, "package", dropout=False),
+    Peer("fastlora nf4", _build_fastlora_nf4, "backend", mask="fastlora", weight_bytes=NF4_BYTES),
+    Peer("peft nf4", _build_peft_nf4, "package", weight_bytes=NF4_BYTES),
+    Peer("dequantise order nf4", _build_dequantise_order, "stand-in", dropout=False, weight_bytes=NF4_BYTES),
 )
 
 

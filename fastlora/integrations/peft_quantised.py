@@ -1,4 +1,9 @@
-"""What PEFT's quantised LoRA layers do beside their products, for those of them whose calls are fused."""
+"""What PEFT's quantised LoRA layers do beside their products, for those of them whose calls are fused.
+
+A fused call makes both products in the dtype of its input, or of autocast. bitsandbytes' layers have a compute dtype of
+their own: where it is another, they cast the input for the base product alone, PEFT's branch takes it as it is, and the
+call is PEFT's.
+"""
 
 from typing import Any
 

@@ -9,10 +9,12 @@ import torch
 from fastlora.bench import decompositions, layer
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import WrongResult, check_variant
+from fastlora.bench.cost import pass_cost
 from fastlora.bench.layer import build_variants, make_stage, measure_layer, random_tensors
 from fastlora.bench.peers import (
     FASTLORA,
     FROZEN,
+    NF4_BYTES,
     ORDINARY,
     STORED_S,
     Peer,
@@ -269,3 +271,30 @@ def test_real_packages_are_measured_or_listed_as_missing(name):
     case = LayerCase(8, 8, 8, 2, 0.0, "float32")
     built, missing = build_variants(case, [FROZEN, find_peer(name)], tensors_of(case))
     assert (name in built) != (name in missing)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("name", ["fastlora nf4", "peft nf4", "dequantise order nf4"])
+def test_variants_over_a_quantised_weight_are_right(name, dropout):
+    """Against the values that are decoded, and for every set of inputs, whose weight is another."""
+    peer, case = find_peer(name), LayerCase(37, 29, 44, 5, dropout, "float32")
+    if peer.refuses(case):
+        pytest.skip(peer.refuses(case))
+    pytest.importorskip("bitsandbytes")
+    tensors = tensors_of(case)
+    built = peer.build(case, tensors)
+    check_variant(peer, built, case, tensors)
+    other = random_tensors(case, "cpu", torch.Generator().manual_seed(4))
+    check_variant(peer, built, case, other)
+    assert not torch.equal(built.seen(other).weight, other.weight), "the weight is quantised"
+    with pytest.raises(WrongResult, match="y is off"):
+        built.seen = lambda tensors: tensors
+        check_variant(peer, built, case, other)
+
+
+def test_a_quantised_weight_moves_its_packed_bytes():
+    case = LayerCase(8, 64, 256, 4)
+    dense, packed = (pass_cost(case, "step", True, size) for size in (None, NF4_BYTES))
+    assert dense.flops == packed.flops
+    assert dense.bytes - packed.bytes == 2 * (2 * 64 * 256 - round(NF4_BYTES * 64 * 256))
