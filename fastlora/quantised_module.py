@@ -48,7 +48,7 @@ class QuantisedLoRALinear(LoRALinear):
 
         Raises:
             TypeError: no such layer, or ``adapter_dtype`` does not go with it.
-            ValueError: it is not quantised yet; and as for ``LoRALinear``.
+            ValueError: it is not quantised yet; ``dora``; and as for ``LoRALinear``.
         """
         packed = read_layer(linear)
         if not isinstance(packed, QuantisedWeight):
@@ -60,8 +60,10 @@ class QuantisedLoRALinear(LoRALinear):
     @classmethod
     def _over(
         cls, linear: Any, packed: QuantisedWeight, r, alpha, dropout=0.0, rslora=False, init="kaiming",
-        copy_input=False, adapter_dtype=None,
+        copy_input=False, adapter_dtype=None, dora=False,
     ):  # fmt: skip
+        if dora:
+            raise ValueError(f"DoRA needs the norms of a dense weight, and this one is {packed.format}: leave dora out")
         n, k = packed.shape
         dtype = packed.dtype if adapter_dtype is None else adapter_dtype
         check_adapter_dtype(dtype, packed.dtype)

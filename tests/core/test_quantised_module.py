@@ -146,3 +146,12 @@ def test_warming_and_counting():
     model = injected()
     assert fastlora.warmup(model, 70).layers == 2
     assert fastlora.trainable_parameters(model).trainable == 3 * (18 + 24 + 24 + 7)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_dora_is_refused_and_changes_nothing(name):
+    model = make(name, torch.bfloat16)
+    before = list(model)
+    with pytest.raises(ValueError, match=f"DoRA needs the norms of a dense weight, and this one is {name.split()[0]}"):
+        fastlora.inject(model, "all-linear", dora=True)
+    assert all(one is other for one, other in zip(model, before, strict=True))
