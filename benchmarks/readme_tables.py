@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import ROOT, saved_bytes
+from benchmarks import ROOT, dora, recipes, saved_bytes
 from benchmarks.traffic import report as traffic_report
 from fastlora.bench.claims import claims_tables
 from fastlora.bench.tables import case_label, host_table, model_table, ratio_table
@@ -75,6 +75,8 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "study-amplification": amplification_table,
     "traffic": traffic_report.readme_table,
     "saved": saved_bytes.readme_table,
+    "dora": dora.results_table,
+    "recipes": recipes.results_table,
 }
 
 
