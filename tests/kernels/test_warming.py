@@ -4,12 +4,14 @@ import pytest
 import torch
 from torch import nn
 from triton.runtime import _async_compile
+from triton.runtime.jit import JITFunction
 
 import fastlora
 from fastlora import dispatch
 from fastlora.backends import workspace
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
+from fastlora.backends.triton import masked
 from fastlora.bench.cases import LLAMA_8B
 from tests.support.compile_target import compile_for
 from tests.support.specialisations import DROPOUT, RANK, Step, asked_for, walk
@@ -26,6 +28,15 @@ def on_triton(monkeypatch):
     dispatch.forget_routes()
     yield
     dispatch.forget_routes()
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """What other tests have compiled in this process is forgotten meanwhile."""
+    for module in (triton_lora, masked):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                monkeypatch.delitem(kernel.device_caches, 80, raising=False)
 
 
 def llama(dropout: float = DROPOUT, **options) -> nn.Module:
@@ -65,7 +76,7 @@ def test_what_is_not_asked_for_is_not_compiled(on_triton):
 
 
 @needs_compiler
-def test_kernels_are_compiled_side_by_side_once_and_loaded(on_triton, monkeypatch):
+def test_kernels_are_compiled_side_by_side_once_and_loaded(on_triton, nothing_compiled, monkeypatch):
     """For real, and then launched without another compilation."""
     layer = fastlora.LoRALinear(64, 64, r=8, dtype=torch.float16)
     begun, hooked = [], []
@@ -84,10 +95,8 @@ def test_kernels_are_compiled_side_by_side_once_and_loaded(on_triton, monkeypatc
 
 
 @needs_compiler
-def test_the_composed_layers_kernels_are_compiled_too(on_triton, monkeypatch):
+def test_the_composed_layers_kernels_are_compiled_too(on_triton, nothing_compiled, monkeypatch):
     """Float32 with dropout is theirs. Few rows and many ask for different ones: a sum in parts, and none."""
-    from fastlora.backends.triton import masked
-
     keys = set()
     hook = lambda **found: keys.add((found["repr"], found["key"]))  # noqa: E731
     monkeypatch.setattr(triton_lora.triton.knobs.runtime, "jit_cache_hook", hook)
