@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from benchmarks import ROOT, quantised_memory, saved_bytes
+from benchmarks import ROOT, dora, quantised_memory, recipes, saved_bytes
 from benchmarks.traffic import report as traffic_report
 from fastlora.bench.claims import claims_tables
 from fastlora.bench.tables import case_label, host_table, model_table, ratio_table
@@ -76,6 +76,8 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "traffic": traffic_report.readme_table,
     "saved": saved_bytes.readme_table,
     "quantised": quantised_memory.readme_table,
+    "dora": dora.results_table,
+    "recipes": recipes.results_table,
 }
 
 

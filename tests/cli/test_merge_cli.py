@@ -173,7 +173,7 @@ BAD = {
     "no configuration": (lambda a: (a / "adapter_config.json").unlink(), ["adapter_config.json"]),
     "not JSON": (lambda a: (a / "adapter_config.json").write_text("{"), ["adapter_config.json"]),
     "another method": (lambda a: rewrite(a, peft_type="IA3"), ["IA3"]),
-    "a variant": (lambda a: rewrite(a, use_dora=True), ["use_dora"]),
+    "a variant": (lambda a: rewrite(a, use_dora=True), ["lora_magnitude_vector"]),
     "another task": (lambda a: rewrite(a, task_type="FLYING"), ["FLYING", "CAUSAL_LM"]),
     "cut off": (lambda a: os.truncate(a / "adapter_model.safetensors", 700), ["adapter_model.safetensors"]),
     "NaN": (lambda a: spoil_values(a, lambda n, t: t * float("nan") if "lora_A" in n else t), ["not finite", "q_proj"]),

@@ -89,7 +89,7 @@ def test_every_problem_is_listed(saved):
     ("fields", "message"),
     [
         ({"peft_type": "IA3"}, "no LoRA adapter: peft_type is 'IA3'"),
-        ({"use_dora": True}, "not plain LoRA on linear layers: use_dora=True; load it with PEFT"),
+        ({"use_dora": True}, "does not hold plain LoRA weights; missing: .*lora_magnitude_vector"),
         ({"lora_bias": True, "bias": "all"}, "bias='all', lora_bias=True"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa' .it changes the base weights"),
         ({"r": "2"}, "r must be a number"),

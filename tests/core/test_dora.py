@@ -257,6 +257,22 @@ def test_nothing_is_kept_where_a_change_would_not_be_seen(made, monkeypatch):
         assert torch.equal(other(x), other(x))
 
 
+def test_a_freed_factor_is_never_taken_for_its_successor():
+    """Which torch's allocator puts in the same place, with the same version."""
+    module, x = layer().eval(), torch.randn(3, 6)
+    places = set()
+    for index in range(20):
+        del module.lora_A
+        module.lora_A = nn.Parameter(torch.linspace(-1, 1 + index, 12).view(2, 6))
+        places.add(module.lora_A.data_ptr())
+        delta = module.weight + module.scaling * module.lora_B @ module.lora_A
+        expected = F.linear(x, delta) * (module.lora_magnitude_vector / delta.norm(dim=1)) + module.bias
+        del delta
+        with torch.no_grad():
+            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert len(places) < 20
+
+
 # The layer
 
 
