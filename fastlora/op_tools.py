@@ -65,6 +65,8 @@ def _register_flops(counter) -> None:
     ops = torch.ops.fastlora
     counter.register_flop_formula(ops.lora_forward)(_forward_flops)
     counter.register_flop_formula(ops.lora_backward)(_backward_flops)
+    counter.register_flop_formula(ops.lora_forward_quantised)(_quantised_forward_flops)
+    counter.register_flop_formula(ops.lora_backward_quantised)(_quantised_backward_flops)
 
 
 def _forward_flops(x_shape, weight_shape, a_shape, *_, **__) -> int:
@@ -77,6 +79,14 @@ def _backward_flops(dy_shape, _, weight_shape, a_shape, *rest, **__) -> int:
     need_dx, need_da, need_db, _ = rest[-2]
     shrink = n * r if need_dx or need_da else 0
     return 2 * m * (shrink + (n * k + r * k if need_dx else 0) + (r * k if need_da else 0) + (n * r if need_db else 0))
+
+
+def _quantised_forward_flops(x_shape, packed, name, numbers, dtype, *rest, **__) -> int:
+    return _forward_flops(x_shape, numbers[:2], *rest)
+
+
+def _quantised_backward_flops(dy_shape, x_shape, packed, name, numbers, dtype, *rest, **__) -> int:
+    return _backward_flops(dy_shape, x_shape, numbers[:2], *rest)
 
 
 def _forward_in_aten(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed, backend):

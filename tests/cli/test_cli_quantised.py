@@ -19,10 +19,11 @@ def outputs(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("error:.*frozen, not in the adapter file", "ignore::FutureWarning:transformers")
-@pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_losses_and_memory_beside_pefts(name, finetune, outputs):
+@pytest.mark.parametrize("name, via", [("nf4", "fastlora"), ("int8", "peft")])
+def test_losses_and_memory_beside_pefts(name, via, finetune, outputs):
     bitsandbytes() if name == "nf4" else torchao()
-    result = finetune("--base-quant", name, "--compare", "peft", "--output", outputs / name, "--steps", 3)
+    options = ["--base-quant", name, "--via", via, "--compare", "peft", "--steps", 3]
+    result = finetune(*options, "--output", outputs / name)
     assert result.code == 0, result.err
     assert f"in float32, its linear layers in {name}" in result.text
     assert "the curves agree within 1e-05 at every step" in result.text
@@ -45,7 +46,7 @@ def test_losses_and_memory_beside_pefts(name, finetune, outputs):
 
 def test_resumed_with_the_same_quantiser_alone(finetune, outputs):
     bitsandbytes()
-    assert finetune("--base-quant", "nf4", "--via", "peft", "--output", outputs / "run", "--steps", 2).code == 0
+    assert finetune("--base-quant", "nf4", "--output", outputs / "run", "--steps", 2).code == 0
     result = finetune("--resume", "--base-quant", "fp4", "--steps", 3, "--output", outputs / "run")
     assert result.code == 2 and "--base-quant is 'fp4', but the run to resume was begun with 'nf4'" in result.error_line
     assert finetune("--resume", "--steps", 3, "--output", outputs / "run").code == 0

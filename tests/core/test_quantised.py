@@ -76,7 +76,20 @@ def test_8_bit_values_are_torchaos_own(name, dtype):
         layer = make(name, dtype, n, k)
         packed = fastlora.quantised(layer.weight)
         assert torch.equal(packed.dequantize(), decoded(layer)) and packed.dtype == dtype
-        assert torch.equal(packed.dequantize(), by_the_book(layer, dtype)) and packed.shape == (n, k)
+        assert packed.shape == (n, k)
+        for other in DTYPES:
+            assert torch.equal(packed.to(other).dequantize(), by_the_book(layer, other)), (n, k, other)
+
+
+@pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
+def test_codes_that_are_stored_in_another_dtype(storage):
+    """As FSDP's users have them, whose shards are of one dtype."""
+    bnb, plain = bitsandbytes(), make("nf4 nested")
+    torch.manual_seed(0)
+    weight = nn.Linear(K, N).weight.detach()
+    stored = bnb.nn.Params4bit(weight, False, quant_type="nf4", quant_storage=storage).to("cpu")
+    assert stored.dtype == storage
+    assert torch.equal(fastlora.quantised(stored).dequantize(), decoded(plain))
 
 
 @pytest.mark.parametrize("compute", DTYPES, ids=str)
@@ -161,6 +174,13 @@ def test_gradients_of_gradients_and_transforms():
     def loss(x, weight):
         return step_forward(weight, {**given, "x": x}).pow(2).sum()
 
+    rows = torch.randn(3, *y.shape)
+    batched = []
+    for weight in (layer.weight, decoded(layer)):
+        y = step_forward(weight, given)
+        batched.append(torch.autograd.grad(y, list(given.values()), rows, is_grads_batched=True))
+    assert same(*batched)
+
     per_sample = [
         torch.func.vmap(torch.func.grad(lambda x, w=w: loss(x, w)))(given["x"]) for w in (layer.weight, decoded(layer))
     ]
@@ -192,6 +212,18 @@ def test_selective_checkpointing_sees_one_op():
         context_fn=lambda: create_selective_checkpoint_contexts(save),
     )
     assert same((y, *torch.autograd.grad(y.pow(2).sum(), list(given.values()))), wanted)
+
+
+def test_the_flops_are_those_of_the_dense_layer():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer, given = make("nf4"), operands()
+    counted = []
+    for weight in (layer.weight, decoded(layer)):
+        with FlopCounterMode(display=False) as counter:
+            step_forward(weight, given).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 2 * 10 * N * K
 
 
 def test_an_input_that_is_modified_afterwards():
