@@ -7,6 +7,7 @@ term in brackets is one fused launch without a bias; the scale is one pass over 
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), with its section 4.3.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from fastlora.dispatch import count_fallback
 from fastlora.ops import lora_linear
+from fastlora.rows import on_jagged
 
 WITH_DROPOUT = "DoRA with dropout, which drops the base product's input too"
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 24  # of a weight that are widened at once
@@ -61,9 +63,12 @@ class Norms:
             lora_a: [R, K]. lora_b: [N, R].
             scaling: s; as a tensor, whose value is not waited for, it is taken for another at every call.
         """
-        tensors = (stored, lora_a, lora_b)
-        if _may_change_unseen(scaling, tensors):
+        if _may_change_unseen(scaling, (stored, lora_a, lora_b)):
             return weight_norm(rows, lora_a, lora_b, scaling)
+        with torch.inference_mode(False):  # what is made within it, a later backward could not save
+            return self._kept(stored, rows, lora_a, lora_b, scaling)
+
+    def _kept(self, stored: Tensor, rows: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
         base_key = _state(stored)
         if self._base is None or base_key != self._base_key:
             self._base, self._base_key, self._key = squared_norm(rows), base_key, None
@@ -76,7 +81,7 @@ class Norms:
 
 
 def _may_change_unseen(scaling: float | Tensor, tensors: tuple[Tensor, ...]) -> bool:
-    if torch.compiler.is_compiling() or isinstance(scaling, Tensor):
+    if _needs_torchs_own() or isinstance(scaling, Tensor):
         return True
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return True
@@ -103,13 +108,17 @@ def weight_norm(
     Args:
         base: ``squared_norm`` of W0, where it is known.
     """
-    with torch.autocast(rows.device.type, enabled=False):
+    with _without_autocast(rows):
         base = squared_norm(rows) if base is None else base
         a, b = lora_a.to(base.dtype), lora_b.to(base.dtype)
         cross = torch.cat([part.to(base.dtype) @ a.t() for part in _parts(rows)])  # [N, R]
         branch = b @ (a @ a.t())
         squared = base + scaling * ((2 * cross + scaling * branch) * b).sum(1)
         return squared.clamp_(min=0.0).sqrt_()
+
+
+def _without_autocast(tensor: Tensor) -> AbstractContextManager:
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 @torch.no_grad()
@@ -164,6 +173,10 @@ def dora_linear(
     Raises:
         ValueError, TypeError, RuntimeError: as ``fastlora.lora_linear``.
     """
+    if x.is_nested:
+        options: dict[str, Any] = {"norms": norms, "stored": stored, "dropout_p": dropout_p, "training": training}
+        options |= {"backend": backend, "copy_input": copy_input}
+        return on_jagged(lambda v: dora_linear(v, weight, lora_a, lora_b, scaling, magnitude, bias, **options), x)
     if magnitude.shape != weight.shape[:1]:
         raise ValueError(f"magnitude must be [{weight.shape[0]}], got {list(magnitude.shape)}")
     norm = (Norms() if norms is None else norms).of(
@@ -176,7 +189,7 @@ def dora_linear(
             count_fallback(WITH_DROPOUT)
         return _with_dropout(x, weight, lora_a, lora_b, scaling, magnitude / norm, bias, dropout_p)
     y = lora_linear(x, weight, lora_a, lora_b, scaling, backend=backend, copy_input=copy_input)
-    if torch.is_autocast_enabled(y.device.type) and bias is not None:
+    if bias is not None and bias.dtype != y.dtype:  # by autocast
         bias = bias.to(y.dtype)
     if _needs_torchs_own():
         return _scaled(y, magnitude / norm, bias)
@@ -222,7 +235,7 @@ class _ScaledColumns(torch.autograd.Function):
         if ctx.norms is not None:
             ctx.norms.forget_branch()  # A and B are about to change, perhaps unseen
         differentiable = torch.is_grad_enabled()
-        with torch.autocast(dy.device.type, enabled=False):
+        with _without_autocast(dy):
             scale = magnitude / norm
             in_y = dm = dbias = None
             if need_y:

@@ -224,11 +224,11 @@ class LoRALinear(Merging):
         """x [..., in_features] -> [..., out_features]."""
         if self.merged:
             return F.linear(x, self.weight, self.bias)
+        if self.dora:
+            return self._dora_forward(x)
         own: dict[str, Any] = self._parameters
         if len(own) == 4:  # all four: spared four searches by nn.Module.__getattr__, which a small layer would feel
             weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
-        elif self.dora:
-            return self._dora_forward(x)
         else:  # torch's parametrizations make properties of them
             weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
         call: Any = lora_linear if type(weight) is nn.Parameter or not is_dtensor(weight) else lora_linear_sharded

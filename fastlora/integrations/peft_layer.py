@@ -13,7 +13,14 @@ from fastlora.dispatch import count_fallback
 from fastlora.dora import Norms, dora_linear
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
 from fastlora.integrations.peft_experts import FusedParamWrapper, experts_reason, wraps_experts
-from fastlora.integrations.peft_mixed import Mixed, inspect_mixed, mixed_forward
+from fastlora.integrations.peft_mixed import (
+    ACTIVATED,
+    Mixed,
+    activated_reason,
+    inspect_activated,
+    inspect_mixed,
+    mixed_forward,
+)
 from fastlora.integrations.peft_quantised import FUSED_NAMES, as_stock
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
 from fastlora.integrations.peft_reasons import call_reason as linear_reason
@@ -21,6 +28,7 @@ from fastlora.ops import lora_linear
 from fastlora.quantised_weight import QUANTISES_INPUT
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
+_SERVED_ARGUMENTS = ("adapter_names", "alora_offsets")
 _NORMS = "_fastlora_norms"  # attribute of a layer: by adapter, what DoRA keeps between calls
 
 
@@ -30,19 +38,22 @@ class FusedForward:
     copy_input = False  # whether to save a copy of the input for the backward; see patch
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x [..., in_features] -> [..., out_features]; arguments but ``adapter_names`` go to PEFT's own forward."""
+        """x [..., in_features] -> [..., out_features]; of further arguments, ``adapter_names`` or ``alora_offsets`` are
+        served as well, the rest by PEFT's own forward."""
         served: Parts | Units | Mixed | str
-        names = kwargs.get("adapter_names")
-        if args or any(value is not None for name, value in kwargs.items() if name != "adapter_names"):
-            served = _argument_reason(self) if names is None else "adapter_names and further arguments"
+        names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
+        if args or any(value is not None for name, value in kwargs.items() if name not in _SERVED_ARGUMENTS):
+            served = "extra forward arguments"
         elif names is not None:
-            served = inspect_mixed(self, x, names)
-            if isinstance(served, Mixed):
-                return mixed_forward(served, x.clone() if self.copy_input else x)
+            served = inspect_mixed(self, x, names) if offsets is None else "adapter_names and alora_offsets"
         else:
             served = inspect(self)
             if isinstance(served, Parts):
                 served = input_reason(self, served, x) or served
+            elif served == ACTIVATED:
+                served = inspect_activated(self, x, offsets)
+        if isinstance(served, Mixed):
+            return mixed_forward(served, x.clone() if self.copy_input else x)
         if isinstance(served, Parts):
             y = _fused_forward(self, served, x)
             return y if isinstance(served.weight, Tensor) else as_stock(self.base_layer, x, y)
@@ -51,12 +62,6 @@ class FusedForward:
         if not torch.compiler.is_compiling():
             count_fallback(f"peft: {served}")
         return super().forward(x, *args, **kwargs)
-
-
-def _argument_reason(layer: Any) -> str:
-    """Why a call with further arguments cannot be fused: what the layer is, an aLoRA layer say, or the arguments."""
-    found = inspect(layer)
-    return found if isinstance(found, str) else "extra forward arguments"
 
 
 class FusedLinear(FusedForward, Linear):
@@ -88,7 +93,10 @@ def type_reason(layer: LoraLayer) -> str | None:
 
 def call_reason(layer: LoraLayer) -> str | None:
     """Why the next call of a layer without a ``type_reason`` would not be fused, or None; see ``patch``."""
-    return experts_reason(layer) if isinstance(layer, ParamWrapper) else linear_reason(layer)
+    if isinstance(layer, ParamWrapper):
+        return experts_reason(layer)
+    reason = linear_reason(layer)
+    return activated_reason(layer) if reason == ACTIVATED else reason
 
 
 @lru_cache

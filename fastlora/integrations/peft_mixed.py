@@ -1,6 +1,7 @@
-"""Batches whose rows have different adapters: PEFT's ``adapter_names``, at inference and, unlike in PEFT, in training.
+"""Batches whose rows have different adapters, or one that begins late in each sample (aLoRA).
 
-A layer's samples are segments of rows over one weight: one base product, and branches for the rows that have one.
+PEFT's ``adapter_names`` are served at inference and, unlike in PEFT, in training. A layer's samples, or parts of them,
+are segments of rows over one weight: one base product, and branches for the rows that have one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.variants import ALoraLinearVariant
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ from fastlora.integrations.peft_reasons import BASE, base_reason, dropout_of, dt
 from fastlora.rows import flat
 from fastlora.segments import NO_ADAPTER
 
+ACTIVATED = ALoraLinearVariant.__name__  # what ``inspect`` says of a layer whose adapter begins late in a sample
 _replaying: ContextVar[bool] = ContextVar("replaying", default=False)
 
 
@@ -32,7 +35,7 @@ class Mixed(NamedTuple):
     bias: Tensor | None  # [N]
     factors: list[tuple[Tensor, Tensor]]  # A [R, K] and B [N, R] of each adapter, of ranks of their own
     scalings: tuple[float, ...]
-    adapters: tuple[int, ...]  # of each sample, NO_ADAPTER for none
+    runs: tuple[tuple[int, int], ...]  # of neighbouring rows: how many, and their adapter or NO_ADAPTER
     dropout_p: float
     training: bool
 
@@ -48,13 +51,48 @@ def inspect_mixed(layer: Linear, x: Tensor, names: Sequence[str]) -> Mixed | str
     used = [name for name in dict.fromkeys(names) if name != BASE and name in layer.lora_A]
     if not used:
         return "adapter_names without an adapter of this layer"
+    for name in used:
+        if name in layer.lora_variant:
+            return type(layer.lora_variant[name]).__name__
+    number = {name: index for index, name in enumerate(used)}
+    rows = x[0].numel() // x.shape[-1] if len(x) else 0
+    return _inspect_rows(layer, x, used, tuple((rows, number.get(name, NO_ADAPTER)) for name in names))
+
+
+def inspect_activated(layer: Linear, x: Tensor, offsets: Sequence[int | None] | None) -> Mixed | str:
+    """Likewise for the one active adapter of a layer, an aLoRA one, which ``inspect`` has found.
+
+    Args:
+        x: samples [B, T, K], or [B, K] of one token each.
+        offsets: PEFT's alora_offsets: of how many tokens from the end the adapter sees a sample; None: of none.
+    """
+    if x.dim() not in (2, 3) or not len(x) or (offsets is not None and len(offsets) != len(x)):
+        return f"{0 if offsets is None else len(offsets)} alora_offsets for an input {list(x.shape)}"
+    tokens = x.shape[1] if x.dim() == 3 else 1
+    runs = []
+    for offset in offsets or [None] * len(x):
+        seen = min(int(offset or 0), tokens)
+        runs += [(tokens - seen, NO_ADAPTER), (seen, 0)]
+    used = [name for name in layer.active_adapters if name in layer.lora_A]
+    return _inspect_rows(layer, x, used, tuple(runs))
+
+
+def activated_reason(layer: Linear) -> str | None:
+    """Why a call of such a layer would not be fused now, or None, for an input of the base weight's dtype."""
+    reason = base_reason(layer)
+    if reason is not None:
+        return reason
+    found = inspect_activated(layer, layer.base_layer.weight.new_empty(1, layer.in_features), None)
+    return found if isinstance(found, str) else None
+
+
+def _inspect_rows(layer: Linear, x: Tensor, used: list[str], runs: tuple[tuple[int, int], ...]) -> Mixed | str:
+    """The parts of a layer for runs of rows of x that have these adapters, by number, or why PEFT has to serve them."""
     reason = base_reason(layer)
     if reason is not None:
         return reason
     factors, scalings, dropouts = [], [], set()
     for name in used:
-        if name in layer.lora_variant:
-            return type(layer.lora_variant[name]).__name__
         a, b, scaling = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         reason = base_reason(layer, ("lora_A", a), ("lora_B", b))
         if reason is not None:
@@ -85,10 +123,8 @@ def inspect_mixed(layer: Linear, x: Tensor, names: Sequence[str]) -> Mixed | str
     )
     if reason is not None:
         return reason
-    number = {name: index for index, name in enumerate(used)}
-    adapters = tuple(number.get(name, NO_ADAPTER) for name in names)
     ((p, training),) = dropouts
-    return Mixed(base.weight, base.bias, factors, tuple(scalings), adapters, p, training)
+    return Mixed(base.weight, base.bias, factors, tuple(scalings), runs, p, training)
 
 
 def mixed_forward(parts: Mixed, x: Tensor) -> Tensor:
@@ -97,7 +133,7 @@ def mixed_forward(parts: Mixed, x: Tensor) -> Tensor:
     lora_a = torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in parts.factors])
     lora_b = torch.stack([F.pad(b, (0, rank - b.shape[1])) for _, b in parts.factors])
     find = _segments.__wrapped__ if _is_traced() else _segments
-    ends, adapters = find(parts.adapters, x[0].numel() // x.shape[-1] if len(x) else 0, x.device)
+    ends, adapters = find(parts.runs, x.device)
     same = len(set(parts.scalings)) == 1
     scaling = (
         parts.scalings[0] if same else (_numbers.__wrapped__ if _is_traced() else _numbers)(parts.scalings, x.device)
@@ -115,14 +151,15 @@ def _is_traced() -> bool:
 
 
 @lru_cache(maxsize=256)
-def _segments(adapters: tuple[int, ...], rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where the segments of samples of so many rows end, and their adapters; neighbours of one adapter are one."""
-    ends, owners = [], []
-    for sample, adapter in enumerate(adapters):
-        if owners and owners[-1] == adapter:
-            ends[-1] = (sample + 1) * rows
+def _segments(runs: tuple[tuple[int, int], ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where the segments of runs of rows end, and their adapters; neighbours of one adapter are one."""
+    ends, owners, end = [], [], 0
+    for rows, adapter in runs:
+        end += rows
+        if owners and (owners[-1] == adapter or not rows):
+            ends[-1] = end
         else:
-            ends.append((sample + 1) * rows)
+            ends.append(end)
             owners.append(adapter)
     with torch.inference_mode(False):
         as_tensor = partial(torch.tensor, dtype=torch.int32, device=device)

@@ -236,6 +236,8 @@ def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
         return "DTensor adapter, plain base"
     elif not is_plain(x):
         return f"the input is a {type(x).__name__}"
+    if parts.magnitude is not None and x.dim() < 2:
+        return "DoRA of a vector"  # of which PEFT makes a row
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return "torch.func transform"
     return _dtype_reason(layer, parts, x.dtype, x.device.type)

@@ -272,3 +272,49 @@ def test_injected_with_the_start_and_the_numbers_of_stock(kind, tmp_path):
     assert len(fastlora.load_adapter(loaded, tmp_path / "theirs")) == len(theirs)
     torch.testing.assert_close(call(loaded), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(call(fastlora.merge_and_unload(loaded, safe=True)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_meta_inference_mode_and_traces():
+    stock, fused = make_pair()
+    for shape in ((0, 18), (2, 0, 18), (2, 3, 2, 18)):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer_of(fused)(x)
+        torch.testing.assert_close(y, layer_of(stock)(x))
+        y.sum().backward()
+    assert not fallbacks()
+    vector = torch.randn(18)
+    assert torch.equal(layer_of(fused)(vector), layer_of(stock)(vector))  # [1, 18]
+    assert fallbacks() == {"DoRA of a vector": 1}
+    for model in (stock, fused):
+        model.load_state_dict(model.state_dict())  # norms are made anew, within inference mode
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(IDS), stock(IDS))
+    assert_same_training_step(stock, fused)
+    traced = torch.jit.trace(layer_of(fused), (torch.randn(4, 18),))
+    with torch.no_grad():
+        for model in (stock, fused):
+            layer_of(model).lora_B["default"].weight.mul_(2)  # the norm is no constant of the trace
+    x = torch.randn(7, 18)
+    torch.testing.assert_close(traced(x), layer_of(stock)(x))
+    with torch.device("meta"):
+        empty = make_stock(use_dora=True)
+    patch(empty)
+    assert empty(torch.zeros(2, 3, dtype=torch.long, device="meta")).shape == (2, 3, 7)
+
+
+def test_second_derivatives_and_accumulated_gradients():
+    stock, fused = make_pair()
+    x = torch.randn(3, 18, requires_grad=True)
+    second = []
+    for model in (stock, fused):
+        (first,) = torch.autograd.grad(layer_of(model)(x).pow(3).sum(), x, create_graph=True)
+        second.append(torch.autograd.grad(first.pow(2).sum(), x)[0])
+        for _ in range(2):
+            for _ in range(3):
+                model(IDS).pow(2).mean().backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.data -= 0.1 * parameter.grad  # past torch's version counter
+            model.zero_grad()
+    torch.testing.assert_close(second[1], second[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(fused(IDS), stock(IDS), rtol=1e-4, atol=1e-5)

@@ -120,22 +120,33 @@ def test_lora_fa_keeps_a_and_computes_no_gradient_of_it():
     assert fused.base_model.model.q_proj.lora_A["default"].weight.grad is None
 
 
-def test_alora_is_pefts_forward_and_counted():
+def test_alora_is_a_branch_of_each_samples_last_rows():
     stock, fused, _ = llama_pair(alora_invocation_tokens=[5, 6], target_modules=["q_proj", "v_proj"])
     count = 4
-    assert list(unserved(fused).values()) == ["ALoraLinearVariant"] * count
-    for batch in (TOKENS, TOKENS[:, :4]):  # without the invocation, too
+    assert not unserved(fused)
+    late = TOKENS.clone()
+    late[1, -2:] = torch.tensor([5, 6])  # which begins at another place than in the first sample
+    # In both samples, in one, at different places, in none; and within a longer text of one token a call.
+    for batch in (TOKENS, TOKENS[:, :4], late, late.flip(1), late.flip(0)):
+        for model in (stock, fused):
+            model.zero_grad()
         fastlora.reset_dispatch_counts()
-        outputs = [model(input_ids=batch) for model in (stock, fused)]
-        assert torch.equal(outputs[0].logits, outputs[1].logits)
-        assert fallbacks() == {"ALoraLinearVariant": count} and fused_calls() == 0
+        outputs = [model(input_ids=batch).logits for model in (stock, fused)]
+        torch.testing.assert_close(outputs[1], outputs[0])
+        assert not fallbacks() and fused_calls() == count
+        for output in outputs:
+            output.pow(2).sum().backward()
+        for (name, got), wanted in zip(fused.named_parameters(), stock.parameters(), strict=True):
+            assert (got.grad is None) == (wanted.grad is None), name
+            if wanted.grad is not None:
+                torch.testing.assert_close(got.grad, wanted.grad, msg=name)
     with fused.disable_adapter():
-        assert not torch.equal(fused(input_ids=TOKENS).logits, outputs[0].logits)  # the branch is there
-    outputs[1].logits.sum().backward()
-    outputs[0].logits.sum().backward()
-    for (name, got), wanted in zip(fused.named_parameters(), stock.parameters(), strict=True):
-        if wanted.grad is not None:
-            torch.testing.assert_close(got.grad, wanted.grad, msg=name)
+        assert not torch.equal(fused(input_ids=TOKENS).logits, stock(input_ids=TOKENS).logits)  # the branch is there
+    prompt = TOKENS[:1]
+    wanted, got = (
+        model.eval().generate(input_ids=prompt, max_new_tokens=4, do_sample=False) for model in (stock, fused)
+    )
+    assert torch.equal(got, wanted) and not fallbacks().keys() - {"adapters disabled"}
 
 
 RESTRICTIONS = {
