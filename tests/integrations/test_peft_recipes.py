@@ -278,7 +278,8 @@ def test_embeddings_and_what_trains_whole_stay_pefts(name, tied, tmp_path):
     before = {path: type(module) for path, module in stock.named_modules()}
     patched = patch(fused)
     after = {path: type(module) for path, module in fused.named_modules()}
-    assert {path for path in before if before[path] is not after[path]} == set(patched)
+    # PEFT's LoraModel takes adapter_names in training, too, once patched.
+    assert {path for path in before if before[path] is not after[path]} == {"base_model", *patched}
     heads = 1 if "head" in name and "whole" not in name else 0
     assert len(patched) == 2 + heads
     reason = "a peft.tuners.lora.layer.Embedding, not a stock lora.Linear"
