@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import struct
 
 import pytest
 import torch
@@ -262,14 +263,14 @@ def test_a_freed_factor_is_never_taken_for_its_successor():
     module, x = layer().eval(), torch.randn(3, 6)
     place = bytearray(2 * 6 * 4)
     for index in range(20):
-        del module.lora_A
-        torch.frombuffer(place, dtype=torch.float32).copy_(torch.linspace(-1, 1 + index, 12))
+        place[:] = struct.pack("12f", *(index + i / 7 for i in range(12)))
+        del module.lora_A  # and nothing is allocated in between
         module.lora_A = nn.Parameter(torch.frombuffer(place, dtype=torch.float32).view(2, 6))
-        delta = module.weight + module.scaling * module.lora_B @ module.lora_A
-        expected = F.linear(x, delta) * (module.lora_magnitude_vector / delta.norm(dim=1)) + module.bias
-        del delta
         with torch.no_grad():
-            torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+            y = module(x)
+            delta = module.weight + module.scaling * module.lora_B @ module.lora_A
+            expected = F.linear(x, delta) * (module.lora_magnitude_vector / delta.norm(dim=1)) + module.bias
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
 
 
 # The layer
