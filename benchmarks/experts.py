@@ -3,8 +3,9 @@
 The experts module is transformers' own for Qwen3-MoE, in float32: a quarter of the experts, of the widths and of the
 tokens of 128 experts x 2048 x 768 with 4096 tokens, so that an expert has as many rows. Stock PEFT runs over
 transformers' default, torch's grouped product; over its eager loop, PEFT's backward would fill a gradient of all
-experts' weights once an expert. All ways are checked against float64 before they are timed, and take turns in
-one run, by the CPU time of one thread; the first of them runs twice, so that the noise stands beside the ratios. Writes results/experts.*.
+experts' weights once an expert. All ways are checked against float64 before they are timed, and take turns in one run,
+by the CPU time of one thread; the first of them runs twice, so that the noise stands beside the ratios. Writes
+results/experts.*.
 """
 
 import copy
