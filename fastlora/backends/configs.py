@@ -40,11 +40,12 @@ class TileConfig:
 
 
 # Each table runs from the largest tile to the smallest. Those for a large rank serve ranks above FUSED_RANK, where
-# gradient tiles need more registers; "unaligned" ones tensors whose rows do not start on 16 bytes, where addresses do;
-# those for few rows, FEW_ROWS at most. A run of training meets any number of rows, and a tile is three kernels to
-# compile (forward with dropout and without, backward), the largest six: so there are three tiles. By the schedule model
-# Llama-8B's layers take, on average over 40 to 2048 rows, no longer than with three smaller ones besides, but up to
-# twice as long where at most 128 rows meet 1024 columns.
+# gradient tiles need more registers; "unaligned" ones tensors whose rows do not start on 16 bytes, where addresses do,
+# or sizes that are no multiples of 16, which Triton compiles as if rows did not; those for few rows, FEW_ROWS at most.
+# A run of training meets any number of rows, and a tile is three kernels to compile (forward with dropout and without,
+# backward), the largest six: so there are three tiles. By the schedule model Llama-8B's layers take, on average over 40
+# to 2048 rows, no longer than with three smaller ones besides, but up to twice as long where at most 128 rows meet 1024
+# columns.
 # GROUP_M = 8 comes from benchmarks/results/schedule.md. The other figures compile without a spill; what was tuned on a
 # device goes into tuned/, and nothing is there yet.
 TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
@@ -151,7 +152,7 @@ def table_for(arch: int, rank: int, element_size: int, aligned: bool, few_rows: 
     Args:
         rank: of the adapter.
         element_size: bytes of one element of x.
-        aligned: whether every operand's rows start on 16 bytes.
+        aligned: whether every operand's rows start on 16 bytes, and are multiples of 16 elements.
         few_rows: whether a forward without dropout has FEW_ROWS rows at most.
     """
     if element_size == 4:
@@ -187,7 +188,7 @@ def choose_config(
         m, n, k, r: tokens, out_features, in_features, rank.
         arch, n_sms: compute capability (90 for 9.0) and multiprocessors of the GPU.
         element_size: bytes of one element of x.
-        aligned: whether every operand's rows start on 16 bytes.
+        aligned: whether every operand's rows start on 16 bytes, and are multiples of 16 elements.
         dropout: whether the call drops elements of x.
     """
     columns = n if direction == "forward" else k

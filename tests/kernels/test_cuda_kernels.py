@@ -15,10 +15,12 @@ from tests.support import launches, numerics
 from tests.support.cuda_checks import (
     ALL,
     EVERY_KERNEL,
+    GROUPED,
     LARGE,
     MEDIUM,
     SMALL,
     SUBSETS,
+    check_group,
     check_integers,
     check_needs,
     describe,
@@ -45,6 +47,11 @@ def test_integers_are_exact(poisoned, tile, dropout, rank):
 )
 def test_fp16_integers_are_exact(poisoned, tile, dropout, rank):
     check_integers(tile, dropout, rank, SCHEDULES[2], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("number, layer", enumerate(GROUPED), ids=("128x256-16", "128x256-8", "128x128", "64x128"))
+def test_groups_as_long_as_shipped(poisoned, number, layer):
+    check_group(*layer, SCHEDULES[number % len(SCHEDULES)])
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))

@@ -1,14 +1,17 @@
 """The one-launch protocol of the CUDA kernels: the same bits under every schedule, a workspace that cleans itself, and
 seeded bugs, each of which the emulator or a comparison finds."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
 from tests.emulator import EmulatorError
 from tests.support import launches, numerics
 from tests.support.cuda_bugs import SEEDED_BUGS, check_seeded
-from tests.support.cuda_checks import ALL, FUSED, LARGE, LAYERS, check_schedules, needs_kernels
+from tests.support.cuda_checks import ALL, FUSED, LARGE, LAYERS, SMALL, check_schedules, is_clean, needs_kernels
 from tests.support.cuda_emulation import SCHEDULES, emulated
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace")]
@@ -56,6 +59,21 @@ def test_workspaces_of_two_streams_do_not_meet(poisoned, monkeypatch):
         for (y, _), gradients in zip(forward, backward, strict=True):
             numerics.assert_exact({"y": y, **gradients._asdict()}, case)
     assert len({buffer.data_ptr() for buffer in used}) == 2 and not any(buffer.any() for buffer in used)
+
+
+def test_a_workspace_longer_than_one_pass_of_its_clearing(poisoned):
+    """Of 384 threads, a word each."""
+    case = numerics.draw_integer_case(64 * 800 + 13, 24, 64, 8, torch.bfloat16)
+    tile = replace(SMALL, splits=1)
+    c = case
+    for options in SCHEDULES[1:3]:
+        with emulated(options):
+            y, _ = launches.forward(
+                cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, 0.0, None, tile=tile, ctas=6
+            )
+        assert is_clean(), "the workspace was left dirty"
+        assert max(buffer.numel() for buffer in workspace._by_stream.values()) > 4 * 384
+        numerics.assert_exact({"y": y}, case)
 
 
 @pytest.mark.parametrize("name", SEEDED_BUGS)

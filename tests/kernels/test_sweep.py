@@ -50,18 +50,15 @@ def test_cuda_kernels_at_random_sizes(seed):
     )
 
 
-@pytest.mark.parametrize("dropout_p", (0.0, 0.2))
-@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number, uneven", list(triton.shipped()))
-def test_every_triton_tile_under_every_schedule(arch, config, rank, dtype, aligned, number, uneven, dropout_p):
-    tail = 8 if uneven else 16
-    m, n, k = 2 * config.block_m + tail + uneven, config.block_n + tail, 2 * max(config.block_n, config.block_k) + tail
-    if not aligned:
-        n, k = n + 1, k + 3
-    case = numerics.draw_case(m, n, k, rank - 8 * (number % 2), dtype, dropout_p=dropout_p)
+@pytest.mark.parametrize("tile", list(triton.shipped()))
+def test_every_triton_tile_under_every_schedule(tile):
+    config, tail = tile.config, tile.multiple
+    m, n, k = 2 * config.block_m + 13, config.block_n + tail, 2 * max(config.block_n, config.block_k) + 3 * tail
+    case = numerics.draw_case(m, n, k, tile.rank - 8, tile.dtype, dropout_p=tile.dropout_p)
     first = None
     for options in triton.SCHEDULES:
-        results, _ = triton.run(case, config, arch, options)
-        numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)
+        results, _ = triton.run(case, config, tile.arch, options, None if tile.forward_only else triton.ALL)
+        numerics.assert_accurate(results, case, against_eager=tile.dtype != torch.float32)
         first = first or results
         assert all(torch.equal(results[name], first[name]) for name in first), "the bits depend on the schedule"
 
@@ -70,11 +67,12 @@ def test_every_triton_tile_under_every_schedule(arch, config, rank, dtype, align
 def test_triton_kernels_at_random_sizes(seed):
     """A shipped tile or a small one, in row groups of any length, at sizes of more steps than pipelines have stages."""
     generator = random.Random(seed)
-    arch, tile, top_rank, dtype, aligned, *_ = generator.choice(list(triton.shipped())).values
-    config = generator.choice((tile, triton.SMALL[arch])) if top_rank == FUSED_RANK and dtype.itemsize == 2 else tile
+    (tile,) = generator.choice([each for each in triton.shipped() if not each.values[0].forward_only]).values
+    arch, config, top_rank, dtype = tile.arch, tile.config, tile.rank, tile.dtype
+    if top_rank == FUSED_RANK and dtype.itemsize == 2:
+        config = generator.choice((config, triton.SMALL[arch]))
     config = replace(config, group_m=generator.choice((1, 2, 8)), fused=generator.random() < 0.5 or dtype.itemsize == 4)
-    multiple = 8 if aligned else 1
-    sizes = generator.randrange(1, 400), *(multiple * generator.randrange(1, 500 // multiple) for _ in "NK")
+    sizes = generator.randrange(1, 400), *(tile.multiple * generator.randrange(1, 500 // tile.multiple) for _ in "NK")
     rank = generator.choice([r for r in (1, 3, 8, 16, 40, FUSED_RANK, 72, 128, 256) if r <= top_rank])
     adapter_dtype = generator.choice((dtype, torch.float32))
     dropout_p = generator.choice((0.0, 0.3))

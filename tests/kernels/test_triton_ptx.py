@@ -3,16 +3,20 @@ detects races, missing waits and fences, accesses out of bounds, reads of what n
 
 import dataclasses
 import itertools
+from functools import partial
 
 import pytest
 import torch
 
+from fastlora.backends import workspace
+from fastlora.backends.configs import TILE_TABLES
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
 from tests.support import numerics
+from tests.support.compile_gate import assert_fits, expected_instruction
 from tests.support.triton_checks import (
     ARCHITECTURES,
-    DROPPED_SIZES,
+    DROPPED,
     INTEGER_SIZES,
     LONG,
     SCHEDULES,
@@ -37,9 +41,8 @@ def test_integers_are_exact_under_every_schedule(arch, sizes):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("sizes", DROPPED_SIZES, ids=str)
-def test_dropout_and_ranks(arch, dtype, sizes):
+@pytest.mark.parametrize("sizes, dtype", DROPPED, ids=str)
+def test_dropout_and_ranks(arch, sizes, dtype):
     check_dropout(sizes, dtype, arch)
 
 
@@ -81,8 +84,12 @@ def test_results_are_the_same_bits_under_every_schedule():
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
 def test_only_the_gradients_asked_for(needs, arch):
+    """On sm_90 by a tile that is shipped: each is a kernel of its own, which must fit as well."""
     case = numerics.draw_integer_case(264, 48, 48, 8, torch.bfloat16)
-    results, _ = run(case, SMALL[arch], arch, SCHEDULES[3], needs)
+    config = TILE_TABLES["hopper"][1] if arch == 90 else SMALL[arch]
+    instruction = expected_instruction(arch, config, torch.bfloat16)
+    fits = partial(assert_fits, arch=arch, instruction=instruction) if arch == 90 else None
+    results, _ = run(case, config, arch, SCHEDULES[3], needs, on_kernel=fits)
     assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
     numerics.assert_exact(results, case)
 
@@ -122,6 +129,17 @@ def test_workspaces_of_two_streams_do_not_meet(monkeypatch):
     assert len({buffer.data_ptr() for buffer in used}) == 2 and not any(buffer.any() for buffer in used)
 
 
-@pytest.mark.parametrize("arch, config, rank, dtype, aligned, number, uneven", list(shipped()))
-def test_shipped_configurations(arch, config, rank, dtype, aligned, number, uneven):
-    check_shipped(arch, config, rank, dtype, aligned, number, uneven)
+def test_a_workspace_longer_than_one_pass_of_its_clearing():
+    config = dataclasses.replace(SMALL[80], block_m=16)
+    case = numerics.draw_integer_case(16 * 1050 + 13, 24, 32, 8, torch.bfloat16)
+    for options in SCHEDULES[:2]:
+        results, _ = run(case, config, 80, options, needs=None)  # which finds a word that was left
+        assert max(buffer.numel() for buffer in workspace._by_stream.values()) > 2 * 1024
+        numerics.assert_exact(results, case)
+
+
+@pytest.mark.parametrize("tile", list(shipped()))
+def test_shipped_configurations(tile):
+    """They fit a GPU as well."""
+    instruction = expected_instruction(tile.arch, tile.config, tile.dtype)
+    check_shipped(tile, on_kernel=partial(assert_fits, arch=tile.arch, instruction=instruction))

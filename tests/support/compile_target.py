@@ -8,17 +8,18 @@ import subprocess
 import tempfile
 import types
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
-from triton.backends.nvidia.compiler import get_ptxas
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 
 SHARED_MEMORY = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a block may use
 TENSOR_MEMORY_COLUMNS = 512
@@ -38,8 +39,8 @@ class Launch:
 class _CompileOnlyDriver(DriverBase):
     """Answers for a device of compute capability ``arch``, collects the launches and hands each to ``on_launch``."""
 
-    def __init__(self, arch: int):
-        self.arch = arch
+    def __init__(self, arch: int, assembles: bool):
+        self.arch, self.assembles = arch, assembles
         self.launched: list[Launch] = []
         self.on_launch: Callable[[Launch], None] | None = None
         facts = {
@@ -57,7 +58,7 @@ class _CompileOnlyDriver(DriverBase):
                 self.source, self.metadata = source, metadata
 
             def __call__(self, grid_x, grid_y, grid_z, stream, function, packed, metadata, on_enter, on_exit, *args):
-                kernel = next(k for k in compiled_kernels(self.source.fn, driver.arch) if k.function is function)
+                kernel = next(k for k in compiled_kernels(self.source.fn, driver.device) if k.function is function)
                 named = zip(self.source.fn.arg_names, args, strict=True)
                 runtime = {name: a for name, a in named if self.source.signature[name] != "constexpr"}
                 driver.launched.append(Launch(kernel, (grid_x, grid_y, grid_z), runtime))
@@ -74,7 +75,12 @@ class _CompileOnlyDriver(DriverBase):
         return GPUTarget("cuda", self.arch, 32)
 
     def get_current_device(self):
-        return self.arch  # Triton caches compiled kernels by device, so each architecture is a device of its own
+        return self.device
+
+    @property
+    def device(self) -> int:
+        """Triton caches compiled kernels by device: each architecture is one, and with PTX alone another."""
+        return self.arch if self.assembles else -self.arch
 
     def get_current_stream(self, device=None):
         return 0
@@ -105,29 +111,46 @@ class Resources:
 
 
 @cache
-def _driver(arch: int) -> _CompileOnlyDriver:
+def _driver(arch: int, assembles: bool) -> _CompileOnlyDriver:
     """One for each architecture, for compiled kernels keep the driver they were compiled under."""
-    return _CompileOnlyDriver(arch)
+    return _CompileOnlyDriver(arch, assembles)
 
 
 @contextmanager
-def compile_for(arch: int, on_launch: Callable[[Launch], None] | None = None):
+def compile_for(arch: int, on_launch: Callable[[Launch], None] | None = None, assembles: bool = True):
     """Within it, kernels compile for ``arch``; yields a driver whose ``launched`` lists the launches asked for.
-    ``on_launch`` may run each in its own way."""
-    driver = _driver(arch)
+
+    Args:
+        arch: compute capability (90 for 9.0).
+        on_launch: may run each launch in its own way.
+        assembles: whether PTX is assembled, which is a sixth of the time; kernels have an empty cubin without.
+    """
+    driver = _driver(arch, assembles)
     driver.launched, driver.on_launch = [], on_launch
     config = triton.runtime.driver
     saved = config._active  # None where no GPU has been asked for yet; reset_active() would insist on one
     config.set_active(driver)
     try:
-        yield driver
+        with nullcontext() if assembles else _no_assembler():
+            yield driver
     finally:
         config._active = saved
 
 
-def compiled_kernels(kernel, arch: int) -> list:
-    """Every variant of a @triton.jit kernel compiled for ``arch`` so far, oldest first."""
-    return list(kernel.device_caches[arch][0].values())
+@contextmanager
+def _no_assembler():
+    """The hash is part of the key of the cache on disk, where no kernel without a cubin may pass for a whole one."""
+    whole = CUDABackend.hash
+    with (
+        mock.patch.object(CUDABackend, "make_cubin", lambda *args: b""),
+        mock.patch.object(CUDABackend, "hash", lambda backend: f"{whole(backend)}-ptx"),
+    ):
+        yield
+
+
+def compiled_kernels(kernel, device: int) -> list:
+    """Every variant of a @triton.jit kernel compiled for a device so far, oldest first."""
+    return list(kernel.device_caches[device][0].values())
 
 
 def remarks(compiled, arch: int) -> list[str]:

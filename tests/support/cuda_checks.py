@@ -120,10 +120,10 @@ def describe(value) -> str:
 
 
 def check_integers(
-    tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of, dtype=torch.bfloat16
+    tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of, dtype=torch.bfloat16, m=None
 ):
     """Row blocks, columns, steps and ranks all end in tails; several groups make partial sums of the gradients."""
-    m = {256: 600, 128: 280}[tile.block_n] if tile.block_m == 128 else 136
+    m = m or ({256: 600, 128: 280}[tile.block_n] if tile.block_m == 128 else 136)
     draw = draw_dropped_integers if dropout else numerics.draw_integer_case
     case = draw(m, 328, 392, rank, dtype)
     with emulated(options, ptx) as launch:
@@ -134,6 +134,20 @@ def check_integers(
         dropped = dropped * keep_mask(case.seed, case.dropout_p, *case.x.shape) * 2
     assert torch.equal(s.double(), split_scaling(case.scaling, dtype).in_s * dropped @ case.lora_a.double().t())
     assert len(launch.stats) == 2, "one launch each way"
+
+
+# Every tile in groups as long as those that are shipped (fastlora.backends.cuda.tiles.group_size).
+GROUPED = (
+    (replace(LARGE, group_m=16, gradients_last=True), False, 16),
+    (replace(LARGE, group_m=8, fused=True), True, 64),
+    (replace(MEDIUM, group_m=8, fused=True), False, 40),
+    (replace(SMALL, group_m=8), True, 16),
+)
+
+
+def check_group(tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of):
+    """A whole group, and a ragged one behind it whose last row block has a tail."""
+    check_integers(tile, dropout, rank, options, ptx, m=(tile.group_m + 2) * tile.block_m + 13)
 
 
 def schedule_of(*layer) -> LaunchOptions:

@@ -89,6 +89,11 @@ def _checks() -> tuple[tuple[str, Callable], ...]:
         limited = tuple(replace(options, timeout_s=LAUNCH_LIMIT_S) for options in cuda_checks.SCHEDULES)
         return name, functools.partial(cuda_checks.check_schedules, tile, sizes, dropout_p, schedules=limited)
 
+    def grouped(layer):
+        options = replace(cuda_checks.SCHEDULES[0], timeout_s=2 * LAUNCH_LIMIT_S)
+        name = f"groups {cuda_checks.describe(layer[0])} of {layer[0].group_m}"
+        return name, functools.partial(cuda_checks.check_group, *layer, options)
+
     named = [integers(layer) for layer in layers]
     named += [
         ("gradients " + "+".join(name for name, wanted in needs._asdict().items() if wanted),
@@ -99,4 +104,4 @@ def _checks() -> tuple[tuple[str, Callable], ...]:
     masked = (cuda_checks.SMALL, 16), (large, 16)
     named += [(f"masks {tile.block_m}x{tile.block_n}", functools.partial(cuda_checks.check_masks, tile, rank))
               for tile, rank in masked]  # fmt: skip
-    return tuple(named)
+    return (*named, *map(grouped, cuda_checks.GROUPED))

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
-import torch
 import triton
 
 from tests.support import mutants, python_mutations
@@ -56,23 +55,22 @@ def _checks() -> tuple[tuple[str, Callable], ...]:
     def integers(sizes, arch):
         return f"sm_{arch} integers {sizes}", functools.partial(checks.check_integers, sizes, arch, schedules=limited)
 
-    def dropped(sizes, arch, dtype=torch.bfloat16):
+    def dropped(sizes, dtype, arch):
         check = functools.partial(checks.check_dropout, sizes, dtype, arch, schedules=limited[2:4])
         return f"sm_{arch} dropout {sizes} {dtype}", check
 
     first = [
-        integers((264, 136, 200, 8), 80), dropped((139, 136, 200, 40), 80), integers(checks.FUSED_SIZES[0], 90),
-        integers(checks.SEPARATE_SIZES[0], 80), dropped(checks.MASKED_SIZES[0], 90),
+        integers((264, 136, 200, 8), 80), dropped(*checks.DROPPED[4], 80), integers(checks.FUSED_SIZES[0], 90),
+        integers(checks.SEPARATE_SIZES[0], 80), dropped(*checks.DROPPED[0], 90),
         ("sm_80 float16 range", functools.partial(checks.check_float16_range, 3000.3, 0.3, 80)),
         ("sm_90 infinities", functools.partial(checks.check_infinities, 90)),
     ]  # fmt: skip
-    dtypes = (torch.bfloat16, torch.float16)
     rest = [
         each
         for arch in checks.ARCHITECTURES
         for each in (
             *(integers(sizes, arch) for sizes in checks.INTEGER_SIZES),
-            *(dropped(sizes, arch, dtype) for sizes in checks.DROPPED_SIZES for dtype in dtypes),
+            *(dropped(sizes, dtype, arch) for sizes, dtype in checks.DROPPED),
         )
     ]
     known = {name for name, _ in first}

@@ -3,6 +3,7 @@ the search for planted defects have in common."""
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -45,6 +46,7 @@ UNEVEN_SIZES = ((264, 136, 200, 8), (264, 136, 200, 72), (130, 40, 64, 16), (97,
 INTEGER_SIZES = (*FUSED_SIZES, *SEPARATE_SIZES, *UNEVEN_SIZES)
 MASKED_SIZES = tuple((*size, 16) for size in LONG)
 DROPPED_SIZES = (*MASKED_SIZES, *((139, 136, 200, r) for r in (1, 40, 200, 256)))
+DROPPED = tuple(zip(DROPPED_SIZES, itertools.cycle((torch.bfloat16, torch.float16))))
 
 
 def run(
@@ -56,29 +58,32 @@ def run(
     kernels=triton_lora,
     edit_ptx=None,
     only=None,
+    on_kernel=None,
 ):
     """Forward and backward of one layer by ``kernels``; its results, and the counters of the launches.
 
     The device has few multiprocessors, so that a wave of the queue is shorter than a row group.
 
+    needs: None: there is no backward.
     only: "forward" or "backward", the one launch that ``edit_ptx`` changes. The other is spared: an edited backward
     gets the S that an unedited forward makes, and after an edited forward a backward would show no more than whether
     its bits are an unedited one's.
+    on_kernel: gets each compiled kernel, assembled as well.
     """
     c = case
-    needs = needs._replace(dbias=needs.dbias and c.bias is not None)
+    needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
     device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
     if kernels is not triton_lora:  # what a mutant compiles to need not be covered
         edit_ptx = edit_ptx or str
     results: dict[str, torch.Tensor] = {}
     unedited = _unedited_forward(case, config, arch) if only else None
-    with device, emulated(arch, options, edit_ptx) as stats:
+    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
         y, s = unedited if only == "backward" else launches.forward(kernels, *_forward_operands(c), config=config)
-        if only != "forward":
+        if needs and only != "forward":
             backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)
             gradients = launches.backward(kernels, *backward_args, config=config)
             results = {n: g for n, g in gradients._asdict().items() if g is not None}
-    assert len(stats) == (1 if only else 2), "one launch each way"
+    assert len(stats) == (1 if only or not needs else 2), "one launch each way"
     assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
     if only == "forward":
         assert all(map(torch.equal, (y, s), unedited)), "Y or S has other bits"
@@ -132,44 +137,58 @@ def check_infinities(arch: int, **altered):
     assert dbias[3] > 0 > dbias[40]
 
 
+class Shipped(NamedTuple):
+    """A tile of the tables, and what it runs on here."""
+
+    arch: int
+    config: TileConfig
+    rank: int
+    dtype: torch.dtype
+    multiple: int  # of N and K: 16, as those of a model's layers; 8, of which rows start on 16 bytes; 1
+    dropout_p: float
+    forward_only: bool
+
+
 def shipped():
-    """Each tile once, though two tables may have it."""
+    """Each tile once, though two tables may have it. With dropout, which takes the most registers, both ways to make S
+    where either may be chosen; and without. What serves other sizes besides meets them without dropout."""
     seen = set()
     for arch, (name, table) in itertools.product(ARCHITECTURES, TILE_TABLES.items()):
         rank = 256 if name.endswith(" large-rank") else FUSED_RANK
         dtype = torch.float32 if name.startswith("float32") else torch.bfloat16
-        aligned = not name.startswith("unaligned")
-        if table_for(arch, rank, dtype.itemsize, aligned, name.endswith(" few rows")) != name:
+        aligned, few_rows = not name.startswith("unaligned"), name.endswith(" few rows")
+        if table_for(arch, rank, dtype.itemsize, aligned, few_rows) != name:
             continue
         makes_s = (False,) if rank > FUSED_RANK else (True,) if dtype == torch.float32 else (True, False)
-        for (number, config), fused, uneven in itertools.product(enumerate(table), makes_s, (False, True)):
-            if (uneven and not fused and len(makes_s) == 2) or not (uneven or aligned):
-                continue  # every tile at even sizes, and once at uneven ones
-            label = f"sm_{arch}-{name}-{config.block_m}x{config.block_n}x{config.block_k}"
-            label += "-separate" * (not fused) + "-uneven" * uneven
-            config = dataclasses.replace(config, fused=fused)
-            tile = (arch, config, rank, dtype, aligned, uneven)
-            if tile in seen:
+        size = 16 if aligned else 1
+        with_dropout = [(fused, size, 0.0 if few_rows else 0.2) for fused in makes_s]
+        without = [] if few_rows else [(makes_s[0], 16 if aligned and dtype != torch.float32 else 8, 0.0)]
+        for config, (fused, multiple, dropout_p) in itertools.product(table, (*with_dropout, *without)):
+            tile = (arch, config, fused, rank, dtype, multiple)
+            if (*tile, dropout_p) in seen or (*tile, 0.2) in seen and few_rows:
                 continue
-            seen.add(tile)
-            yield pytest.param(arch, config, rank, dtype, aligned, number + (not fused), uneven, id=label)
+            seen.add((*tile, dropout_p))
+            label = f"sm_{arch}-{name}-{config.block_m}x{config.block_n}x{config.block_k}"
+            label += "-separate" * (not fused) + "-dropout" * (dropout_p > 0.0)
+            config = dataclasses.replace(config, fused=fused)
+            yield pytest.param(Shipped(arch, config, rank, dtype, multiple, dropout_p, few_rows), id=label)
 
 
-def check_shipped(arch, config, rank, dtype, aligned, number, uneven, **altered):
-    """The very tile of the tables, on a problem of a few, in more steps than its pipelines have stages. Half of the
-    tiles in row groups of one block, so that gradients are sums over several parts."""
-    config = config if config.fused else dataclasses.replace(config, group_m=1)
-    steps = config.num_stages + 1
-    tail = 8 if uneven else 16
-    m = max(config.block_m, steps * config.gradient_m) + tail + uneven
-    n = k = max(config.block_n, steps * config.block_k) + tail
-    if not aligned:
-        n, k = n + 1, k + 3
-    dropout_p = 0.2 * ((number + uneven) % 2)
-    case = numerics.draw_case(m, n, k, rank - 8 * uneven, dtype, dropout_p=dropout_p)
-    results, stats = run(case, config, arch, SCHEDULES[1 + number % 4], **altered)
+def check_shipped(tile: Shipped, **altered):
+    """In more steps than the tile's pipelines have stages, and more columns than one; with dropout in more row blocks
+    than one of its groups has, so that there is a ragged group behind a whole one."""
+    config, steps = tile.config, tile.config.num_stages + 1
+    n_rows = config.group_m + 2 if tile.dropout_p > 0.0 else 1
+    m = max(n_rows * config.block_m, steps * config.gradient_m) + 13
+    n = k = max(steps, config.block_n // config.block_k + 1) * config.block_k
+    if tile.multiple < 16:
+        n, k = n + tile.multiple, k + 3 * tile.multiple
+    case = numerics.draw_case(m, n, k, tile.rank - 16 * (tile.multiple == 8), tile.dtype, dropout_p=tile.dropout_p)
+    # All schedules take turns.
+    options = SCHEDULES[1 + (m + n + config.fused + (tile.dropout_p > 0.0)) % 4]
+    results, stats = run(case, config, tile.arch, options, None if tile.forward_only else ALL, **altered)
     # In float32 a thread sums in order, the CPU's eager product in blocks, with a smaller error.
-    numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)
-    if dtype != torch.float32:
-        used = stats[0].wgmma if arch == 90 and config.block_m >= 64 else stats[0].mma
+    numerics.assert_accurate(results, case, against_eager=tile.dtype != torch.float32)
+    if tile.dtype != torch.float32:
+        used = stats[0].wgmma if tile.arch == 90 and config.block_m >= 64 else stats[0].mma
         assert used > 0, "not the matrix instruction that this tile is for"

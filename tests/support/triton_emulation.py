@@ -33,12 +33,26 @@ def _is_updated(name: str, launch: Launch) -> bool:
 
 
 @contextmanager
-def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx: Callable[[str], str] | None = None):
+def emulated(
+    arch: int,
+    options: LaunchOptions | None = None,
+    edit_ptx: Callable[[str], str] | None = None,
+    on_kernel: Callable[[Any], None] | None = None,
+):
     """Within it, a Triton launch on CPU tensors compiles for ``arch`` and runs in the emulator; yields the list of the
-    launches' counters. ``edit_ptx`` may plant a defect; without it, every instruction must have a conformance case."""
+    launches' counters.
+
+    Args:
+        arch: compute capability (90 for 9.0).
+        options: how the emulator runs.
+        edit_ptx: may plant a defect; without it, every instruction must have a conformance case.
+        on_kernel: gets each launch's compiled kernel, assembled as well, before it runs.
+    """
     stats = []
 
     def run(launch: Launch) -> None:
+        if on_kernel is not None:
+            on_kernel(launch.kernel)
         metadata = launch.kernel.metadata
         descriptors = iter(getattr(metadata, "tensordesc_meta", None) or ())
         args: dict[str, Any] = {}
@@ -70,5 +84,5 @@ def emulated(arch: int, options: LaunchOptions | None = None, edit_ptx: Callable
             )
         )
 
-    with compile_for(arch, run):
+    with compile_for(arch, run, assembles=on_kernel is not None):
         yield stats

@@ -88,7 +88,7 @@ def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
 
 def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
     """What ``fastlora tune`` found on this GPU, else the tables' choice."""
-    aligned = spec.aligned.act and spec.aligned.weight
+    aligned = spec.aligned.act and spec.aligned.weight and _has_wide_loads(spec)
     if aligned:
         tuned = tuned_config(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout)
         if tuned is not None:
@@ -97,6 +97,14 @@ def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
         spec.direction, *spec.sizes,
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
     )  # fmt: skip
+
+
+def _has_wide_loads(spec: LaunchSpec) -> bool:
+    """Whether Triton knows that rows start where a wide load may: from sizes and strides that are multiples of 16. Else
+    the large tiles spill, and on sm_80 no load is asynchronous."""
+    strides = spec.row_strides
+    numbers = (spec.sizes.n, spec.sizes.k, strides.act, strides.weight, strides.saved_x)
+    return all(number % 16 == 0 for number in numbers)
 
 
 def _ceil_div(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes 3 µs
