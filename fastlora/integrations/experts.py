@@ -54,6 +54,8 @@ class Served:
         self.__config, self.factors, self.tenants, self.thread = config, factors, tenants, _thread()
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_Served__config":  # of a copy that has nothing yet
+            raise AttributeError(name)
         return getattr(self.__config, name)
 
 

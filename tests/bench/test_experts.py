@@ -14,8 +14,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 
 def test_every_way_is_right_and_measured():
-    rows = {row["way"]: row for row in experts.measure(TINY, rounds=2)}
-    assert len(rows) == 6 and all(row["median_us"] > 0 and row["rounds"] == 2 for row in rows.values())
+    rows = {row["way"]: row for row in experts.measure(TINY, seconds=0.0)}
+    assert len(rows) == 5 and all(row["median_us"] > 0 and row["rounds"] >= 5 for row in rows.values())
     weights = 8 * 3 * 12 * 16 * 4  # bytes of W, which ours neither copies nor saves
     assert rows[experts.STOCK]["saved_bytes"] > weights > rows[experts.OURS]["saved_bytes"]
     assert rows[experts.NOISE]["saved_bytes"] == rows[experts.STOCK]["saved_bytes"]
