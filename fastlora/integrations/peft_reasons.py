@@ -171,6 +171,8 @@ def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: 
         # bitsandbytes' layers compute in a dtype of their own, whatever autocast says.
         weight_dtype = weight_dtype if _is_4bit(parts.weight) else dtype
         adapter_dtype = adapter_dtype if adapter_dtype == torch.float32 else dtype
+    elif _has_torchaos_bias(parts) and parts.bias.dtype != dtype:
+        return f"{dtype} input, {parts.bias.dtype} bias"
     if dtype != weight_dtype and _is_4bit(parts.weight):
         return f"{dtype} input, compute dtype {weight_dtype}: set bnb_4bit_compute_dtype, or torch.autocast, to match"
     if dtype != weight_dtype or not (
@@ -178,6 +180,11 @@ def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: 
     ):
         return f"{dtype} input, {weight_dtype} base, {adapter_dtype} adapter"
     return None
+
+
+def _has_torchaos_bias(parts: Parts) -> bool:
+    """Whether a bias is added by torchao, whose formats differ in what they make of one in another dtype."""
+    return parts.bias is not None and isinstance(parts.weight, QuantisedWeight) and not parts.weight.is_4bit
 
 
 def _is_4bit(weight: Tensor | QuantisedWeight) -> bool:
