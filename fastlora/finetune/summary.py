@@ -18,7 +18,7 @@ def text(report: dict, agreement: Agreement | None, source: ModelSource, output:
     """The summary of a report (report.as_dict), in paragraphs."""
     parts = [
         _result(report),
-        _sample(report["merge"], report["settings"]["base_quant"]),
+        _sample(report["merge"], report["settings"].get("base_quant")),
         _cost(report, agreement),
         _memory(report),
         f"Wrote {output / ADAPTER}, {PICTURE} and {REPORT} beside it",

@@ -173,6 +173,8 @@ def _fused_forward(layer: Any, parts: Parts, x: Tensor) -> Tensor:
     if lora_bias is not None:
         side = lora_bias * scaling
         bias = (side if bias is None else bias + side).to(weight.dtype)
+    elif bias is not None and not isinstance(weight, Tensor) and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)  # as bitsandbytes does
     if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
         lora_b, scaling = lora_b * scaling, 1.0
     call = lora_linear_sharded if is_dtensor(weight) else lora_linear

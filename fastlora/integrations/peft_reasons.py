@@ -246,8 +246,13 @@ def input_reason(layer: Linear, parts: Parts, x: Tensor) -> str | None:
 def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: str) -> str | None:
     """Why an input of this dtype cannot be served fused, or None."""
     adapters = (parts.lora_a.dtype, parts.lora_b.dtype)
-    own_dtype = isinstance(parts.weight, QuantisedWeight) and parts.weight.is_4bit
-    return dtype_reason(layer, parts.weight.dtype, adapters, dtype, device_type, own_dtype)
+    weight, bias = parts.weight, parts.bias
+    is_4bit = isinstance(weight, QuantisedWeight) and weight.is_4bit
+    if isinstance(weight, QuantisedWeight) and not is_4bit and bias is not None and bias.dtype != dtype:
+        # torchao's formats differ in what they make of such a bias.
+        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+            return f"{dtype} input, {bias.dtype} bias"
+    return dtype_reason(layer, weight.dtype, adapters, dtype, device_type, own_dtype=is_4bit)
 
 
 def dtype_reason(

@@ -164,7 +164,7 @@ def report():
         "merge": merge,
         "parameters": {"share": 0.01},
         "threads": 1,
-        "settings": {"device": "cpu", "steps": 1, "model": None, "measure_full": False, "base_quant": None},
+        "settings": {"device": "cpu", "steps": 1, "model": None, "measure_full": False},
         "memory": {
             "measured_as": None,
             "full_finetuning_peak_bytes": None,

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora.heads import newly_drawn
 from fastlora.quantised_module import QuantisedLoRALinear
 from tests.support.quantised_models import FORMATS, bitsandbytes, decoded, quantise, quantise_model
+from tests.support.tiny_llama import make_llama
 
 
 def make(name="nf4 nested", dtype=torch.float32, **options):
@@ -97,6 +99,15 @@ def test_copies_and_pickles():
     model, x = injected(), torch.randn(5, 18)
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(clone(x), model(x)) and repr(clone) == repr(model)
+
+
+def test_a_quantised_weight_is_not_taken_for_a_newly_drawn_one():
+    """torchao's weight is a new parameter, without the mark that from_pretrained leaves."""
+    model = make_llama()
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    fastlora.inject(quantise_model(model, "int8"), "all-linear")
+    assert list(newly_drawn(model)) == []
 
 
 def test_merging_is_refused_and_changes_nothing():

@@ -145,6 +145,20 @@ def test_autocast_with_the_dtypes_of_stock(name):
     assert not fallbacks()
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_bias_of_another_dtype(name):
+    """bitsandbytes casts it, torchao's int8 adds it as it is, its float8 returns what comes of that."""
+    stock, fused = make_pair(name, torch.bfloat16)
+    x = torch.randn(5, 18, dtype=torch.bfloat16)
+    for model in (stock, fused):
+        layer_of(model).base_layer.bias.data = torch.randn(18, generator=torch.Generator().manual_seed(0))
+    wanted, got = layer_of(stock)(x), layer_of(fused)(x)
+    assert got.dtype == wanted.dtype
+    assert (got - wanted).abs().max() <= 64 * torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+    reason = "torch.bfloat16 input, torch.float32 bias"
+    assert fallbacks() == ({} if name in FOUR_BIT else {reason: 1})
+
+
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_dropout_is_the_projects_own_mask(name):
     stock, fused = make_pair(name, lora_dropout=0.5)
