@@ -261,8 +261,9 @@ def test_nothing_is_kept_where_a_change_would_not_be_seen(made, monkeypatch):
 def test_a_freed_factor_is_never_taken_for_its_successor():
     """In the same place, with the same version."""
     module, x = layer().eval(), torch.randn(3, 6)
-    place = bytearray(2 * 6 * 4)
+    place, kept = bytearray(2 * 6 * 4), []
     for index in range(20):
+        kept += [torch.empty(1) for _ in range(50)]  # whatever else was freed is taken: what is freed next comes next
         place[:] = struct.pack("12f", *(index + i / 7 for i in range(12)))
         del module.lora_A  # and nothing is allocated in between
         module.lora_A = nn.Parameter(torch.frombuffer(place, dtype=torch.float32).view(2, 6))
