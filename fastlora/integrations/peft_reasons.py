@@ -110,43 +110,6 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
     return Parts(weight, bias, *factors, magnitude, adapter, stored)
 
 
-def dropout_of(layer: Linear, adapter: str) -> tuple[float, bool] | str:
-    """An adapter's dropout and whether it applies now, or why it cannot be fused."""
-    dropout = layer._modules["lora_dropout"]._modules[adapter]
-    if type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"lora_dropout is a {type(dropout).__name__}"
-    if _has_hooks(dropout):
-        return "hooks on lora_dropout"
-    return (dropout.p if type(dropout) is nn.Dropout else 0.0), dropout.training
-
-
-def base_reason(layer: Linear, *factors: tuple[str, nn.Module]) -> str | None:
-    """Why a layer's base, or its given factors by role, cannot be replaced by products with weights, or None."""
-    if layer.fan_in_fan_out:
-        return "fan_in_fan_out"
-    for role, linear in factors or (("base_layer", layer.base_layer),):
-        reason = _linear_reason(role, linear)
-        if reason is not None:
-            return reason
-        if not is_plain(linear.weight):
-            return f"{role} holds a {type(linear.weight).__name__}"
-    return None if factors or not layer.base_layer.weight.requires_grad else "the base weight trains"
-
-
-def segments_reason(
-    dtype: torch.dtype,
-    device: torch.device,
-    adapters: tuple[torch.dtype, torch.dtype],
-    sizes: tuple[int, int, int, int],
-) -> str | None:
-    """Why no backend serves rows in segments of an input of this dtype and of these sizes (M, N, K, R), or None."""
-    if device.type != "cuda":
-        return None
-    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    return why_no_backend(LaunchSpec("forward", Sizes(*sizes), dtype, adapters, device, branch="segments"))
-
-
 def _magnitude(layer: Linear, adapter: str) -> Tensor | str:
     """The magnitude [N] of a DoRA adapter, or the name of another variant, or why it cannot be served."""
     variant = type(layer.lora_variant[adapter])
@@ -248,10 +211,10 @@ def _dtype_reason(layer: Linear, parts: Parts, dtype: torch.dtype, device_type: 
     adapters = (parts.lora_a.dtype, parts.lora_b.dtype)
     weight, bias = parts.weight, parts.bias
     is_4bit = isinstance(weight, QuantisedWeight) and weight.is_4bit
-    if isinstance(weight, QuantisedWeight) and not is_4bit and bias is not None and bias.dtype != dtype:
-        # torchao's formats differ in what they make of such a bias.
-        if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-            return f"{dtype} input, {bias.dtype} bias"
+    by_torchao = isinstance(weight, QuantisedWeight) and not is_4bit
+    casts = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    if by_torchao and bias is not None and bias.dtype != dtype and not casts:
+        return f"{dtype} input, {bias.dtype} bias"  # torchao's formats differ in what they make of it
     return dtype_reason(layer, weight.dtype, adapters, dtype, device_type, own_dtype=is_4bit)
 
 
@@ -299,3 +262,40 @@ def _has_hooks(module: nn.Module) -> bool:
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is no subclass with a behaviour of its own."""
     return type(tensor) in _PLAIN_TENSORS or type(tensor).__name__ in _TRACING_TENSORS
+
+
+def dropout_of(layer: Linear, adapter: str) -> tuple[float, bool] | str:
+    """An adapter's dropout and whether it applies now, or why it cannot be fused."""
+    dropout = layer._modules["lora_dropout"]._modules[adapter]
+    if type(dropout) not in (nn.Dropout, nn.Identity):
+        return f"lora_dropout is a {type(dropout).__name__}"
+    if _has_hooks(dropout):
+        return "hooks on lora_dropout"
+    return (dropout.p if type(dropout) is nn.Dropout else 0.0), dropout.training
+
+
+def base_reason(layer: Linear, *factors: tuple[str, nn.Module]) -> str | None:
+    """Why a layer's base, or its given factors by role, cannot be replaced by products with weights, or None."""
+    if layer.fan_in_fan_out:
+        return "fan_in_fan_out"
+    for role, linear in factors or (("base_layer", layer.base_layer),):
+        reason = _linear_reason(role, linear)
+        if reason is not None:
+            return reason
+        if not is_plain(linear.weight):
+            return f"{role} holds a {type(linear.weight).__name__}"
+    return None if factors or not layer.base_layer.weight.requires_grad else "the base weight trains"
+
+
+def segments_reason(
+    dtype: torch.dtype,
+    device: torch.device,
+    adapters: tuple[torch.dtype, torch.dtype],
+    sizes: tuple[int, int, int, int],
+) -> str | None:
+    """Why no backend serves rows in segments of an input of this dtype and of these sizes (M, N, K, R), or None."""
+    if device.type != "cuda":
+        return None
+    if dtype != torch.float64 and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return why_no_backend(LaunchSpec("forward", Sizes(*sizes), dtype, adapters, device, branch="segments"))
