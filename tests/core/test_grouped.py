@@ -107,8 +107,10 @@ def test_nothing_of_a_skipped_adapter_gets_into_its_rows(backend):
     case = draw_case(lengths, 16, 24, 3, dtype=torch.bfloat16, **given)
     broken = changed(case, lora_a=case.lora_a.clone(), lora_b=case.lora_b.clone(), x=case.x.clone())
     broken.lora_a[0], broken.lora_b[0] = torch.nan, torch.inf  # of the rows 7 to 13; -1 has 5 and 6
+    broken.x[5, 0] = torch.inf  # nor does a product of it with the zeros of no adapter
     results, wanted = compute(broken, backend=backend), compute(case, backend=backend)
-    clean = [*range(7), *range(14, 19)]
+    assert results["y"][5].isinf().all()
+    clean = [*range(5), 6, *range(14, 19)]
     for name in ("y", "dx"):
         assert torch.equal(results[name][clean], wanted[name][clean])
         assert results[name][7:14].isnan().all()
