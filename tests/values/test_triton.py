@@ -17,6 +17,7 @@ ALL = Needs(True, True, True, True)
 # Tiles so small that a small problem has several row groups, columns, parts and slices, and no smaller: the
 # interpreter's time goes by operations, not by elements.
 SMALL = TileConfig(64, 64, 64, 1, 4, 2, gradient_m=64, gradient_n=64, slice_n=32)
+SUBSETS = [Needs(*bits) for bits in itertools.product((False, True), repeat=4) if any(bits)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -75,9 +76,7 @@ def test_integers_are_exact(m, n, k, r, dtype, addressing, device):
     numerics.assert_exact(run(case), case)
 
 
-@pytest.mark.parametrize(
-    "needs", [Needs(*bits) for bits in itertools.product((False, True), repeat=4) if any(bits)], ids=str
-)
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
 def test_only_the_gradients_asked_for(needs, device):
     case = numerics.draw_case(70, 40, 48, 6, torch.float16, dropout_p=0.2, device=device)
     results = run(case, needs)
@@ -157,13 +156,62 @@ def test_dropout_where_the_rank_is_not_padded(arch, block_m, dtype, monkeypatch,
     numerics.assert_accurate(run(case, config=dataclasses.replace(SMALL, block_m=block_m)), case)
 
 
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
 @pytest.mark.parametrize("m, n, k", [(0, 6, 7), (5, 0, 7), (5, 6, 0)])
-def test_empty_dimensions(m, n, k, device):
+def test_empty_dimensions(m, n, k, needs, device):
     case = numerics.draw_case(m, n, max(k, 1), 2, torch.float32, device=device)
     narrowed = {name: getattr(case, name)[:, :k] for name in ("x", "weight", "lora_a")}
     case = dataclasses.replace(case, **narrowed)
-    exact = numerics.compose(case)
-    assert all(torch.equal(result, exact[name]) for name, result in run(case).items())
+    exact, results = numerics.compose(case), run(case, needs)
+    assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
+    assert all(torch.equal(result, exact[name]) for name, result in results.items())
+
+
+@pytest.mark.parametrize("needs", [ALL, Needs(True, False, True, False), Needs(False, True, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "m, n, k, r", [(40, 8, 72, 40), (40, 72, 8, 40), (33, 16, 24, 72), (1, 1, 1, 64), (20, 5, 3, 100)]
+)
+def test_a_rank_above_n_or_k_or_both(m, n, k, r, needs, addressing, device):
+    case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
+    case = dataclasses.replace(case, **{f: v.to(device) for f, v in vars(case).items() if torch.is_tensor(v)})
+    numerics.assert_exact(run(case, needs), case)
+
+
+@pytest.mark.parametrize("elements", [1, 2, 4, 8], ids=lambda elements: f"{2 * elements} bytes")
+@pytest.mark.parametrize("names", [("x",), ("weight",), ("dy",), ("lora_a", "lora_b"), ("x", "weight", "dy", "bias")])
+def test_what_starts_on_fewer_bytes_than_16(names, elements, addressing, device):
+    """Rows as well as what they lie in; N and K are multiples of 16, so that only this may ask for narrow loads."""
+    case = numerics.draw_integer_case(40, 48, 64, 16, torch.bfloat16)
+    case = dataclasses.replace(case, **{f: v.to(device) for f, v in vars(case).items() if torch.is_tensor(v)})
+
+    def moved(tensor):
+        wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 2 * elements), float("nan"), dtype=tensor.dtype)
+        wide = wide.to(device)
+        wide[..., elements:-elements] = tensor
+        return wide[..., elements:-elements]
+
+    case = dataclasses.replace(case, **{name: moved(getattr(case, name)) for name in names})
+    assert all(getattr(case, name).data_ptr() % 16 == 2 * elements % 16 for name in names)
+    numerics.assert_exact(run(case), case)
+
+
+@pytest.mark.parametrize("scaling", [0.0, -0.7, -3.0])
+def test_scalings_below_zero_and_none_at_all(scaling, addressing, device):
+    case = dataclasses.replace(
+        numerics.draw_case(70, 40, 48, 6, torch.bfloat16, dropout_p=0.2, device=device), scaling=scaling
+    )
+    results = run(case)
+    numerics.assert_accurate(results, case)
+    if scaling == 0.0:
+        assert not results["da"].any() and not results["db"].any()
+
+
+def test_vectors_whose_elements_lie_apart(addressing, device):
+    case = numerics.draw_integer_case(40, 48, 64, 16, torch.bfloat16)
+    case = dataclasses.replace(case, **{f: v.to(device) for f, v in vars(case).items() if torch.is_tensor(v)})
+    apart = torch.stack((case.bias, torch.full_like(case.bias, float("nan"))), dim=-1)[..., 0]
+    assert apart.stride() == (2,)
+    numerics.assert_exact(run(dataclasses.replace(case, bias=apart)), case)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
