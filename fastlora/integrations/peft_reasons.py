@@ -65,7 +65,8 @@ def inspect(layer: Linear, linears: list[nn.Linear] | None = None, adapter: str 
     modules = layer._modules  # nn.Module's own lookup takes longer than all these checks
     lora_a = modules["lora_A"]._modules
     if adapter is None:
-        active = [name for name in layer.active_adapters if name in lora_a]
+        active = layer._active_adapter  # what PEFT's own property makes a list of at every look
+        active = [name for name in ((active,) if type(active) is str else active) if name in lora_a]
         if len(active) != 1:
             return _inspect_several(layer, active)
         (adapter,) = active
