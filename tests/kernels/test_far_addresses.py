@@ -9,12 +9,13 @@ import dataclasses
 import pytest
 import torch
 
+from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from tests.emulator import LaunchOptions
-from tests.support import cuda_checks, cuda_emulation, numerics
+from tests.support import cuda_checks, cuda_emulation, launches, numerics
 from tests.support.triton_checks import ARCHITECTURES, SMALL, needs_compiler, run
 from tests.support.triton_emulation import emulated
 
@@ -107,6 +108,47 @@ def test_outputs_of_triton(poisoned, monkeypatch, arch, backward):
     numerics.assert_exact({("dx" if backward else "y"): out[-rows:]}, dataclasses.replace(c, bias=None))
     down = (c.dy, c.lora_b) if backward else (c.x, c.lora_a.t())
     assert torch.equal(s[-rows:].double(), c.scaling * down[0].double() @ down[1].double())
+
+
+@cuda_checks.needs_kernels
+@pytest.mark.parametrize("backward", (False, True))
+def test_outputs_of_cuda(poisoned, monkeypatch, backward):
+    """Y and S, dX and dS: the last row block, of as many columns as one tile has."""
+    tile = dataclasses.replace(cuda_checks.SMALL, group_m=1, splits=1, fused=True)
+    columns, contracted, rank, rows = tile.block_n, 64, 64, tile.block_m
+    n, k = (contracted, columns) if backward else (columns, contracted)
+    case = numerics.draw_integer_case(rows, n, k, rank, torch.bfloat16)
+    m = FAR // min(columns, rank) + rows
+    c, big = case, with_last_rows(case.dy if backward else case.x, m)
+    shared = {"tile": tile, "ctas": 1}
+    workspaces = []
+
+    def borrow(n_words, device):
+        workspaces.append(torch.zeros(n_words, dtype=torch.int32))
+        workspaces[-1][0] = m // rows - 1  # the tiles before have been claimed
+        return workspaces[-1]
+
+    monkeypatch.setattr(cuda, "borrow_workspace", borrow)
+    with cuda_emulation.emulated(OPTIONS):
+        if backward:
+            args = (
+                big,
+                None,
+                c.weight,
+                c.lora_a,
+                c.lora_b,
+                None,
+                c.scaling,
+                0.0,
+                None,
+                Needs(True, False, False, False),
+            )
+            out = launches.backward(cuda, *args, **shared).dx
+        else:
+            out, s = launches.forward(cuda, big, c.weight, c.lora_a, c.lora_b, None, c.scaling, 0.0, None, **shared)
+            assert torch.equal(s[-rows:].double(), c.scaling * c.x.double() @ c.lora_a.double().t())
+    assert not workspaces[0].any()
+    numerics.assert_exact({("dx" if backward else "y"): out[-rows:]}, dataclasses.replace(c, bias=None))
 
 
 @needs_compiler
