@@ -73,8 +73,8 @@ def _integers(sizes, arch: int, schedules=triton.SCHEDULES):
     return functools.partial(triton.check_integers, sizes, arch, schedules=_limited(schedules))
 
 
-def _dropped(sizes, arch: int, schedules=triton.SCHEDULES[2:4]):
-    return functools.partial(triton.check_dropout, sizes, torch.bfloat16, arch, schedules=_limited(schedules))
+def _dropped(sizes, arch: int, schedules=triton.SCHEDULES[2:4], dtype=torch.bfloat16):
+    return functools.partial(triton.check_dropout, sizes, dtype, arch, schedules=_limited(schedules))
 
 
 def _limited(schedules):
@@ -105,7 +105,7 @@ def triton_deletions() -> list[Defect]:
         for arch in triton.ARCHITECTURES
         for each in (
             *((f"sm_{arch} integers {sizes}", _integers(sizes, arch)) for sizes in triton.INTEGER_SIZES),
-            *((f"sm_{arch} dropout {sizes}", _dropped(sizes, arch)) for sizes in triton.DROPPED_SIZES),
+            *((f"sm_{arch} dropout {sizes}", _dropped(sizes, arch, dtype=dtype)) for sizes, dtype in triton.DROPPED),
         )
     ]
     # The smallest tiles first: they are the quickest.
