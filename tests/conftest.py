@@ -3,12 +3,22 @@
 import signal
 
 import pytest
+import torch
 
 from tests.support.numerics import poison
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so every process that they start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def float32_precision():
+    """torchao allows TF32 for the whole process when it quantises a model."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    if torch.get_float32_matmul_precision() != before:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
     ),
     "unaligned large-rank": (
         TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
-        TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 32, 8, 8, 3, gradient_m=32, slice_n=32),  # with gradient_n=32, ptxas spills on sm_90
     ),
     # No height of 64: tcgen05 would take such a product in TF32, whatever precision is asked for (Triton 3.6).
     "float32": (
