@@ -58,8 +58,8 @@ def _forward(x: Tensor, weight: QuantisedWeight, *rest: Any) -> tuple[Tensor, Te
 def _backward(dy: Tensor, x: Tensor | None, weight: QuantisedWeight, *rest: Any) -> Gradients:
     """The gradients, differentiable ones where that is the ``reason`` that comes last."""
     *operands, needs, backend, reason = rest
-    # dX alone reads values of the weight; the rest needs its shape.
-    dense = _decoded(weight) if needs.dx else dy.new_empty(()).expand(weight.shape)
+    # dX alone reads values of the weight; the rest needs its shape. (An expanded scalar would be made contiguous.)
+    dense = _decoded(weight) if needs.dx else dy.new_empty(weight.shape)
     if reason is not None:
         return in_rows(differentiable_gradients, dy, x, dense, *operands, needs)
     return in_rows(lambda *args: dispatch.backward(args, needs, backend), dy, x, dense, *operands)
