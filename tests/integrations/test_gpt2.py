@@ -55,7 +55,10 @@ def test_two_active_adapters_autocast_merge_and_back():
     fastlora.reset_dispatch_counts()
     assert_same_training_step(stock, fused, forward=logits)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(logits(fused), logits(stock), rtol=0.1, atol=0.1)
+        ours, theirs = logits(fused).double(), logits(stock).double()
+    exact = logits(copy.deepcopy(stock).double())
+    allowed = 1.25 * (theirs - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max()
+    assert (ours - exact).abs().max() <= allowed
     assert not fallbacks()
     expected = logits(fused)
     fused.merge_adapter(), stock.merge_adapter()

@@ -18,6 +18,7 @@ from tests.support.peft_models import (  # noqa: E402
     IDS,
     Base,
     add_adapter,
+    assert_draws_the_projects_mask,
     assert_same_training_step,
     fallbacks,
     fused_calls,
@@ -77,20 +78,7 @@ def test_autocast(base):
 
 
 def test_dropout_is_fused_seeded_and_off_in_eval():
-    stock, fused = make_pair(lora_dropout=0.5)
-    torch.manual_seed(1)
-    first = fused(IDS)
-    torch.manual_seed(1)
-    assert torch.equal(fused(IDS), first) and not torch.equal(fused(IDS), first)
-    layer, x = layer_of(fused), torch.randn(5, 18)
-    base, (a, b) = layer.base_layer, (m["default"].weight for m in (layer.lora_A, layer.lora_B))
-    torch.manual_seed(2)
-    expected = fastlora.lora_linear(x, base.weight, a, b, layer.scaling["default"], base.bias, dropout_p=0.5)
-    torch.manual_seed(2)
-    assert torch.equal(layer(x), expected)
-    stock.eval(), fused.eval()
-    torch.testing.assert_close(fused(IDS), stock(IDS))
-    assert not fallbacks()
+    assert_draws_the_projects_mask(*make_pair(lora_dropout=0.5))
 
 
 def test_unpatch_gives_back_what_was_there():

@@ -18,6 +18,7 @@ from tests.support.peft_models import (  # noqa: E402
     IDS,
     Base,
     add_adapter,
+    assert_draws_the_projects_mask,
     assert_same_training_step,
     fallbacks,
     fused_calls,
@@ -161,20 +162,7 @@ def test_a_bias_of_another_dtype(name):
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_dropout_is_the_projects_own_mask(name):
-    stock, fused = make_pair(name, lora_dropout=0.5)
-    torch.manual_seed(1)
-    first = fused(IDS)
-    torch.manual_seed(1)
-    assert torch.equal(fused(IDS), first) and not torch.equal(fused(IDS), first)
-    layer, x = layer_of(fused), torch.randn(5, 18)
-    base, (a, b) = layer.base_layer, (m["default"].weight for m in (layer.lora_A, layer.lora_B))
-    torch.manual_seed(2)
-    expected = fastlora.lora_linear(x, base.weight, a, b, layer.scaling["default"], base.bias, dropout_p=0.5)
-    torch.manual_seed(2)
-    assert torch.equal(layer(x), expected)
-    stock.eval(), fused.eval()
-    torch.testing.assert_close(fused(IDS), stock(IDS))
-    assert not fallbacks()
+    assert_draws_the_projects_mask(*make_pair(name, lora_dropout=0.5))
 
 
 @pytest.mark.filterwarnings("ignore:Unmerge lora module", "ignore:Already unmerged")

@@ -15,6 +15,7 @@ from tests.support.peft_models import (  # noqa: E402
     IDS,
     Base,
     assert_same_training_step,
+    assert_trains_alike,
     fallbacks,
     fused_calls,
     make_pair,
@@ -40,23 +41,6 @@ def llama_pair(**config):
     patched = patch(fused)
     fastlora.reset_dispatch_counts()
     return stock, fused, patched
-
-
-def assert_trains_alike(stock, fused, make_optimizer, steps=3):
-    """The same parameters after some steps, and some of them moved."""
-    start = {name: p.detach().clone() for name, p in stock.named_parameters()}
-    for model in (stock, fused):
-        optimizer = make_optimizer(model)
-        for _ in range(steps):
-            optimizer.zero_grad()
-            model(IDS).pow(2).mean().backward()
-            optimizer.step()
-    moved = set()
-    for (name, got), wanted in zip(fused.named_parameters(), stock.parameters(), strict=True):
-        torch.testing.assert_close(got, wanted, msg=name, rtol=1e-4, atol=1e-5)
-        if not torch.equal(got, start[name]):
-            moved.add(name.split(".")[-3])
-    return moved
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian", False])

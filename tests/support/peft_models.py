@@ -92,3 +92,42 @@ def assert_same_training_step(stock, fused, dtype=torch.float32, forward=on_ids)
     for name, gradient in got.items():
         assert gradient.dtype == wanted[name].dtype, name
         assert (gradient - wanted[name]).abs().max() <= slack * wanted[name].abs().max(), name
+
+
+def assert_trains_alike(stock, fused, make_optimizer, steps=3):
+    """The same parameters after some steps, within a step's slack (assert_same_training_step) for each of them.
+
+    Returns:
+        Of the parameters that have moved, "lora_A", "lora_B" and so on.
+    """
+    start = {name: p.detach().clone() for name, p in stock.named_parameters()}
+    for model in (stock, fused):
+        optimizer = make_optimizer(model)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model(IDS).pow(2).mean().backward()
+            optimizer.step()
+    moved = set()
+    slack = steps * 64 * torch.finfo(torch.float32).eps
+    for (name, got), wanted in zip(fused.named_parameters(), stock.parameters(), strict=True):
+        assert (got - wanted).abs().max() <= slack * wanted.abs().max(), name
+        if not torch.equal(got, start[name]):
+            moved.add(name.split(".")[-3])
+    return moved
+
+
+def assert_draws_the_projects_mask(stock, fused):
+    """A model of lora_dropout=0.5: seeded, as lora_linear drops, and off in eval."""
+    torch.manual_seed(1)
+    first = fused(IDS)
+    torch.manual_seed(1)
+    assert torch.equal(fused(IDS), first) and not torch.equal(fused(IDS), first)
+    layer, x = layer_of(fused), torch.randn(5, 18)
+    base, (a, b) = layer.base_layer, (m["default"].weight for m in (layer.lora_A, layer.lora_B))
+    torch.manual_seed(2)
+    expected = fastlora.lora_linear(x, base.weight, a, b, layer.scaling["default"], base.bias, dropout_p=0.5)
+    torch.manual_seed(2)
+    assert torch.equal(layer(x), expected)
+    stock.eval(), fused.eval()
+    torch.testing.assert_close(fused(IDS), stock(IDS))
+    assert not fallbacks()
