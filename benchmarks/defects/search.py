@@ -22,14 +22,16 @@ def _find(item: tuple[str, int]) -> tuple[int, dict]:
     group, number = item
     defect = _defects(group)[number]
     start = time.monotonic()
-    finding = defect.find()
+    findings = defect.find()
     row = {"group": group, "defect": defect.name, "place": defect.place, "reason": defect.redundant}
-    row["seconds"] = round(time.monotonic() - start, 1)
-    if finding:
-        row |= {"found": finding.check, "by": finding.by, "message": finding.message.split("\n")[0][:300]}
+    row |= {"seconds": round(time.monotonic() - start, 1), "wanted": defect.ways, "ways": len(findings)}
+    if findings:
+        first = findings[0]
+        row |= {"found": first.check, "by": first.by, "also": [each.by for each in findings[1:]]}
+        row["message"] = first.message.split("\n")[0][:300]
     else:
         row |= {"found": None, "checks": len(defect.checks), "further": len(defect.further)}
-        if missed := defect.find_further():
+        for missed in defect.find_further():
             row |= {"reason": None, "missed": missed.check, "by": missed.by, "message": missed.message[:300]}
     return number, row
 
@@ -46,9 +48,13 @@ def run_group(group: str, jobs: int, done: dict, save) -> list[dict]:
     return rows
 
 
-def is_wrong(row: dict) -> bool:
-    """Missed, or recorded as redundant although it is not. Of the compiler's instructions the reason is the same for
-    all, the needed ones included."""
+def what_is_wrong(row: dict) -> str | None:
+    """Missed, found by luck, or recorded as redundant although it is not; or None. Of the compiler's instructions the
+    reason is the same for all, the needed ones included."""
     if row["found"] is None:
-        return row["reason"] is None
-    return row["reason"] is not None and "compiled" not in row["group"]
+        return None if row["reason"] else "found by nothing, and not on record as redundant"
+    if row["reason"] is not None and "compiled" not in row["group"]:
+        return f"found by {row['found']}, though on record as redundant"
+    if row["ways"] < row["wanted"]:
+        return f"found by {row['ways']} of the tests' launches, of at least {row['wanted']}"
+    return None

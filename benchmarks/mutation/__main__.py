@@ -2,8 +2,8 @@
 
 Mutants of the Triton kernels and their launcher, and of csrc, made by rule (tests/support/python_mutations.py and
 cpp_mutations.py), in a random order of the seed; as many from its front as are wanted, without those that the compiler
-refuses. Each meets the checks of ``make test`` until one fails. Writes ``mutation.json`` and ``mutation.md``. Fails
-where a mutant survives and no reason for that is on record.
+refuses. Each meets the checks of ``make test`` until one fails, or two where it changes the protocol. Writes
+``mutation.json`` and ``mutation.md``. Fails where a mutant survives and no reason for that is on record.
 """
 
 import functools

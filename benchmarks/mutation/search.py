@@ -4,7 +4,7 @@ import importlib
 import multiprocessing
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
@@ -21,19 +21,36 @@ def _language(name: str) -> ModuleType:
     return importlib.import_module(f"tests.support.generated_{name}")
 
 
-def _find(item: tuple[str, Any]) -> dict:
-    from tests.support.generated import Stillborn, why_equivalent
+def _quick(item: tuple[str, Any]) -> dict:
+    """The row of a mutant after the quick checks."""
+    from tests.support.generated import why_equivalent
 
     language, mutant = item
     row = {"language": language, "mutant": mutant.name, "rule": mutant.mutation.rule, "reason": why_equivalent(mutant)}
+    row |= {"stillborn": None, "found": None, "wanted": mutant.ways, "by": [], "seconds": 0.0}
+    row = _look(row, mutant, thorough=False)
+    return row | {"pending": not (row["stillborn"] or row["reason"] or len(row["by"]) == row["wanted"])}
+
+
+def _thorough(item: tuple[dict, Any]) -> dict:
+    """Its row after all others, where the quick ones have not found it as often as they should."""
+    return _look(*item, thorough=True) | {"pending": False}
+
+
+def _look(row: dict, mutant: Any, thorough: bool) -> dict:
+    from tests.support.generated import Stillborn, findings
+
     started = time.process_time()
+    checks = _language(row["language"]).checks(mutant)[thorough]
     try:
-        finding = _language(language).look_for(mutant)
+        # What compiles for common layers must do so for all.
+        found = findings(checks, row["wanted"] - len(row["by"]), must_compile=thorough)
     except Stillborn as refused:
-        return row | {"stillborn": str(refused)[:200], "found": None}
-    row |= {"stillborn": None, "found": finding and finding.check, "by": finding and finding.by}
-    row["message"] = finding and finding.message.split("\n")[0][:200]
-    return row | {"seconds": round(time.process_time() - started, 1)}
+        return row | {"stillborn": str(refused)[:200]}
+    if found and row["found"] is None:
+        row |= {"found": found[0].check, "message": found[0].message.split("\n")[0][:200]}
+    row |= {"by": row["by"] + [each.by for each in found]}
+    return row | {"seconds": round(row["seconds"] + time.process_time() - started, 1)}
 
 
 def run(language: str, seed: int, count: int, jobs: int, done: dict[str, dict], save: Callable[[list[dict]], None]):
@@ -47,20 +64,26 @@ def run(language: str, seed: int, count: int, jobs: int, done: dict[str, dict], 
     from tests.support.generated import in_order
 
     order = in_order(seed, _language(language).mutations())
+    by_name = {each.name: each for each in order}
     rows: dict[str, dict] = {}
 
     def living() -> int:
         return sum(not row["stillborn"] for row in rows.values())
+
+    def keep(found: Iterable[dict]) -> None:
+        for row in found:
+            rows[row["mutant"]] = row
+            save(list(rows.values()))
+            progress.n = living() - sum(row["pending"] for row in rows.values())
+            progress.refresh()
 
     progress = tqdm(total=count, desc=language)
     with multiprocessing.get_context("spawn").Pool(jobs, _limit_memory, maxtasksperchild=40) as pool:
         while living() < count and order:
             batch, order = order[: count - living()], order[count - living() :]
             rows |= {each.name: done[each.name] for each in batch if each.name in done}
-            for row in pool.imap_unordered(_find, [(language, each) for each in batch if each.name not in done]):
-                rows[row["mutant"]] = row
-                save(list(rows.values()))
-                progress.n = living()
-                progress.refresh()
+            keep(pool.imap_unordered(_quick, [(language, each) for each in batch if each.name not in done]))
+        pending = [row for row in rows.values() if row["pending"]]
+        keep(pool.imap_unordered(_thorough, [(row, by_name[row["mutant"]]) for row in pending]))
     save(list(rows.values()))
     return list(rows.values())

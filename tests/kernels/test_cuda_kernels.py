@@ -26,6 +26,7 @@ from tests.support.cuda_checks import (
     describe,
     needs_kernels,
     schedule_of,
+    schedule_of_group,
     variants,
 )
 from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer
@@ -51,7 +52,7 @@ def test_fp16_integers_are_exact(poisoned, tile, dropout, rank):
 
 @pytest.mark.parametrize("number, layer", enumerate(GROUPED), ids=("128x256-16", "128x256-8", "128x128", "64x128"))
 def test_groups_as_long_as_shipped(poisoned, number, layer):
-    check_group(*layer, SCHEDULES[number % len(SCHEDULES)])
+    check_group(*layer, schedule_of_group(number))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=("bf16", "fp16"))

@@ -11,7 +11,17 @@ from fastlora.backends.cuda import launch as cuda
 from tests.emulator import EmulatorError
 from tests.support import launches, numerics
 from tests.support.cuda_bugs import SEEDED_BUGS, check_seeded
-from tests.support.cuda_checks import ALL, FUSED, LARGE, LAYERS, SMALL, check_schedules, is_clean, needs_kernels
+from tests.support.cuda_checks import (
+    ALL,
+    FLOAT16_LAYERS,
+    LARGE,
+    LAYERS,
+    SMALL,
+    check_float16_schedules,
+    check_schedules,
+    is_clean,
+    needs_kernels,
+)
 from tests.support.cuda_emulation import SCHEDULES, emulated
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace")]
@@ -23,10 +33,9 @@ def test_every_schedule_gives_the_same_bits(poisoned, tile, sizes, dropout_p):
     check_schedules(tile, sizes, dropout_p)
 
 
-@pytest.mark.parametrize("tile, rank", ((LARGE, 16), (FUSED, 64)))
+@pytest.mark.parametrize("tile, rank", FLOAT16_LAYERS)
 def test_every_schedule_of_fp16_gives_the_same_bits(poisoned, tile, rank):
-    """A scaling above 1, which the forward splits: its tiles wait for their products before the expand step."""
-    check_schedules(tile, (264, 328, 264, rank), 0.0, torch.float16, SCHEDULES[1:])
+    check_float16_schedules(tile, rank)
 
 
 def test_workspaces_of_two_streams_do_not_meet(poisoned, monkeypatch):

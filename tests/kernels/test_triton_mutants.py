@@ -13,6 +13,6 @@ pytestmark = needs_compiler
 
 @pytest.mark.parametrize("defect", defects.triton_planted(), ids=lambda defect: defect.name.replace(" ", "-"))
 def test_found(defect):
-    found = defect.find()
-    assert found is not None, f"nothing noticed: {defect.name}"
-    print(f"{defect.name}: {found.check}")
+    found = defect.find(ways=1)
+    assert found, f"nothing noticed: {defect.name}"
+    print(f"{defect.name}: {found[0].check}")

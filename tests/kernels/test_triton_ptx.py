@@ -17,6 +17,7 @@ from tests.support.compile_gate import assert_fits, expected_instruction
 from tests.support.triton_checks import (
     ARCHITECTURES,
     DROPPED,
+    FLOAT16_FACTORS,
     INTEGER_SIZES,
     LONG,
     SCHEDULES,
@@ -26,6 +27,7 @@ from tests.support.triton_checks import (
     check_infinities,
     check_integers,
     check_shipped,
+    gate_of,
     needs_compiler,
     run,
     shipped,
@@ -103,7 +105,7 @@ def test_float32_adapters_over_a_16_bit_layer(arch):
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("scaling, dropout_p", [(-0.3, 0.0), (1.0, 0.3), (2.0, 0.0), (-100.7, 0.0), (3000.3, 0.3)])
+@pytest.mark.parametrize("scaling, dropout_p", FLOAT16_FACTORS)
 def test_float16_overflows_where_the_composed_layer_does(arch, scaling, dropout_p):
     check_float16_range(scaling, dropout_p, arch)
 
@@ -141,5 +143,4 @@ def test_a_workspace_longer_than_one_pass_of_its_clearing():
 @pytest.mark.parametrize("tile", list(shipped()))
 def test_shipped_configurations(tile):
     """They fit a GPU as well."""
-    instruction = expected_instruction(tile.arch, tile.config, tile.dtype)
-    check_shipped(tile, on_kernel=partial(assert_fits, arch=tile.arch, instruction=instruction))
+    check_shipped(tile, on_kernel=gate_of(tile))

@@ -10,7 +10,7 @@ from fastlora.backends.cuda.tiles import CudaTile
 from tests.emulator import LaunchOptions
 from tests.support import numerics
 from tests.support.cuda_checks import FUSED, LARGE, ONE_GROUP, SMALL, check_masks, is_clean
-from tests.support.cuda_emulation import emulated, ptx_of, run_layer
+from tests.support.cuda_emulation import emulated, ptx_of, run_layer, variants_for
 
 
 def replace(pattern: str, replacement: str | Callable[[re.Match], str], count: int = 0):
@@ -43,6 +43,12 @@ class Broken(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     rank: int = 16
     masks: bool = False
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+        forward, backward = variants_for(self.tile, self.dropout_p > 0.0 or self.masks, self.rank, self.dtype)
+        return (forward if self.direction == "forward" else backward)["name"]
 
 
 FORWARD, BACKWARD, DROPOUT = Broken(LARGE, "forward"), Broken(LARGE, "backward"), Broken(LARGE, "forward", 0.5)
@@ -175,11 +181,12 @@ SEEDED_BUGS = {
 
 
 def check_seeded(name: str):
-    (tile, direction, dropout_p, dtype, rank, masks), edit = SEEDED_BUGS[name]
+    broken, edit = SEEDED_BUGS[name]
+    tile, _, dropout_p, dtype, rank, masks = broken
     case = numerics.draw_case(520 if tile.block_m == 128 else 136, 328, 264, rank, dtype, dropout_p=dropout_p)
 
     def ptx(kernel: str) -> str:
-        return edit(ptx_of(kernel)) if direction in kernel else ptx_of(kernel)
+        return edit(ptx_of(kernel)) if kernel == broken.kernel else ptx_of(kernel)
 
     if masks:
         check_masks(tile, rank, ptx)

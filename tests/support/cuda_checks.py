@@ -78,9 +78,13 @@ def masked_seed() -> tuple[int, float]:
     raise AssertionError("no seed has such bits")
 
 
-def check_mask(tile, rank: int, dropout_p: float, ptx=ptx_of):
-    """Each bit of the mask, by results that do not hide one: kept elements are not scaled, not even where p is 1."""
-    seed, _ = masked_seed()
+def check_mask(tile, rank: int, end: str | None, ptx=ptx_of):
+    """Each bit of the mask, by results that do not hide one: kept elements are not scaled, not even where p is 1.
+
+    end: of ENDS; None: the threshold that bits equal.
+    """
+    seed, equal = masked_seed()
+    dropout_p = ENDS[end] if end else equal
     case = draw_masked_integers(MASKED_ROWS, 136, MASKED_COLUMNS, rank, seed, dropout_p)
     keeps_scale = mock.Mock(return_value=1.0)
     with (
@@ -95,9 +99,8 @@ def check_mask(tile, rank: int, dropout_p: float, ptx=ptx_of):
 
 
 def check_masks(tile, rank: int, ptx=ptx_of):
-    _, equal = masked_seed()
-    for dropout_p in (equal, *ENDS.values()):
-        check_mask(tile, rank, dropout_p, ptx)
+    for end in (None, *ENDS):
+        check_mask(tile, rank, end, ptx)
 
 
 # Every compiled kernel: each tile, with dropout and without, at a rank of each class. Beyond rank 64 S is always made
@@ -150,6 +153,10 @@ def check_group(tile, dropout: bool, rank: int, options: LaunchOptions | None = 
     check_integers(tile, dropout, rank, options, ptx, m=(tile.group_m + 2) * tile.block_m + 13)
 
 
+def schedule_of_group(number: int) -> LaunchOptions:
+    return SCHEDULES[number % len(SCHEDULES)]
+
+
 def schedule_of(*layer) -> LaunchOptions:
     """One or another; test_cuda_protocol.py runs a layer of each tile under all of them."""
     return (LaunchOptions(), *SCHEDULES)[EVERY_KERNEL.index(layer) % (1 + len(SCHEDULES))]
@@ -182,6 +189,8 @@ LAYERS = (
     (SMALL, (136, 136, 264, 16)),
     (ONE_GROUP, (136, 328, 264, 16)),
 )
+FLOAT16_LAYERS = ((LARGE, 16), (FUSED, 64))
+MASKED_LAYERS = ((SMALL, 16), (replace(SMALL, fused=True), 16), (FUSED, 64))
 
 
 def is_clean() -> bool:
@@ -201,3 +210,8 @@ def check_schedules(tile, sizes, dropout_p, dtype=torch.bfloat16, schedules=SCHE
                 assert is_clean(), "the workspace was left dirty"
                 for name, result in results.items():
                     assert torch.equal(result.view(torch.int16), first[name].view(torch.int16)), name
+
+
+def check_float16_schedules(tile, rank: int, schedules=SCHEDULES[1:], ptx=ptx_of):
+    """A scaling above 1, which the forward splits: its tiles wait for their products before the expand step."""
+    check_schedules(tile, (264, 328, 264, rank), 0.0, torch.float16, schedules, ptx)

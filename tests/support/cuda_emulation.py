@@ -77,11 +77,15 @@ def ptx_of(name: str) -> str:
     return _entries()[name]
 
 
-def variants_for(tile: tiles.CudaTile, dropout: bool, rank: int) -> tuple[dict, dict]:
+def variants_for(tile: tiles.CudaTile, dropout: bool, rank: int, dtype=torch.bfloat16) -> tuple[dict, dict]:
     """The two compiled kernels, forward and backward, that serve a layer."""
     size = {"block_m": tile.block_m, "block_n": tile.block_n}
     found = (
-        [kernel for kernel in tiles.kernels(rank, dropout=dropout, backward=each) if kernel.items() >= size.items()]
+        [
+            kernel
+            for kernel in tiles.kernels(rank, dropout=dropout, backward=each, dtype=str(dtype).removeprefix("torch."))
+            if kernel.items() >= size.items()
+        ]
         for each in (False, True)
     )
     (forward,), (backward,) = found

@@ -1,13 +1,15 @@
 """Every defect that the tests of the protocol are known to find, and what finds each.
 
 A defect is a planted bug, or one wait, fence or barrier less. Each is looked for by the checks of ``make test`` alone,
-at their own shapes and schedules, until one of them fails.
+at their own shapes and schedules. A check here is one shape under one schedule, where its test runs several: a find
+that hangs on one of them alone is luck.
 """
 
 import dataclasses
 import functools
+import itertools
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -15,10 +17,14 @@ import torch
 
 from fastlora.backends import workspace
 from tests.emulator import EmulatorError, LaunchOptions, TrapError
-from tests.support import cuda_bugs, cuda_checks, deletions, mutants
+from tests.support import cuda_bugs, deletions, mutants
+from tests.support import cuda_checks as cuda
 from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import ptx_of, variants_for
 from tests.support.numerics import poison
+
+Check = tuple[str, Callable]
+LAUNCH_LIMIT_S = 40.0  # of a processor
 
 
 @dataclass(frozen=True)
@@ -33,26 +39,22 @@ class Finding:
 @dataclass(frozen=True)
 class Defect:
     """place: the statement or instruction concerned. checks: what looks for it, by name, the most telling first.
-    redundant: why nothing need find it. further: launches beyond the tests', which must not find it either then."""
+    redundant: why nothing need find it. further: launches beyond the tests', which must not find it either then.
+    ways: how many of the checks must find it."""
 
     name: str
     place: str
     checks: tuple[tuple[str, Callable[[], None]], ...]
     redundant: str | None = None
     further: tuple[tuple[str, Callable[[], None]], ...] = ()
+    ways: int = 2
 
-    def find(self) -> Finding | None:
-        return _first(self.checks)
+    def find(self, ways: int | None = None) -> list[Finding]:
+        """By the first checks that find it: as many as must, or ``ways``."""
+        return first_findings(self.checks, ways or self.ways)
 
-    def find_further(self) -> Finding | None:
-        return _first(self.further)
-
-
-def _first(checks: Iterable[tuple[str, Callable[[], None]]]) -> Finding | None:
-    for by, check in checks:
-        if found := failure(check):
-            return Finding(*found, by)
-    return None
+    def find_further(self) -> list[Finding]:
+        return first_findings(self.further, 1)
 
 
 def failure(check: Callable[[], None]) -> tuple[str, str] | None:
@@ -69,54 +71,98 @@ def failure(check: Callable[[], None]) -> tuple[str, str] | None:
     return None
 
 
+def first_findings(
+    checks: Iterable[tuple[str, Callable[[], None]]],
+    ways: int,
+    failure: Callable[[Callable[[], None]], tuple[str, str] | None] = failure,
+) -> list[Finding]:
+    """Of the first ``ways`` checks that fail; ``failure`` tells whether one does."""
+    failed = ((by, failure(check)) for by, check in checks)
+    return [*itertools.islice((Finding(*found, by) for by, found in failed if found), ways)]
+
+
 def _integers(sizes, arch: int, schedules=triton.SCHEDULES):
     return functools.partial(triton.check_integers, sizes, arch, schedules=_limited(schedules))
 
 
-def _dropped(sizes, arch: int, schedules=triton.SCHEDULES[2:4], dtype=torch.bfloat16):
+def _dropped(sizes, arch: int, schedules=triton.DROPPED_SCHEDULES, dtype=torch.bfloat16):
     return functools.partial(triton.check_dropout, sizes, dtype, arch, schedules=_limited(schedules))
 
 
-def _limited(schedules):
+def _limited(schedules: Iterable[LaunchOptions]) -> tuple[LaunchOptions, ...]:
     """A kernel that hangs is given up soon."""
-    return tuple(dataclasses.replace(options, timeout_s=60.0) for options in schedules)
+    return tuple(dataclasses.replace(options, timeout_s=LAUNCH_LIMIT_S) for options in schedules)
 
 
-def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[tuple[str, Callable]]) -> Defect:
+def _each(check: Callable, name: str, all_schedules: Sequence[LaunchOptions], schedules=None) -> Iterator[Check]:
+    """The check under one of its schedules at a time."""
+    for options in schedules or all_schedules:
+        one = functools.partial(check, schedules=_limited([options]))
+        yield f"{name}, schedule {all_schedules.index(options)}", one
+
+
+def triton_integers(arch: int) -> Iterator[Check]:
+    """The smallest layers first."""
+    for sizes in (*triton.UNEVEN_SIZES, *triton.FUSED_SIZES, *triton.SEPARATE_SIZES):
+        check = functools.partial(triton.check_integers, sizes, arch)
+        yield from _each(check, f"sm_{arch} integers {sizes}", triton.SCHEDULES)
+
+
+def triton_dropped(arch: int) -> Iterator[Check]:
+    for sizes, dtype in triton.DROPPED:
+        check, name = functools.partial(triton.check_dropout, sizes, dtype, arch), f"sm_{arch} dropout {sizes} {dtype}"
+        yield from _each(check, name, triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+
+
+def triton_float16(arch: int) -> Iterator[Check]:
+    for factors in triton.FLOAT16_FACTORS:
+        yield f"sm_{arch} float16 range {factors}", functools.partial(triton.check_float16_range, *factors, arch)
+
+
+def triton_infinities(arch: int) -> Iterator[Check]:
+    yield from _each(
+        functools.partial(triton.check_infinities, arch),
+        f"sm_{arch} infinities",
+        triton.SCHEDULES,
+        triton.INFINITE_SCHEDULES,
+    )
+
+
+def triton_shipped() -> Iterator[Check]:
+    """The smallest tiles first: they are the quickest."""
+    for each in reversed([*triton.shipped()]):
+        (tile,) = each.values
+        yield each.id, functools.partial(triton.check_shipped, tile, on_kernel=triton.gate_of(tile))
+
+
+def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[Check]) -> Defect:
     kernels = functools.cache(lambda: mutants.load(mutant))
     return Defect(mutant.name, place, tuple((name, lambda c=check: c(kernels=kernels())) for name, check in checks))
 
 
 def triton_planted() -> list[Defect]:
-    """Under every schedule."""
+    """By the checks of what each changes."""
     checks = {
-        "integers": ("sm_80 integers", _integers((136, 72, 80, 8), 80)),
-        "dropout": ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES)),
-        "float16": ("sm_80 float16 range", functools.partial(triton.check_float16_range, -100.7, 0.0, 80)),
-        "infinities": ("sm_90 infinities", functools.partial(triton.check_infinities, 90)),
+        name: [check for arch in triton.ARCHITECTURES for check in checks_of(arch)]
+        for name, checks_of in (
+            ("integers", triton_integers),
+            ("dropout", triton_dropped),
+            ("float16", triton_float16),
+            ("infinities", triton_infinities),
+        )
     }
-    return [_with_mutant(mutant, f"{mutant.module}.py", [checks[mutant.shows]]) for mutant in mutants.MUTANTS]
+    return [_with_mutant(mutant, f"{mutant.module}.py", checks[mutant.shows]) for mutant in mutants.MUTANTS]
 
 
 def triton_deletions() -> list[Defect]:
     """In the sources, so in every kernel that is compiled from them."""
-    checks = [
-        each
-        for arch in triton.ARCHITECTURES
-        for each in (
-            *((f"sm_{arch} integers {sizes}", _integers(sizes, arch)) for sizes in triton.INTEGER_SIZES),
-            *((f"sm_{arch} dropout {sizes}", _dropped(sizes, arch, dtype=dtype)) for sizes, dtype in triton.DROPPED),
-        )
-    ]
-    # The smallest tiles first: they are the quickest.
-    checks += [
-        (each.id, functools.partial(triton.check_shipped, *each.values)) for each in reversed([*triton.shipped()])
-    ]
+    checks = [each for arch in triton.ARCHITECTURES for each in (*triton_integers(arch), *triton_dropped(arch))]
+    checks += triton_shipped()
     return [_with_mutant(mutant, f"{mutant.module}.py", checks) for mutant in deletions.in_triton()]
 
 
 def triton_compiled() -> list[Defect]:
-    """In the PTX, instruction by instruction: mostly the compiler's."""
+    """In the PTX, instruction by instruction: mostly the compiler's, so that one way to find each is enough."""
     defects = []
     for arch in triton.ARCHITECTURES:
         for what, sizes, check in (
@@ -143,6 +189,7 @@ def triton_compiled() -> list[Defect]:
                                 ("execution", functools.partial(_check_executed, text, deletion, tests[0][1])),
                                 *((name, functools.partial(missing, check)) for name, check in further),
                             ),
+                            ways=1,
                         )
                     )
     return defects
@@ -210,45 +257,70 @@ def _texts(check) -> list[str]:
 
 
 def cuda_planted() -> list[Defect]:
-    return [
-        Defect(name, "csrc", (("planted", functools.partial(cuda_bugs.check_seeded, name)),))
-        for name in cuda_bugs.SEEDED_BUGS
-    ]
+    """By the checks that launch the kernel that the bug is planted in."""
+    every = list(cuda_checks())
+
+    def defect(name: str) -> Defect:
+        broken, edit = cuda_bugs.SEEDED_BUGS[name]
+
+        def ptx(kernel: str) -> str:
+            return edit(ptx_of(kernel)) if kernel == broken.kernel else ptx_of(kernel)
+
+        checks = [(by, functools.partial(check, ptx=ptx)) for by, kernels, check in every if broken.kernel in kernels]
+        # The mask's single bits are seen by few.
+        checks.sort(key=lambda each: broken.masks and not each[0].startswith("mask"))
+        return Defect(name, broken.kernel, tuple(checks))
+
+    return [defect(name) for name in cuda_bugs.SEEDED_BUGS]
 
 
-def _kernels_of(tile, dropout: bool, rank: int) -> set[str]:
+def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16) -> set[str]:
     """Names of the forward and the backward kernel."""
-    return {variant["name"] for variant in variants_for(tile, dropout, rank)}
+    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype)}
 
 
-def _cuda_checks():
+def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
     """(name, kernels that run, check). Rank 40, whose kernels hold most statements, goes first, and small tiles do."""
 
     def order(layer):
         tile, _, rank = layer
         return rank != 40, tile.block_m * tile.block_n
 
-    for tile, dropout, rank in sorted(cuda_checks.EVERY_KERNEL, key=order):
-        name = f"integers {cuda_checks.describe(tile)} R={rank} {cuda_checks.describe(dropout)}"
-        options = _limited([cuda_checks.schedule_of(tile, dropout, rank)])[0]
-        check = functools.partial(cuda_checks.check_integers, tile, dropout, rank, options)
+    for tile, dropout, rank in sorted(cuda.EVERY_KERNEL, key=order):
+        name = f"integers {cuda.describe(tile)} R={rank} {cuda.describe(dropout)}"
+        options = _limited([cuda.schedule_of(tile, dropout, rank)])[0]
+        check = functools.partial(cuda.check_integers, tile, dropout, rank, options)
         yield name, _kernels_of(tile, dropout, rank), check
-    for needs in cuda_checks.SUBSETS:
+    for needs in cuda.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
-        yield name, _kernels_of(cuda_checks.LARGE, False, 16), functools.partial(cuda_checks.check_needs, needs)
-    for tile, sizes in reversed(cuda_checks.LAYERS):
+        yield name, _kernels_of(cuda.LARGE, False, 16), functools.partial(cuda.check_needs, needs)
+    for tile, sizes in reversed(cuda.LAYERS):
         for dropout_p in (0.0, 0.3):
-            name = f"schedules {cuda_checks.describe(tile)} {sizes} p={dropout_p}"
-            schedules = _limited(cuda_checks.SCHEDULES)
-            check = functools.partial(cuda_checks.check_schedules, tile, sizes, dropout_p, schedules=schedules)
-            yield name, _kernels_of(tile, dropout_p > 0, sizes[3]), check
+            kernels = _kernels_of(tile, dropout_p > 0, sizes[3])
+            check = functools.partial(cuda.check_schedules, tile, sizes, dropout_p)
+            title = f"schedules {cuda.describe(tile)} {sizes} p={dropout_p}"
+            for name, one in _each(check, title, cuda.SCHEDULES):
+                yield name, kernels, one
+    for tile, rank in cuda.FLOAT16_LAYERS:
+        kernels = _kernels_of(tile, False, rank, torch.float16)
+        check = functools.partial(cuda.check_float16_schedules, tile, rank)
+        for name, one in _each(check, f"float16 {cuda.describe(tile)} R={rank}", cuda.SCHEDULES):
+            yield name, kernels, one
+    for tile, rank in cuda.MASKED_LAYERS:
+        for end in (None, *cuda.ENDS):
+            name = f"mask {cuda.describe(tile)} R={rank} threshold {end or 'that bits equal'}"
+            yield name, _kernels_of(tile, True, rank), functools.partial(cuda.check_mask, tile, rank, end)
+    for number, layer in enumerate(cuda.GROUPED):
+        name = f"groups {cuda.describe(layer[0])} of {layer[0].group_m}"
+        options = dataclasses.replace(cuda.schedule_of_group(number), timeout_s=2 * LAUNCH_LIMIT_S)
+        yield name, _kernels_of(*layer), functools.partial(cuda.check_group, *layer, options)
 
 
 @functools.cache
 def _cuda_sites() -> dict[tuple[str, str], dict[str, list[deletions.Deletion]]]:
     """For each statement that waits, fences or synchronises: its instructions, by kernel."""
     sites: dict[tuple[str, str], dict[str, list[deletions.Deletion]]] = {}
-    for variant in cuda_checks.variants():
+    for variant in cuda.variants():
         if variant["dtype"] == "float16":  # test_fp16_kernels_follow_the_protocol_of_the_bf16_kernels compares them
             continue
         for deletion in deletions.find(ptx_of(variant["name"])):
@@ -268,7 +340,7 @@ REDUNDANT: dict[tuple[str, str], str] = {
 
 def cuda_deletions() -> list[Defect]:
     """A statement, in every kernel that has it."""
-    every = list(_cuda_checks())
+    every = list(cuda_checks())
 
     def defect(place, what, by_kernel):
         def ptx(name: str) -> str:

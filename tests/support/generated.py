@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.defects import Finding, failure
+from tests.support import defects
+from tests.support.defects import Finding
 from tests.support.mutation import Mutation
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH_LIMIT_S = 40.0  # of a processor
+# What these rules change is the protocol (waits, flags, fences), whose finds should not hang on one launch.
+_PROTOCOL_RULES = ("removed", "moved", "relaxed")
 _TESTS_LIMIT_S = 3600
 
 
@@ -39,6 +41,11 @@ class Generated:
         line = self.mutation.line((ROOT / self.path).read_text())
         old, new = (" ".join(text.split()) for text in (self.mutation.old, self.mutation.new))
         return f"{Path(self.path).name}:{line} {self.mutation.rule}: {old} -> {new} (character {self.mutation.start})"
+
+    @property
+    def ways(self) -> int:
+        """How many checks should find it."""
+        return 2 if self.mutation.rule in _PROTOCOL_RULES else 1
 
     def apply(self, text: str) -> str:
         return self.mutation.apply(text)
@@ -65,22 +72,29 @@ def in_order(seed: int, everything: Iterable[Generated]) -> list[Generated]:
     return shuffled
 
 
-def first_finding(checks: Iterable[tuple[str, Callable[[], None]]]) -> Finding | None:
-    """The first check that fails, whatever it raises: a mutant may raise anything.
+# The quick checks, which find most mutants, and all others of ``make test``.
+Checks = tuple[list[defects.Check], list[defects.Check]]
+
+
+def findings(checks: Iterable[defects.Check], ways: int, must_compile: bool) -> list[Finding]:
+    """Of the first ``ways`` checks that fail, whatever they raise: a mutant may raise anything.
+
+    Args:
+        must_compile: a kernel that the compiler refuses is a finding.
 
     Raises:
-        Stillborn: as a check does.
+        Stillborn: as a check does, unless that is a finding.
     """
-    for by, check in checks:
+
+    def failure(check: Callable[[], None]) -> tuple[str, str] | None:
         try:
-            found = failure(check)
-        except Stillborn:
-            raise
+            return defects.failure(check)
         except Exception as error:
-            found = type(error).__name__, str(error)
-        if found:
-            return Finding(*found, by)
-    return None
+            if isinstance(error, Stillborn) and not must_compile:
+                raise
+            return type(error).__name__, str(error)
+
+    return defects.first_findings(checks, ways, failure)
 
 
 def run_tests(generated: Generated, *runs: tuple[tuple[str, ...], tuple[str, ...]]) -> None:

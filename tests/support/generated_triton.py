@@ -1,16 +1,14 @@
 """What looks for generated mutants of the Triton kernels and of their launcher."""
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import triton
 
-from tests.support import mutants, python_mutations
-from tests.support import triton_checks as checks
-from tests.support.defects import Finding
-from tests.support.generated import LAUNCH_LIMIT_S, Generated, Stillborn, first_finding, run_tests
+from tests.support import defects, mutants, python_mutations
+from tests.support.generated import Checks, Generated, Stillborn, run_tests
+from tests.support.triton_checks import ARCHITECTURES
 
 
 def mutations() -> list[Generated]:
@@ -22,15 +20,27 @@ def mutations() -> list[Generated]:
     ]
 
 
-def look_for(generated: Generated) -> Finding | None:
-    """What finds a mutant.
-
-    Raises:
-        Stillborn: the compiler refuses it.
-    """
+def checks(generated: Generated) -> Checks:
+    """What may find a mutant. Each raises Stillborn where the compiler refuses it."""
     kernels = functools.cache(lambda: mutants.load(generated))
-    quick = [(name, functools.partial(_on, kernels, check)) for name, check in _checks()]
-    return first_finding([*quick, ("tests", functools.partial(run_tests, generated, *_TESTS))])
+
+    def mutated(checks: Iterable[defects.Check]) -> Iterator[defects.Check]:
+        return ((name, functools.partial(_on, kernels, check)) for name, check in checks)
+
+    kinds = [
+        [*of_kind(arch)]
+        for arch in ARCHITECTURES
+        for of_kind in (
+            defects.triton_integers, defects.triton_dropped, defects.triton_float16, defects.triton_infinities,
+        )
+    ]  # fmt: skip
+    quick = [*mutated(kind[0] for kind in kinds), ("host tests", functools.partial(run_tests, generated, _HOST_TESTS))]
+    others = (each for kind in kinds for each in kind[1:])
+    return quick, [
+        *mutated(others),
+        *mutated(defects.triton_shipped()),
+        ("tests", functools.partial(run_tests, generated, *_TESTS)),
+    ]
 
 
 def _on(kernels: Callable, check: Callable) -> None:
@@ -48,39 +58,15 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@functools.cache
-def _checks() -> tuple[tuple[str, Callable], ...]:
-    limited = tuple(dataclasses.replace(options, timeout_s=LAUNCH_LIMIT_S) for options in checks.SCHEDULES)
-
-    def integers(sizes, arch):
-        return f"sm_{arch} integers {sizes}", functools.partial(checks.check_integers, sizes, arch, schedules=limited)
-
-    def dropped(sizes, dtype, arch):
-        check = functools.partial(checks.check_dropout, sizes, dtype, arch, schedules=limited[2:4])
-        return f"sm_{arch} dropout {sizes} {dtype}", check
-
-    first = [
-        integers((264, 136, 200, 8), 80), dropped(*checks.DROPPED[4], 80), integers(checks.FUSED_SIZES[0], 90),
-        integers(checks.SEPARATE_SIZES[0], 80), dropped(*checks.DROPPED[0], 90),
-        ("sm_80 float16 range", functools.partial(checks.check_float16_range, 3000.3, 0.3, 80)),
-        ("sm_90 infinities", functools.partial(checks.check_infinities, 90)),
-    ]  # fmt: skip
-    rest = [
-        each
-        for arch in checks.ARCHITECTURES
-        for each in (
-            *(integers(sizes, arch) for sizes in checks.INTEGER_SIZES),
-            *(dropped(sizes, dtype, arch) for sizes, dtype in checks.DROPPED),
-        )
-    ]
-    known = {name for name, _ in first}
-    shipped = [(each.id, functools.partial(checks.check_shipped, *each.values)) for each in checks.shipped()]
-    return (*first, *(each for each in rest if each[0] not in known), *reversed(shipped))
-
-
+_HOST_TESTS = (
+    (),
+    ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py"),
+)
+# What the checks above have run already is left out.
+_OTHERS = "not integers_are_exact and not dropout_and_ranks and not float16 and not infinities and not shipped"
 _TESTS = (
-    ((), ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py")),
     (("TRITON_INTERPRET=1",), ("tests/values",)),
-    ((), ("tests/kernels/test_triton_ptx.py", "tests/kernels/test_triton_compile.py", "tests/kernels/test_warming.py",
-          "tests/kernels/test_traffic.py", "tests/kernels/test_triton_driver.py")),
+    ((), ("tests/kernels/test_triton_ptx.py", "-k", _OTHERS)),
+    ((), ("tests/kernels/test_triton_compile.py", "tests/kernels/test_warming.py", "tests/kernels/test_traffic.py",
+          "tests/kernels/test_triton_driver.py")),
 )  # fmt: skip

@@ -2,8 +2,10 @@
 the search for planted defects have in common."""
 
 import dataclasses
+import functools
 import itertools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 from unittest import mock
 
 import pytest
@@ -16,6 +18,7 @@ from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions
 from tests.support import float16_range, launches, numerics
+from tests.support.compile_gate import assert_fits, expected_instruction
 from tests.support.triton_emulation import emulated
 
 needs_compiler = pytest.mark.skipif(
@@ -35,6 +38,7 @@ SCHEDULES = (
     LaunchOptions(seed=3, async_policy="random", shuffle_ctas=True),
     LaunchOptions(seed=4, resident=3, async_policy="late", shuffle_ctas=True),
 )
+DROPPED_SCHEDULES, INFINITE_SCHEDULES = SCHEDULES[2:4], SCHEDULES[::3]
 # [M, N, K]. Contractions have more steps than a pipeline has stages, for else what it prefetches never happens; and
 # leave every remainder by the stages, for which of them a loop ends on is where its wait for the last step matters.
 # The first has row groups before, between and after others: these read a partial sum, write one, or do both.
@@ -46,6 +50,7 @@ UNEVEN_SIZES = ((264, 136, 200, 8), (264, 136, 200, 72), (130, 40, 64, 16), (97,
 INTEGER_SIZES = (*FUSED_SIZES, *SEPARATE_SIZES, *UNEVEN_SIZES)
 MASKED_SIZES = tuple((*size, 16) for size in LONG)
 DROPPED_SIZES = (*MASKED_SIZES, *((139, 136, 200, r) for r in (1, 40, 200, 256)))
+FLOAT16_FACTORS = ((-0.3, 0.0), (1.0, 0.3), (2.0, 0.0), (-100.7, 0.0), (3000.3, 0.3))  # scaling, dropout_p
 DROPPED = tuple(zip(DROPPED_SIZES, itertools.cycle((torch.bfloat16, torch.float16))))
 
 
@@ -114,7 +119,7 @@ def check_integers(sizes, arch: int, schedules=SCHEDULES, **altered):
         numerics.assert_exact(results, case)
 
 
-def check_dropout(sizes, dtype, arch: int, schedules=SCHEDULES[2:4], **altered):
+def check_dropout(sizes, dtype, arch: int, schedules=DROPPED_SCHEDULES, **altered):
     case = numerics.draw_case(*sizes, dtype, dropout_p=0.3)
     for options in schedules:
         results, _ = run(case, SMALL[arch], arch, options, **altered)
@@ -128,13 +133,14 @@ def check_float16_range(scaling: float, dropout_p: float, arch: int, **altered):
         float16_range.check(run(case, SMALL[arch], arch, SCHEDULES[2], **altered)[0], case)
 
 
-def check_infinities(arch: int, **altered):
+def check_infinities(arch: int, schedules=INFINITE_SCHEDULES, **altered):
     """Of dY in dbias. On sm_90 it is made by a product, where other columns than the sum's have infinity times zero."""
     case = numerics.draw_case(*LONG[0], 16, torch.bfloat16)
     case.dy[200, 3], case.dy[5, 40] = float("inf"), float("-inf")
-    dbias = run(case, SMALL[arch], arch, SCHEDULES[0], **altered)[0]["dbias"]
-    assert dbias.isinf().nonzero().flatten().tolist() == [3, 40] and not dbias.isnan().any()
-    assert dbias[3] > 0 > dbias[40]
+    for options in schedules:
+        dbias = run(case, SMALL[arch], arch, options, **altered)[0]["dbias"]
+        assert dbias.isinf().nonzero().flatten().tolist() == [3, 40] and not dbias.isnan().any()
+        assert dbias[3] > 0 > dbias[40]
 
 
 class Shipped(NamedTuple):
@@ -172,6 +178,12 @@ def shipped():
             label += "-separate" * (not fused) + "-dropout" * (dropout_p > 0.0)
             config = dataclasses.replace(config, fused=fused)
             yield pytest.param(Shipped(arch, config, rank, dtype, multiple, dropout_p, few_rows), id=label)
+
+
+def gate_of(tile: Shipped) -> Callable[[Any], None]:
+    """Whether one of its kernels fits a GPU."""
+    instruction = expected_instruction(tile.arch, tile.config, tile.dtype)
+    return functools.partial(assert_fits, arch=tile.arch, instruction=instruction)
 
 
 def check_shipped(tile: Shipped, **altered):
