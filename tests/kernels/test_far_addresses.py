@@ -52,8 +52,8 @@ def test_inputs_of_cuda(poisoned):
     numerics.assert_exact(results, case)
 
 
-def reserved(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.bfloat16)
+def reserved(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype)
 
 
 def with_last_rows(rows: torch.Tensor, m: int) -> torch.Tensor:
@@ -68,10 +68,12 @@ def small_tiles(arch: int):
     return dataclasses.replace(SMALL[arch], group_m=1)
 
 
-def launch_last(prepared, arguments, arch: int, first_ticket: int, programs: int) -> None:
-    """Some tiles from a ticket on, as if the ones before had been claimed."""
+def launch_last(prepared, arguments, arch: int, first_ticket: int, programs: int, flags=()) -> None:
+    """Some tiles from a ticket on, as if the ones before had been claimed. flags: what these have left, by word."""
     workspace = torch.zeros(prepared.n_words, dtype=torch.int32)
     workspace[0] = first_ticket
+    for word, value in dict(flags).items():
+        workspace[word] = value
     prepared.launch.grid, prepared.wave = programs, 0
     with emulated(arch, OPTIONS):
         prepared.launch(*arguments(workspace))
@@ -112,8 +114,9 @@ def test_outputs_of_triton(poisoned, monkeypatch, arch, backward):
 
 @cuda_checks.needs_kernels
 @pytest.mark.parametrize("backward", (False, True))
-def test_outputs_of_cuda(poisoned, monkeypatch, backward):
-    """Y and S, dX and dS: the last row block, of as many columns as one tile has."""
+def test_outputs_of_cuda(monkeypatch, backward):
+    """Y and S, dX and dS: the last row block, of as many columns as one tile has. (To poison the outputs would touch
+    them all; the emulator knows what was not written.)"""
     tile = dataclasses.replace(cuda_checks.SMALL, group_m=1, splits=1, fused=True)
     columns, contracted, rank, rows = tile.block_n, 64, 64, tile.block_m
     n, k = (contracted, columns) if backward else (columns, contracted)
@@ -129,7 +132,7 @@ def test_outputs_of_cuda(poisoned, monkeypatch, backward):
         return workspaces[-1]
 
     monkeypatch.setattr(cuda, "borrow_workspace", borrow)
-    with cuda_emulation.emulated(OPTIONS):
+    with cuda_emulation.emulated(OPTIONS) as launch:
         if backward:
             args = (
                 big,
@@ -145,18 +148,23 @@ def test_outputs_of_cuda(poisoned, monkeypatch, backward):
             )
             out = launches.backward(cuda, *args, **shared).dx
         else:
-            out, s = launches.forward(cuda, big, c.weight, c.lora_a, c.lora_b, None, c.scaling, 0.0, None, **shared)
-            assert torch.equal(s[-rows:].double(), c.scaling * c.x.double() @ c.lora_a.double().t())
+            out, _ = launches.forward(cuda, big, c.weight, c.lora_a, c.lora_b, None, c.scaling, 0.0, None, **shared)
     assert not workspaces[0].any()
+    down = (c.dy, c.lora_b) if backward else (c.x, c.lora_a.t())
+    assert torch.equal(launch.operands["s"][-rows:].double(), c.scaling * down[0].double() @ down[1].double())
     numerics.assert_exact({("dx" if backward else "y"): out[-rows:]}, dataclasses.replace(c, bias=None))
 
 
 @needs_compiler
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_a_gradient_of_triton(poisoned, monkeypatch, arch):
-    """The last tile of dB."""
+@pytest.mark.parametrize("chunk", (None, 0, 1))
+def test_a_gradient_of_triton(poisoned, monkeypatch, arch, chunk):
+    """The last tile of dB: of one row chunk, or of the first or the second of two, with the partial sum between. dA of
+    as many elements is refused."""
     monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(arch, n_sms=3))
-    config, rank, m, k = small_tiles(arch), 64, 16, 16
+    config, rank, k = small_tiles(arch), 64, 16
+    rows = config.block_m  # of a chunk
+    m = rows if chunk is None else rows + 16
     columns = config.gradient_n
     case = numerics.draw_integer_case(m, columns, k, rank, torch.bfloat16)
     n = FAR // rank + columns
@@ -166,8 +174,73 @@ def test_a_gradient_of_triton(poisoned, monkeypatch, arch):
     given = BackwardOperands(dy, None, reserved(n, k), case.lora_a, reserved(n, rank), s, case.scaling, 0.0, None)
     operands, spec = describe_backward(given, Needs(False, False, True, False))
     prepared = triton_lora.prepare(spec, config)
-    db = reserved(n, rank)
-    outputs = [None, None, None, db, None, None, None, None]
-    tiles = -(-n // config.gradient_n)
-    launch_last(prepared, lambda workspace: prepared.arguments(operands, outputs, workspace), arch, tiles - 1, 1)
-    numerics.assert_exact({"db": db[-columns:]}, case)
+    db, partial = reserved(n, rank), None if chunk is None else reserved(n, rank, dtype=torch.float32)
+    outputs = [None, None, None, db, None, None, partial, None]
+    tiles, of_chunk = -(-n // config.gradient_n), chunk or 0
+    first = case.dy[:rows].double().t() @ s[:rows].double()
+    if chunk == 1:
+        partial[-columns:] = first
+    flags = {prepared.n_words - 1: of_chunk}  # the last tile's count of chunks
+    ticket = (of_chunk + 1) * tiles - 1
+    launch_last(prepared, lambda w: prepared.arguments(operands, outputs, w), arch, ticket, 1, flags)
+    if chunk == 0:
+        assert torch.equal(partial[-columns:].double(), first)
+    else:
+        numerics.assert_exact({"db": db[-columns:]}, case)
+
+
+@needs_compiler
+def test_triton_refuses_a_gradient_of_a_beyond_its_offsets():
+    k, rank = FAR // 64, 64
+    given = ForwardOperands(reserved(8, k), reserved(8, k), reserved(rank, k), reserved(8, rank), None, 1.0, 0.0, None)
+    _, spec = describe_forward(given)
+    assert "A's gradient has 64 x 33554432 elements" in triton_lora.why_unsupported(spec)
+
+
+@cuda_checks.needs_kernels
+@pytest.mark.parametrize("name", ("da", "db"))
+def test_a_gradient_of_cuda(poisoned, monkeypatch, name):
+    """The last tile, of the second of two groups: dS and the first group's partial sum are given, with their flags."""
+    tile = dataclasses.replace(cuda_checks.SMALL, group_m=1, splits=1)
+    rows, rank, columns, other = tile.block_m, 64, 128, 64
+    m, many = 2 * rows, FAR // rank + columns
+    n, k = (other, columns) if name == "da" else (columns, other)
+    case = numerics.draw_integer_case(m, n, k, rank, torch.bfloat16)
+    left = reserved(m, many)
+    left[:, -columns:] = case.x if name == "da" else case.dy
+    ds, s = (
+        (case.scaling * act.double() @ down.double()).bfloat16()
+        for act, down in ((case.dy, case.lora_b), (case.x, case.lora_a.t()))
+    )
+    tiles, makes_ds = -(-many // columns), int(name == "da")
+
+    def borrow(n_words, device):
+        workspace = torch.zeros(n_words, dtype=torch.int32)
+        workspace[0] = 2 * (tiles + makes_ds) - 1
+        workspace[-2:] = 1  # groups in the last tile's sum, of both warpgroups
+        workspace[3] = makes_ds  # the second row block of dS
+        return workspace
+
+    def launch_with_sums(prepared, tensors, numbers):
+        named = dict(zip(prepared.tensors, tensors, strict=True))
+        named["gradient_partials"][-2 * 128 * rank :] = 1.0
+        if makes_ds:
+            named["s"].copy_(ds)
+        real(prepared, tensors, numbers)
+
+    real = cuda._launch
+    monkeypatch.setattr(cuda, "_launch", launch_with_sums)
+    monkeypatch.setattr(cuda, "borrow_workspace", borrow)
+    monkeypatch.setattr(cuda_emulation, "_WRITTEN", ("grad_a", "grad_b"))
+    c = case
+    if name == "da":
+        given = c.dy, left, reserved(n, many), reserved(rank, many), c.lora_b, None
+        last = case.x[rows:].double().t() @ ds[rows:].double()
+    else:
+        given = left, None, reserved(many, k), c.lora_a, reserved(many, rank), s
+        last = case.dy[rows:].double().t() @ s[rows:].double()
+    needs = Needs(False, name == "da", name == "db", False)
+    with cuda_emulation.emulated(OPTIONS):
+        gradients = launches.backward(cuda, *given, c.scaling, 0.0, None, needs, tile=tile, ctas=1)
+    made = gradients.da[:, -columns:].t() if name == "da" else gradients.db[-columns:]
+    assert torch.equal(made.double(), last + 1.0)

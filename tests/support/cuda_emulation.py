@@ -104,19 +104,19 @@ class EmulatedLaunch:
         options: how the emulator runs.
         ptx: from a kernel's name to its text; tests of seeded bugs change it on the way.
 
-    ``stats`` holds the counters of every launch.
+    ``stats`` holds the counters of every launch; ``operands`` the tensors of the last one, by their names in a plan.
     """
 
     def __init__(self, options: LaunchOptions | None = None, ptx: Callable[[str], str] = ptx_of):
         self.options, self.stats, self._ptx = options or LaunchOptions(), [], ptx
-        self._operands: dict[str, torch.Tensor] = {}  # of the launch at hand
+        self.operands: dict[str, torch.Tensor] = {}
         self._error: Exception | None = None
 
     def launch(self, real: Callable, prepared, tensors, numbers) -> None:
         """fastlora.backends.cuda.launch._launch, given as ``real``, with its operands known to the emulator. Raises
         what the emulator finds."""
         named = zip(prepared.tensors, tensors, strict=True)
-        self._operands, self._error = {name: tensor for name, tensor in named if tensor is not None}, None
+        self.operands, self._error = {name: tensor for name, tensor in named if tensor is not None}, None
         try:
             real(prepared, tensors, numbers)
         except RuntimeError as failed:
@@ -134,7 +134,7 @@ class EmulatedLaunch:
         assert asked.stream == STREAM, f"launched on stream {asked.stream:#x}"
         if self._ptx is ptx_of:  # the kernel as it is: every instruction must have a conformance case
             coverage.check(ptx_of(asked.kernel))
-        module, tensors = _module(self._ptx(asked.kernel)), self._operands
+        module, tensors = _module(self._ptx(asked.kernel)), self.operands
         raw = ctypes.string_at(asked.parameters, module.param_bytes(asked.kernel))
         self.stats.append(
             module.launch(
