@@ -3,17 +3,13 @@ detects races, missing waits and fences, accesses out of bounds, reads of what n
 
 import dataclasses
 import itertools
-from functools import partial
 
 import pytest
 import torch
 
 from fastlora.backends import workspace
-from fastlora.backends.configs import TILE_TABLES
 from fastlora.backends.triton import launch as triton_lora
-from fastlora.problem import Needs
 from tests.support import numerics
-from tests.support.compile_gate import assert_fits, expected_instruction
 from tests.support.triton_checks import (
     ARCHITECTURES,
     DROPPED,
@@ -22,10 +18,12 @@ from tests.support.triton_checks import (
     LONG,
     SCHEDULES,
     SMALL,
+    SUBSETS,
     check_dropout,
     check_float16_range,
     check_infinities,
     check_integers,
+    check_needs,
     check_shipped,
     gate_of,
     needs_compiler,
@@ -84,16 +82,9 @@ def test_results_are_the_same_bits_under_every_schedule():
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("needs", [Needs(*b) for b in itertools.product((False, True), repeat=4) if any(b)], ids=str)
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
 def test_only_the_gradients_asked_for(needs, arch):
-    """On sm_90 by a tile that is shipped: each is a kernel of its own, which must fit as well."""
-    case = numerics.draw_integer_case(264, 48, 48, 8, torch.bfloat16)
-    config = TILE_TABLES["hopper"][1] if arch == 90 else SMALL[arch]
-    instruction = expected_instruction(arch, config, torch.bfloat16)
-    fits = partial(assert_fits, arch=arch, instruction=instruction) if arch == 90 else None
-    results, _ = run(case, config, arch, SCHEDULES[3], needs, on_kernel=fits)
-    assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
-    numerics.assert_exact(results, case)
+    check_needs(needs, arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -128,6 +128,12 @@ def triton_infinities(arch: int) -> Iterator[Check]:
     )
 
 
+def triton_needs(arch: int) -> Iterator[Check]:
+    for needs in triton.SUBSETS:
+        name = "+".join(name for name, wanted in needs._asdict().items() if wanted)
+        yield f"sm_{arch} gradients {name}", functools.partial(triton.check_needs, needs, arch)
+
+
 def triton_shipped() -> Iterator[Check]:
     """The smallest tiles first: they are the quickest."""
     for each in reversed([*triton.shipped()]):
@@ -156,7 +162,11 @@ def triton_planted() -> list[Defect]:
 
 def triton_deletions() -> list[Defect]:
     """In the sources, so in every kernel that is compiled from them."""
-    checks = [each for arch in triton.ARCHITECTURES for each in (*triton_integers(arch), *triton_dropped(arch))]
+    checks = [
+        each
+        for arch in triton.ARCHITECTURES
+        for each in (*triton_integers(arch), *triton_dropped(arch), *triton_needs(arch))
+    ]
     checks += triton_shipped()
     return [_with_mutant(mutant, f"{mutant.module}.py", checks) for mutant in deletions.in_triton()]
 

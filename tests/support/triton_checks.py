@@ -38,6 +38,7 @@ SCHEDULES = (
     LaunchOptions(seed=3, async_policy="random", shuffle_ctas=True),
     LaunchOptions(seed=4, resident=3, async_policy="late", shuffle_ctas=True),
 )
+SUBSETS = tuple(Needs(*wanted) for wanted in itertools.product((False, True), repeat=4) if any(wanted))
 DROPPED_SCHEDULES, INFINITE_SCHEDULES = SCHEDULES[2:4], SCHEDULES[::3]
 # [M, N, K]. Contractions have more steps than a pipeline has stages, for else what it prefetches never happens; and
 # leave every remainder by the stages, for which of them a loop ends on is where its wait for the last step matters.
@@ -124,6 +125,19 @@ def check_dropout(sizes, dtype, arch: int, schedules=DROPPED_SCHEDULES, **altere
     for options in schedules:
         results, _ = run(case, SMALL[arch], arch, options, **altered)
         numerics.assert_accurate(results, case)
+
+
+def check_needs(needs: Needs, arch: int, **altered):
+    """On sm_90 by a tile that is shipped: each subset of gradients is a kernel of its own, which must fit as well."""
+    case = numerics.draw_integer_case(264, 48, 48, 8, torch.bfloat16)
+    config = SMALL[arch]
+    if arch == 90:
+        config = TILE_TABLES["hopper"][1]
+        instruction = expected_instruction(arch, config, torch.bfloat16)
+        altered.setdefault("on_kernel", functools.partial(assert_fits, arch=arch, instruction=instruction))
+    results, _ = run(case, config, arch, SCHEDULES[3], needs, **altered)
+    assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
+    numerics.assert_exact(results, case)
 
 
 def check_float16_range(scaling: float, dropout_p: float, arch: int, **altered):
