@@ -17,7 +17,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from benchmarks.cuda_resources import toolkit
 from fastlora.backends.cuda import extension
@@ -68,51 +67,53 @@ def _registrations() -> str:
 
 
 @functools.cache
-def library() -> Path:
-    """The compiled extension; built once for the sources and kernels that it is made of."""
+def library(csrc: Path) -> Path:
+    """The extension compiled from a folder like csrc; built once for the sources and kernels that it is made of."""
     setup = toolkit.load_setup()
     registrations = _registrations()
-    sources = [*(setup.CSRC / "host").iterdir(), setup.CSRC / "schedule.h", RUNTIME, MAPS]
+    sources = [*(csrc / "host").iterdir(), csrc / "schedule.h", RUNTIME, MAPS]
     digest = hashlib.sha256(repr((registrations, _FLAGS, setup.NVCC)).encode())
     for path in sorted(sources):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     target = cache_directory() / f"cuda-{digest.hexdigest()[:24]}.so"
-    build_once(target, functools.partial(_build, setup, registrations))
+    build_once(target, functools.partial(_build, setup.NVCC, csrc, registrations))
     return target
 
 
-def _build(setup: ModuleType, registrations: str, target: Path) -> None:
-    includes = [f"-I{setup.CSRC}", "-isystem", sysconfig.get_paths()["include"]]
+def _build(nvcc: str, csrc: Path, registrations: str, target: Path) -> None:
+    includes = [f"-I{csrc}", "-isystem", sysconfig.get_paths()["include"]]
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         variants = Path(work, "variants.cpp")
         variants.write_text(registrations)
-        sources = [*sorted((setup.CSRC / "host").glob("*.cpp")), RUNTIME, variants]
+        sources = [*sorted((csrc / "host").glob("*.cpp")), RUNTIME, variants]
 
         def compile_one(source: Path) -> str:
             out = str(Path(work, source.name).with_suffix(".o"))
-            subprocess.run([setup.NVCC, *_FLAGS, *includes, "-c", source, "-o", out], check=True)
+            command = [nvcc, *_FLAGS, *includes, "-c", source, "-o", out]
+            subprocess.run(command, capture_output=True, text=True, check=True)
             return out
 
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             objects = list(pool.map(compile_one, sources))
         linked = Path(work, "linked.so")
-        subprocess.run([setup.NVCC, "-shared", "-cudart", "none", *objects, "-o", linked], check=True)
+        subprocess.run([nvcc, "-shared", "-cudart", "none", *objects, "-o", linked], check=True)
         linked.replace(target)
 
 
 class Runtime:
-    """The emulated runtime of this process.
+    """The emulated runtime, and the host code of a folder like csrc over it.
 
     module: the extension; takes the place of fastlora._C.
     """
 
-    def __init__(self) -> None:
-        spec = importlib.util.spec_from_file_location("emulated._C", library())
+    def __init__(self, csrc: Path) -> None:
+        spec = importlib.util.spec_from_file_location("emulated._C", library(csrc))
         self.module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(self.module)
-        self._library = ctypes.CDLL(str(library()))
+        self._library = ctypes.CDLL(str(library(csrc)))
         self._library.fake_calls.restype = ctypes.c_char_p
         self._hook = None
+        self.devices(1)
 
     def calls(self) -> list[str]:
         """What csrc has called since the last time, in order."""
@@ -144,11 +145,9 @@ class Runtime:
 
 @functools.cache
 def runtime() -> Runtime:
-    """The one of this process, with one device.
+    """That of csrc, with one device.
 
     Raises:
         RuntimeError: there is no compiled extension whose kernels it could know.
     """
-    loaded = Runtime()
-    loaded.devices(1)
-    return loaded
+    return Runtime(toolkit.load_setup().CSRC)

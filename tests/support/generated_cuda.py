@@ -7,16 +7,21 @@ import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 from benchmarks.cuda_resources import toolkit
-from tests.support import cpp_mutations, defects
+from tests.support import cpp_mutations, cuda_runtime, defects
 from tests.support.cuda_emulation import entries_of
 from tests.support.generated import ROOT, Checks, Generated, Stillborn, run_tests
 
 # Neither the bindings, which hold no arithmetic, nor what is generated (wgmma.cuh) or for debug builds (spin.cuh).
-_KERNELS = ("csrc/schedule.h", "csrc/sm90/*.cuh", "csrc/sm90/ptx/[!ws]*.cuh")
+_SHARED = "csrc/schedule.h"  # by the kernels and the host
+_KERNELS = (_SHARED, "csrc/sm90/*.cuh", "csrc/sm90/ptx/[!ws]*.cuh")
 _HOST = ("csrc/host/plan.cpp", "csrc/host/operands.cpp", "csrc/host/launch.cpp", "csrc/host/tensor_map.cpp")
-_HOST_TESTS = ("tests/kernels/test_cuda_host.py", "tests/kernels/test_cuda_kernels.py")
+_HOST_TESTS = tuple(
+    f"tests/kernels/test_{name}.py"
+    for name in ("cuda_host", "cuda_kernels", "cuda_device", "cuda_protocol", "far_addresses", "cuda_range")
+)
 _QUICK = 12  # checks, of two compilations
 _NAME = re.compile(r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_dropout)?")
 
@@ -33,24 +38,42 @@ def mutations() -> list[Generated]:
 
 def checks(generated: Generated) -> Checks:
     """What may find a mutant. Each raises Stillborn where the compiler refuses it."""
+    compiled = _Compiled(generated)
     if generated.path in _HOST:
-        return [("tests", functools.partial(run_tests, generated, ((), _HOST_TESTS)))], []
-    ptx = _Compiled(generated)
-    every = [(name, functools.partial(check, ptx=ptx)) for name, _, check in _checks()]
+        tests = functools.partial(run_tests, generated, ((), _HOST_TESTS))
+        return [("the compiler", compiled.host), ("tests", tests)], []
+    every = [(name, functools.partial(compiled.run, check)) for name, _, check in _checks()]
     return every[:_QUICK], every[_QUICK:]
 
 
 class _Compiled:
-    """From a kernel's name to the PTX that the mutated sources come to, compiled when it is first asked for."""
+    """The mutated sources: a kernel's PTX, compiled when it is first asked for, and the host code where it has changed
+    as well."""
 
     def __init__(self, generated: Generated):
-        self._directory, self._found = tempfile.TemporaryDirectory(), {}
+        self._directory, self._found, self._host = tempfile.TemporaryDirectory(), {}, None
         self._csrc = Path(self._directory.name, "csrc")
         shutil.copytree(ROOT / "csrc", self._csrc)
         changed = self._csrc.parent / generated.path
         changed.write_text(generated.apply(changed.read_text()))
+        self._has_host = generated.path == _SHARED
 
-    def __call__(self, kernel: str) -> str:
+    def run(self, check: Callable) -> None:
+        if self._has_host:
+            with mock.patch.object(cuda_runtime, "runtime", self.host):
+                check(ptx=self.ptx)
+        else:
+            check(ptx=self.ptx)
+
+    def host(self) -> cuda_runtime.Runtime:
+        if self._host is None:
+            try:
+                self._host = cuda_runtime.Runtime(self._csrc)
+            except subprocess.CalledProcessError as refused:
+                raise Stillborn(refused.stderr.splitlines()[0]) from refused
+        return self._host
+
+    def ptx(self, kernel: str) -> str:
         if kernel not in self._found:
             self._found |= self._compile(*_NAME.fullmatch(kernel).groups()[:5])
         return self._found[kernel]
