@@ -4,7 +4,15 @@ import ast
 
 import pytest
 
-from tests.support import cpp_mutations, generated, generated_cuda, generated_triton, mutants, python_mutations
+from tests.support import (
+    cpp_mutations,
+    equivalents,
+    generated,
+    generated_cuda,
+    generated_triton,
+    mutants,
+    python_mutations,
+)
 
 CASES = {
     "constant": ("x = 4", {"x = 5", "x = 3"}),
@@ -96,3 +104,12 @@ def test_mutants_of_csrc():
     assert {each.path for each in found} >= {"csrc/schedule.h", "csrc/sm90/producer.cuh", "csrc/host/plan.cpp"}
     assert not any("wgmma.cuh" in each.path or "spin" in each.path for each in found)
     assert len({each.name for each in found}) == len(found)
+
+
+def test_what_is_called_the_same_is_a_mutant():
+    """Of the sources as they are; else a change has left a reason behind."""
+    lines = {
+        (each.path.rpartition("/")[2], each.mutated_lines)
+        for each in (*generated_triton.mutations(), *generated_cuda.mutations())
+    }
+    assert not equivalents.REASONS.keys() - lines

@@ -9,11 +9,14 @@ import sys
 import weakref
 from collections import defaultdict
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastlora.backends.configs import TILE_TABLES, TileConfig, gradients_last
+from fastlora.backends.target import Target
 from fastlora.backends.triton import compiled
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
@@ -184,6 +187,86 @@ def test_calls_of_one_description_have_one_kernel():
             calls += 1
     assert calls > 1.5 * len(kernels) and calls > 1.5 * len(specs), "too few calls have anything in common"
     assert max(map(len, specs.values())) == 1 and max(map(len, kernels.values())) == 1
+
+
+def described(direction: str = "forward", needs=None, sizes=(512, 256, 128, 16), **changes):
+    """The description of an aligned bfloat16 layer, with some changes."""
+    m, n, k, r = sizes
+    shapes = {"x": (m, k), "weight": (n, k), "lora_a": (r, k), "lora_b": (n, r), "dy": (m, n), "s": (m, r)}
+    t = {name: torch.empty(shape, dtype=torch.bfloat16, device="meta") for name, shape in shapes.items()}
+    factors, numbers = (t["lora_a"], t["lora_b"]), (2.0, 0.0, None)
+    if direction == "forward":
+        _, spec = describe_forward(ForwardOperands(t["x"], t["weight"], *factors, None, *numbers))
+    else:
+        given = BackwardOperands(t["dy"], t["x"], t["weight"], *factors, t["s"], *numbers)
+        _, spec = describe_backward(given, needs or Needs(True, True, True, False))
+    return spec._replace(**changes)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(90, n_sms=132))
+
+
+CONFIG = TileConfig(64, 32, 64, 2, 4, 3)
+
+
+@pytest.mark.parametrize(
+    "changes, config, fields",
+    (
+        ({}, {}, dict(fused=True, even_k=True, tma=True, tma_down=True, dropout=False, wgmma=True, block_r=16)),
+        ({}, {"fused": False}, dict(fused=False, block_r=16)),
+        ({"sizes": (512, 256, 128, 64)}, {}, dict(fused=True, block_r=64)),
+        ({"sizes": (512, 256, 128, 72)}, {}, dict(fused=False, block_r=128)),
+        ({"sizes": (512, 256, 96, 16)}, {}, dict(even_k=False)),  # a multiple of block_n, not of block_k
+        ({"dropout": True}, {}, dict(dropout=True, block_r=64)),
+        ({"dropout": True}, {"block_m": 32}, dict(dropout=True, block_r=16)),
+        ({"direction": "backward"}, {}, dict(fused=True, even_k=True, forward=False, block_r=16)),
+        ({"direction": "backward"}, {"fused": False}, dict(fused=False)),
+        ({"direction": "backward", "sizes": (512, 96, 128, 16)}, {}, dict(even_k=False)),
+        ({"direction": "backward", "sizes": (512, 256, 128, 72)}, {}, dict(fused=False, block_r=128)),
+        ({"direction": "backward", "needs": Needs(False, True, True, False)}, {}, dict(fused=False)),
+    ),
+    ids=str,
+)
+def test_what_a_launch_is_compiled_for(hopper, changes, config, fields):
+    variant = triton_lora.prepare(described(**changes), replace(CONFIG, **config)).variant
+    assert {name: getattr(variant, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("unaligned", ("act", "weight", "lora_a"))
+def test_what_lies_unaligned_goes_by_pointer(hopper, unaligned):
+    spec = described()
+    spec = spec._replace(aligned=spec.aligned._replace(**{unaligned: False}))
+    variant = triton_lora.prepare(spec, CONFIG).variant
+    assert (variant.tma, variant.tma_down) == ((True, False) if unaligned == "lora_a" else (False, True))
+
+
+@pytest.mark.parametrize("unaligned", ("act", "weight", None))
+def test_the_tables_of_unaligned_rows_serve_each_operand_that_is(hopper, unaligned):
+    spec = described()
+    if unaligned:
+        spec = spec._replace(aligned=spec.aligned._replace(**{unaligned: False}))
+    tiles = {(c.block_m, c.block_n, c.block_k) for c in TILE_TABLES["unaligned" if unaligned else "hopper"]}
+    config = triton_lora.prepare(spec).config
+    assert (config.block_m, config.block_n, config.block_k) in tiles
+
+
+@pytest.mark.parametrize("needs", (Needs(True, True, True, True), Needs(False, False, True, False)), ids=str)
+@pytest.mark.parametrize("m", (128, 129))
+def test_sums_between_row_chunks_are_kept_where_there_are_several(hopper, m, needs):
+    """One group of two row blocks, or two groups; each sum where its gradient is wanted."""
+    *_, of_a, of_b, of_bias = triton_lora.prepare(described("backward", needs, (m, 256, 128, 16)), CONFIG).outputs
+    several = m > 128
+    assert of_a == (((128, 16), torch.float32) if several and needs.da else None)
+    assert of_b == (((256, 16), torch.float32) if several and needs.db else None)
+    assert of_bias == (((256,), torch.float32) if several and needs.dbias else None)
+
+
+@pytest.mark.parametrize("m, n, k", ((8192, 256, 4096), (256, 4096, 256), (512, 16384, 128)))
+def test_gradient_tiles_are_queued_where_the_rule_says(hopper, m, n, k):
+    prepared = triton_lora.prepare(described("backward", None, (m, n, k, 16)), CONFIG)
+    assert prepared.numbers[1] == gradients_last(m, k, n, CONFIG.block_m, CONFIG.block_n)
 
 
 def test_no_value_of_a_seed_is_compiled_for():

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from fastlora.backends import workspace
+from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
+from fastlora.operands import describe_backward, describe_forward
+from fastlora.problem import BackwardOperands, ForwardOperands
 from tests.support import numerics
 from tests.support.triton_checks import (
+    ALL,
     ARCHITECTURES,
     DROPPED,
     FLOAT16_FACTORS,
@@ -30,6 +34,7 @@ from tests.support.triton_checks import (
     run,
     shipped,
 )
+from tests.support.triton_emulation import emulated
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("own_workspace", "poisoned")]
 
@@ -99,6 +104,40 @@ def test_float32_adapters_over_a_16_bit_layer(arch):
 @pytest.mark.parametrize("scaling, dropout_p", FLOAT16_FACTORS)
 def test_float16_overflows_where_the_composed_layer_does(arch, scaling, dropout_p):
     check_float16_range(scaling, dropout_p, arch)
+
+
+@pytest.mark.parametrize("fused", (True, False))
+def test_s_of_float16_is_rounded_once(fused):
+    """Of odd sums above 2048, which float16 lacks, three quarters: rounded before the scaling as well, they would be
+    others. Y is S, by a B that is the identity."""
+    case = numerics.draw_integer_case(130, 48, 64, 16, torch.float16)
+    x, lora_a = torch.zeros(130, 64), torch.zeros(16, 64)
+    x[:, 0], x[:, 1], lora_a[:, 0], lora_a[:, 1] = 2048.0, 2 * torch.arange(130) + 1, 1.0, 1.0
+    case = dataclasses.replace(
+        case, x=x, lora_a=lora_a, lora_b=torch.eye(48, 16), weight=torch.zeros(48, 64), bias=None, scaling=0.75
+    ).to(torch.float16)
+    results, _ = run(case, dataclasses.replace(SMALL[80], fused=fused), 80, SCHEDULES[1], needs=None)
+    exact = 0.75 * (case.x.double() @ case.lora_a.double().t())
+    assert not torch.equal(exact.half(), (0.75 * (exact / 0.75).half().double()).half()), "either way gives the same"
+    assert torch.equal(results["y"][:, :16], exact.half())
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_a_launch_learns_how_many_programs_run_at_once(monkeypatch, backward):
+    monkeypatch.setattr(triton_lora, "target_of", lambda device: Target(90, n_sms=3))
+    c = numerics.draw_integer_case(130, 40, 64, 8, torch.bfloat16)
+    shared = (c.scaling, 0.0, None)
+    if backward:
+        s = torch.zeros(130, 8, dtype=torch.bfloat16)
+        operands, spec = describe_backward(BackwardOperands(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared), ALL)
+    else:
+        operands, spec = describe_forward(ForwardOperands(c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared))
+    prepared = triton_lora.prepare(spec, SMALL[90])
+    monkeypatch.setattr(triton_lora, "resident_programs", lambda *used: 5)
+    with emulated(90):
+        for wave in (3, 15):
+            assert prepared.wave == wave
+            prepared(operands)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import defects
+from tests.support import defects, equivalents
 from tests.support.defects import Finding
 from tests.support.mutation import Mutation
 
@@ -50,19 +50,22 @@ class Generated:
     def apply(self, text: str) -> str:
         return self.mutation.apply(text)
 
+    @property
+    def mutated_lines(self) -> str:
+        """The lines that are changed, as they are then, without comments and in one."""
+        text = self.apply((ROOT / self.path).read_text())
+        first = text.rfind("\n", 0, self.mutation.start) + 1
+        last = text.find("\n", self.mutation.start + len(self.mutation.new))
+        return " ".join(line.split("  #")[0].strip() for line in text[first:last].splitlines())
+
 
 class Stillborn(Exception):
     """The compiler refuses the mutant."""
 
 
-# Survivors that are the same function, or as right as the original: (file, rule, old, new) and why.
-EQUIVALENT: dict[tuple[str, str, str, str], str] = {}
-
-
 def why_equivalent(generated: Generated) -> str | None:
     """Why nothing need find a mutant, or None."""
-    mutation = generated.mutation
-    return EQUIVALENT.get((Path(generated.path).name, mutation.rule, mutation.old, mutation.new))
+    return equivalents.REASONS.get((Path(generated.path).name, generated.mutated_lines))
 
 
 def in_order(seed: int, everything: Iterable[Generated]) -> list[Generated]:

@@ -4,6 +4,7 @@ the search for planted defects have in common."""
 import dataclasses
 import functools
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -12,8 +13,8 @@ import pytest
 import torch
 
 from fastlora.backends import workspace
-from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, TileConfig, table_for
-from fastlora.backends.target import Target
+from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, TileConfig, padded_rank, table_for
+from fastlora.backends.target import Target, multiplies_by_warpgroup
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions
@@ -26,6 +27,7 @@ needs_compiler = pytest.mark.skipif(
     reason="the interpreter compiles no PTX; these tests have their own process",
 )
 
+_GENERATOR = re.compile(r"(?<!\w)(-845247145|3449720151)\b")  # a factor of Philox
 ARCHITECTURES = (80, 90)
 ALL = Needs(True, True, True, True)
 # Small tiles, so that a small problem has several row groups, columns, parts and slices. block_m of 64 is wgmma's
@@ -195,9 +197,40 @@ def shipped():
 
 
 def gate_of(tile: Shipped) -> Callable[[Any], None]:
-    """Whether one of its kernels fits a GPU."""
+    """Whether one of its kernels fits a GPU, and draws random bits only where something is dropped."""
     instruction = expected_instruction(tile.arch, tile.config, tile.dtype)
-    return functools.partial(assert_fits, arch=tile.arch, instruction=instruction)
+
+    def gate(kernel: Any) -> None:
+        assert_fits(kernel, tile.arch, instruction)
+        assert bool(_GENERATOR.search(kernel.asm["ptx"])) == (tile.dropout_p > 0.0), "draws a mask"
+
+    return gate
+
+
+def expected_macs(tile: Shipped, m: int, n: int, k: int, r: int) -> tuple[int, int]:
+    """Multiply-adds of the two launches: those of whole tiles and steps, and none besides."""
+    config, wgmma, drops = tile.config, multiplies_by_warpgroup(tile.arch), tile.dropout_p > 0.0
+
+    def whole(size: int, step: int) -> int:
+        return -(-size // step) * step
+
+    def product(columns: int, contracted: int, block_r: int) -> int:
+        rows, columns = whole(m, config.block_m), whole(columns, config.block_n)
+        contracted, ranks = whole(contracted, config.block_k), whole(r, min(padded_rank(r), 64))
+        return rows * (columns * contracted + contracted * block_r + columns * ranks)
+
+    # Where a masked product is wgmma's, the rank is its height.
+    block_r, tall = padded_rank(r), max(padded_rank(r), 64)
+    masked_r = tall if drops and wgmma and config.block_m >= 64 else block_r
+    group = config.group_m * config.block_m
+    steps = sum(whole(min(group, m - first), config.gradient_m) for first in range(0, m, group))
+    # dbias is a product with 16 columns there, of which Triton gives four warps the same part if it is a low one.
+    for_dbias = 16 * wgmma * (1 if config.gradient_n >= 64 else 4)
+    sums_of_dy = whole(n, config.gradient_n) * (block_r + for_dbias)
+    return (
+        product(n, k, masked_r),
+        product(k, n, block_r) + steps * (sums_of_dy + whole(k, config.gradient_n) * masked_r),
+    )
 
 
 def check_shipped(tile: Shipped, **altered):
@@ -221,3 +254,9 @@ def check_shipped(tile: Shipped, **altered):
     if tile.dtype != torch.float32:
         used = stats[0].wgmma if tile.arch == 90 and config.block_m >= 64 else stats[0].mma
         assert used > 0, "not the matrix instruction that this tile is for"
+        expected = expected_macs(tile._replace(config=config), m, n, k, case.lora_a.shape[0])
+        made = [launch.macs for launch in stats]
+        exact = not config.fused or tile.arch == 90 and config.block_m >= 64
+        # Where a product of warps makes S as well, Triton may give several of them the same part of it.
+        as_expected = [a == b if exact else a >= b for a, b in zip(made, expected, strict=False)]
+        assert all(as_expected), f"{made} multiply-adds, not {expected}"

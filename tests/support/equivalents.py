@@ -1,0 +1,38 @@
+"""Mutants that compute what the original does: nothing need find them."""
+
+_ROUNDS = "w0, w1, w2, w3 = tl.philox(dropout.seed, low, high, {}, PHILOX_ROUNDS)"
+_LOCATE = "row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, {}, wave, variant.tile.group_m)"
+_INSIDE = "a bound of a side that is known to be inside is not read"
+
+# (file, its mutated lines): why.
+REASONS: dict[tuple[str, str], str] = {
+    ("memory.py", _ROUNDS.format("high * 0, low * 0")): "0 as well",
+    ("memory.py", _ROUNDS.format("low * 0, high * 0")): "0 as well",
+    (
+        "gradients.py",
+        "WGMMA: tl.constexpr = variant.wgmma and sums.right.data.dtype.element_ty.primitive_bitwidth == 16",
+    ): "S and dS have the dtype of dY and X",
+    (
+        "launch.py",
+        'outputs = [made and torch.empty(1, dtype=made[1], device="meta") for made in self.outputs]',
+    ): "stands for a tensor of any size",
+}
+for _number in (1, -1):
+    REASONS |= {
+        ("launch.py", f"self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m={_number})), self.variant)"): (
+            "the same for every M"
+        ),
+        ("kernels.py", _LOCATE.format(_number)): "moves no tile where there are no gradient tiles",
+    }
+    for _file, _line in (
+        ("base_weight", "load_block(weight, tl.minimum(offs_n, shape.N - 1), offs_k, {}, shape.K, True, variant.even_k).T"),
+        ("branch", "load_block(product.down, offs_r, offs_k, {}, shape.K, True, variant.even_k).T"),
+        ("branch", "load_block(product.down, offs_k, offs_r, shape.K, {}, variant.even_k, True)"),
+        ("tiles", "load_block(product.act, rows_to_load(row, shape.M, variant), offs_k, {}, shape.K, True, variant.even_k)"),
+    ):  # fmt: skip
+        REASONS[f"{_file}.py", "return " + _line.format(_number)] = _INSIDE
+    for _line in (
+        "s_block = load_block(product.s, rows_to_load(row, shape.M, variant), offs_r, {}, shape.R, True, False)",
+        "up_block = load_block(product.up, tl.minimum(offs_n, shape.N - 1), offs_r, {}, shape.R, True, False).T",
+    ):
+        REASONS["branch.py", _line.format(_number)] = _INSIDE
