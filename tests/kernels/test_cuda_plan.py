@@ -1,25 +1,93 @@
-"""A plan of a CUDA launch refuses, by name, what no kernel can do or read."""
+"""A plan of a CUDA launch refuses, by name, what no kernel can do or read. Of csrc's host code as it is now, over the
+emulated runtime."""
 
 import pytest
 
-from fastlora.backends.cuda import extension
+from tests.support import cuda_runtime
 
-pytestmark = pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
+pytestmark = pytest.mark.skipif(cuda_runtime.unavailable() is not None, reason=f"{cuda_runtime.unavailable()}")
 
 SIZES = dict(backward=False, fp16=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)
+TILE, LARGE_TILE = {"block_m": 64, "block_n": 128}, {"block_m": 128, "block_n": 256}
+MOST = 2**31 - 1024  # of M, N, K, tiles and flags
 _BACKWARD_ONLY = ("layer_input", "saved_s", "grad_a", "grad_b", "grad_bias")
 
 
+def _plan(**problem):
+    return cuda_runtime.runtime().module.Plan(**problem)
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    (
+        *(({name: 0}, "sizes must be positive") for name in "mnkr"),
+        *(({name: 12}, "multiples of 8") for name in "nkr"),
+        *(({name: MOST + 8}, "below 2") for name in "mnk"),
+        *(({name: 0}, "bad group_m, ctas or splits") for name in ("group_m", "ctas", "splits")),
+        ({"splits": 2}, "bad group_m, ctas or splits"),  # of one step
+        ({"k": 128, "splits": 3}, "bad group_m, ctas or splits"),
+        ({"grad_b": True}, "a forward makes no gradients"),
+        ({"grad_bias": True}, "a forward makes no gradients"),
+        ({"m": MOST, "n": 64 * 128}, "more tiles than a 32-bit ticket counts"),
+        # Rows of 64, 31 columns of Y and one of S, twice: as many tiles as may be, and some more flags.
+        ({"m": MOST, "n": 31 * 128, "k": 128, "splits": 2}, "more flags than a 32-bit index counts"),
+        ({"m": MOST, "n": 32 * 128, "k": 128, "splits": 2}, "more tiles than a 32-bit ticket counts"),
+    ),
+    ids=str,
+)
+def test_a_problem_that_no_launch_can_count_is_refused(changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        _plan(**{**SIZES, **TILE, **changes})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    (
+        *({name: 1 if name == "m" else 8} for name in "mnkr"),
+        *({name: MOST} for name in "mnk"),
+        {"group_m": 1, "ctas": 1},
+        {"k": 128, "splits": 2},
+        {"k": 72, "splits": 2},
+        {"fused": True},
+    ),
+    ids=str,
+)
+def test_the_smallest_and_the_largest_problems_are_planned(changes):
+    _plan(**{**SIZES, **TILE, **changes})
+
+
+@pytest.mark.parametrize("splits", (1, 2))
+@pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("wanted", ((), ("grad_b",), ("grad_bias",), ("grad_a", "grad_b")), ids=str)
+def test_what_a_backward_takes_of_memory(wanted, fused, splits):
+    """5 row blocks in 2 groups, 2 columns of dX and 1 of S, 2 tiles of dA and 3 of dB."""
+    sizes = {"m": 257, "n": 256, "k": 384, "group_m": 4, "fused": fused, "splits": splits, "backward": True}
+    plan = _plan(**{**SIZES, **TILE, **sizes}, **dict.fromkeys(wanted, True))
+    variant = plan.variant
+    column_tiles = 5 * (2 + (not fused))
+    gradient_tiles = 3 * bool({"grad_b", "grad_bias"} & {*wanted}) + 2 * ("grad_a" in wanted)
+    reductions = gradient_tiles + (column_tiles if splits > 1 else 0)
+    assert plan.workspace_words == 2 + 5 + 2 * reductions
+    assert plan.gradient_partial_floats == gradient_tiles * variant["gradient_partial_floats"]
+    assert plan.split_partial_floats == column_tiles * (splits - 1) * variant["split_partial_floats"]
+
+
+def test_a_grid_is_no_larger_than_its_tiles():
+    assert _plan(**{**SIZES, **TILE, "ctas": 132}).ctas == 2, "a tile of S and one of Y"
+    assert _plan(**{**SIZES, **TILE, "ctas": 132, "m": 64 * 200}).ctas == 132
+    of_clusters = {**SIZES, **LARGE_TILE, "m": 128 * 200}
+    assert _plan(**{**of_clusters, "ctas": 131}).ctas == 130 and _plan(**{**of_clusters, "ctas": 1}).ctas == 2
+
+
 def test_plans_that_cannot_be_launched_say_why():
-    make = extension.loaded().Plan
     with pytest.raises(ValueError, match=r"no compiled kernel serves this: forward, tile 96x128, M=64 N=64 K=64 R=8"):
-        make(**SIZES, block_m=96, block_n=128)
+        _plan(**SIZES, block_m=96, block_n=128)
     with pytest.raises(ValueError, match="no compiled kernel"):
-        make(**{**SIZES, "r": 128}, block_m=64, block_n=128)
+        _plan(**{**SIZES, "r": 128}, block_m=64, block_n=128)
     with pytest.raises(ValueError, match="multiples of 8"):
-        make(**{**SIZES, "k": 60}, block_m=64, block_n=128)
+        _plan(**{**SIZES, "k": 60}, block_m=64, block_n=128)
     with pytest.raises(ValueError, match="splits"):
-        make(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
+        _plan(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
 
 
 def arguments(plan, **changes):
@@ -35,7 +103,7 @@ def arguments(plan, **changes):
 @pytest.mark.parametrize("backward", (False, True))
 def test_operands_that_no_kernel_can_read_are_refused(backward):
     gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
-    plan = extension.loaded().Plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
+    plan = _plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
     plan.parameters(**arguments(plan))
     for name in arguments(plan):
         with pytest.raises(TypeError, match=f"{name} is missing|misses the argument '{name}'"):
@@ -59,35 +127,34 @@ def test_operands_that_no_kernel_can_read_are_refused(backward):
 
 
 def test_a_gradient_that_is_not_made_has_no_place_to_go():
-    make = extension.loaded().Plan
-    plan = make(**{**SIZES, "backward": True}, block_m=64, block_n=128)
+    plan = _plan(**{**SIZES, "backward": True}, block_m=64, block_n=128)
     with pytest.raises(TypeError, match="operand layer_input is given"):
         plan.parameters(**arguments(plan, grad_a=None, grad_b=None, grad_bias=None))
     with pytest.raises(ValueError, match="a forward makes no gradients"):
-        make(**SIZES, block_m=64, block_n=128, grad_a=True)
+        _plan(**SIZES, block_m=64, block_n=128, grad_a=True)
 
 
 def test_a_fused_s_that_no_kernel_can_make_is_refused():
-    make, tile = extension.loaded().Plan, {"block_m": 128, "block_n": 256, "fused": True}
+    tile = {"block_m": 128, "block_n": 256, "fused": True}
     with pytest.raises(ValueError, match="S cannot be fused"):
-        make(**{**SIZES, "r": 72, "dropout": True, **tile})
+        _plan(**{**SIZES, "r": 72, "dropout": True, **tile})
     with pytest.raises(ValueError, match="S cannot be fused"):
-        make(**{**SIZES, "backward": True, **tile}, makes_out=False, grad_a=True)
+        _plan(**{**SIZES, "backward": True, **tile}, makes_out=False, grad_a=True)
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_names_of_a_problem_are_checked(name):
-    make, tile = extension.loaded().Plan, {"block_m": 64, "block_n": 128}
+    tile = {"block_m": 64, "block_n": 128}
     with pytest.raises(TypeError, match=f"Plan.. misses the argument '{name}'"):
-        make(**{key: value for key, value in SIZES.items() if key != name}, **tile)
+        _plan(**{key: value for key, value in SIZES.items() if key != name}, **tile)
     with pytest.raises(TypeError, match="Plan.. has no argument 'nonsense'"):
-        make(**SIZES, **tile, nonsense=7)
+        _plan(**SIZES, **tile, nonsense=7)
     with pytest.raises(TypeError, match=f"Plan.. cannot take 'many' as the argument '{name}'"):
-        make(**{**SIZES, name: "many"}, **tile)
+        _plan(**{**SIZES, name: "many"}, **tile)
 
 
 def test_names_of_operands_are_checked():
-    plan = extension.loaded().Plan(**SIZES, block_m=64, block_n=128)
+    plan = _plan(**SIZES, block_m=64, block_n=128)
     given = arguments(plan)
     with pytest.raises(TypeError, match="parameters.. has no argument 'nonsense'"):
         plan.parameters(**given, nonsense=7)
@@ -98,7 +165,7 @@ def test_names_of_operands_are_checked():
 
 
 def test_a_launcher_is_given_what_it_was_bound_for():
-    plan = extension.loaded().Plan(**SIZES, block_m=64, block_n=128)
+    plan = _plan(**SIZES, block_m=64, block_n=128)
     strides = {"act": (0, 64), "weight": (0, 64)}
     bound = plan.bind(("act", "weight", "scale_in_s"), **strides)
     with pytest.raises(TypeError, match="a launch takes 5 arguments, got 4"):

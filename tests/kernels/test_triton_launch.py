@@ -234,6 +234,11 @@ def test_what_a_launch_is_compiled_for(hopper, changes, config, fields):
     assert {name: getattr(variant, name) for name in fields} == fields
 
 
+def test_the_compiler_is_told_the_tiles_warps_and_stages(hopper):
+    launch = triton_lora.prepare(described(), CONFIG).launch
+    assert launch.options == {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+
+
 @pytest.mark.parametrize("unaligned", ("act", "weight", "lora_a"))
 def test_what_lies_unaligned_goes_by_pointer(hopper, unaligned):
     spec = described()

@@ -17,6 +17,8 @@ REASONS: dict[tuple[str, str], str] = {
         'outputs = [made and torch.empty(1, dtype=made[1], device="meta") for made in self.outputs]',
     ): "stands for a tensor of any size",
 }
+for _fields in ("1, 0, 1.0", "-1, 0, 1.0", "0, 1, 1.0", "0, -1, 1.0", "0, 0, 0.0"):
+    REASONS["memory.py", f"return Dropout({_fields})"] = "where nothing is dropped, nothing reads it"
 for _number in (1, -1):
     REASONS |= {
         ("launch.py", f"self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m={_number})), self.variant)"): (
@@ -24,13 +26,13 @@ for _number in (1, -1):
         ),
         ("kernels.py", _LOCATE.format(_number)): "moves no tile where there are no gradient tiles",
     }
-    for _file, _line in (
-        ("base_weight", "load_block(weight, tl.minimum(offs_n, shape.N - 1), offs_k, {}, shape.K, True, variant.even_k).T"),
-        ("branch", "load_block(product.down, offs_r, offs_k, {}, shape.K, True, variant.even_k).T"),
-        ("branch", "load_block(product.down, offs_k, offs_r, shape.K, {}, variant.even_k, True)"),
-        ("tiles", "load_block(product.act, rows_to_load(row, shape.M, variant), offs_k, {}, shape.K, True, variant.even_k)"),
-    ):  # fmt: skip
-        REASONS[f"{_file}.py", "return " + _line.format(_number)] = _INSIDE
+    for _file, _arguments in (
+        ("base_weight", "weight, tl.minimum(offs_n, shape.N - 1), offs_k, {}, shape.K, True, variant.even_k).T"),
+        ("branch", "product.down, offs_r, offs_k, {}, shape.K, True, variant.even_k).T"),
+        ("branch", "product.down, offs_k, offs_r, shape.K, {}, variant.even_k, True)"),
+        ("tiles", "product.act, rows_to_load(row, shape.M, variant), offs_k, {}, shape.K, True, variant.even_k)"),
+    ):
+        REASONS[f"{_file}.py", f"return load_block({_arguments.format(_number)}"] = _INSIDE
     for _line in (
         "s_block = load_block(product.s, rows_to_load(row, shape.M, variant), offs_r, {}, shape.R, True, False)",
         "up_block = load_block(product.up, tl.minimum(offs_n, shape.N - 1), offs_r, {}, shape.R, True, False).T",

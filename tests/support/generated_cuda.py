@@ -20,7 +20,15 @@ _KERNELS = (_SHARED, "csrc/sm90/*.cuh", "csrc/sm90/ptx/[!ws]*.cuh")
 _HOST = ("csrc/host/plan.cpp", "csrc/host/operands.cpp", "csrc/host/launch.cpp", "csrc/host/tensor_map.cpp")
 _HOST_TESTS = tuple(
     f"tests/kernels/test_{name}.py"
-    for name in ("cuda_host", "cuda_kernels", "cuda_device", "cuda_protocol", "far_addresses", "cuda_range")
+    for name in (
+        "cuda_plan",
+        "cuda_host",
+        "cuda_kernels",
+        "cuda_device",
+        "cuda_protocol",
+        "far_addresses",
+        "cuda_range",
+    )
 )
 _QUICK = 12  # checks, of two compilations
 _NAME = re.compile(r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_dropout)?")
