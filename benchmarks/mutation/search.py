@@ -53,6 +53,14 @@ def _look(row: dict, mutant: Any, thorough: bool) -> dict:
     return row | {"seconds": round(row["seconds"] + time.process_time() - started, 1)}
 
 
+def _kept(row: dict, mutant: Any) -> dict:
+    """A row of an earlier run; a reason may be on record since."""
+    from tests.support.generated import why_equivalent
+
+    reason = why_equivalent(mutant)
+    return row | {"reason": reason, "pending": row["pending"] and not reason}
+
+
 def run(language: str, seed: int, count: int, jobs: int, done: dict[str, dict], save: Callable[[list[dict]], None]):
     """The rows of ``count`` mutants that live, and of the stillborn ones among them.
 
@@ -81,7 +89,7 @@ def run(language: str, seed: int, count: int, jobs: int, done: dict[str, dict], 
     with multiprocessing.get_context("spawn").Pool(jobs, _limit_memory, maxtasksperchild=40) as pool:
         while living() < count and order:
             batch, order = order[: count - living()], order[count - living() :]
-            rows |= {each.name: done[each.name] for each in batch if each.name in done}
+            rows |= {each.name: _kept(done[each.name], each) for each in batch if each.name in done}
             keep(pool.imap_unordered(_quick, [(language, each) for each in batch if each.name not in done]))
         pending = [row for row in rows.values() if row["pending"]]
         keep(pool.imap_unordered(_thorough, [(row, by_name[row["mutant"]]) for row in pending]))
