@@ -104,6 +104,8 @@ def test_mutants_of_csrc():
     assert {each.path for each in found} >= {"csrc/schedule.h", "csrc/sm90/producer.cuh", "csrc/host/plan.cpp"}
     assert not any("wgmma.cuh" in each.path or "spin" in each.path for each in found)
     assert len({each.name for each in found}) == len(found)
+    changes = {(each.path, each.mutation.start, each.mutation.end, each.mutation.new) for each in found}
+    assert len(changes) == len(found), "no two are the same text"
 
 
 def test_what_is_called_the_same_is_a_mutant():

@@ -48,8 +48,10 @@ _RULES: tuple[tuple[str, str, Callable[[re.Match], tuple[str, ...]]], ...] = (
 def find(text: str) -> list[Mutation]:
     """Every mutation of a text, in its order."""
     blank = _BLANK.sub(lambda found: re.sub(r"[^\n]", " ", found[0]), text)
-    found = {*_by_rules(text, blank), *_conditions(text, blank), *_moved(text, blank)}
-    return sorted(found, key=lambda mutation: (mutation.start, mutation.end, mutation.new))
+    found: dict[tuple[int, int, str], Mutation] = {}  # what several rules make is one
+    for each in (*_by_rules(text, blank), *_conditions(text, blank), *_moved(text, blank)):
+        found.setdefault((each.start, each.end, each.new), each)
+    return [found[place] for place in sorted(found)]
 
 
 def _by_rules(text: str, blank: str) -> Iterator[Mutation]:
