@@ -21,6 +21,7 @@ class Variant:
     even_k: the contracted dimension is a multiple of block_k.
     tf32: float32 products are products of TF32.
     wgmma: compiled for Hopper, whose products read registers while the program runs on.
+    decoded: the weight is scratch that tiles of the same launch decode (structs.DecodedWeight).
     """
 
     tile: TileConfig
@@ -33,6 +34,7 @@ class Variant:
     even_k: bool
     tf32: bool
     wgmma: bool
+    decoded: bool = False
 
     @property
     def shrink_columns(self) -> int:

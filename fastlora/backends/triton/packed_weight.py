@@ -1,0 +1,114 @@
+"""A packed base weight: from codes and scales in memory to values.
+
+A value is code·scale in float32, rounded once to the dtype of the product. A nested scale is code2·absmax2 + offset,
+with a rounding after each of the two, as bitsandbytes has it."""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class PackedWeight(NamedTuple):
+    """A weight [N, K] as one row of N·K elements. What a format does not have is None.
+
+    codes_ptr: uint8 (two codes a byte, or float8) or int8.
+    scales_ptr: one for each ``block`` elements; uint8 where they are nested.
+    zeros_ptr: likewise, whole numbers that are subtracted from the codes.
+    absmax2_ptr, code2_ptr, offset_ptr: float32, of nested scales: one for each nested block; [256]; one number.
+    block: elements that share a scale.
+    """
+
+    codes_ptr: Any
+    scales_ptr: Any
+    zeros_ptr: Any
+    absmax2_ptr: Any
+    code2_ptr: Any
+    offset_ptr: Any
+    block: Any
+
+
+@triton.jit
+def decode_part(packed, out_ptr, start, left, dtype: tl.constexpr, format: tl.constexpr, NUM_WARPS: tl.constexpr):
+    """Decodes the ``left`` elements from ``start`` on, a multiple of eight, format.part of them at most."""
+    CHUNK: tl.constexpr = min(format.part, 1024 * NUM_WARPS)
+    table = _table(format)
+    for chunk in tl.range(0, format.part, CHUNK, num_stages=1):
+        offs_group = chunk + 8 * tl.arange(0, CHUNK // 8)
+        offs = offs_group[:, None] + tl.arange(0, 8)[None, :]
+        inside = (offs_group < left)[:, None] if format.whole else offs < left
+        values = _codes(packed, start, offs_group, offs, left, table, format)
+        if format.grouped:
+            scale = _scales(packed, start, offs_group, offs_group < left, format)[:, None]
+        else:
+            scale = _scales(packed, start, offs, offs < left, format)
+        if packed.zeros_ptr is not None:
+            index = _block_of(packed, start, offs)
+            values -= tl.load(packed.zeros_ptr + index, mask=inside, other=0).to(tl.float32)
+        tl.store(out_ptr + start + offs, (values * scale).to(dtype), mask=inside)
+
+
+@triton.jit
+def _table(format: tl.constexpr):
+    """[16] values of 4-bit codes, in registers: a tensor of them would be one more operand of every launch."""
+    code = tl.arange(0, 16)
+    SIZE: tl.constexpr = len(format.table)
+    table = tl.zeros((16,), tl.float32)
+    for i in tl.static_range(SIZE):
+        table = tl.where(code % SIZE == i, format.table[i], table)
+    if SIZE == 8:
+        table *= tl.where(code < 8, 1.0, -1.0)
+    return table
+
+
+@triton.jit
+def _codes(packed, start, offs_group, offs, left, table, format: tl.constexpr):
+    """The codes of elements ``start`` + offs as float32 numbers; anything from ``left`` on."""
+    if len(format.table) > 0:
+        if format.whole:
+            words_ptr = packed.codes_ptr.to(tl.pointer_type(tl.int32)) + start // 8
+            words = tl.load(words_ptr + offs_group // 8, mask=offs_group < left, other=0)
+            # Of the lowest byte the high half comes first.
+            codes = (words[:, None] >> (4 * (tl.arange(0, 8) ^ 1))[None, :]) & 15
+        else:
+            pairs = tl.load(packed.codes_ptr + start // 2 + offs // 2, mask=offs < left, other=0).to(tl.int32)
+            codes = (pairs >> (4 * ((offs & 1) ^ 1))) & 15
+        # Through shared memory, where sixteen numbers lie in as many banks.
+        return tl.reshape(tl.gather(table, tl.reshape(codes, (codes.numel,)), 0), codes.shape)
+    else:
+        inside = (offs_group < left)[:, None] if format.whole else offs < left
+        codes = tl.load(packed.codes_ptr + start + offs, mask=inside, other=0)
+        return _float8(codes, format) if format.exponent_bits > 0 else codes.to(tl.float32)
+
+
+@triton.jit
+def _float8(byte, format: tl.constexpr):
+    """The value of a float8, without an instruction of compute capability 8.9: its bits are those of a float16 whose
+    exponent is too small by a constant."""
+    bits = byte.to(tl.int16)
+    if format.exponent_bits == 5:
+        return (bits << 8).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        scaled = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
+        value = scaled.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+        return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def _block_of(packed, start, offs):
+    """The block of elements ``start`` + offs: a division of 64 bits for all of them, and a short one for each."""
+    return start // packed.block + (start % packed.block + offs) // packed.block
+
+
+@triton.jit
+def _scales(packed, start, offs, inside, format: tl.constexpr):
+    """The float32 scales of elements ``start`` + offs."""
+    index = _block_of(packed, start, offs)
+    scales = tl.load(packed.scales_ptr + index, mask=inside, other=0)
+    if format.nested_block > 0:
+        inner = tl.load(packed.code2_ptr + scales.to(tl.int32))
+        outer = tl.load(packed.absmax2_ptr + index // format.nested_block, mask=inside, other=0.0)
+        # fma(a, b, 0) is a·b rounded, and no compiler may join it with the addition, as it joins a plain product.
+        return tl.fma(inner, outer, 0.0) + tl.load(packed.offset_ptr)
+    else:
+        return scales.to(tl.float32)
