@@ -67,8 +67,9 @@ def interpreter_unusable() -> str | None:
 def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     """What serves every call of this description; ``config`` overrides the tables and what was tuned."""
     target = target_of(spec.device)
-    config = config or _choose(spec, target)
-    return _Forward(spec, config, target) if spec.direction == "forward" else _Backward(spec, config, target)
+    config = config or choose_tile(spec, target)
+    serves = ForwardLaunch if spec.direction == "forward" else BackwardLaunch
+    return serves(spec, config, target)
 
 
 def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
@@ -86,7 +87,7 @@ def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
     return len({id(prepared.launch.compiled) for prepared, _ in distinct.values()})
 
 
-def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
+def choose_tile(spec: LaunchSpec, target: Target) -> TileConfig:
     """What ``fastlora tune`` found on this GPU, else the tables' choice."""
     aligned = spec.aligned.act and spec.aligned.weight and _has_wide_loads(spec)
     if aligned:
@@ -153,9 +154,10 @@ class _Prepared:
         self.wave, self._learned = self.target.n_sms * programs, True
 
     def prepare_launch(
-        self, kernel: Any, grid: int, blocks: tuple[list[int], ...], compiled_as: dict[int, Any]
+        self, kernel: Any, grid: int, blocks: tuple[list[int], ...], compiled_as: dict[int, Any], *constants: Any
     ) -> CompiledLaunch:
-        """Of a kernel on ``blocks`` of its first three arguments, by TMA where the variant says so."""
+        """Of a kernel on ``blocks`` of its first three arguments, by TMA where the variant says so; ``constants`` are
+        those in front of the variant."""
         by_tma = (self.variant.tma, self.variant.tma, self.variant.tma_down)
         config = self.config
         # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
@@ -163,11 +165,11 @@ class _Prepared:
         return CompiledLaunch(
             kernel, grid, self.device,
             blocks=tuple(block if tma else None for block, tma in zip(blocks, by_tma, strict=True)),
-            compiled_as=compiled_as, constants=(self.variant.as_plain(),), options=options,
+            compiled_as=compiled_as, constants=(*constants, self.variant.as_plain()), options=options,
         )  # fmt: skip
 
 
-class _Forward(_Prepared):
+class ForwardLaunch(_Prepared):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
@@ -210,7 +212,7 @@ class _Forward(_Prepared):
         )  # fmt: skip
 
 
-class _Backward(_Prepared):
+class BackwardLaunch(_Prepared):
     """The gradients that the description needs in one launch; see backends.reference."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):

@@ -1,0 +1,149 @@
+"""The Triton backend over a quantised base weight, host side: which formats the kernels decode, and the two launches.
+
+A launch whose products read the weight decodes it once, into scratch of the dense weight's size in x's dtype, which is
+freed when the launch has been made; a backward without dX decodes nothing and has no scratch. Products read scratch by
+ordinary loads, as they read S: Triton has no proxy fence between other programs' stores and TMA.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.backends.configs import TileConfig
+from fastlora.backends.target import Target, target_of
+from fastlora.backends.triton import launch as dense
+from fastlora.backends.triton.packed_format import FP4, NF4, PackedFormat
+from fastlora.backends.triton.quantised_kernels import quantised_backward_kernel, quantised_forward_kernel
+from fastlora.problem import Launcher, LaunchSpec
+from fastlora.quantised_weight import QuantisedWeight
+
+PART = 1 << 15  # elements that one tile decodes: few enough to spread a panel, and a wait for them stays short
+_EXPONENT_BITS = {torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
+_TABLES = {"nf4": NF4, "fp4": FP4}
+_LARGEST_BLOCK = 1 << 30  # whose elements 32 bits count, with a part's
+
+
+def why_unsupported(spec: LaunchSpec) -> str | None:
+    """Why these kernels cannot serve a call, or None."""
+    packed = spec.packed
+    if packed is None:
+        return f"no kernel decodes a {spec.base_format} base weight"
+    reason = dense.why_unsupported(spec._replace(base_format="dense", packed=None))
+    if reason is not None:
+        return reason
+    if not packed.contiguous:
+        return f"a tensor of the {spec.base_format} weight is not contiguous"
+    if spec.base_format in _TABLES:
+        return None
+    codes, scales, *zeros = packed.dtypes
+    if codes != torch.int8 and codes not in _EXPONENT_BITS:
+        return f"no kernel decodes {codes}"
+    if any(dtype.is_floating_point for dtype in zeros):
+        return f"zero points of the {spec.base_format} weight are {zeros[0]}, not whole numbers"
+    _, n, k, _ = spec.sizes
+    rows, columns = packed.block
+    if (rows > 1 and columns != k) or k % columns or n % rows or packed.counts[1] * rows * columns != n * k:
+        return f"{packed.counts[1]} scales of {rows} x {columns} elements of the {spec.base_format} weight [{n}, {k}]"
+    if rows * columns > _LARGEST_BLOCK:
+        return f"{rows * columns} elements of the {spec.base_format} weight have one scale"
+    return None
+
+
+def prepare(spec: LaunchSpec, config: TileConfig | None = None, part: int = PART) -> Launcher:
+    """What serves every call of this description, with a QuantisedWeight for a weight.
+
+    Args:
+        config: overrides the tables and what was tuned.
+        part: elements that one tile decodes, a power of two.
+    """
+    target = target_of(spec.device)
+    if config is None:
+        config = dense.choose_tile(spec, target)
+        # Tiles that make S alone need no weight: they are there for who would wait for the last of its parts. (In
+        # float32 they spill.)
+        config = replace(config, fused=config.fused and spec.dtype.itemsize == 4)
+    serves = _Forward if spec.direction == "forward" else _Backward
+    return serves(spec, config, target, part)
+
+
+def _format(spec: LaunchSpec, part: int) -> PackedFormat:
+    packed = spec.packed
+    assert packed is not None
+    _, n, k, _ = spec.sizes
+    whole = n * k % 8 == 0 and packed.starts[0]
+    if spec.base_format in _TABLES:
+        return PackedFormat(_TABLES[spec.base_format], 0, *packed.block, whole, True, part)
+    grouped = _elements_of_block(spec) % 8 == 0
+    return PackedFormat((), _EXPONENT_BITS.get(packed.dtypes[0], 0), 0, 0, whole, grouped, part)
+
+
+def _elements_of_block(spec: LaunchSpec) -> int:
+    """That share a scale."""
+    assert spec.packed is not None
+    rows, columns = spec.packed.block
+    return rows if spec.base_format in _TABLES else rows * columns
+
+
+class _Decoding:
+    """What a launch over a packed weight adds to the dense one.
+
+    n_panels: of the weight; each is decoded in so many ``parts`` of one tile.
+    """
+
+    launch: Any
+    variant: Any
+    n_words: int
+
+    def _decode_first(self, kernel: Any, spec: LaunchSpec, n_panels: int, panel_rows: int, part: int) -> None:
+        """Puts tiles that decode the weight in front of the dense launch."""
+        self.format = _format(spec, part)
+        self.variant = replace(self.variant, tma=False, tma_down=False, decoded=True)
+        self.n_panels, self.parts = n_panels, -(-panel_rows * spec.sizes.k // part)
+        self.n_words += n_panels
+        self.block = _elements_of_block(spec)
+        self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m=0)), self.variant, self.format)
+        self.launch = self.prepare_launch(  # type: ignore[attr-defined]  # of both launches
+            kernel, self.launch.grid + n_panels * self.parts, ([], [], []), self.launch.compiled_as,
+            self.format.as_plain(),
+        )  # fmt: skip
+
+    def _packed_arguments(self, weight: QuantisedWeight) -> tuple:
+        """The kernels' last ones, but the constants."""
+        codes, scales, *rest = weight.tensors
+        if codes.dtype not in (torch.uint8, torch.int8):  # as FSDP stores them, or float8, which sm_80 has no type for
+            codes = codes.view(torch.uint8)
+        zeros = nested = (None,)
+        if weight.nested:
+            zeros, nested = (None,), tuple(rest)
+        else:
+            zeros, nested = tuple(rest) or (None,), (None, None, None)
+        return codes, scales, *zeros, *nested, self.block, self.n_panels, self.parts
+
+
+class _Forward(_Decoding, dense.ForwardLaunch):
+    def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, part: int):
+        super().__init__(spec, config, target)
+        n_panels = -(-spec.sizes.n // config.block_n)
+        self._decode_first(quantised_forward_kernel, spec, n_panels, config.block_n, part)
+
+    def arguments(self, operands: Any, *made: Tensor) -> tuple:
+        """Those of quantised_forward_kernel, but its constants; scratch is new."""
+        x, weight, *rest = operands
+        scratch = x.new_empty(weight.shape)
+        return *super().arguments((x, scratch, *rest), *made), *self._packed_arguments(weight)  # type: ignore[arg-type]
+
+
+class _Backward(_Decoding, dense.BackwardLaunch):
+    def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, part: int):
+        super().__init__(spec, config, target)
+        n_panels = int(spec.needs.dx)
+        self._decode_first(quantised_backward_kernel, spec, n_panels, spec.sizes.n, part)
+
+    def arguments(self, operands: Any, *made: Any) -> tuple:
+        """Those of quantised_backward_kernel, but its constants; scratch is new, and dY stands for one that is not
+        read."""
+        dy, x, weight, *rest = operands
+        scratch = dy.new_empty(weight.shape) if self.n_panels else dy
+        return *super().arguments((dy, x, scratch, *rest), *made), *self._packed_arguments(weight)  # type: ignore[arg-type]

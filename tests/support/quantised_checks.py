@@ -1,0 +1,142 @@
+"""Layers over packed weights run by the Triton kernels, and checked: values, scratch bit for bit, the protocol."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import quantised_operands
+from fastlora.backends import workspace
+from fastlora.backends.configs import TileConfig
+from fastlora.backends.target import Target
+from fastlora.backends.triton import quantised_launch
+from fastlora.problem import Needs
+from fastlora.quantised_weight import QuantisedWeight, quantised
+from tests.emulator import LaunchOptions
+from tests.support import numerics
+from tests.support.quantised_models import quantise
+from tests.support.triton_checks import ALL, SCHEDULES, SMALL
+from tests.support.triton_emulation import emulated
+
+PART = 1024  # so small that a panel of a small tile has several
+
+
+def draw_packed(name: str, weight: Tensor, block: int = 64) -> QuantisedWeight:
+    """A weight in one of quantised_models.FORMATS, by the library itself; 4-bit ones hold every code."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    packed = quantised(quantise(linear, name, block=block).weight)
+    if packed.is_4bit:
+        codes = packed.tensors[0].view(-1)
+        start = min(codes.numel(), 5)
+        every = torch.arange(256, dtype=torch.uint8)[: codes.numel() - start]
+        codes[start : start + every.numel()] = every
+    return packed
+
+
+def draw(name: str, sizes, dtype: torch.dtype, *, block: int = 64, **options) -> tuple[numerics.Case, QuantisedWeight]:
+    """A layer, whose weight is the one that the packed one holds."""
+    case = numerics.draw_case(*sizes, dtype, **options)
+    packed = draw_packed(name, case.weight, block)
+    return dataclasses.replace(case, weight=packed.dequantize()), packed
+
+
+def draw_integers(sizes, dtype: torch.dtype, seed: int = 0) -> tuple[numerics.Case, QuantisedWeight]:
+    """A layer whose every result has one right bit pattern, over a weight in int8 with scales of 1."""
+    case = numerics.draw_integer_case(*sizes, dtype, seed=seed)
+    n, k = case.weight.shape
+    packed = QuantisedWeight("int8", (case.weight.to(torch.int8), torch.ones(n, 1)), (n, k), dtype, (1, k))
+    return case, packed
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights are the same but for the sign of zeros, which bitsandbytes' own code paths give fp4 one way
+    or the other."""
+    bits = torch.int16 if one.itemsize == 2 else torch.int32
+    return torch.equal((one + 0.0).view(bits), (other + 0.0).view(bits))
+
+
+@contextmanager
+def allocated(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """Within it, the list of the tensors of this shape and dtype that ``new_empty`` makes."""
+    found, allocate = [], torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        tensor = allocate(self, *args, **kwargs)
+        if tuple(tensor.shape) == tuple(shape) and tensor.dtype == dtype:
+            found.append(tensor)
+        return tensor
+
+    with mock.patch.object(torch.Tensor, "new_empty", new_empty):
+        yield found
+
+
+def run(
+    case: numerics.Case,
+    packed: QuantisedWeight,
+    config: TileConfig | None,
+    needs: Needs | None = ALL,
+    kernels: Any = quantised_launch,
+    **choice: Any,
+) -> dict[str, Tensor]:
+    """Forward and backward of one layer by ``kernels``; its results. Each launch that reads the weight decodes it, bit
+    for bit, and no other does. (M is neither N nor K.)"""
+    c = case
+    needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
+    shared = (c.scaling, c.dropout_p, c.seed)
+    choice = {"part": PART, **choice}
+    with allocated(packed.shape, packed.dtype) as scratch:
+        operands, spec = quantised_operands.describe_forward((c.x, packed, c.lora_a, c.lora_b, c.bias, *shared))
+        y, s = kernels.prepare(spec, config, **choice)(operands)
+        results = {"y": y}
+        if needs:
+            given = (c.dy, c.x, packed, c.lora_a, c.lora_b, s, *shared)
+            operands, spec = quantised_operands.describe_backward(given, needs)
+            gradients = kernels.prepare(spec, config, **choice)(operands)
+            results |= {n: g for n, g in gradients._asdict().items() if g is not None}
+    assert len(scratch) == 1 + bool(needs and needs.dx), "scratch once for each launch that reads the weight"
+    assert all(same_bits(each, c.weight) for each in scratch), "the scratch is not the library's own weight"
+    assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
+    return results
+
+
+def emulate(
+    case: numerics.Case,
+    packed: QuantisedWeight,
+    arch: int,
+    options: LaunchOptions,
+    needs: Needs | None = ALL,
+    kernels: Any = quantised_launch,
+    edit_ptx: Callable[[str], str] | None = None,
+    on_kernel: Callable[[Any], None] | None = None,
+    config: TileConfig | None = None,
+    **choice: Any,
+):
+    """``run`` in the emulator, by a small tile unless ``config`` says otherwise; results, and the launches' counters."""
+    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
+    if kernels is not quantised_launch:  # what a mutant compiles to need not be covered
+        edit_ptx = edit_ptx or str
+    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
+        results = run(case, packed, config or SMALL[arch], needs, kernels, **choice)
+    assert len(stats) == (2 if needs else 1), "one launch each way"
+    return results, stats
+
+
+def check_integers(sizes, arch: int, schedules=SCHEDULES, **altered: Any) -> None:
+    """Under every schedule the same, one right result."""
+    case, packed = draw_integers(sizes, torch.bfloat16)
+    for options in schedules:
+        numerics.assert_exact(emulate(case, packed, arch, options, **altered)[0], case)
+
+
+def check_format(name: str, sizes, dtype: torch.dtype, arch: int, options: LaunchOptions, **altered: Any) -> None:
+    """Of one format and block size, with the scales nested or not."""
+    block = altered.pop("block", 64)
+    case, packed = draw(name, sizes, dtype, block=block, dropout_p=altered.pop("dropout_p", 0.0))
+    results = emulate(case, packed, arch, options, **altered)[0]
+    numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)
