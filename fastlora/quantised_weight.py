@@ -102,12 +102,11 @@ def _decode_4bit(weight: QuantisedWeight, functional: Any) -> Tensor:
     if inner:
         absmax2, code2, offset = inner
         nested = functional.QuantState(absmax2, code=code2, blocksize=weight.block[1], dtype=torch.float32)
-    state = functional.QuantState(
-        absmax, torch.Size(weight.shape), None, weight.block[0], weight.format, weight.dtype, offset, nested
-    )
-    values = functional.dequantize_4bit(codes.view(-1, 1), state)
-    # Codes of a single byte look to bitsandbytes as if they were transposed.
-    return values.t() if codes.numel() == 1 else values
+    # As one row: with AVX-512, bitsandbytes' code for CPUs takes the scale of a neighbour for some elements of rows that
+    # are no multiple of a block (0.50.2).
+    row = torch.Size((1, prod(weight.shape)))
+    state = functional.QuantState(absmax, row, None, weight.block[0], weight.format, weight.dtype, offset, nested)
+    return functional.dequantize_4bit(codes.view(-1, 1), state).reshape(weight.shape)
 
 
 def read_weight(weight: Any, dtype: torch.dtype | None = None) -> QuantisedWeight | str | None:

@@ -100,7 +100,7 @@ def _widths():
         "prefetch", 4, ["prefetch.global.L2 [%rd0];", "ld.global.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"]
     )
     narrow = torch.randint(0, 255, (128,), dtype=torch.int32)
-    for kind in ("s8", "u8"):
+    for kind in ("s8", "u8", "b8"):
         extended = narrow.to(torch.int8 if kind == "s8" else torch.uint8).int()
         text = f"ld.global.{kind} {{d}}, [%rd0];"
         yield elementwise(f"ld.global.{kind} extends", text, [narrow], [extended])
