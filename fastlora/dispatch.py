@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from fastlora import quantised_operands
 from fastlora.backends import composed, reference, segments_composed, segments_reference, tuning
 from fastlora.backends.target import target_of
 from fastlora.backends.triton import driver
-from fastlora import quantised_operands
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
 from fastlora.problem import (
     BACKENDS,
@@ -265,7 +265,7 @@ def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor
         operands: the fields of ForwardOperands in order, with a QuantisedWeight.
         requested: a backend's name to insist on, or None.
     """
-    if not _may_decode(operands, requested):
+    if not _may_decode(operands[0].device, requested):
         return None
     key = ("packed", quantised_operands.forward_key(operands))
     return _packed(operands, key, lambda: quantised_operands.describe_forward(operands))
@@ -273,15 +273,20 @@ def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor
 
 def packed_backward(operands: Any, needs: Needs, requested: str | None) -> Gradients | None:
     """The gradients that ``needs`` names, likewise."""
-    if not _may_decode(operands, requested):
+    if not _may_decode(operands[0].device, requested):
         return None
     key = ("packed", quantised_operands.backward_key(operands, needs))
     return _packed(operands, key, lambda: quantised_operands.describe_backward(operands, needs))
 
 
-def _may_decode(operands: Any, requested: str | None) -> bool:
+def decodes_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
+    """Whether a call over a quantised weight is served by a launch that decodes it."""
+    return _may_decode(spec.device, requested) and not spec.is_empty and _why_unsupported("triton", spec) is None
+
+
+def _may_decode(device: torch.device, requested: str | None) -> bool:
     """Triton's kernels alone decode a weight, and they run on a GPU, or where they are asked for."""
-    return requested == "triton" or (requested is None and operands[0].is_cuda)
+    return requested == "triton" or (requested is None and device.type == "cuda")
 
 
 def _packed(given: tuple, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]) -> Any:
@@ -351,7 +356,7 @@ def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None
     for operands, spec in calls:
         name = select_backend(spec, requested)[0]
         if name == "triton" or (name == "composed" and spec.dropout):
-            by_name[name].append((backend_module(name).prepare(spec), operands))
+            by_name[name].append((_serving_module(name, spec).prepare(spec), operands))
     return sum(backend_module(name).compile_all(found, workers) for name, found in by_name.items() if found)
 
 

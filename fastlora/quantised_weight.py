@@ -102,8 +102,8 @@ def _decode_4bit(weight: QuantisedWeight, functional: Any) -> Tensor:
     if inner:
         absmax2, code2, offset = inner
         nested = functional.QuantState(absmax2, code=code2, blocksize=weight.block[1], dtype=torch.float32)
-    # As one row: with AVX-512, bitsandbytes' code for CPUs takes the scale of a neighbour for some elements of rows that
-    # are no multiple of a block (0.50.2).
+    # As one row: with AVX-512, bitsandbytes' code for CPUs takes a neighbour's scale for some elements of rows that are
+    # no multiple of a block (0.50.2).
     row = torch.Size((1, prod(weight.shape)))
     state = functional.QuantState(absmax, row, None, weight.block[0], weight.format, weight.dtype, offset, nested)
     return functional.dequantize_4bit(codes.view(-1, 1), state).reshape(weight.shape)

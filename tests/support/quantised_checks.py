@@ -117,7 +117,7 @@ def emulate(
     config: TileConfig | None = None,
     **choice: Any,
 ):
-    """``run`` in the emulator, by a small tile unless ``config`` says otherwise; results, and the launches' counters."""
+    """``run`` in the emulator, by a small tile unless ``config`` says otherwise: results, the launches' counters."""
     device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
     if kernels is not quantised_launch:  # what a mutant compiles to need not be covered
         edit_ptx = edit_ptx or str

@@ -5,6 +5,7 @@ freed when the launch has been made; a backward without dX decodes nothing and h
 ordinary loads, as they read S: Triton has no proxy fence between other programs' stores and TMA.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton import launch as dense
 from fastlora.backends.triton.packed_format import FP4, NF4, PackedFormat
 from fastlora.backends.triton.quantised_kernels import quantised_backward_kernel, quantised_forward_kernel
+from fastlora.backends.triton.variant import Variant
 from fastlora.problem import Launcher, LaunchSpec
 from fastlora.quantised_weight import QuantisedWeight
 
@@ -93,20 +95,22 @@ class _Decoding:
     """
 
     launch: Any
-    variant: Any
+    variant: Variant
+    kernel_key: tuple[LaunchSpec, Variant]
     n_words: int
+    prepare_launch: Callable
 
     def _decode_first(self, kernel: Any, spec: LaunchSpec, n_panels: int, panel_rows: int, part: int) -> None:
         """Puts tiles that decode the weight in front of the dense launch."""
-        self.format = _format(spec, part)
+        packed_format = _format(spec, part)
         self.variant = replace(self.variant, tma=False, tma_down=False, decoded=True)
         self.n_panels, self.parts = n_panels, -(-panel_rows * spec.sizes.k // part)
         self.n_words += n_panels
         self.block = _elements_of_block(spec)
-        self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m=0)), self.variant, self.format)
-        self.launch = self.prepare_launch(  # type: ignore[attr-defined]  # of both launches
+        self.kernel_key = (self.kernel_key[0], self.variant)
+        self.launch = self.prepare_launch(
             kernel, self.launch.grid + n_panels * self.parts, ([], [], []), self.launch.compiled_as,
-            self.format.as_plain(),
+            packed_format.as_plain(),
         )  # fmt: skip
 
     def _packed_arguments(self, weight: QuantisedWeight) -> tuple:
@@ -114,12 +118,9 @@ class _Decoding:
         codes, scales, *rest = weight.tensors
         if codes.dtype not in (torch.uint8, torch.int8):  # as FSDP stores them, or float8, which sm_80 has no type for
             codes = codes.view(torch.uint8)
-        zeros = nested = (None,)
-        if weight.nested:
-            zeros, nested = (None,), tuple(rest)
-        else:
-            zeros, nested = tuple(rest) or (None,), (None, None, None)
-        return codes, scales, *zeros, *nested, self.block, self.n_panels, self.parts
+        zeros = rest[0] if rest and not weight.nested else None
+        nested = rest if weight.nested else (None, None, None)
+        return codes, scales, zeros, *nested, self.block, self.n_panels, self.parts
 
 
 class _Forward(_Decoding, dense.ForwardLaunch):
