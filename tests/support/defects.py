@@ -15,7 +15,7 @@ import torch
 
 from fastlora.backends import workspace
 from tests.emulator import EmulatorError, LaunchOptions, TrapError
-from tests.support import cuda_bugs, cuda_checks, deletions, mutants
+from tests.support import cuda_bugs, cuda_checks, deletions, mutants, quantised_checks
 from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import ptx_of, variants_for
 from tests.support.numerics import poison
@@ -95,7 +95,16 @@ def triton_planted() -> list[Defect]:
         "float16": ("sm_80 float16 range", functools.partial(triton.check_float16_range, -100.7, 0.0, 80)),
         "infinities": ("sm_90 infinities", functools.partial(triton.check_infinities, 90)),
     }
-    return [_with_mutant(mutant, f"{mutant.module}.py", [checks[mutant.shows]]) for mutant in mutants.MUTANTS]
+    found = {name: [check] for name, check in checks.items()}
+    schedules = _limited(triton.SCHEDULES)
+    of_formats = [("nf4 nested", "float32"), ("fp4", "bfloat16"), ("fp4 nested", "float16")]
+    found["packed values"] = [
+        each
+        for each in quantised_checks.checks(schedules)
+        if any(all(word in each[0] for word in f) for f in of_formats)
+    ]
+    found["quantised"] = [each for each in quantised_checks.checks(schedules) if "integers" in each[0]]
+    return [_with_mutant(mutant, f"{mutant.module}.py", found[mutant.shows]) for mutant in mutants.MUTANTS]
 
 
 def triton_deletions() -> list[Defect]:

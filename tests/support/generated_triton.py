@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import triton
 
-from tests.support import mutants, python_mutations
+from tests.support import mutants, python_mutations, quantised_checks
 from tests.support import triton_checks as checks
 from tests.support.defects import Finding
 from tests.support.generated import LAUNCH_LIMIT_S, Generated, Stillborn, first_finding, run_tests
@@ -29,7 +29,8 @@ def look_for(generated: Generated) -> Finding | None:
         Stillborn: the compiler refuses it.
     """
     kernels = functools.cache(lambda: mutants.load(generated))
-    quick = [(name, functools.partial(_on, kernels, check)) for name, check in _checks()]
+    alone = generated.module in _OF_PACKED_WEIGHTS
+    quick = [(name, functools.partial(_on, kernels, check)) for name, check in (_of_packed() if alone else _checks())]
     return first_finding([*quick, ("tests", functools.partial(run_tests, generated, *_TESTS))])
 
 
@@ -73,13 +74,24 @@ def _checks() -> tuple[tuple[str, Callable], ...]:
             *(dropped(sizes, dtype, arch) for sizes, dtype in checks.DROPPED),
         )
     ]
+    first += _of_packed()
     known = {name for name, _ in first}
     shipped = [(each.id, functools.partial(checks.check_shipped, *each.values)) for each in checks.shipped()]
     return (*first, *(each for each in rest if each[0] not in known), *reversed(shipped))
 
 
+_OF_PACKED_WEIGHTS = ("packed_format", "packed_weight", "quantised_kernels", "quantised_launch")
+
+
+@functools.cache
+def _of_packed() -> list[tuple[str, Callable]]:
+    limited = tuple(dataclasses.replace(options, timeout_s=LAUNCH_LIMIT_S) for options in checks.SCHEDULES)
+    return quantised_checks.checks(limited)
+
+
 _TESTS = (
-    ((), ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py")),
+    ((), ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py",
+          "tests/kernels/test_quantised_ptx.py", "tests/kernels/test_quantised_launch.py")),
     (("TRITON_INTERPRET=1",), ("tests/values",)),
     ((), ("tests/kernels/test_triton_ptx.py", "tests/kernels/test_triton_compile.py", "tests/kernels/test_warming.py",
           "tests/kernels/test_traffic.py", "tests/kernels/test_triton_driver.py")),

@@ -1,6 +1,9 @@
 """Layers over packed weights run by the Triton kernels, and checked: values, scratch bit for bit, the protocol."""
 
 import dataclasses
+import functools
+import importlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +21,7 @@ from fastlora.problem import Needs
 from fastlora.quantised_weight import QuantisedWeight, quantised
 from tests.emulator import LaunchOptions
 from tests.support import numerics
-from tests.support.quantised_models import quantise
+from tests.support.quantised_models import FORMATS, quantise
 from tests.support.triton_checks import ALL, SCHEDULES, SMALL
 from tests.support.triton_emulation import emulated
 
@@ -47,11 +50,12 @@ def draw(name: str, sizes, dtype: torch.dtype, *, block: int = 64, **options) ->
 
 
 def draw_integers(sizes, dtype: torch.dtype, seed: int = 0) -> tuple[numerics.Case, QuantisedWeight]:
-    """A layer whose every result has one right bit pattern, over a weight in int8 with scales of 1."""
+    """A layer whose every result has one right bit pattern, over a weight in int8 with zero points, and scales of 1."""
     case = numerics.draw_integer_case(*sizes, dtype, seed=seed)
     n, k = case.weight.shape
-    packed = QuantisedWeight("int8", (case.weight.to(torch.int8), torch.ones(n, 1)), (n, k), dtype, (1, k))
-    return case, packed
+    zeros = torch.arange(n).view(n, 1) % 7 - 3
+    tensors = ((case.weight + zeros).to(torch.int8), torch.ones(n, 1), zeros.to(torch.int8))
+    return case, QuantisedWeight("int8", tensors, (n, k), dtype, (1, k))
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
@@ -127,16 +131,61 @@ def emulate(
     return results, stats
 
 
-def check_integers(sizes, arch: int, schedules=SCHEDULES, **altered: Any) -> None:
+def of(kernels: Any) -> Any:
+    """The launcher over packed weights that belongs to a copy of fastlora.backends.triton.launch, or to itself."""
+    return importlib.import_module(f"{kernels.__package__}.quantised_launch")
+
+
+# [M, N, K, R]: several row groups, panels and parts of each, with a ragged last panel; columns that are no multiple of
+# eight, so that codes are read byte by byte; a rank of which S is made in slices.
+SIZES = ((136, 72, 80, 8), (97, 33, 46, 5), (75, 48, 64, 72))
+FLOAT32_TILE = TileConfig(32, 32, 16, 2, 4, 2, 16, 32, 32)
+
+
+def check_integers(sizes, arch: int, schedules=SCHEDULES, kernels: Any = quantised_launch, **altered: Any) -> None:
     """Under every schedule the same, one right result."""
     case, packed = draw_integers(sizes, torch.bfloat16)
     for options in schedules:
-        numerics.assert_exact(emulate(case, packed, arch, options, **altered)[0], case)
+        numerics.assert_exact(emulate(case, packed, arch, options, kernels=of(kernels), **altered)[0], case)
 
 
-def check_format(name: str, sizes, dtype: torch.dtype, arch: int, options: LaunchOptions, **altered: Any) -> None:
-    """Of one format and block size, with the scales nested or not."""
-    block = altered.pop("block", 64)
-    case, packed = draw(name, sizes, dtype, block=block, dropout_p=altered.pop("dropout_p", 0.0))
-    results = emulate(case, packed, arch, options, **altered)[0]
+def check_format(
+    name: str,
+    sizes,
+    dtype: torch.dtype,
+    arch: int,
+    options: LaunchOptions = SCHEDULES[2],
+    block: int = 64,
+    dropout_p: float = 0.0,
+    kernels: Any = quantised_launch,
+    **altered: Any,
+) -> None:
+    """Of one of quantised_models.FORMATS; ``block``: elements that share a scale, of 4-bit ones."""
+    case, packed = draw(name, sizes, dtype, block=block, dropout_p=dropout_p)
+    if dtype == torch.float32:
+        altered.setdefault("config", FLOAT32_TILE)
+    results = emulate(case, packed, arch, options, kernels=of(kernels), **altered)[0]
     numerics.assert_accurate(results, case, against_eager=dtype != torch.float32)
+
+
+def every_format() -> Iterator[tuple[str, tuple[int, ...], torch.dtype, int]]:
+    """Each format once, on one architecture or the other, at sizes of words and of bytes; and in float32, where no later
+    rounding hides what a fused multiply-add makes of nested scales."""
+    turns = itertools.cycle(itertools.product((80, 90), SIZES[:2]))
+    for name, (arch, sizes) in zip(FORMATS, turns):
+        yield name, sizes, torch.bfloat16, arch
+    yield "nf4 nested", SIZES[0], torch.float32, 80
+    yield "fp4 nested", SIZES[1], torch.float16, 90
+
+
+def checks(schedules=SCHEDULES) -> list[tuple[str, Callable[..., None]]]:
+    """What looks for a defect, by name, the quickest first; each takes ``kernels``."""
+    formats = [
+        (f"sm_{arch} {name} {sizes} {dtype}", functools.partial(check_format, name, sizes, dtype, arch, schedules[2]))
+        for name, sizes, dtype, arch in every_format()
+    ]
+    integers = [
+        (f"sm_{arch} quantised integers {sizes}", functools.partial(check_integers, sizes, arch, schedules))
+        for arch, sizes in ((80, SIZES[0]), (90, SIZES[2]), (90, SIZES[1]))
+    ]
+    return [formats[1], formats[-2], integers[0], *formats[:1], *formats[2:-2], formats[-1], *integers[1:]]

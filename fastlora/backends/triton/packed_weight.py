@@ -16,7 +16,7 @@ class PackedWeight(NamedTuple):
     scales_ptr: one for each ``block`` elements; uint8 where they are nested.
     zeros_ptr: likewise, whole numbers that are subtracted from the codes.
     absmax2_ptr, code2_ptr, offset_ptr: float32, of nested scales: one for each nested block; [256]; one number.
-    block: elements that share a scale.
+    block: elements that share a scale, where the format does not say it.
     """
 
     codes_ptr: Any
@@ -43,7 +43,7 @@ def decode_part(packed, out_ptr, start, left, dtype: tl.constexpr, format: tl.co
         else:
             scale = _scales(packed, start, offs, offs < left, format)
         if packed.zeros_ptr is not None:
-            index = _block_of(packed, start, offs)
+            index = _block_of(packed, start, offs, format)
             values -= tl.load(packed.zeros_ptr + index, mask=inside, other=0).to(tl.float32)
         tl.store(out_ptr + start + offs, (values * scale).to(dtype), mask=inside)
 
@@ -95,15 +95,17 @@ def _float8(byte, format: tl.constexpr):
 
 
 @triton.jit
-def _block_of(packed, start, offs):
-    """The block of elements ``start`` + offs: a division of 64 bits for all of them, and a short one for each."""
-    return start // packed.block + (start % packed.block + offs) // packed.block
+def _block_of(packed, start, offs, format: tl.constexpr):
+    """The number of the block of elements ``start`` + offs, in 32 bits: a long division for all of them, and a short
+    one for each."""
+    block = format.block if format.block > 0 else packed.block
+    return (start // block).to(tl.int32) + ((start % block).to(tl.int32) + offs) // block
 
 
 @triton.jit
 def _scales(packed, start, offs, inside, format: tl.constexpr):
     """The float32 scales of elements ``start`` + offs."""
-    index = _block_of(packed, start, offs)
+    index = _block_of(packed, start, offs, format)
     scales = tl.load(packed.scales_ptr + index, mask=inside, other=0)
     if format.nested_block > 0:
         inner = tl.load(packed.code2_ptr + scales.to(tl.int32))

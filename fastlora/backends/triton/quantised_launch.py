@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target, target_of
-from fastlora.backends.triton import launch as dense
+from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile
+from fastlora.backends.triton.launch import why_unsupported as why_dense_unsupported
 from fastlora.backends.triton.packed_format import FP4, NF4, PackedFormat
 from fastlora.backends.triton.quantised_kernels import quantised_backward_kernel, quantised_forward_kernel
 from fastlora.backends.triton.variant import Variant
@@ -32,11 +33,13 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     packed = spec.packed
     if packed is None:
         return f"no kernel decodes a {spec.base_format} base weight"
-    reason = dense.why_unsupported(spec._replace(base_format="dense", packed=None))
+    reason = why_dense_unsupported(spec._replace(base_format="dense", packed=None))
     if reason is not None:
         return reason
     if not packed.contiguous:
         return f"a tensor of the {spec.base_format} weight is not contiguous"
+    if packed.counts[1] >= 1 << 31:
+        return f"{packed.counts[1]} scales of the {spec.base_format} weight, which 32 bits do not count"
     if spec.base_format in _TABLES:
         return None
     codes, scales, *zeros = packed.dtypes
@@ -62,7 +65,7 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None, part: int = PART
     """
     target = target_of(spec.device)
     if config is None:
-        config = dense.choose_tile(spec, target)
+        config = choose_tile(spec, target)
         # Tiles that make S alone need no weight: they are there for who would wait for the last of its parts. (In
         # float32 they spill.)
         config = replace(config, fused=config.fused and spec.dtype.itemsize == 4)
@@ -123,7 +126,7 @@ class _Decoding:
         return codes, scales, zeros, *nested, self.block, self.n_panels, self.parts
 
 
-class _Forward(_Decoding, dense.ForwardLaunch):
+class _Forward(_Decoding, ForwardLaunch):
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, part: int):
         super().__init__(spec, config, target)
         n_panels = -(-spec.sizes.n // config.block_n)
@@ -136,7 +139,7 @@ class _Forward(_Decoding, dense.ForwardLaunch):
         return *super().arguments((x, scratch, *rest), *made), *self._packed_arguments(weight)  # type: ignore[arg-type]
 
 
-class _Backward(_Decoding, dense.BackwardLaunch):
+class _Backward(_Decoding, BackwardLaunch):
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, part: int):
         super().__init__(spec, config, target)
         n_panels = int(spec.needs.dx)
