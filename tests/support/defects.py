@@ -97,13 +97,10 @@ def triton_planted() -> list[Defect]:
     }
     found = {name: [check] for name, check in checks.items()}
     schedules = _limited(triton.SCHEDULES)
-    of_formats = [("nf4 nested", "float32"), ("fp4", "bfloat16"), ("fp4 nested", "float16")]
-    found["packed values"] = [
-        each
-        for each in quantised_checks.checks(schedules)
-        if any(all(word in each[0] for word in f) for f in of_formats)
-    ]
-    found["quantised"] = [each for each in quantised_checks.checks(schedules) if "integers" in each[0]]
+    over_packed = quantised_checks.checks(schedules)
+    telling = ("nf4 nested", "fp4")
+    found["packed values"] = [each for each in over_packed if any(name in each[0] for name in telling)]
+    found["quantised"] = [each for each in over_packed if "integers" in each[0]]
     return [_with_mutant(mutant, f"{mutant.module}.py", found[mutant.shows]) for mutant in mutants.MUTANTS]
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastlora.backends.triton.memory import load_block
+from fastlora.backends.triton.packed_weight import load_packed
 from fastlora.backends.triton.schedule import wait_for
 from fastlora.backends.triton.structs import Matrix
 
@@ -12,7 +13,9 @@ from fastlora.backends.triton.structs import Matrix
 def load_weight(product, n, k, shape, variant: tl.constexpr):
     """[BLOCK_K, BLOCK_N] of weightᵀ: column block n, contracted elements from k on."""
     # The next format goes here: a field of Variant says which, and its function returns the same block, decoded.
-    if variant.decoded:
+    if variant.in_loop:
+        return load_packed(product.weight.data, n, k, shape, product.s.data.dtype.element_ty, variant)
+    elif variant.decoded:
         return _load_dense(Matrix(product.weight.data.ptr, product.weight.stride), n, k, shape, variant)
     else:
         return _load_dense(product.weight, n, k, shape, variant)

@@ -154,10 +154,9 @@ class _Prepared:
         self.wave, self._learned = self.target.n_sms * programs, True
 
     def prepare_launch(
-        self, kernel: Any, grid: int, blocks: tuple[list[int], ...], compiled_as: dict[int, Any], *constants: Any
+        self, kernel: Any, grid: int, blocks: tuple[list[int], ...], compiled_as: dict[int, Any]
     ) -> CompiledLaunch:
-        """Of a kernel on ``blocks`` of its first three arguments, by TMA where the variant says so; ``constants`` are
-        those in front of the variant."""
+        """Of a kernel on ``blocks`` of its first three arguments, by TMA where the variant says so."""
         by_tma = (self.variant.tma, self.variant.tma, self.variant.tma_down)
         config = self.config
         # Triton 3.9 warns where multiply-adds are left to its default, which will be not to fuse them.
@@ -165,7 +164,7 @@ class _Prepared:
         return CompiledLaunch(
             kernel, grid, self.device,
             blocks=tuple(block if tma else None for block, tma in zip(blocks, by_tma, strict=True)),
-            compiled_as=compiled_as, constants=(*constants, self.variant.as_plain()), options=options,
+            compiled_as=compiled_as, constants=(self.variant.as_plain(),), options=options,
         )  # fmt: skip
 
 

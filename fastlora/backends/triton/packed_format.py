@@ -2,8 +2,6 @@
 
 import dataclasses
 
-import triton
-
 # bitsandbytes' two codes. fp4's are a sign and one of eight magnitudes; its code 8, minus zero, has one sign or the
 # other in bitsandbytes' own code paths.
 NF4 = (
@@ -26,6 +24,7 @@ class PackedFormat:
     whole: N·K is a multiple of eight: codes may be read eight elements at a time.
     grouped: eight elements, from a multiple of eight on, have one scale.
     part: elements that one tile decodes, a power of two.
+    in_loop: products decode blocks of the weight themselves, and no tile does it ahead of them.
     """
 
     table: tuple[float, ...]
@@ -35,13 +34,4 @@ class PackedFormat:
     whole: bool
     grouped: bool
     part: int
-
-    def as_plain(self) -> tuple:
-        """The fields in their order."""
-        return dataclasses.astuple(self)
-
-
-@triton.constexpr_function
-def format_of(plain):
-    """The PackedFormat that was made plain."""
-    return PackedFormat(*plain)
+    in_loop: bool

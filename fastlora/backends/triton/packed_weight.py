@@ -1,7 +1,9 @@
 """A packed base weight: from codes and scales in memory to values.
 
-A value is code·scale in float32, rounded once to the dtype of the product. A nested scale is code2·absmax2 + offset,
-with a rounding after each of the two, as bitsandbytes has it."""
+Scratch is decoded a part at a time, by tiles ahead of those that read it (decode_part); where few rows meet the weight,
+its blocks are decoded in the loop of the product (load_packed). A value is code·scale in float32, rounded once to the
+dtype of the product. A nested scale is code2·absmax2 + offset, rounded after each of the two, as bitsandbytes has it.
+"""
 
 from typing import Any, NamedTuple
 
@@ -29,23 +31,61 @@ class PackedWeight(NamedTuple):
 
 
 @triton.jit
-def decode_part(packed, out_ptr, start, left, dtype: tl.constexpr, format: tl.constexpr, NUM_WARPS: tl.constexpr):
-    """Decodes the ``left`` elements from ``start`` on, a multiple of eight, format.part of them at most."""
-    CHUNK: tl.constexpr = min(format.part, 1024 * NUM_WARPS)
-    table = _table(format)
-    for chunk in tl.range(0, format.part, CHUNK, num_stages=1):
-        offs_group = chunk + 8 * tl.arange(0, CHUNK // 8)
-        offs = offs_group[:, None] + tl.arange(0, 8)[None, :]
-        inside = (offs_group < left)[:, None] if format.whole else offs < left
-        values = _codes(packed, start, offs_group, offs, left, table, format)
-        if format.grouped:
-            scale = _scales(packed, start, offs_group, offs_group < left, format)[:, None]
-        else:
-            scale = _scales(packed, start, offs, offs < left, format)
-        if packed.zeros_ptr is not None:
-            index = _block_of(packed, start, offs, format)
-            values -= tl.load(packed.zeros_ptr + index, mask=inside, other=0).to(tl.float32)
-        tl.store(out_ptr + start + offs, (values * scale).to(dtype), mask=inside)
+def decode_part(packed, out_ptr, start, left, dtype: tl.constexpr, variant: tl.constexpr):
+    """Decodes the ``left`` elements from ``start`` on, a multiple of eight, variant.packed.part of them at most."""
+    format: tl.constexpr = variant.packed
+    PART: tl.constexpr = format.part
+    CHUNK: tl.constexpr = min(PART, 1024 * variant.tile.num_warps)
+    for chunk in tl.range(0, PART, CHUNK, num_stages=1):
+        groups = chunk + 8 * tl.arange(0, CHUNK // 8)
+        offs = groups[:, None] + tl.arange(0, 8)[None, :]
+        inside = (groups < left)[:, None] if format.whole else offs < left
+        values = _values(packed, start, groups, groups < left, offs, inside, dtype, format)
+        tl.store(out_ptr + start + offs, values, mask=inside)
+
+
+@triton.jit
+def load_packed(packed, n, k, shape, dtype: tl.constexpr, variant: tl.constexpr):
+    """[BLOCK_K, BLOCK_N] of weightᵀ, as base_weight.load_weight: decoded in registers, zero where there is no element.
+    A row of W0 is a multiple of eight elements."""
+    BLOCK_N: tl.constexpr = variant.tile.block_n
+    BLOCK_K: tl.constexpr = variant.tile.block_k
+    format: tl.constexpr = variant.packed
+    if variant.forward:  # rows of W0 are columns of the product
+        rows = tl.minimum(tl.arange(0, BLOCK_N), shape.N - 1 - n * BLOCK_N)
+        return _block(packed, n * BLOCK_N, rows, shape.N, k, shape.K, BLOCK_K, dtype, format).T
+    else:
+        return _block(packed, k, tl.arange(0, BLOCK_K), shape.K, n * BLOCK_N, shape.N, BLOCK_N, dtype, format)
+
+
+@triton.jit
+def _block(
+    packed, first_row, rows, n_rows, column, n_columns, COLUMNS: tl.constexpr, dtype: tl.constexpr, format: tl.constexpr
+):
+    """[rows, COLUMNS] of W0 [n_rows, n_columns], from ``first_row`` and ``column`` on."""
+    columns = column + 8 * tl.arange(0, COLUMNS // 8)
+    groups = rows[:, None] * n_columns + columns[None, :]
+    inside = (first_row + rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    each = tl.expand_dims(inside, 2)
+    start = tl.cast(first_row, tl.int64) * n_columns
+    offs = tl.expand_dims(groups, 2) + tl.arange(0, 8)
+    values = _values(packed, start, groups, inside, offs, each, dtype, format)
+    return tl.reshape(tl.where(each, values, 0.0).to(dtype), (rows.shape[0], COLUMNS))
+
+
+@triton.jit
+def _values(packed, start, groups, inside_groups, offs, inside, dtype: tl.constexpr, format: tl.constexpr):
+    """The values of elements ``start`` + offs, which are eight from each of ``groups`` on; only what is ``inside`` is
+    read."""
+    values = _codes(packed, start, groups, inside_groups, offs, inside, format)
+    if format.grouped:
+        scales = tl.expand_dims(_scales(packed, start, groups, inside_groups, format), len(groups.shape))
+    else:
+        scales = _scales(packed, start, offs, inside, format)
+    if packed.zeros_ptr is not None:
+        index = _block_of(packed, start, offs, format)
+        values -= tl.load(packed.zeros_ptr + index, mask=inside, other=0).to(tl.float32)
+    return (values * scales).to(dtype)
 
 
 @triton.jit
@@ -62,21 +102,20 @@ def _table(format: tl.constexpr):
 
 
 @triton.jit
-def _codes(packed, start, offs_group, offs, left, table, format: tl.constexpr):
-    """The codes of elements ``start`` + offs as float32 numbers; anything from ``left`` on."""
+def _codes(packed, start, groups, inside_groups, offs, inside, format: tl.constexpr):
+    """The codes of elements as float32 numbers."""
     if len(format.table) > 0:
         if format.whole:
             words_ptr = packed.codes_ptr.to(tl.pointer_type(tl.int32)) + start // 8
-            words = tl.load(words_ptr + offs_group // 8, mask=offs_group < left, other=0)
+            words = tl.load(words_ptr + groups // 8, mask=inside_groups, other=0)
             # Of the lowest byte the high half comes first.
-            codes = (words[:, None] >> (4 * (tl.arange(0, 8) ^ 1))[None, :]) & 15
+            codes = (tl.expand_dims(words, len(words.shape)) >> (4 * (tl.arange(0, 8) ^ 1))) & 15
         else:
-            pairs = tl.load(packed.codes_ptr + start // 2 + offs // 2, mask=offs < left, other=0).to(tl.int32)
+            pairs = tl.load(packed.codes_ptr + start // 2 + offs // 2, mask=inside, other=0).to(tl.int32)
             codes = (pairs >> (4 * ((offs & 1) ^ 1))) & 15
         # Through shared memory, where sixteen numbers lie in as many banks.
-        return tl.reshape(tl.gather(table, tl.reshape(codes, (codes.numel,)), 0), codes.shape)
+        return tl.reshape(tl.gather(_table(format), tl.reshape(codes, (codes.numel,)), 0), codes.shape)
     else:
-        inside = (offs_group < left)[:, None] if format.whole else offs < left
         codes = tl.load(packed.codes_ptr + start + offs, mask=inside, other=0)
         return _float8(codes, format) if format.exponent_bits > 0 else codes.to(tl.float32)
 
@@ -104,7 +143,7 @@ def _block_of(packed, start, offs, format: tl.constexpr):
 
 @triton.jit
 def _scales(packed, start, offs, inside, format: tl.constexpr):
-    """The float32 scales of elements ``start`` + offs."""
+    """The float32 scales of elements."""
     index = _block_of(packed, start, offs, format)
     scales = tl.load(packed.scales_ptr + index, mask=inside, other=0)
     if format.nested_block > 0:

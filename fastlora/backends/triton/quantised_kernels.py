@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from fastlora.backends.triton.kernels import UNSPECIALISED, backward_tile, forward_tile
-from fastlora.backends.triton.packed_format import format_of
 from fastlora.backends.triton.packed_weight import PackedWeight, decode_part
 from fastlora.backends.triton.schedule import claim, publish, reset_if_last
 from fastlora.backends.triton.structs import DecodedWeight
@@ -19,20 +18,26 @@ def quantised_forward_kernel(
     x, scratch_ptr, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, n_words, wave,
     stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
     codes_ptr, scales_ptr, zeros_ptr, absmax2_ptr, code2_ptr, offset_ptr, block, n_panels, parts,
-    plain_format: tl.constexpr, plain_variant: tl.constexpr,
+    plain_variant: tl.constexpr,
 ):  # fmt: skip
     """kernels.lora_forward_kernel with W0 = scratch_ptr [N, K], which the first n_panels·parts tickets decode. A panel
-    is the rows of a column block of Y; each of its parts adds one to its word, the last ones of the workspace."""
+    is the rows of a column block of Y; each of its parts adds one to its word, the last ones of the workspace. Where
+    products decode the weight themselves (PackedFormat.in_loop), there are no such tickets."""
     variant: tl.constexpr = variant_of(plain_variant)
+    packed = PackedWeight(codes_ptr, scales_ptr, zeros_ptr, absmax2_ptr, code2_ptr, offset_ptr, block)
     panels_ptr = workspace_ptr + n_words - n_panels
     ticket = claim(workspace_ptr)
     decoding = n_panels * parts
-    if ticket < decoding:
-        packed = PackedWeight(codes_ptr, scales_ptr, zeros_ptr, absmax2_ptr, code2_ptr, offset_ptr, block)
+    if variant.packed.in_loop:
+        forward_tile(
+            ticket, x, packed, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave, stride_xm,
+            stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, variant,
+        )  # fmt: skip
+    elif ticket < decoding:
         panel = ticket // parts
         first_row = panel * variant.tile.block_n
         rows = tl.minimum(variant.tile.block_n, N - first_row)
-        decode_tile(packed, scratch_ptr, first_row, rows, K, ticket % parts, format_of(plain_format), variant)
+        decode_tile(packed, scratch_ptr, first_row, rows, K, ticket % parts, variant)
         publish(panels_ptr + panel)
     else:
         forward_tile(
@@ -50,7 +55,7 @@ def quantised_backward_kernel(
     gradients_last, stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, on_branch, inverse_keep, seed_ptr,
     seed, threshold,
     codes_ptr, scales_ptr, zeros_ptr, absmax2_ptr, code2_ptr, offset_ptr, block, n_panels, parts,
-    plain_format: tl.constexpr, plain_variant: tl.constexpr,
+    plain_variant: tl.constexpr,
 ):  # fmt: skip
     """kernels.lora_backward_kernel, likewise. Every tile of dX reads all rows of W0: they are one panel. Without dX
     there is none, and scratch_ptr is not read."""
@@ -60,7 +65,7 @@ def quantised_backward_kernel(
     decoding = n_panels * parts
     if ticket < decoding:
         packed = PackedWeight(codes_ptr, scales_ptr, zeros_ptr, absmax2_ptr, code2_ptr, offset_ptr, block)
-        decode_tile(packed, scratch_ptr, 0, N, K, ticket, format_of(plain_format), variant)
+        decode_tile(packed, scratch_ptr, 0, N, K, ticket, variant)
         publish(panels_ptr)
     else:
         backward_tile(
@@ -73,11 +78,12 @@ def quantised_backward_kernel(
 
 
 @triton.jit
-def decode_tile(packed, scratch_ptr, first_row, rows, K, part, format: tl.constexpr, variant: tl.constexpr):
+def decode_tile(packed, scratch_ptr, first_row, rows, K, part, variant: tl.constexpr):
     """Part ``part`` of a panel of the weight: of ``rows`` rows of K elements from first_row, a multiple of eight, on.
     Behind the end of a panel that is shorter than others there are parts without an element."""
+    PART: tl.constexpr = variant.packed.part
     first = tl.cast(first_row, tl.int64) * K
-    done = part.to(tl.int64) * format.part
-    left = tl.maximum(tl.minimum(tl.cast(rows, tl.int64) * K - done, format.part), 0).to(tl.int32)
+    done = part.to(tl.int64) * PART
+    left = tl.maximum(tl.minimum(tl.cast(rows, tl.int64) * K - done, PART), 0).to(tl.int32)
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
-    decode_part(packed, scratch_ptr, first + done, left, dtype, format, variant.tile.num_warps)
+    decode_part(packed, scratch_ptr, first + done, left, dtype, variant)

@@ -1,8 +1,9 @@
 """The Triton backend over a quantised base weight, host side: which formats the kernels decode, and the two launches.
 
 A launch whose products read the weight decodes it once, into scratch of the dense weight's size in x's dtype, which is
-freed when the launch has been made; a backward without dX decodes nothing and has no scratch. Products read scratch by
-ordinary loads, as they read S: Triton has no proxy fence between other programs' stores and TMA.
+freed when the launch has been made. A forward of few rows decodes it in the loop of its products, a backward without dX
+not at all: these have no scratch. Products read scratch by ordinary loads, as they read S: Triton has no proxy fence
+between other programs' stores and TMA.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends.configs import TileConfig
+from fastlora.backends.configs import FEW_ROWS, TileConfig
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile
 from fastlora.backends.triton.launch import why_unsupported as why_dense_unsupported
@@ -56,12 +57,15 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     return None
 
 
-def prepare(spec: LaunchSpec, config: TileConfig | None = None, part: int = PART) -> Launcher:
+def prepare(
+    spec: LaunchSpec, config: TileConfig | None = None, part: int = PART, in_loop: bool | None = None
+) -> Launcher:
     """What serves every call of this description, with a QuantisedWeight for a weight.
 
     Args:
         config: overrides the tables and what was tuned.
         part: elements that one tile decodes, a power of two.
+        in_loop: whether products decode the weight, instead of tiles ahead of them; see decodes_in_loop.
     """
     target = target_of(spec.device)
     if config is None:
@@ -69,19 +73,32 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None, part: int = PART
         # Tiles that make S alone need no weight: they are there for who would wait for the last of its parts. (In
         # float32 they spill.)
         config = replace(config, fused=config.fused and spec.dtype.itemsize == 4)
-    serves = _Forward if spec.direction == "forward" else _Backward
-    return serves(spec, config, target, part)
+    if spec.direction == "backward":
+        return _Backward(spec, config, target, part)
+    return _Forward(spec, config, target, part, decodes_in_loop(spec) if in_loop is None else in_loop)
 
 
-def _format(spec: LaunchSpec, part: int) -> PackedFormat:
+def decodes_in_loop(spec: LaunchSpec) -> bool:
+    """Whether the products of a launch should decode the weight in their loop, in registers, instead of once for all.
+
+    A forward without dropout of FEW_ROWS rows at most, as of a decode step, has row blocks that are as tall: each block
+    of the weight is decoded once in either case, and here it is neither written nor read again. (By a model the loop
+    pays up to some 128 rows; nothing is measured.) Rows of W0 must be whole groups of eight elements with one scale.
+    """
+    few = spec.direction == "forward" and not spec.dropout and spec.sizes.m <= FEW_ROWS
+    packed = _format(spec, PART, True)
+    return few and spec.sizes.k % 8 == 0 and packed.whole and packed.grouped
+
+
+def _format(spec: LaunchSpec, part: int, in_loop: bool) -> PackedFormat:
     packed = spec.packed
     assert packed is not None
     _, n, k, _ = spec.sizes
     whole = n * k % 8 == 0 and packed.starts[0]
     if spec.base_format in _TABLES:
-        return PackedFormat(_TABLES[spec.base_format], 0, *packed.block, whole, True, part)
+        return PackedFormat(_TABLES[spec.base_format], 0, *packed.block, whole, True, part, in_loop)
     grouped = _elements_of_block(spec) % 8 == 0
-    return PackedFormat((), _EXPONENT_BITS.get(packed.dtypes[0], 0), 0, 0, whole, grouped, part)
+    return PackedFormat((), _EXPONENT_BITS.get(packed.dtypes[0], 0), 0, 0, whole, grouped, part, in_loop)
 
 
 def _elements_of_block(spec: LaunchSpec) -> int:
@@ -102,19 +119,19 @@ class _Decoding:
     kernel_key: tuple[LaunchSpec, Variant]
     n_words: int
     prepare_launch: Callable
+    in_loop = False
 
     def _decode_first(self, kernel: Any, spec: LaunchSpec, n_panels: int, panel_rows: int, part: int) -> None:
-        """Puts tiles that decode the weight in front of the dense launch."""
-        packed_format = _format(spec, part)
-        self.variant = replace(self.variant, tma=False, tma_down=False, decoded=True)
+        """Puts tiles that decode the weight in front of the dense launch, or, without panels, none."""
+        packed = _format(spec, part, self.in_loop)
+        self.variant = replace(self.variant, tma=False, tma_down=False, packed=packed)
         self.n_panels, self.parts = n_panels, -(-panel_rows * spec.sizes.k // part)
         self.n_words += n_panels
         self.block = _elements_of_block(spec)
         self.kernel_key = (self.kernel_key[0], self.variant)
         self.launch = self.prepare_launch(
-            kernel, self.launch.grid + n_panels * self.parts, ([], [], []), self.launch.compiled_as,
-            packed_format.as_plain(),
-        )  # fmt: skip
+            kernel, self.launch.grid + n_panels * self.parts, ([], [], []), self.launch.compiled_as
+        )
 
     def _packed_arguments(self, weight: QuantisedWeight) -> tuple:
         """The kernels' last ones, but the constants."""
@@ -127,15 +144,16 @@ class _Decoding:
 
 
 class _Forward(_Decoding, ForwardLaunch):
-    def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, part: int):
+    def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, part: int, in_loop: bool):
         super().__init__(spec, config, target)
-        n_panels = -(-spec.sizes.n // config.block_n)
+        self.in_loop = in_loop
+        n_panels = 0 if in_loop else -(-spec.sizes.n // config.block_n)
         self._decode_first(quantised_forward_kernel, spec, n_panels, config.block_n, part)
 
     def arguments(self, operands: Any, *made: Tensor) -> tuple:
-        """Those of quantised_forward_kernel, but its constants; scratch is new."""
+        """Those of quantised_forward_kernel, but its constants; x stands for scratch that is not read."""
         x, weight, *rest = operands
-        scratch = x.new_empty(weight.shape)
+        scratch = x if self.in_loop else x.new_empty(weight.shape)
         return *super().arguments((x, scratch, *rest), *made), *self._packed_arguments(weight)  # type: ignore[arg-type]
 
 
