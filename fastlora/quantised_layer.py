@@ -1,7 +1,9 @@
-"""A LoRA layer over a quantised base weight: decoded in front of each launch, each way, into one buffer that is freed.
+"""A LoRA layer over a quantised base weight, decoded each way: on a GPU by tiles of the one launch that multiplies with
+it, else by its library in front of a dense launch, into one buffer that is freed.
 
 What is saved for backward is the packed weight, by reference, and x and S as over a dense weight: nothing of N×K. On a
-GPU this order is a fallback, and counted as one: no kernel decodes a weight yet.
+GPU a launch asks for Triton's kernels that decode (``dispatch.packed_forward``); where they do not serve the call, or
+another backend is insisted on, the library decodes, which is counted as a fallback, beside the reason.
 """
 
 import math

@@ -118,7 +118,13 @@ def triton_deletions() -> list[Defect]:
     checks += [
         (each.id, functools.partial(triton.check_shipped, *each.values)) for each in reversed([*triton.shipped()])
     ]
-    return [_with_mutant(mutant, f"{mutant.module}.py", checks) for mutant in deletions.in_triton()]
+    over_packed = quantised_checks.checks(_limited(triton.SCHEDULES))
+    found = deletions.in_triton()
+    alone = {mutant: mutant.module.startswith(("packed", "quantised")) for mutant in found}
+    return [
+        _with_mutant(mutant, f"{mutant.module}.py", [*(() if alone[mutant] else checks), *over_packed])
+        for mutant in found
+    ]
 
 
 def triton_compiled() -> list[Defect]:

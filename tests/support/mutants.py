@@ -247,6 +247,10 @@ MUTANTS = (
         "(values.to(dtype).to(tl.float32) * scale).to(dtype)",
         shows="packed values",
     ),
+    Mutant("rows in the loop not clamped", "packed_weight", "shape.N - 1 - n", "shape.N - n", shows="packed values"),
+    Mutant(
+        "column K in the loop", "packed_weight", "(columns < shape.K)", "(columns <= shape.K)", shows="packed values"
+    ),
     Mutant("sign of fp4 left out", "packed_weight", "code < 8, 1.0, -1.0", "code < 8, 1.0, 1.0", shows="packed values"),
 )
 

@@ -46,31 +46,20 @@ def decode_part(packed, out_ptr, start, left, dtype: tl.constexpr, variant: tl.c
 
 @triton.jit
 def load_packed(packed, n, k, shape, dtype: tl.constexpr, variant: tl.constexpr):
-    """[BLOCK_K, BLOCK_N] of weightᵀ, as base_weight.load_weight: decoded in registers, zero where there is no element.
-    A row of W0 is a multiple of eight elements."""
+    """[BLOCK_K, BLOCK_N] of weightᵀ, as base_weight.load_weight in a forward: decoded in registers, zero from column K
+    on. A row of W0 is a multiple of eight elements."""
     BLOCK_N: tl.constexpr = variant.tile.block_n
     BLOCK_K: tl.constexpr = variant.tile.block_k
     format: tl.constexpr = variant.packed
-    if variant.forward:  # rows of W0 are columns of the product
-        rows = tl.minimum(tl.arange(0, BLOCK_N), shape.N - 1 - n * BLOCK_N)
-        return _block(packed, n * BLOCK_N, rows, shape.N, k, shape.K, BLOCK_K, dtype, format).T
-    else:
-        return _block(packed, k, tl.arange(0, BLOCK_K), shape.K, n * BLOCK_N, shape.N, BLOCK_N, dtype, format)
-
-
-@triton.jit
-def _block(
-    packed, first_row, rows, n_rows, column, n_columns, COLUMNS: tl.constexpr, dtype: tl.constexpr, format: tl.constexpr
-):
-    """[rows, COLUMNS] of W0 [n_rows, n_columns], from ``first_row`` and ``column`` on."""
-    columns = column + 8 * tl.arange(0, COLUMNS // 8)
-    groups = rows[:, None] * n_columns + columns[None, :]
-    inside = (first_row + rows < n_rows)[:, None] & (columns < n_columns)[None, :]
+    rows = tl.minimum(tl.arange(0, BLOCK_N), shape.N - 1 - n * BLOCK_N)
+    columns = k + 8 * tl.arange(0, BLOCK_K // 8)
+    groups = rows[:, None] * shape.K + columns[None, :]
+    inside = tl.broadcast_to((columns < shape.K)[None, :], groups.shape)
     each = tl.expand_dims(inside, 2)
-    start = tl.cast(first_row, tl.int64) * n_columns
+    start = tl.cast(n * BLOCK_N, tl.int64) * shape.K
     offs = tl.expand_dims(groups, 2) + tl.arange(0, 8)
     values = _values(packed, start, groups, inside, offs, each, dtype, format)
-    return tl.reshape(tl.where(each, values, 0.0).to(dtype), (rows.shape[0], COLUMNS))
+    return tl.reshape(tl.where(each, values, 0.0).to(dtype), (BLOCK_N, BLOCK_K)).T
 
 
 @triton.jit
