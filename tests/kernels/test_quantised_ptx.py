@@ -49,18 +49,17 @@ def test_a_backward_without_dx_decodes_nothing(needs):
     assert "codes_ptr" not in backward.buffers or backward.buffers["codes_ptr"].bytes_read == 0
 
 
-@pytest.mark.parametrize("name, packed_bytes", [("nf4", 0.5), ("int8", 1)])
-def test_the_packed_weight_is_read_once_a_launch_and_scratch_written_once(name, packed_bytes):
+def test_the_packed_weight_is_read_once_a_launch_and_scratch_written_once():
     """Whatever the number of row blocks: one for each tile that reads the scratch."""
     m, n, k, r = 136, 72, 80, 8
-    case, packed = checks.draw(name, (m, n, k, r), torch.bfloat16)
+    case, packed = checks.draw("nf4", (m, n, k, r), torch.bfloat16)
     _, launches = checks.emulate(case, packed, 80, LaunchOptions(resident=1))  # no wait polls
-    tile = SMALL[80]
-    for launch, tiles in zip(launches, (math.ceil(m / tile.block_m), math.ceil(m / tile.block_m)), strict=True):
+    row_blocks = math.ceil(m / SMALL[80].block_m)
+    for launch in launches:
         codes, scratch = launch.buffers["codes_ptr"], launch.buffers["scratch_ptr"]
-        assert codes.bytes_read == codes.first_touch_read == n * k * packed_bytes and codes.bytes_written == 0
+        assert codes.bytes_read == codes.first_touch_read == n * k // 2 and codes.bytes_written == 0
         assert scratch.bytes_written == scratch.first_touch_written == n * k * 2
-        assert scratch.bytes_read >= tiles * n * k * 2 and scratch.first_touch_read == n * k * 2
+        assert scratch.bytes_read >= row_blocks * n * k * 2 and scratch.first_touch_read == n * k * 2
 
 
 @pytest.mark.parametrize("arch, table", [(80, "ampere"), (90, "hopper")])
@@ -97,7 +96,7 @@ def test_a_layer_asks_for_the_launch_that_decodes(monkeypatch):
             y = fastlora.lora_linear(given["x"], packed, given["lora_a"], given["lora_b"], case.scaling, given["bias"])
             gradients = torch.autograd.grad(y, list(given.values()), case.dy)
     dispatch.forget_routes()
-    assert len(stats) == len(scratch) == 4
+    assert len(stats) == 4 and len(scratch) == 2, "a forward of few rows has none"
     assert fastlora.dispatch_counts() == {"cuda": 0, "triton": 4, "composed": 0, "reference": 0, "fallbacks": {}}
     results = {"y": y.detach(), **dict(zip(("dx", "da", "db", "dbias"), gradients, strict=True))}
     detached = {name: tensor.detach() for name, tensor in given.items()}
