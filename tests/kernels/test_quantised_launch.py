@@ -19,7 +19,7 @@ from fastlora.quantised_weight import QuantisedWeight
 from tests.support.compile_gate import MORE_ARCHITECTURES, assert_fits, expected_instruction
 from tests.support.compile_target import compile_for
 from tests.support.quantised_models import bitsandbytes
-from tests.support.triton_checks import ALL, needs_compiler
+from tests.support.triton_checks import ALL, SMALL, needs_compiler
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -66,6 +66,10 @@ def test_what_is_not_served_says_why():
         "2 scales of 32 x 64 elements": changed(int8, 1, meta(2, 1), block=(32, 64)),
         "128 scales of 64 x 1 elements": changed(int8, 1, meta(1, 128), block=(64, 1)),
         "64 scales of 2 x 128 elements": int8._replace(block=(2, 128)),
+        "scales of the int8 weight are torch.float64": changed(int8, 1, meta(64, 1, dtype=torch.float64)),
+        "scales of the nf4 weight are (torch.float16": changed(
+            packed_weight("nf4", 64, 128), 1, meta(128, dtype=torch.float16)
+        ),
         "zero points of the int8 weight are torch.float32": changed(int8, 2, meta(64, 1, dtype=torch.float32)),
         "a tensor of the int8 weight is not contiguous": changed(int8, 0, meta(128, 64, dtype=torch.int8).t()),
         "no kernel decodes torch.float8_e4m3fnuz": changed(float8, 0, meta(64, 128, dtype=torch.float8_e4m3fnuz)),
@@ -135,6 +139,17 @@ def test_warm_up_compiles_what_decodes(monkeypatch):
             layer(torch.ones(rows, 64, dtype=torch.float16, requires_grad=True)).sum().backward()
         assert len(driver.launched) == 4 and len(hooked) == 3
     dispatch.forget_routes()
+
+
+@needs_compiler
+@pytest.mark.parametrize("name, n, k, needs", [("nf4", 1, 64, ALL), ("int8", 64, 1, None), ("int8", 1, 1, ALL)])
+def test_one_row_and_one_column(monkeypatch, name, n, k, needs):
+    """Sizes of 1 are constants of a kernel."""
+    monkeypatch.setattr(quantised_launch, "target_of", lambda device: Target(80, n_sms=132))
+    operands, spec = described(packed_weight(name, n, k), needs=needs)
+    with compile_for(80, assembles=False) as driver:
+        quantised_launch.prepare(spec, SMALL[80])(operands)
+    assert len(driver.launched) == 1
 
 
 def shipped():

@@ -31,7 +31,7 @@ def test_integers_are_exact_under_every_schedule(arch, sizes):
 
 @pytest.mark.parametrize("case", checks.EVERY_FORMAT, ids=lambda case: f"{case.name}-{case.dtype}-{case.arch}")
 def test_formats(case):
-    checks.check_format(*case[:4], needs=case.needs, in_loop=case.in_loop)
+    checks.check_format(*case[:4], needs=case.needs, in_loop=case.in_loop, block=case.block)
 
 
 def test_blocks_that_run_over_rows_with_dropout():

@@ -188,8 +188,8 @@ MUTANTS = (
     Mutant(
         "last part of a panel left out",
         "quantised_kernels",
-        "format.part), 0)",
-        "format.part - 8), 0)",
+        "PART), 0)",
+        "PART - 8), 0)",
         shows="quantised",
     ),
     Mutant(
@@ -243,8 +243,8 @@ MUTANTS = (
     Mutant(
         "one rounding too many",
         "packed_weight",
-        "(values * scale).to(dtype)",
-        "(values.to(dtype).to(tl.float32) * scale).to(dtype)",
+        "(values * scales).to(dtype)",
+        "(values.to(dtype).to(tl.float32) * scales).to(dtype)",
         shows="packed values",
     ),
     Mutant("rows in the loop not clamped", "packed_weight", "shape.N - 1 - n", "shape.N - n", shows="packed values"),

@@ -176,6 +176,7 @@ class FormatCase(NamedTuple):
     arch: int
     needs: Needs | None = None
     in_loop: bool = False
+    block: int = 64
 
 
 # At sizes of words and of bytes; and in float32, where no later rounding hides what a fused multiply-add makes of
@@ -189,7 +190,7 @@ EVERY_FORMAT = (
     FormatCase("int8 tensor", SIZES[1], torch.bfloat16, 90),
     FormatCase("int8 group", SIZES[0], torch.bfloat16, 80, ALL),
     FormatCase("float8", SIZES[0], torch.bfloat16, 80),
-    FormatCase("nf4 nested", SIZES[0], torch.float32, 80),
+    FormatCase("nf4 nested", (72, 136, 80, 8), torch.float32, 80, block=32),  # more scales than have one nested scale
     FormatCase("nf4 nested", SIZES[3], torch.bfloat16, 90, in_loop=True),
     FormatCase("int8", SIZES[3], torch.bfloat16, 80, in_loop=True),
 )
@@ -200,7 +201,9 @@ def checks(schedules=SCHEDULES) -> list[tuple[str, Callable[..., None]]]:
     formats = [
         (
             f"sm_{each.arch} {each.name} {each.sizes} {each.dtype}" + " in the loop" * each.in_loop,
-            functools.partial(check_format, *each[:4], schedules[2], needs=each.needs, in_loop=each.in_loop),
+            functools.partial(
+                check_format, *each[:4], schedules[2], needs=each.needs, in_loop=each.in_loop, block=each.block
+            ),
         )
         for each in EVERY_FORMAT
     ]

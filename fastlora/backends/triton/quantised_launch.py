@@ -25,6 +25,7 @@ from fastlora.quantised_weight import QuantisedWeight
 
 PART = 1 << 15  # elements that one tile decodes: few enough to spread a panel, and a wait for them stays short
 _EXPONENT_BITS = {torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
+_SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _TABLES = {"nf4": NF4, "fp4": FP4}
 _LARGEST_BLOCK = 1 << 30  # whose elements 32 bits count, with a part's
 
@@ -41,13 +42,17 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         return f"a tensor of the {spec.base_format} weight is not contiguous"
     if packed.counts[1] >= 1 << 31:
         return f"{packed.counts[1]} scales of the {spec.base_format} weight, which 32 bits do not count"
+    codes, scales, *rest = packed.dtypes
     if spec.base_format in _TABLES:
-        return None
-    codes, scales, *zeros = packed.dtypes
+        of_scales = (scales, *rest)
+        usual = (torch.uint8, *(torch.float32,) * 3) if packed.block[1] else (torch.float32,)
+        return None if of_scales == usual else f"scales of the {spec.base_format} weight are {of_scales}, not {usual}"
+    if scales not in _SCALES:
+        return f"scales of the {spec.base_format} weight are {scales}"
     if codes != torch.int8 and codes not in _EXPONENT_BITS:
         return f"no kernel decodes {codes}"
-    if any(dtype.is_floating_point for dtype in zeros):
-        return f"zero points of the {spec.base_format} weight are {zeros[0]}, not whole numbers"
+    if any(dtype.is_floating_point for dtype in rest):
+        return f"zero points of the {spec.base_format} weight are {rest[0]}, not whole numbers"
     _, n, k, _ = spec.sizes
     rows, columns = packed.block
     if (rows > 1 and columns != k) or k % columns or n % rows or packed.counts[1] * rows * columns != n * k:
@@ -70,8 +75,8 @@ def prepare(
     target = target_of(spec.device)
     if config is None:
         config = choose_tile(spec, target)
-        # Tiles that make S alone need no weight: they are there for who would wait for the last of its parts. (In
-        # float32 they spill.)
+        # Tiles that make S alone need no weight: they fill the wave that the last parts of it leave. (In float32 they
+        # spill.)
         config = replace(config, fused=config.fused and spec.dtype.itemsize == 4)
     if spec.direction == "backward":
         return _Backward(spec, config, target, part)
@@ -138,9 +143,9 @@ class _Decoding:
         codes, scales, *rest = weight.tensors
         if codes.dtype not in (torch.uint8, torch.int8):  # as FSDP stores them, or float8, which sm_80 has no type for
             codes = codes.view(torch.uint8)
-        zeros = rest[0] if rest and not weight.nested else None
+        zeros = (None,) if weight.is_4bit else rest or (None,)
         nested = rest if weight.nested else (None, None, None)
-        return codes, scales, zeros, *nested, self.block, self.n_panels, self.parts
+        return codes, scales, *zeros, *nested, self.block, self.n_panels, self.parts
 
 
 class _Forward(_Decoding, ForwardLaunch):
