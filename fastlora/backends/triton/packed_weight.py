@@ -115,7 +115,8 @@ def _float8(byte, format: tl.constexpr):
     exponent is too small by a constant."""
     bits = byte.to(tl.int16)
     if format.exponent_bits == 5:
-        return (bits << 8).to(tl.float16, bitcast=True).to(tl.float32)
+        bits = bits << 8
+        return bits.to(tl.float16, bitcast=True).to(tl.float32)
     else:
         scaled = ((bits & 0x80) << 8) | ((bits & 0x7F) << 7)
         value = scaled.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
