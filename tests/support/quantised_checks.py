@@ -32,7 +32,9 @@ def draw_packed(name: str, weight: Tensor, block: int = 64) -> QuantisedWeight:
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    precision = torch.get_float32_matmul_precision()
     packed = quantised(quantise(linear, name, block=block).weight)
+    torch.set_float32_matmul_precision(precision)  # torchao has allowed TF32 for the process
     if packed.is_4bit:
         codes = packed.tensors[0].view(-1)
         start = min(codes.numel(), 5)
