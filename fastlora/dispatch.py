@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
+from fastlora import quantised_operands
 from fastlora.backends import composed, reference, segments_composed, segments_reference, tuning
 from fastlora.backends.target import target_of
 from fastlora.backends.triton import driver
@@ -51,6 +52,10 @@ def backend_module(name: str) -> ModuleType:
 
 def _serving_module(name: str, spec: LaunchSpec) -> ModuleType:
     """The module of a backend for a call, whose branch two of them have a module of its own for."""
+    if spec.packed is not None and name == "triton":
+        from fastlora.backends.triton import quantised_launch
+
+        return quantised_launch
     if spec.branch == "segments":
         return {"composed": segments_composed, "reference": segments_reference}.get(name) or backend_module(name)
     return backend_module(name)
@@ -168,6 +173,7 @@ def forget_routes() -> None:
     """Has every route found anew."""
     _by_key.clear()
     _route.cache_clear()
+    _packed_route.cache_clear()
 
 
 tuning.on_change(forget_routes)
@@ -251,6 +257,58 @@ def backward(operands: Any, needs: Needs, requested: str | None) -> Gradients:
     return _counted(route)(operands)
 
 
+def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor] | None:
+    """Y and S of one launch that decodes its quantised weight, or None where none serves the call: then the reason is
+    counted as a fallback, and the weight is to be decoded in front of a dense launch.
+
+    Args:
+        operands: the fields of ForwardOperands in order, with a QuantisedWeight.
+        requested: a backend's name to insist on, or None.
+    """
+    if not _may_decode(operands[0].device, requested):
+        return None
+    key = ("packed", quantised_operands.forward_key(operands))
+    return _packed(operands, key, lambda: quantised_operands.describe_forward(operands))
+
+
+def packed_backward(operands: Any, needs: Needs, requested: str | None) -> Gradients | None:
+    """The gradients that ``needs`` names, likewise."""
+    if not _may_decode(operands[0].device, requested):
+        return None
+    key = ("packed", quantised_operands.backward_key(operands, needs))
+    return _packed(operands, key, lambda: quantised_operands.describe_backward(operands, needs))
+
+
+def decodes_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
+    """Whether a call over a quantised weight is served by a launch that decodes it."""
+    return _may_decode(spec.device, requested) and not spec.is_empty and _why_unsupported("triton", spec) is None
+
+
+def _may_decode(device: torch.device, requested: str | None) -> bool:
+    """Triton's kernels alone decode a weight, and they run on a GPU, or where they are asked for."""
+    return requested == "triton" or (requested is None and device.type == "cuda")
+
+
+def _packed(given: tuple, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]) -> Any:
+    operands, route = given, _by_key.get(key)
+    if route is None:
+        operands, spec = describe()
+        if spec.is_empty:
+            return None
+        reason = _why_unsupported("triton", spec)
+        if reason is not None:
+            count_fallback(reason)
+            return None
+        route = _packed_route(spec)
+        _remember(key, route, given, operands)
+    return _counted(route)(operands)
+
+
+@lru_cache(maxsize=4096)
+def _packed_route(spec: LaunchSpec) -> _Route:
+    return _Route("triton", (), _serving_module("triton", spec).prepare(spec))
+
+
 def segmented(operands: Any, spec: LaunchSpec, requested: str | None) -> Any:
     """Likewise for rows in segments: what a forward or backward of such operands returns.
 
@@ -298,7 +356,7 @@ def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None
     for operands, spec in calls:
         name = select_backend(spec, requested)[0]
         if name == "triton" or (name == "composed" and spec.dropout):
-            by_name[name].append((backend_module(name).prepare(spec), operands))
+            by_name[name].append((_serving_module(name, spec).prepare(spec), operands))
     return sum(backend_module(name).compile_all(found, workers) for name, found in by_name.items() if found)
 
 

@@ -120,7 +120,7 @@ def _gradients(ctx, dy, skips_ops):
         s = s if x is None else None  # S of x and A: a constant would hide that dB depends on them
     args = (dy, x, weight, lora_a, lora_b, s, ctx.scaling, ctx.dropout_p, seed, needs)
     if reason is not None:
-        dx, da, db, dbias = in_rows(differentiable_gradients, *args)  # type: ignore[arg-type]
+        dx, da, db, dbias = in_rows(differentiable_gradients, *args)
     elif skips_ops:
         dx, da, db, dbias = _backward(*args, ctx.backend)
     else:

@@ -123,6 +123,22 @@ class Strides(NamedTuple):
     saved_x: int  # the backward's x
 
 
+class Packed(NamedTuple):
+    """How a quantised base weight is packed; its format, tensors and blocks are those of QuantisedWeight.
+
+    block: its two sizes.
+    dtypes, counts: of its tensors: what an element is, and how many there are.
+    starts: which of them start on 16 bytes.
+    contiguous: whether all are.
+    """
+
+    block: tuple[int, int]
+    dtypes: tuple[torch.dtype, ...]
+    counts: tuple[int, ...]
+    starts: tuple[bool, ...]
+    contiguous: bool
+
+
 _ALL_ALIGNED = Aligned(True, True, True, True, True)
 
 
@@ -140,7 +156,8 @@ class LaunchSpec(NamedTuple):
     dtype: of x, weight, bias and dY.
     adapter_dtypes: of lora_a and lora_b: ``dtype``, or float32 over a 16-bit one.
     device: where all operands are.
-    base_format: how the base weight lies in memory; "dense" is [N, K] in ``dtype``, "transposed" [K, N].
+    base_format: how the base weight lies in memory; "dense" is [N, K] in ``dtype``, "transposed" [K, N]; else the name
+        of a quantised format, and ``packed`` says more.
     branch: which adapters a row sees; "single" is one for all rows.
     dropout: whether the branch drops elements of x.
     bias: whether there is a bias to add (forward).
@@ -150,6 +167,7 @@ class LaunchSpec(NamedTuple):
     starts: which matrices start on 16 bytes, whatever their rows do: what compiled code may take for granted.
     strides: see Strides; None where each matrix is contiguous.
     scales_branch: whether a factor of the scaling is left to the branch (see split_scaling).
+    packed: of a quantised base weight, whose alignment and stride are then those of its dense form.
     """
 
     direction: Direction
@@ -167,6 +185,7 @@ class LaunchSpec(NamedTuple):
     starts: Aligned = _ALL_ALIGNED
     strides: Strides | None = None
     scales_branch: bool = False
+    packed: Packed | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -1,7 +1,9 @@
-"""A LoRA layer over a quantised base weight: decoded in front of each launch, each way, into one buffer that is freed.
+"""A LoRA layer over a quantised base weight, decoded each way: on a GPU by tiles of the one launch that multiplies with
+it, else by its library in front of a dense launch, into one buffer that is freed.
 
 What is saved for backward is the packed weight, by reference, and x and S as over a dense weight: nothing of N×K. On a
-GPU this order is a fallback, and counted as one: no kernel decodes a weight yet.
+GPU a launch asks for Triton's kernels that decode (``dispatch.packed_forward``); where they do not serve the call, or
+another backend is insisted on, the library decodes, which is counted as a fallback, beside the reason.
 """
 
 import math
@@ -50,7 +52,9 @@ def _decoded(weight: QuantisedWeight) -> Tensor:
 
 def _forward(x: Tensor, weight: QuantisedWeight, *rest: Any) -> tuple[Tensor, Tensor]:
     *operands, backend = rest
-    y, s = dispatch.forward((flat(x), _decoded(weight), *operands), backend)
+    rows = flat(x)
+    made = dispatch.packed_forward((rows, weight, *operands), backend)
+    y, s = dispatch.forward((rows, _decoded(weight), *operands), backend) if made is None else made
     # A tracked view made in here could not be modified in place by what follows the layer.
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), s
 
@@ -58,11 +62,21 @@ def _forward(x: Tensor, weight: QuantisedWeight, *rest: Any) -> tuple[Tensor, Te
 def _backward(dy: Tensor, x: Tensor | None, weight: QuantisedWeight, *rest: Any) -> Gradients:
     """The gradients, differentiable ones where that is the ``reason`` that comes last."""
     *operands, needs, backend, reason = rest
-    # dX alone reads values of the weight; the rest needs its shape. (An expanded scalar would be made contiguous.)
-    dense = _decoded(weight) if needs.dx else dy.new_empty(weight.shape)
     if reason is not None:
-        return in_rows(differentiable_gradients, dy, x, dense, *operands, needs)
-    return in_rows(lambda *args: dispatch.backward(args, needs, backend), dy, x, dense, *operands)
+        return in_rows(differentiable_gradients, dy, x, _dense(dy, weight, needs), *operands, needs)
+
+    def gradients(dy, x, weight, *operands):
+        made = dispatch.packed_backward((dy, x, weight, *operands), needs, backend)
+        if made is not None:
+            return made
+        return dispatch.backward((dy, x, _dense(dy, weight, needs), *operands), needs, backend)
+
+    return in_rows(gradients, dy, x, weight, *operands)
+
+
+def _dense(dy: Tensor, weight: QuantisedWeight, needs: Needs) -> Tensor:
+    """dX alone reads values of the weight; the rest needs its shape. (An expanded scalar would be made contiguous.)"""
+    return _decoded(weight) if needs.dx else dy.new_empty(weight.shape)
 
 
 def _forward_op(x, packed, name, numbers, dtype, *rest):

@@ -1,4 +1,6 @@
-"""A frozen base weight as bitsandbytes or torchao packs it, and its values, which those libraries' own code decodes.
+"""A frozen base weight as bitsandbytes or torchao packs it, and its values as those libraries' own code decodes them.
+
+On a GPU, Triton's kernels make the same values in the launch that reads them.
 
 Formats: bitsandbytes' nf4 and fp4, of any block size, with plain or nested statistics; torchao's int8 and float8
 weight-only tensors. A value is code·scale in float32, rounded once to the dtype that is asked for; nested statistics
@@ -102,12 +104,11 @@ def _decode_4bit(weight: QuantisedWeight, functional: Any) -> Tensor:
     if inner:
         absmax2, code2, offset = inner
         nested = functional.QuantState(absmax2, code=code2, blocksize=weight.block[1], dtype=torch.float32)
-    state = functional.QuantState(
-        absmax, torch.Size(weight.shape), None, weight.block[0], weight.format, weight.dtype, offset, nested
-    )
-    values = functional.dequantize_4bit(codes.view(-1, 1), state)
-    # Codes of a single byte look to bitsandbytes as if they were transposed.
-    return values.t() if codes.numel() == 1 else values
+    # As one row: with AVX-512, bitsandbytes' code for CPUs takes a neighbour's scale for some elements of rows that are
+    # no multiple of a block (0.50.2).
+    row = torch.Size((1, prod(weight.shape)))
+    state = functional.QuantState(absmax, row, None, weight.block[0], weight.format, weight.dtype, offset, nested)
+    return functional.dequantize_4bit(codes.view(-1, 1), state).reshape(weight.shape)
 
 
 def read_weight(weight: Any, dtype: torch.dtype | None = None) -> QuantisedWeight | str | None:

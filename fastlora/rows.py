@@ -16,8 +16,9 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.reshape(math.prod(shape[:-1]), shape[-1])
 
 
-def in_rows(backward: Callable[..., Gradients], dy: Tensor, x: Tensor | None, weight: Tensor, *rest) -> Gradients:
-    """``backward(dy, x, weight, *rest)`` of matrices, for dY [..., N] and x [..., K]: dX is [..., K]."""
+def in_rows(backward: Callable[..., Gradients], dy: Tensor, x: Tensor | None, weight: Any, *rest) -> Gradients:
+    """``backward(dy, x, weight, *rest)`` of matrices, for dY [..., N] and x [..., K]: dX is [..., K]. The weight is
+    anything of the shape [N, K]."""
     dx, *others = backward(flat(dy), None if x is None else flat(x), weight, *rest)
     return Gradients(None if dx is None else dx.view(*dy.shape[:-1], weight.shape[1]), *others)
 

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastlora import quantised_operands
 from fastlora.backends.configs import FEW_ROWS
-from fastlora.dispatch import compile_ahead, environment_backend
+from fastlora.dispatch import compile_ahead, decodes_in_launch, environment_backend
 from fastlora.module import LoRALinear
 from fastlora.operands import as_stored, describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
@@ -85,9 +86,16 @@ def warmup(
         raise ValueError(f"{type(model).__name__} has no LoRA layer of fastlora's; inject or patch it first")
     layers = [layer for module in found if (layer := _layer_of(module)) is not None]
     distinct = {_kind(layer): layer for layer in layers}
-    calls = (call for layer in distinct.values() for m in rows for call in _calls(layer, m, training, evaluation))
+    backend = backend or environment_backend()
+    calls = (
+        (operands, spec)
+        for layer in distinct.values()
+        for m in rows
+        for given, needs in _calls(layer, m, training, evaluation)
+        for operands, spec in (_described(layer, given, needs, backend),)
+    )
     workers = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
-    kernels = compile_ahead(calls, backend or environment_backend(), workers)
+    kernels = compile_ahead(calls, backend, workers)
     return Warmed(len(layers), kernels, time.perf_counter() - started)
 
 
@@ -123,15 +131,37 @@ def _kind(layer: _Layer) -> tuple:
     return tuple(
         (each.shape, each.stride(), each.dtype, each.device, each.requires_grad)
         if isinstance(each, Tensor)
-        else (each.shape, each.dtype, each.device)
-        if isinstance(each, QuantisedWeight)  # decoded in front of the launch
+        else (each.format, each.shape, each.dtype, each.block, *((t.dtype, t.device) for t in each.tensors))
+        if isinstance(each, QuantisedWeight)
         else each
         for each in layer
     )
 
 
-def _calls(layer: _Layer, m: int, training: bool, evaluation: bool) -> Iterator[tuple[tuple, LaunchSpec]]:
-    """Operands on the "meta" device and descriptions of a layer's calls with m rows."""
+def _described(layer: _Layer, given: Any, needs: Needs | None, backend: str | None) -> tuple[tuple, LaunchSpec]:
+    """Operands of a forward (without ``needs``) or a backward, and their description on the layer's device: over the
+    packed weight where a launch decodes it, else over the dense one."""
+    device = layer.weight.device
+    if isinstance(layer.weight, QuantisedWeight):
+        place = 1 if needs is None else 2
+        packed = layer.weight.to(given.weight.dtype)
+        over = (*given[:place], packed, *given[place + 1 :])
+        operands, spec = (
+            quantised_operands.describe_forward(over)
+            if needs is None
+            else quantised_operands.describe_backward(over, needs)
+        )
+        spec = spec._replace(device=device)
+        if decodes_in_launch(spec, backend):
+            return operands, spec
+    operands, spec = describe_forward(given) if needs is None else describe_backward(given, needs)
+    return operands, spec._replace(device=device)
+
+
+def _calls(
+    layer: _Layer, m: int, training: bool, evaluation: bool
+) -> Iterator[tuple[ForwardOperands | BackwardOperands, Needs | None]]:
+    """Operands on the "meta" device of a layer's calls with m rows over the dense weight, and what a backward needs."""
     device = layer.weight.device
     dtype = layer.weight.dtype
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and dtype != torch.float64:
@@ -152,11 +182,7 @@ def _calls(layer: _Layer, m: int, training: bool, evaluation: bool) -> Iterator[
     probabilities = {layer.dropout_p} if training else set()
     for p in probabilities | ({0.0} if evaluation else set()):
         seed = meta((), torch.int64) if p > 0.0 else None
-        forward, spec = describe_forward(ForwardOperands(x, weight, lora_a, lora_b, bias, layer.scaling, p, seed))
-        yield forward, spec._replace(device=device)
+        yield ForwardOperands(x, weight, lora_a, lora_b, bias, layer.scaling, p, seed), None
         if training and p == layer.dropout_p:
             dy, s = meta((m, n)), meta((m, r))
-            backward, spec = describe_backward(
-                BackwardOperands(dy, x, weight, lora_a, lora_b, s, layer.scaling, p, seed), needs
-            )
-            yield backward, spec._replace(device=device)
+            yield BackwardOperands(dy, x, weight, lora_a, lora_b, s, layer.scaling, p, seed), needs

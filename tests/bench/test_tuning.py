@@ -236,10 +236,10 @@ def test_the_kernels_take_the_users_choice(monkeypatch, direction, dropout):
     monkeypatch.setattr(triton_lora, "tuned_config", lambda *what: asked.append(what) or chosen)
     sizes, dtype = Sizes(8192, 4096, 4096, 16), torch.bfloat16
     spec = LaunchSpec(direction, sizes, dtype, (dtype, dtype), torch.device("cpu"), dropout=dropout)
-    assert triton_lora._choose(spec, HOPPER) == chosen
+    assert triton_lora.choose_tile(spec, HOPPER) == chosen
     assert asked == [(direction, spec.device, *sizes, dtype, dropout)]
     odd = spec._replace(aligned=spec.aligned._replace(act=False))
-    assert triton_lora._choose(odd, HOPPER) != chosen and len(asked) == 1
+    assert triton_lora.choose_tile(odd, HOPPER) != chosen and len(asked) == 1
 
 
 class FakeBackend:

@@ -25,6 +25,7 @@ LAYERS = (
         "operands",
         "segments",
         "quantised_weight",
+        "quantised_operands",
     ),  # fmt: skip
     ("backends",),
     ("dispatch",),

@@ -9,13 +9,15 @@ import dataclasses
 import pytest
 import torch
 
+from fastlora import quantised_operands
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
+from fastlora.backends.triton import quantised_launch
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from tests.emulator import LaunchOptions
-from tests.support import cuda_checks, cuda_emulation, launches, numerics
+from tests.support import cuda_checks, cuda_emulation, launches, numerics, quantised_checks
 from tests.support.triton_checks import ARCHITECTURES, SMALL, needs_compiler, run
 from tests.support.triton_emulation import emulated
 
@@ -244,3 +246,24 @@ def test_a_gradient_of_cuda(poisoned, monkeypatch, name):
         gradients = launches.backward(cuda, *given, c.scaling, 0.0, None, needs, tile=tile, ctas=1)
     made = gradients.da[:, -columns:].t() if name == "da" else gradients.db[-columns:]
     assert torch.equal(made.double(), last + 1.0)
+
+
+@needs_compiler
+def test_a_packed_weight_of_triton(monkeypatch):
+    """The last part of it, into the last rows of scratch."""
+    monkeypatch.setattr(quantised_launch, "target_of", lambda device: Target(80, n_sms=3))
+    k, rows = 1024, SMALL[80].block_n
+    last = quantised_checks.draw_packed("nf4", torch.randn(rows, k, dtype=torch.bfloat16))
+    n = FAR // k + rows
+    codes, scales = torch.empty(n * k // 2, 1, dtype=torch.uint8), torch.empty(n * k // 64)
+    codes[-rows * k // 2 :], scales[-rows * k // 64 :] = last.tensors
+    packed = last._replace(tensors=(codes, scales), shape=(n, k))
+    x, lora_a, lora_b = (reserved(*shape) for shape in ((1, k), (8, k), (n, 8)))
+    operands, spec = quantised_operands.describe_forward((x, packed, lora_a, lora_b, None, 1.0, 0.0, None))
+    prepared = quantised_launch.prepare(spec, SMALL[80], in_loop=False)
+    assert prepared.parts == 1
+    with quantised_checks.allocated(packed.shape, torch.bfloat16) as scratch:
+        y, s = reserved(1, n), reserved(1, 8)
+        ticket = prepared.n_panels * prepared.parts - 1
+        launch_last(prepared, lambda workspace: prepared.arguments(operands, y, s, workspace), 80, ticket, 1)
+    assert quantised_checks.same_bits(scratch[0][-rows:], last.dequantize())

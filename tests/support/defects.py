@@ -19,6 +19,7 @@ from fastlora.backends import workspace
 from tests.emulator import EmulatorError, LaunchOptions, TrapError
 from tests.support import cuda_bugs, deletions, mutants
 from tests.support import cuda_checks as cuda
+from tests.support import quantised_checks as quantised
 from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import ptx_of, variants_for
 from tests.support.numerics import poison
@@ -141,6 +142,33 @@ def triton_shipped() -> Iterator[Check]:
         yield each.id, functools.partial(triton.check_shipped, tile, on_kernel=triton.gate_of(tile))
 
 
+def triton_packed_formats() -> Iterator[Check]:
+    """Over packed weights: a format in one launch each."""
+    for each in quantised.EVERY_FORMAT:
+        yield each.describe(), each.check
+
+
+def triton_packed_integers() -> Iterator[Check]:
+    for arch, sizes in quantised.INTEGERS:
+        check = functools.partial(quantised.check_integers, sizes, arch)
+        yield from _each(check, f"sm_{arch} packed integers {sizes}", triton.SCHEDULES)
+
+
+def triton_kinds(module: str) -> list[list[Check]]:
+    """The checks of the kernels that a module of theirs is part of, in kinds, but for the tiles that are shipped."""
+    packed = [[*triton_packed_formats()], [*triton_packed_integers()]]
+    if module.startswith(("packed", "quantised")):
+        return packed
+    dense = (triton_integers, triton_dropped, triton_float16, triton_infinities, triton_needs)
+    return [*([*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in dense), *packed]
+
+
+def triton_checks(module: str) -> list[Check]:
+    """All of them."""
+    shipped = [] if module.startswith(("packed", "quantised")) else triton_shipped()
+    return [*itertools.chain(*triton_kinds(module)), *shipped]
+
+
 def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[Check]) -> Defect:
     kernels = functools.cache(lambda: mutants.load(mutant))
     return Defect(mutant.name, place, tuple((name, lambda c=check: c(kernels=kernels())) for name, check in checks))
@@ -157,18 +185,14 @@ def triton_planted() -> list[Defect]:
             ("infinities", triton_infinities),
         )
     }
+    checks["packed values"] = [*triton_packed_formats()]
+    checks["quantised"] = [*triton_packed_integers()]
     return [_with_mutant(mutant, f"{mutant.module}.py", checks[mutant.shows]) for mutant in mutants.MUTANTS]
 
 
 def triton_deletions() -> list[Defect]:
     """In the sources, so in every kernel that is compiled from them."""
-    checks = [
-        each
-        for arch in triton.ARCHITECTURES
-        for each in (*triton_integers(arch), *triton_dropped(arch), *triton_needs(arch))
-    ]
-    checks += triton_shipped()
-    return [_with_mutant(mutant, f"{mutant.module}.py", checks) for mutant in deletions.in_triton()]
+    return [_with_mutant(each, f"{each.module}.py", triton_checks(each.module)) for each in deletions.in_triton()]
 
 
 def triton_compiled() -> list[Defect]:

@@ -1,7 +1,7 @@
 """Mutants that compute what the original does: nothing need find them."""
 
 _ROUNDS = "w0, w1, w2, w3 = tl.philox(dropout.seed, low, high, {}, PHILOX_ROUNDS)"
-_LOCATE = "row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, {}, wave, variant.tile.group_m)"
+_LOCATE = "row, column, _, _ = locate(claimed, n_rows, n_columns, 0, {}, wave, variant.tile.group_m)"
 _INSIDE = "a bound of a side that is known to be inside is not read"
 
 # (file, its mutated lines): why.

@@ -8,7 +8,6 @@ import triton
 
 from tests.support import defects, mutants, python_mutations
 from tests.support.generated import Checks, Generated, Stillborn, run_tests
-from tests.support.triton_checks import ARCHITECTURES
 
 
 def mutations() -> list[Generated]:
@@ -27,21 +26,11 @@ def checks(generated: Generated) -> Checks:
     def mutated(checks: Iterable[defects.Check]) -> Iterator[defects.Check]:
         return ((name, functools.partial(_on, kernels, check)) for name, check in checks)
 
-    kinds = [
-        [*of_kind(arch)]
-        for arch in ARCHITECTURES
-        for of_kind in (
-            defects.triton_integers, defects.triton_dropped, defects.triton_float16, defects.triton_infinities,
-            defects.triton_needs,
-        )
-    ]  # fmt: skip
-    quick = [*mutated(kind[0] for kind in kinds), ("host tests", functools.partial(run_tests, generated, _HOST_TESTS))]
-    others = (each for kind in kinds for each in kind[1:])
-    return quick, [
-        *mutated(others),
-        *mutated(defects.triton_shipped()),
-        ("tests", functools.partial(run_tests, generated, *_TESTS)),
-    ]
+    kinds = defects.triton_kinds(generated.module)
+    first = [kind[0] for kind in kinds]
+    others = (check for check in defects.triton_checks(generated.module) if check not in first)
+    host, tests = (("tests", functools.partial(run_tests, generated, *runs)) for runs in (_HOST_TESTS, _TESTS))
+    return [*mutated(first), host], [*mutated(others), tests]
 
 
 def _on(kernels: Callable, check: Callable) -> None:
@@ -60,14 +49,15 @@ def _quiet() -> Iterator[None]:
 
 
 _HOST_TESTS = (
-    (),
-    ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py"),
-)
+    ((), ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py",
+          "tests/kernels/test_quantised_launch.py")),
+)  # fmt: skip
 # What the checks above have run already.
 _DONE = ("integers_are_exact", "dropout_and_ranks", "float16", "infinities", "asked_for", "shipped")
 _TESTS = (
     (("TRITON_INTERPRET=1",), ("tests/values",)),
     ((), ("tests/kernels/test_triton_ptx.py", "-k", " and ".join(f"not {name}" for name in _DONE))),
     ((), ("tests/kernels/test_triton_compile.py", "tests/kernels/test_warming.py", "tests/kernels/test_traffic.py",
-          "tests/kernels/test_triton_driver.py", "tests/kernels/test_far_addresses.py")),
+          "tests/kernels/test_triton_driver.py", "tests/kernels/test_far_addresses.py",
+          "tests/kernels/test_quantised_ptx.py")),
 )  # fmt: skip

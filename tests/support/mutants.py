@@ -24,6 +24,10 @@ MODULES = (
     "gradients",
     "kernels",
     "launch",
+    "packed_format",
+    "packed_weight",
+    "quantised_kernels",
+    "quantised_launch",
 )
 
 
@@ -169,6 +173,85 @@ MUTANTS = (
         "acc_sum",
         shows="infinities",
     ),
+    Mutant("panels not awaited", "base_weight", "weight.parts)", "0)", shows="quantised"),
+    Mutant(
+        "all parts of a panel but one awaited", "base_weight", "weight.parts)", "weight.parts - 1)", shows="quantised"
+    ),
+    Mutant(
+        "the panel before awaited",
+        "base_weight",
+        "wait_for(weight.panels_ptr + n if",
+        "wait_for(weight.panels_ptr + tl.maximum(n - 1, 0) if",
+        shows="quantised",
+    ),
+    Mutant("parts not published", "quantised_kernels", "        publish(panels_ptr)\n", "", shows="quantised"),
+    Mutant(
+        "last part of a panel left out",
+        "quantised_kernels",
+        "PART), 0)",
+        "PART - 8), 0)",
+        shows="quantised",
+    ),
+    Mutant(
+        "zero points ignored", "packed_weight", "        values -= tl", "        values -= 0 * tl", shows="quantised"
+    ),
+    Mutant(
+        "wrong half of a byte", "packed_weight", "tl.arange(0, 8) ^ 1", "tl.arange(0, 8) ^ 0", shows="packed values"
+    ),
+    Mutant(
+        "wrong half of a byte where bytes are read",
+        "packed_weight",
+        "((offs & 1) ^ 1)",
+        "(offs & 1)",
+        shows="packed values",
+    ),
+    Mutant(
+        "scale of the block before",
+        "packed_weight",
+        "return (start // block).to(tl.int32) +",
+        "return (start // block).to(tl.int32) - 1 * (start > 0) +",
+        shows="packed values",
+    ),
+    Mutant(
+        "nested scale of the block before",
+        "packed_weight",
+        "+ index // format.nested_block",
+        "+ (index - 1) // format.nested_block",
+        shows="packed values",
+    ),
+    Mutant(
+        "offset of nested scales left out",
+        "packed_weight",
+        "+ tl.load(packed.offset_ptr)",
+        "+ 0.0 * tl.load(packed.offset_ptr)",
+        shows="packed values",
+    ),
+    Mutant(
+        "nested scales by a fused multiply-add",
+        "packed_weight",
+        "tl.fma(inner, outer, 0.0) + tl.load(packed.offset_ptr)",
+        "tl.fma(inner, outer, tl.load(packed.offset_ptr))",
+        shows="packed values",
+    ),
+    Mutant(
+        "nested scales left to the compiler",
+        "packed_weight",
+        "tl.fma(inner, outer, 0.0) +",
+        "inner * outer +",
+        shows="packed values",
+    ),
+    Mutant(
+        "one rounding too many",
+        "packed_weight",
+        "(values * scales).to(dtype)",
+        "(values.to(dtype).to(tl.float32) * scales).to(dtype)",
+        shows="packed values",
+    ),
+    Mutant("rows in the loop not clamped", "packed_weight", "shape.N - 1 - n", "shape.N - n", shows="packed values"),
+    Mutant(
+        "column K in the loop", "packed_weight", "(columns < shape.K)", "(columns <= shape.K)", shows="packed values"
+    ),
+    Mutant("sign of fp4 left out", "packed_weight", "code < 8, 1.0, -1.0", "code < 8, 1.0, 1.0", shows="packed values"),
 )
 
 

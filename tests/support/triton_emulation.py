@@ -11,7 +11,9 @@ from tests.emulator import LaunchOptions, load_ptx, triton_descriptor
 from tests.emulator.conformance import coverage
 from tests.support.compile_target import Launch, compile_for
 
-_OUTPUTS = ("y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_", "dropped_ptr")
+_OUTPUTS = (
+    "y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_", "dropped_ptr", "scratch_ptr",
+)  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)

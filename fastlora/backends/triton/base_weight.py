@@ -4,13 +4,29 @@ import triton
 import triton.language as tl
 
 from fastlora.backends.triton.memory import load_block
+from fastlora.backends.triton.packed_weight import load_packed
+from fastlora.backends.triton.schedule import wait_for
+from fastlora.backends.triton.structs import Matrix
 
 
 @triton.jit
 def load_weight(product, n, k, shape, variant: tl.constexpr):
     """[BLOCK_K, BLOCK_N] of weightᵀ: column block n, contracted elements from k on."""
     # The next format goes here: a field of Variant says which, and its function returns the same block, decoded.
-    return _load_dense(product.weight, n, k, shape, variant)
+    if variant.in_loop:
+        return load_packed(product.weight.data, n, k, shape, product.s.data.dtype.element_ty, variant)
+    elif variant.decoded:
+        return _load_dense(Matrix(product.weight.data.ptr, product.weight.stride), n, k, shape, variant)
+    else:
+        return _load_dense(product.weight, n, k, shape, variant)
+
+
+@triton.jit
+def await_weight(product, n, variant: tl.constexpr):
+    """Until column block n of weightᵀ may be loaded. In dX that is the whole weight, for every column."""
+    if variant.decoded:
+        weight = product.weight.data
+        wait_for(weight.panels_ptr + n if variant.forward else weight.panels_ptr, weight.parts)
 
 
 @triton.jit

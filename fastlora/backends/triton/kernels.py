@@ -23,11 +23,26 @@ def lora_forward_kernel(
     plain_variant: tl.constexpr,
 ):  # fmt: skip
     """Y = X·W0ᵀ + on_branch·S·Bᵀ + bias and S = scale_s·in_s·drop(X)·Aᵀ; the two are None where they are 1."""
-    variant: tl.constexpr = variant_of(plain_variant)
+    forward_tile(
+        None, x, weight, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave,
+        stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
+        variant_of(plain_variant),
+    )  # fmt: skip
+    reset_if_last(workspace_ptr, n_words, 1024)
+
+
+@triton.jit
+def forward_tile(
+    ticket, x, weight, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave,
+    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
+    variant: tl.constexpr,
+):  # fmt: skip
+    """What a ticket of the forward's queue stands for; of the next one, where it is None."""
     n_rows = tl.cdiv(M, variant.tile.block_m)
     n_columns = tl.cdiv(N, variant.tile.block_n) + variant.shrink_columns
     dropout = dropout_of(seed_ptr, seed, threshold, 1.0)
-    row, column, _, _ = locate(claim(workspace_ptr), n_rows, n_columns, 0, 0, wave, variant.tile.group_m)
+    claimed = claim(workspace_ptr) if ticket is None else ticket
+    row, column, _, _ = locate(claimed, n_rows, n_columns, 0, 0, wave, variant.tile.group_m)
     product = Product(
         act=Matrix(x, stride_xm),
         weight=Matrix(weight, stride_wn),
@@ -39,7 +54,6 @@ def lora_forward_kernel(
     )
     scales = BranchScales(scale_s, in_s, on_branch)
     product_tile(product, workspace_ptr + N_COUNTERS, row, column, Shape(M, N, K, R), scales, dropout, variant)
-    reset_if_last(workspace_ptr, n_words, 1024)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -56,7 +70,23 @@ def lora_backward_kernel(
     more than one row chunk; else their pointers may be null. dX contracts N: variant.tile.block_k runs along N and
     block_n along K. dY comes as operand of dX (perhaps a TMA descriptor) and as a pointer.
     """
-    variant: tl.constexpr = variant_of(plain_variant)
+    backward_tile(
+        None, dy, weight, lora_b, dy_ptr, x_ptr, lora_a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
+        partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, wave, n_columns,
+        gradients_last, stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, on_branch, inverse_keep,
+        seed_ptr, seed, threshold, variant_of(plain_variant),
+    )  # fmt: skip
+    reset_if_last(workspace_ptr, n_words, 1024)
+
+
+@triton.jit
+def backward_tile(
+    ticket, dy, weight, lora_b, dy_ptr, x_ptr, lora_a_ptr, s_ptr, dx_ptr, ds_ptr, da_ptr, db_ptr, dbias_ptr,
+    partial_a_ptr, partial_b_ptr, partial_bias_ptr, workspace_ptr, M, N, K, R, wave, n_columns,
+    gradients_last, stride_dym, stride_xm, stride_wn, stride_ar, stride_bn, scaling, on_branch, inverse_keep,
+    seed_ptr, seed, threshold, variant: tl.constexpr,
+):  # fmt: skip
+    """What a ticket of the backward's queue stands for; of the next one, where it is None."""
     n_rows = tl.cdiv(M, variant.tile.block_m)
     tiles_b = 0
     if db_ptr is not None or dbias_ptr is not None:
@@ -72,8 +102,9 @@ def lora_backward_kernel(
     scale_b = 1.0
     if on_branch is not None:
         scale_b = on_branch
+    claimed = claim(workspace_ptr) if ticket is None else ticket
     row, column, group, gradient = locate(
-        claim(workspace_ptr), n_rows, n_columns, tiles_b + tiles_a, gradients_last, wave, variant.tile.group_m
+        claimed, n_rows, n_columns, tiles_b + tiles_a, gradients_last, wave, variant.tile.group_m
     )
     chunk = row_chunk(group, n_chunks, M, variant)
     if gradient < 0:
@@ -115,4 +146,3 @@ def lora_backward_kernel(
                 R=R,
             )
             gradient_tile(sums_a, counts_a_ptr, gradient - tiles_b, chunk, dropout, variant.dropout, variant)
-    reset_if_last(workspace_ptr, n_words, 1024)

@@ -67,8 +67,9 @@ def interpreter_unusable() -> str | None:
 def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     """What serves every call of this description; ``config`` overrides the tables and what was tuned."""
     target = target_of(spec.device)
-    config = config or _choose(spec, target)
-    return _Forward(spec, config, target) if spec.direction == "forward" else _Backward(spec, config, target)
+    config = config or choose_tile(spec, target)
+    serves = ForwardLaunch if spec.direction == "forward" else BackwardLaunch
+    return serves(spec, config, target)
 
 
 def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
@@ -86,7 +87,7 @@ def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
     return len({id(prepared.launch.compiled) for prepared, _ in distinct.values()})
 
 
-def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
+def choose_tile(spec: LaunchSpec, target: Target) -> TileConfig:
     """What ``fastlora tune`` found on this GPU, else the tables' choice."""
     aligned = spec.aligned.act and spec.aligned.weight and _has_wide_loads(spec)
     if aligned:
@@ -167,7 +168,7 @@ class _Prepared:
         )  # fmt: skip
 
 
-class _Forward(_Prepared):
+class ForwardLaunch(_Prepared):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
@@ -210,7 +211,7 @@ class _Forward(_Prepared):
         )  # fmt: skip
 
 
-class _Backward(_Prepared):
+class BackwardLaunch(_Prepared):
     """The gradients that the description needs in one launch; see backends.reference."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):

@@ -12,6 +12,15 @@ class Matrix(NamedTuple):
     stride: Any
 
 
+class DecodedWeight(NamedTuple):
+    """In the place of a weight's pointer: what other tiles of the launch decode, in panels. Forward: of as many rows as
+    a column block of the product; dX: one of all rows. A panel is there once its word has counted all ``parts``."""
+
+    ptr: Any
+    panels_ptr: Any
+    parts: Any
+
+
 class Shape(NamedTuple):
     """Of a product with a low-rank branch: the output is M x N, K is contracted, R is the rank."""
 

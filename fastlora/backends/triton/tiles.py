@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastlora.backends.triton.base_weight import load_weight
+from fastlora.backends.triton.base_weight import await_weight, load_weight
 from fastlora.backends.triton.branch import load_down, rounded_s
 from fastlora.backends.triton.epilogue import finish_tile
 from fastlora.backends.triton.memory import keep_mask, load_block
@@ -53,6 +53,7 @@ def _multiply(product, row, n, shape, variant: tl.constexpr):
     BLOCK_M: tl.constexpr = variant.tile.block_m
     BLOCK_N: tl.constexpr = variant.tile.block_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    await_weight(product, n, variant)
     for k in range(0, shape.K, variant.tile.block_k):
         act_block = _load_act(product, row, k, shape, variant)
         weight_block = load_weight(product, n, k, shape, variant)
@@ -74,6 +75,8 @@ def _shrink(product, flags_ptr, row, shape, scales, dropout, variant: tl.constex
     MASKED: tl.constexpr = variant.dropout and variant.forward
     TRANSPOSED: tl.constexpr = MASKED and product.s.data.dtype.element_ty.primitive_bitwidth == 16
     acc_s = tl.zeros((BLOCK_R, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_R), tl.float32)
+    if variant.fused:
+        await_weight(product, 0, variant)
     for k in range(0, shape.K, BLOCK_K):
         act_block = _load_act(product, row, k, shape, variant)
         if variant.fused:

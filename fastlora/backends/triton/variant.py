@@ -5,6 +5,7 @@ import dataclasses
 import triton
 
 from fastlora.backends.configs import TileConfig
+from fastlora.backends.triton.packed_format import PackedFormat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Variant:
     even_k: the contracted dimension is a multiple of block_k.
     tf32: float32 products are products of TF32.
     wgmma: compiled for Hopper, whose products read registers while the program runs on.
+    packed: how the base weight is packed; None: it is dense.
     """
 
     tile: TileConfig
@@ -33,6 +35,7 @@ class Variant:
     even_k: bool
     tf32: bool
     wgmma: bool
+    packed: PackedFormat | None = None
 
     @property
     def shrink_columns(self) -> int:
@@ -40,16 +43,28 @@ class Variant:
         return 0 if self.fused else 1
 
     @property
+    def decoded(self) -> bool:
+        """Whether the weight is scratch that tiles of the same launch decode (structs.DecodedWeight)."""
+        return self.packed is not None and not self.packed.in_loop
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether products decode the blocks of a packed weight (packed_weight.PackedWeight)."""
+        return self.packed is not None and self.packed.in_loop
+
+    @property
     def precision(self) -> str:
         """tl.dot's name for it."""
         return "tf32" if self.tf32 else "ieee"
 
     def as_plain(self) -> tuple:
-        """The fields in their order, the tile's as a tuple within."""
+        """The fields in their order, the tile's and the packed format's as tuples within."""
         return dataclasses.astuple(self)
 
 
 @triton.constexpr_function
 def variant_of(plain):
     """The Variant that was made plain."""
-    return Variant(TileConfig(*plain[0]), *plain[1:])
+    packed = None if plain[-1] is None else PackedFormat(*plain[-1])
+    fields = (TileConfig(*plain[0]), *plain[1:-1], packed)
+    return Variant(*fields)

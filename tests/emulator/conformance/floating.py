@@ -139,6 +139,8 @@ def _flush():
     flushed = torch.tensor([0.0, -0.0, 3.0, 4e-38]).repeat(_COUNT // 4)
     yield elementwise("add.ftz.f32", "add.ftz.f32 {d}, {a}, {a};", [tiny], [flushed])
     yield elementwise("add.f32 subnormal", "add.f32 {d}, {a}, {a};", [tiny], [tiny + tiny])
+    doubled = tiny + tiny
+    yield elementwise("sub.f32 subnormal", "sub.f32 {d}, {a}, {b};", [doubled, tiny], [doubled - tiny])
 
 
 def _halves():

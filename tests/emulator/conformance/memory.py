@@ -100,7 +100,7 @@ def _widths():
         "prefetch", 4, ["prefetch.global.L2 [%rd0];", "ld.global.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"]
     )
     narrow = torch.randint(0, 255, (128,), dtype=torch.int32)
-    for kind in ("s8", "u8"):
+    for kind in ("s8", "u8", "b8"):
         extended = narrow.to(torch.int8 if kind == "s8" else torch.uint8).int()
         text = f"ld.global.{kind} {{d}}, [%rd0];"
         yield elementwise(f"ld.global.{kind} extends", text, [narrow], [extended])
@@ -124,6 +124,25 @@ def _bytes_side_by_side():
     ptx = module(body, {"y": "u64"}, ".shared .align 16 .b8 buffer[64];")
     args = {"y": torch.zeros(64, dtype=torch.int32)}
     yield Case("bytes side by side", ptx, args, {"y": words.repeat_interleave(4)}, block=64)
+
+
+def _signed_bytes():
+    """A byte of shared memory is extended to the register that it is loaded into."""
+    for family, convert in (("%r", ""), ("%h", "cvt.s32.s16 %r10, %h10;")):
+        body = pointers("y") + "\n" + _THREAD
+        body += f"""    mov.u32 %r1, buffer;
+    add.s32 %r2, %r1, %r0;
+    add.s32 %r3, %r0, 96;
+    cvt.u16.u32 %h1, %r3;
+    st.shared.b8 [%r2], %h1;
+    ld.shared.s8 {family}10, [%r2];
+    {convert}
+    mul.wide.u32 %rd4, %r0, 4;
+    add.s64 %rd0, %rd0, %rd4;
+    st.global.b32 [%rd0], %r10;"""
+        ptx = module(body, {"y": "u64"}, ".shared .align 16 .b8 buffer[64];")
+        extended = torch.arange(96, 160).to(torch.int8).int()
+        yield Case(f"ld.shared.s8 {family}", ptx, {"y": torch.zeros(64, dtype=torch.int32)}, {"y": extended}, block=64)
 
 
 def _shared_and_local():
@@ -390,6 +409,7 @@ def _contended():
 def cases():
     yield from _widths()
     yield from _bytes_side_by_side()
+    yield from _signed_bytes()
     yield from _shared_and_local()
     yield from _through_shared()
     yield from _parameters()
