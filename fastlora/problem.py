@@ -126,6 +126,20 @@ class Strides(NamedTuple):
 _ALL_ALIGNED = Aligned(True, True, True, True, True)
 
 
+class Stacks(NamedTuple):
+    """What a call on rows in segments has besides the sizes of one matrix; a dtype that is None: there is none."""
+
+    n_segments: int
+    n_weights: int
+    n_adapters: int
+    n_biases: int  # rows of the bias: 1 for one of all segments, 0 for none
+    experts: torch.dtype | None  # of the weight of each segment
+    adapters: torch.dtype | None  # of the adapter of each segment
+    scalings: torch.dtype | None  # of the scaling of each adapter
+    weight: torch.dtype  # of the weights, which under autocast are not of x's dtype
+    weight_stride: int  # elements from one weight to the next
+
+
 Direction = Literal["forward", "backward"]
 
 
@@ -150,6 +164,7 @@ class LaunchSpec(NamedTuple):
     starts: which matrices start on 16 bytes, whatever their rows do: what compiled code may take for granted.
     strides: see Strides; None where each matrix is contiguous.
     scales_branch: whether a factor of the scaling is left to the branch (see split_scaling).
+    stacks: of rows in segments ("segments"); None where there are none, or nobody knows yet.
     """
 
     direction: Direction
@@ -167,6 +182,7 @@ class LaunchSpec(NamedTuple):
     starts: Aligned = _ALL_ALIGNED
     strides: Strides | None = None
     scales_branch: bool = False
+    stacks: Stacks | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -36,14 +36,14 @@ def _forward_op(x, weight, lora_a, lora_b, bias, scaling, scalings, offsets, exp
     transposed, dropout_p, seed, backend = rest
     segments = Segments(offsets, experts, adapters)
     operands = GroupedForward(x, weight, lora_a, lora_b, bias, scaling, scalings, segments, transposed, dropout_p, seed)
-    return dispatch.segmented(operands, describe_segments(operands), backend or environment_backend())
+    return dispatch.segmented(*describe_segments(operands), backend or environment_backend())
 
 
 def _backward_op(dy, x, weight, lora_a, lora_b, s, bias_dims, *rest):
     *given, needs, backend = rest
     operands, needs = _backward_operands(dy, x, weight, lora_a, lora_b, s, bias_dims, *given), Needs(*needs)
-    spec = describe_segments(operands, needs)
-    computed: Gradients = dispatch.segmented(operands, spec, backend or environment_backend())
+    described = describe_segments(operands, needs)
+    computed: Gradients = dispatch.segmented(*described, backend or environment_backend())
     return [gradient for gradient in computed if gradient is not None]
 
 

@@ -21,6 +21,8 @@ class Variant:
     even_k: the contracted dimension is a multiple of block_k.
     tf32: float32 products are products of TF32.
     wgmma: compiled for Hopper, whose products read registers while the program runs on.
+    segments: a tile's rows are a segment's, which may have no adapter: a rank of 0 (segments.py).
+    transposed: the base weight lies in memory as [K, N] by the forward's names.
     """
 
     tile: TileConfig
@@ -33,11 +35,18 @@ class Variant:
     even_k: bool
     tf32: bool
     wgmma: bool
+    segments: bool = False
+    transposed: bool = False
 
     @property
     def shrink_columns(self) -> int:
         """Columns of the queue that hold no tile of the product."""
         return 0 if self.fused else 1
+
+    @property
+    def contracts_weight_rows(self) -> bool:
+        """Whether the base weight lies in memory as [K, N] by the product's names."""
+        return self.forward == self.transposed
 
     @property
     def precision(self) -> str:
