@@ -59,7 +59,8 @@ def draw_case(
     integers: bool = False,
     seed: int = 0,
 ) -> Case:
-    """Random inputs whose branch is about as large as the base product; small integers, all results exact, on request.
+    """Random inputs whose branch is about as large as the base product; small integers on request, so
+    sparse that all results are exact in 16 bits as well.
 
     Args:
         lengths: rows of each segment.
@@ -72,21 +73,22 @@ def draw_case(
     t = n_adapters or len(lengths)
     m = sum(lengths) + rows_after
 
-    def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+    def draw(*shape: int, std: float = 1.0, dtype: torch.dtype = dtype, density: float = 1.0) -> Tensor:
         if integers:
-            return torch.randint(-2, 3, shape, generator=generator).to(dtype)
+            values = torch.randint(-2, 3, shape, generator=generator)
+            return (values * (torch.rand(shape, generator=generator) < density)).to(dtype)
         return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
     factor = 2.0 if integers else 1.7
     factors = torch.tensor([2.0, 0.5, 4.0] if integers else [1.7, 0.6, 2.9])[torch.arange(t) % 3]
-    weight = draw(e, n, k, std=k**-0.5)
+    weight = draw(e, n, k, std=k**-0.5, density=48 / k)
     return Case(
-        x=draw(m, k),
+        x=draw(m, k, density=24 / k),
         weight=weight.transpose(1, 2).contiguous() if transposed else weight,
-        lora_a=draw(t, r, k, std=k**-0.5, dtype=adapter_dtype or dtype),
-        lora_b=draw(t, n, r, std=r**-0.5 / factor, dtype=adapter_dtype or dtype),
+        lora_a=draw(t, r, k, std=k**-0.5, dtype=adapter_dtype or dtype, density=6 / k),
+        lora_b=draw(t, n, r, std=r**-0.5 / factor, dtype=adapter_dtype or dtype, density=3 / r),
         bias={None: None, "each": draw(e, n), "one": draw(n)}[bias],
-        dy=draw(m, n),
+        dy=draw(m, n, density=min(8 / n, 8 / max(m, 1))),
         scaling=factor if scaling == "number" else factors,
         ends=torch.tensor(lengths).cumsum(0).to(torch.int32),
         experts=None if experts is None else torch.tensor(experts),

@@ -109,14 +109,31 @@ def segment_tile(
         adapter = _owner(segments.adapters, segment.index, segments.count, -1)
         bias = _owner(segments.biases, segment.index, segments.count, 0)
         if (adapter >= 0) | (column >= variant.shrink_columns):
-            of_segment = _alone(product, weight_stride, shape, segment.first_row, expert, adapter, bias)
             rank = tl.where(adapter >= 0, shape.R, 0)
             rows = Shape(segment.end_row - segment.first_row, shape.N, shape.K, rank)
+            first_row, expert64, adapter64 = segment.first_row.to(tl.int64), expert.to(tl.int64), adapter.to(tl.int64)
+            bias_ptr = None if product.bias_ptr is None else product.bias_ptr + bias.to(tl.int64) * shape.N
+            # Adapter -1 points to what nobody reads.
+            alone = Product(
+                act=Matrix(product.act.data + first_row * product.act.stride, product.act.stride),
+                weight=Matrix(product.weight.data + expert64 * weight_stride, product.weight.stride),
+                down=Matrix(product.down.data + adapter64 * shape.K * shape.R, product.down.stride),
+                up=Matrix(product.up.data + adapter64 * shape.N * shape.R, product.up.stride),
+                bias_ptr=bias_ptr,
+                out=Matrix(product.out.data + first_row * product.out.stride, product.out.stride),
+                s=Matrix(product.s.data + first_row * product.s.stride, product.s.stride),
+            )
+            of_sum, in_s, on_branch = scales.of_sum, scales.in_s, scales.on_branch
+            if scalings_ptr is not None:
+                if in_s is None:
+                    of_sum *= _scaling(adapter, scalings_ptr)
+                else:
+                    in_s, on_branch = _split_scaling(_scaling(adapter, scalings_ptr))
             dropped = Dropout(dropout.seed, dropout.threshold, dropout.inverse_keep, segment.first_row)
-            own_scales = _scales_of(adapter, scales, scalings_ptr, product.s.data.dtype.element_ty)
-            first_flag = flags_ptr + segment.first_block
-            row = block - segment.first_block
-            product_tile(of_segment, first_flag, row, column, rows, own_scales, dropped, variant)
+            product_tile(
+                alone, flags_ptr + segment.first_block, block - segment.first_block, column, rows,
+                BranchScales(of_sum, in_s, on_branch), dropped, variant,
+            )  # fmt: skip
         exist = _given(segments.experts, segment.index, segments.count) == expert
         exist &= _given(segments.adapters, segment.index, segments.count) == adapter
         if not exist:
@@ -124,24 +141,6 @@ def segment_tile(
             _fill(product.out, float("nan"), block, column, shape, segment, variant)
     else:
         _fill(product.out, 0.0, block, column, shape, segment, variant)
-
-
-@triton.jit
-def _alone(product, weight_stride, shape, first_row, expert, adapter, bias):
-    """The product of one segment. Adapter -1 points to what nobody reads."""
-    row, expert, adapter = first_row.to(tl.int64), expert.to(tl.int64), adapter.to(tl.int64)
-    bias_ptr = product.bias_ptr
-    if bias_ptr is not None:
-        bias_ptr += bias.to(tl.int64) * shape.N
-    return Product(
-        act=Matrix(product.act.data + row * product.act.stride, product.act.stride),
-        weight=Matrix(product.weight.data + expert * weight_stride, product.weight.stride),
-        down=Matrix(product.down.data + adapter * shape.K * shape.R, product.down.stride),
-        up=Matrix(product.up.data + adapter * shape.N * shape.R, product.up.stride),
-        bias_ptr=bias_ptr,
-        out=Matrix(product.out.data + row * product.out.stride, product.out.stride),
-        s=Matrix(product.s.data + row * product.s.stride, product.s.stride),
-    )
 
 
 @triton.jit
@@ -162,26 +161,15 @@ def _split_scaling(scaling):
 
 
 @triton.jit
-def _scales_of(adapter, scales, scalings_ptr, dtype: tl.constexpr):
-    """The BranchScales of an adapter; ``scales`` where all have one scaling, else what is common to them."""
-    if scalings_ptr is None:
-        return scales
-    elif dtype == tl.float16 and scales.in_s is not None:
-        in_s, on_branch = _split_scaling(_scaling(adapter, scalings_ptr))
-        return BranchScales(scales.of_sum, in_s, on_branch)
-    else:
-        return BranchScales(scales.of_sum * _scaling(adapter, scalings_ptr), None, None)
-
-
-@triton.jit
 def _fill(out, value, block, column, shape, segment, variant: tl.constexpr):
     """A value in the place of a tile of out; nothing in columns that hold no tile of it."""
     if out.data is not None:
-        row = (block - segment.first_block) * variant.tile.block_m + tl.arange(0, variant.tile.block_m)
-        offs_m = segment.first_row + row
-        offs_n = (column - variant.shrink_columns) * variant.tile.block_n + tl.arange(0, variant.tile.block_n)
+        BLOCK_M: tl.constexpr = variant.tile.block_m
+        BLOCK_N: tl.constexpr = variant.tile.block_n
+        offs_m = segment.first_row + (block - segment.first_block) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_n = (column - variant.shrink_columns) * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (offs_m < segment.end_row)[:, None] & ((offs_n >= 0) & (offs_n < shape.N))[None, :]
-        values = tl.full((variant.tile.block_m, variant.tile.block_n), value, out.data.dtype.element_ty)
+        values = tl.full((BLOCK_M, BLOCK_N), value, out.data.dtype.element_ty)
         tl.store(out.data + offs_m[:, None].to(tl.int64) * out.stride + offs_n[None, :], values, mask=mask)
 
 
@@ -214,9 +202,28 @@ def segment_gradients(
             scale = sums.scale
             if scalings_ptr is not None:
                 _, scale = _split_scaling(_scaling(owner, scalings_ptr))
-            gradient_tile(
-                _of_owner(sums, owner, scale), counts_ptr + owner * n_tiles, tile, chunk, dropout, DROPOUT, variant
+            of_product, of_columns = owner.to(tl.int64) * sums.N * sums.R, owner.to(tl.int64) * sums.N
+            product, column_sum = sums.product, sums.column_sum
+            alone = RowSum(
+                left=sums.left,
+                right=sums.right,
+                product=Gradient(
+                    None if product.partial_ptr is None else product.partial_ptr + of_product,
+                    None if product.ptr is None else product.ptr + of_product,
+                    product.stride_n,
+                    product.stride_r,
+                ),
+                column_sum=Gradient(
+                    None if column_sum.partial_ptr is None else column_sum.partial_ptr + of_columns,
+                    None if column_sum.ptr is None else column_sum.ptr + of_columns,
+                    1,
+                    1,
+                ),
+                scale=scale,
+                N=sums.N,
+                R=sums.R,
             )
+            gradient_tile(alone, counts_ptr + owner * n_tiles, tile, chunk, dropout, DROPOUT, variant)
         block = next_block
 
 
@@ -241,41 +248,25 @@ def _step(segment, group, owner, owners, segments, LEAST: tl.constexpr, variant:
 
 
 @triton.jit
-def _of_owner(sums, owner, scale):
-    """The sums of one owner; ``sums`` has whole stacks."""
-    product = _nth(sums.product, owner.to(tl.int64) * sums.N * sums.R)
-    column_sum = _nth(sums.column_sum, owner.to(tl.int64) * sums.N)
-    return RowSum(sums.left, sums.right, product, column_sum, scale, sums.N, sums.R)
-
-
-@triton.jit
-def _nth(gradient, offset):
-    if gradient.ptr is None:
-        return gradient
-    elif gradient.partial_ptr is None:
-        return Gradient(None, gradient.ptr + offset, gradient.stride_n, gradient.stride_r)
-    else:
-        partial_ptr = gradient.partial_ptr + offset
-        return Gradient(partial_ptr, gradient.ptr + offset, gradient.stride_n, gradient.stride_r)
-
-
-@triton.jit
 def zero_tile(sums, owners, tile, first_owner, segments, LEAST: tl.constexpr, variant: tl.constexpr):
     """Zeros in column block ``tile`` of the gradients, of OWNERS owners, that no row adds anything to."""
-    offs_n = tile * variant.tile.gradient_n + tl.arange(0, variant.tile.gradient_n)
-    offs_r = tl.arange(0, variant.block_r)
+    BLOCK_N: tl.constexpr = variant.tile.gradient_n
+    BLOCK_R: tl.constexpr = variant.block_r
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < sums.N
     for owner in range(first_owner, tl.minimum(first_owner + OWNERS, owners.count)):
         if not _has_rows(owner, owners, segments, LEAST):
             if sums.product.ptr is not None:
-                gradient = _nth(sums.product, tl.cast(owner, tl.int64) * sums.N * sums.R)
+                gradient = sums.product
                 ptrs = offs_n[:, None].to(tl.int64) * gradient.stride_n + offs_r[None, :] * gradient.stride_r
-                zeros = tl.zeros((variant.tile.gradient_n, variant.block_r), gradient.ptr.dtype.element_ty)
+                ptrs += tl.cast(owner, tl.int64) * sums.N * sums.R
+                zeros = tl.zeros((BLOCK_N, BLOCK_R), gradient.ptr.dtype.element_ty)
                 tl.store(gradient.ptr + ptrs, zeros, mask=mask_n[:, None] & (offs_r < sums.R)[None, :])
             if sums.column_sum.ptr is not None:
-                gradient = _nth(sums.column_sum, tl.cast(owner, tl.int64) * sums.N)
-                zeros = tl.zeros((variant.tile.gradient_n,), gradient.ptr.dtype.element_ty)
-                tl.store(gradient.ptr + offs_n, zeros, mask=mask_n)
+                sum_ptrs = sums.column_sum.ptr + tl.cast(owner, tl.int64) * sums.N + offs_n
+                zeros = tl.zeros((BLOCK_N,), sums.column_sum.ptr.dtype.element_ty)
+                tl.store(sum_ptrs, zeros, mask=mask_n)
 
 
 @triton.jit

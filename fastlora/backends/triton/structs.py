@@ -54,7 +54,7 @@ class BranchScales(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Of the branch's input; see fastlora.philox. first_row: in all of x, of what a tile takes for row 0; None: 0."""
+    """Of the branch's input; see fastlora.philox. first_row: in all of x, of what a tile takes for row 0."""
 
     seed: Any
     threshold: Any
