@@ -1,6 +1,7 @@
 """Layers on rows in segments run by the Triton kernels, in the interpreter or by their own PTX in the emulator, and
 checked."""
 
+import dataclasses
 from typing import Any
 from unittest import mock
 
@@ -15,9 +16,38 @@ from fastlora.problem import Needs
 from fastlora.segments import GroupedBackward, GroupedForward, Segments, describe_segments
 from tests.emulator import LaunchOptions
 from tests.support import segments
+from tests.support.triton_checks import SCHEDULES, SMALL
 from tests.support.triton_emulation import emulated
 
 ALL = Needs(True, True, True, True)
+# Lengths of the segments, and what else draw_case takes. All say which weight and adapter each segment has: one kernel
+# serves them. Blocks of 16, 32 and 64 rows come out even and ragged, groups begin and end within segments and with them.
+_RAGGED = {"n_weights": 3, "experts": [0, 1, 2, 0, 1, 2, 0, 1, 2], "n_adapters": 5}
+LAYOUTS: dict[str, tuple[list[int], dict[str, Any]]] = {
+    "ragged": ([5, 64, 0, 1, 31, 33, 130, 2, 0], {**_RAGGED, "adapters": [0, 1, 2, -1, 1, 0, 1, 3, 2], "rows_after": 40}),
+    "experts": ([0, 40, 1, 0, 97, 33, 0], {"experts": [*range(7)], "adapters": [*range(7)]}),
+    "all rows in one": ([0] * 5 + [130] + [0] * 4, {"n_weights": 1, "experts": [0] * 10, "n_adapters": 2, "adapters": [1] * 10}),
+    "of one row": ([1] * 11, {"n_weights": 2, "experts": [1, 0] * 5 + [1], "n_adapters": 2, "adapters": [0, 1, -1] * 3 + [1, 0]}),
+    "one segment": ([77], {"experts": [0], "adapters": [0]}),
+    "no branch at all": ([40, 50], {"experts": [1, 0], "n_adapters": 1, "adapters": [-1, -1]}),
+    "only rows past the last end": ([0, 0], {"experts": [0, 1], "adapters": [0, -1], "rows_after": 70}),
+    "few": ([5, 0, 40, 3], {"experts": [1, 2, 0, 1], "n_weights": 3, "n_adapters": 3, "adapters": [0, 1, 0, -1], "rows_after": 3}),
+}
+
+
+SIZES = (64, 112, 16)  # N, K, R: multiples of 16, whose loads are asynchronous; several columns, of unlike numbers
+# By name: N, K, R; dtype; options of draw_case; changes of the tile.
+WAYS: dict[str, tuple[tuple[int, int, int], torch.dtype, dict[str, Any], dict[str, Any]]] = {
+    "uneven": ((40, 72, 5), torch.bfloat16, {"integers": True, "bias": "one"}, {}),
+    "separate": (SIZES, torch.bfloat16, {"integers": True}, {"fused": False}),
+    "dropout": (SIZES, torch.float16, {"dropout_p": 0.3, "transposed": True, "scaling": "each"}, {"group_m": 1}),
+}
+
+
+def draw(layout: str, n: int, k: int, r: int, dtype: torch.dtype, **options: Any) -> segments.Case:
+    """A case of one of the layouts; ``options`` of draw_case."""
+    lengths, given = LAYOUTS[layout]
+    return segments.draw_case(lengths, n, k, r, dtype, **given, **options)
 
 
 def launch(
@@ -65,3 +95,32 @@ def run(
     assert len(stats) == (1 if needs is None else 2), "one launch each way"
     assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
     return results, stats
+
+
+def check_layout(layout: str, arch: int, schedules=SCHEDULES, **altered):
+    """Integers, whose results have one bit pattern, with everything that a segment may have of its own."""
+    case = draw(layout, *SIZES, torch.bfloat16, integers=True, bias="each", scaling="each")
+    for options in schedules:
+        segments.assert_exact(run(case, SMALL[arch], arch, options, **altered)[0], case)
+
+
+def check_way(way: str, arch: int, schedules=SCHEDULES[2:4], **altered):
+    """Other kernels than check_layout's, on ragged segments."""
+    (n, k, r), dtype, options, changes = WAYS[way]
+    case = draw("ragged", n, k, r, dtype, **options)
+    config = dataclasses.replace(SMALL[arch], **changes)
+    for schedule in schedules:
+        results, _ = run(case, config, arch, schedule, **altered)
+        (segments.assert_exact if options.get("integers") else segments.assert_accurate)(results, case)
+
+
+def check_bad_ends(arch: int, schedules=SCHEDULES[3:4], **altered):
+    """Ends that decrease, lie below 0 or past M, which nobody may know of a GPU's: nothing outside is touched, everything
+    ends, and rows of segments in front are right."""
+    case = draw("ragged", *SIZES, torch.bfloat16, integers=True, bias="each", scaling="each")
+    ends = torch.tensor([5, -3, 10**9, 7, 0, 2**31 - 1, -(2**31), 6, 400], dtype=torch.int32)
+    for options in schedules:
+        results, _ = run(segments.changed(case, ends=ends), SMALL[arch], arch, options, **altered)
+        right = segments.by_loop(case.to(torch.float64))
+        assert all(torch.equal(results[name][:5].double(), right[name][:5]) for name in ("y", "dx"))
+        assert all(not value.isnan().any() for value in results.values())

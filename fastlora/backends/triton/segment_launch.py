@@ -32,6 +32,7 @@ from fastlora.problem import Gradients, Launcher, LaunchSpec
 from fastlora.segments import GroupedBackward, GroupedForward
 
 _BASE_FORMATS = ("dense", "transposed")
+_FEW, _MANY = 32, 256  # segments that a program looks at together: a warp's worth, or several each thread
 
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
@@ -73,10 +74,15 @@ class _Segmented(_Prepared):
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, *, block_r: int, fused: bool):
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
-        self.variant = replace(
-            self.variant, tma=False, tma_down=False, segments=True, transposed=spec.base_format == "transposed"
-        )
         self.stacks = _stacks(spec)
+        self.variant = replace(
+            self.variant,
+            tma=False,
+            tma_down=False,
+            segments=True,
+            block_g=_FEW if self.stacks.n_segments < _FEW else _MANY,
+            transposed=spec.base_format == "transposed",
+        )
         # The rows past the last end are one segment more.
         self.n_rows = most_blocks(spec.sizes.m, self.stacks.n_segments + 1, config.block_m)
         self.counts = (

@@ -4,7 +4,7 @@ steps of its adapters' sums.
 Where segments end is known on the device alone. Each holds its own row blocks, numbered over all segments, so that the
 queue, the flags and the tiles are those of one product; the rows past the last end are a segment more, whose tiles store
 zeros. Ends that decrease or pass M are taken for the largest before them, or for M: nothing outside of the operands is
-touched, whatever they say. Every program reads all ends, BLOCK_G at a time.
+touched, whatever they say. Every program reads all ends, block_g at a time.
 """
 
 import triton
@@ -26,7 +26,6 @@ from fastlora.backends.triton.structs import (
 )
 from fastlora.backends.triton.tiles import product_tile
 
-BLOCK_G = tl.constexpr(256)  # segments that are looked at together
 OWNERS = tl.constexpr(16)  # gradients without a row that one tile zeroes
 
 
@@ -36,10 +35,10 @@ def _larger(a, b):
 
 
 @triton.jit
-def _bounds(segments, first, before):
-    """First rows and ends of BLOCK_G segments from number ``first`` on, the one in front of which ends at ``before``.
+def _bounds(segments, first, before, variant: tl.constexpr):
+    """First rows and ends of block_g segments from number ``first`` on, the one in front of which ends at ``before``.
     What is behind all of them has no rows."""
-    g = first + tl.arange(0, BLOCK_G)
+    g = first + tl.arange(0, variant.block_g)
     start = tl.load(segments.ends_ptr + g - 1, mask=(g > first) & (g <= segments.count), other=before)
     start = tl.where(g > segments.count, segments.M, tl.minimum(start, segments.M))
     start = tl.associative_scan(tl.maximum(start, before), 0, _larger)
@@ -51,8 +50,8 @@ def _bounds(segments, first, before):
 def count_blocks(segments, variant: tl.constexpr):
     """Row blocks of all segments."""
     total, before = 0, 0
-    for first in range(0, segments.count + 1, BLOCK_G):
-        start, end = _bounds(segments, first, before)
+    for first in range(0, segments.count + 1, variant.block_g):
+        start, end = _bounds(segments, first, before, variant)
         total += tl.sum(tl.cdiv(end - start, variant.tile.block_m))
         before = tl.max(end)
     return total
@@ -63,8 +62,8 @@ def segment_of(block, segments, variant: tl.constexpr):
     """The segment of a row block. All before it end in front of the block; those without rows are never found."""
     index, first_block, first_row, end_row = 0, 0, 0, segments.M
     total, before = 0, 0
-    for first in range(0, segments.count + 1, BLOCK_G):
-        start, end = _bounds(segments, first, before)
+    for first in range(0, segments.count + 1, variant.block_g):
+        start, end = _bounds(segments, first, before, variant)
         n_blocks = tl.cdiv(end - start, variant.tile.block_m)
         passed = total + tl.cumsum(n_blocks, 0) <= block
         index += tl.sum(passed.to(tl.int32))
@@ -232,12 +231,12 @@ def _step(segment, group, owner, owners, segments, LEAST: tl.constexpr, variant:
     """Which step of its owner's sum the rows are that a segment has in a row group, and of how many."""
     index, count = group - segment.first_block // variant.tile.group_m, 0
     total, before = 0, 0
-    for first in range(0, segments.count + 1, BLOCK_G):
-        start, end = _bounds(segments, first, before)
+    for first in range(0, segments.count + 1, variant.block_g):
+        start, end = _bounds(segments, first, before, variant)
         n_blocks = tl.cdiv(end - start, variant.tile.block_m)
         last = total + tl.cumsum(n_blocks, 0)  # row block behind the segment's last
         groups = (last - 1) // variant.tile.group_m - (last - n_blocks) // variant.tile.group_m + 1
-        g = first + tl.arange(0, BLOCK_G)
+        g = first + tl.arange(0, variant.block_g)
         own = (n_blocks > 0) & (_owner(owners, g, segments.count, LEAST) == owner)
         steps = tl.where(own, groups, 0)
         count += tl.sum(steps)
@@ -256,7 +255,7 @@ def zero_tile(sums, owners, tile, first_owner, segments, LEAST: tl.constexpr, va
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < sums.N
     for owner in range(first_owner, tl.minimum(first_owner + OWNERS, owners.count)):
-        if not _has_rows(owner, owners, segments, LEAST):
+        if not _has_rows(owner, owners, segments, LEAST, variant):
             if sums.product.ptr is not None:
                 gradient = sums.product
                 ptrs = offs_n[:, None].to(tl.int64) * gradient.stride_n + offs_r[None, :] * gradient.stride_r
@@ -270,11 +269,11 @@ def zero_tile(sums, owners, tile, first_owner, segments, LEAST: tl.constexpr, va
 
 
 @triton.jit
-def _has_rows(owner, owners, segments, LEAST: tl.constexpr):
+def _has_rows(owner, owners, segments, LEAST: tl.constexpr, variant: tl.constexpr):
     rows, before = 0, 0
-    for first in range(0, segments.count + 1, BLOCK_G):
-        start, end = _bounds(segments, first, before)
-        g = first + tl.arange(0, BLOCK_G)
+    for first in range(0, segments.count + 1, variant.block_g):
+        start, end = _bounds(segments, first, before, variant)
+        g = first + tl.arange(0, variant.block_g)
         own = _owner(owners, g, segments.count, LEAST) == owner
         rows += tl.sum(tl.where(own, end - start, 0))
         before = tl.max(end)

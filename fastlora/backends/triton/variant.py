@@ -22,6 +22,7 @@ class Variant:
     tf32: float32 products are products of TF32.
     wgmma: compiled for Hopper, whose products read registers while the program runs on.
     segments: a tile's rows are a segment's, which may have no adapter: a rank of 0 (segments.py).
+    block_g: how many of them are looked at together.
     transposed: the base weight lies in memory as [K, N] by the forward's names.
     """
 
@@ -36,6 +37,7 @@ class Variant:
     tf32: bool
     wgmma: bool
     segments: bool = False
+    block_g: int = 0
     transposed: bool = False
 
     @property
