@@ -4,7 +4,7 @@ Rows of x are sorted into G contiguous segments. Segment g multiplies by one of 
 adapters, or none. Where segments end is a tensor on x's device; a GPU's is never read on the host.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -131,14 +131,20 @@ def as_gradients(computed: list[Tensor], needs: Needs) -> Gradients:
 def describe_segments(
     operands: GroupedForward | GroupedBackward, needs: Needs = _NO_GRADIENT
 ) -> tuple[GroupedForward | GroupedBackward, LaunchSpec]:
-    """The operands of a call as kernels take them (see fastlora.operands), and its description. Copied are a weight or rows
-    without unit strides, and factors that are not contiguous."""
+    """The operands of a call as kernels take them (see fastlora.operands), and its description. Copied are a weight or
+    rows without unit strides, and factors that are not contiguous."""
     forward = isinstance(operands, GroupedForward)
     weight, transposed = _as_stored(operands.weight, operands.transposed)
     segments = Segments(*(None if t is None else t.contiguous() for t in operands.segments))  # type: ignore[arg-type]
     scalings = None if operands.scalings is None else operands.scalings.contiguous()
-    factors = {"lora_a": operands.lora_a.contiguous(), "lora_b": operands.lora_b.contiguous()}
-    shared = {"weight": weight, "transposed": transposed, "segments": segments, "scalings": scalings, **factors}
+    shared: dict[str, Any] = {
+        "weight": weight,
+        "transposed": transposed,
+        "segments": segments,
+        "scalings": scalings,
+        "lora_a": operands.lora_a.contiguous(),
+        "lora_b": operands.lora_b.contiguous(),
+    }
     act, saved_x, n_biases = operands[0], None, 0
     if isinstance(operands, GroupedForward):
         act = as_rows(operands.x)

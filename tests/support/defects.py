@@ -15,7 +15,7 @@ import torch
 
 from fastlora.backends import workspace
 from tests.emulator import EmulatorError, LaunchOptions, TrapError
-from tests.support import cuda_bugs, cuda_checks, deletions, mutants
+from tests.support import cuda_bugs, cuda_checks, deletions, mutants, segment_checks
 from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import ptx_of, variants_for
 from tests.support.numerics import poison
@@ -94,6 +94,9 @@ def triton_planted() -> list[Defect]:
         "dropout": ("sm_80 dropout", _dropped((75, 48, 64, 8), 80, triton.SCHEDULES)),
         "float16": ("sm_80 float16 range", functools.partial(triton.check_float16_range, -100.7, 0.0, 80)),
         "infinities": ("sm_90 infinities", functools.partial(triton.check_infinities, 90)),
+        "segments": ("sm_80 segments", functools.partial(segment_checks.check_layout, "ragged", 80)),
+        "segments, dropout": ("sm_80 segments, dropout", functools.partial(segment_checks.check_way, "dropout", 80)),
+        "bad ends": ("sm_80 bad ends", functools.partial(segment_checks.check_bad_ends, 80)),
     }
     return [_with_mutant(mutant, f"{mutant.module}.py", [checks[mutant.shows]]) for mutant in mutants.MUTANTS]
 

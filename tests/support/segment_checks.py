@@ -2,6 +2,7 @@
 checked."""
 
 import dataclasses
+import importlib
 from typing import Any
 from unittest import mock
 
@@ -20,18 +21,31 @@ from tests.support.triton_checks import SCHEDULES, SMALL
 from tests.support.triton_emulation import emulated
 
 ALL = Needs(True, True, True, True)
-# Lengths of the segments, and what else draw_case takes. All say which weight and adapter each segment has: one kernel
-# serves them. Blocks of 16, 32 and 64 rows come out even and ragged, groups begin and end within segments and with them.
+# Lengths of the segments, and what else draw_case takes. All say which weight and adapter each segment has: one
+# kernel serves them. Blocks of 16, 32 and 64 rows come out even and ragged; groups begin and end within segments and
+# with them.
 _RAGGED = {"n_weights": 3, "experts": [0, 1, 2, 0, 1, 2, 0, 1, 2], "n_adapters": 5}
 LAYOUTS: dict[str, tuple[list[int], dict[str, Any]]] = {
-    "ragged": ([5, 64, 0, 1, 31, 33, 130, 2, 0], {**_RAGGED, "adapters": [0, 1, 2, -1, 1, 0, 1, 3, 2], "rows_after": 40}),
+    "ragged": (
+        [5, 64, 0, 1, 31, 33, 130, 2, 0],
+        {**_RAGGED, "adapters": [0, 1, 2, -1, 1, 0, 1, 3, 2], "rows_after": 40},
+    ),
     "experts": ([0, 40, 1, 0, 97, 33, 0], {"experts": [*range(7)], "adapters": [*range(7)]}),
-    "all rows in one": ([0] * 5 + [130] + [0] * 4, {"n_weights": 1, "experts": [0] * 10, "n_adapters": 2, "adapters": [1] * 10}),
-    "of one row": ([1] * 11, {"n_weights": 2, "experts": [1, 0] * 5 + [1], "n_adapters": 2, "adapters": [0, 1, -1] * 3 + [1, 0]}),
+    "all rows in one": (
+        [0] * 5 + [130] + [0] * 4,
+        {"n_weights": 1, "experts": [0] * 10, "n_adapters": 2, "adapters": [1] * 10},
+    ),
+    "of one row": (
+        [1] * 11,
+        {"n_weights": 2, "experts": [1, 0] * 5 + [1], "n_adapters": 2, "adapters": [0, 1, -1] * 3 + [1, 0]},
+    ),
     "one segment": ([77], {"experts": [0], "adapters": [0]}),
     "no branch at all": ([40, 50], {"experts": [1, 0], "n_adapters": 1, "adapters": [-1, -1]}),
     "only rows past the last end": ([0, 0], {"experts": [0, 1], "adapters": [0, -1], "rows_after": 70}),
-    "few": ([5, 0, 40, 3], {"experts": [1, 2, 0, 1], "n_weights": 3, "n_adapters": 3, "adapters": [0, 1, 0, -1], "rows_after": 3}),
+    "few": (
+        [5, 0, 40, 3],
+        {"experts": [1, 2, 0, 1], "n_weights": 3, "n_adapters": 3, "adapters": [0, 1, 0, -1], "rows_after": 3},
+    ),
 }
 
 
@@ -87,8 +101,8 @@ def run(
     on_kernel=None,
 ) -> tuple[dict[str, Tensor], list]:
     """The same in the emulator, on a device with few multiprocessors; and the counters of the launches."""
-    if kernels is not segment_launch:  # what a mutant compiles to need not be covered
-        edit_ptx = edit_ptx or str
+    if kernels is not segment_launch:  # a mutant's package; what it compiles to need not be covered
+        kernels, edit_ptx = importlib.import_module(f"{kernels.__package__}.segment_launch"), edit_ptx or str
     device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
     with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
         results = launch(case, config, needs, kernels)
@@ -115,8 +129,8 @@ def check_way(way: str, arch: int, schedules=SCHEDULES[2:4], **altered):
 
 
 def check_bad_ends(arch: int, schedules=SCHEDULES[3:4], **altered):
-    """Ends that decrease, lie below 0 or past M, which nobody may know of a GPU's: nothing outside is touched, everything
-    ends, and rows of segments in front are right."""
+    """Ends that decrease, lie below 0 or past M, which nobody may know of a GPU's: nothing outside is touched,
+    everything ends, and rows of segments in front are right."""
     case = draw("ragged", *SIZES, torch.bfloat16, integers=True, bias="each", scaling="each")
     ends = torch.tensor([5, -3, 10**9, 7, 0, 2**31 - 1, -(2**31), 6, 400], dtype=torch.int32)
     for options in schedules:

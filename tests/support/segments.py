@@ -158,9 +158,9 @@ def _bounds(case: Case) -> dict[str, Tensor]:
 
 
 def assert_accurate(results: dict[str, Tensor], case: Case, *, against_eager: bool = True) -> None:
-    """Raises AssertionError unless each entry is within the bound for a sum of its length, and each result's largest and
-    RMS error are at most 1.25 times the loop's in the case's dtype, plus one unit in the last place of the largest value;
-    without ``against_eager``, the former alone."""
+    """Raises AssertionError unless each entry is within the bound for a sum of its length, and each result's largest
+    and RMS error are at most 1.25 times the loop's in the case's dtype, plus one unit in the last place of the largest
+    value; without ``against_eager``, the former alone."""
     exact, eager, bounds = by_loop(case.to(torch.float64)), by_loop(case), _bounds(case)
     eps = torch.finfo(case.x.dtype).eps
     for name, result in results.items():

@@ -6,9 +6,9 @@ import triton.language as tl
 from fastlora.backends.triton.memory import load_block
 from fastlora.backends.triton.row_map import rows_to_load
 
-# One adapter serves a tile, whatever others a launch has: segments.py hands each tile its own as factors by themselves. The
-# next branch goes here: where a column block's projection has an adapter of its own, these functions add the adapter's
-# offset to the rows that they load.
+# One adapter serves a tile, whatever others a launch has: segments.py hands each tile its own as factors by themselves.
+# The next branch goes here: where a column block's projection has an adapter of its own, these functions add the
+# adapter's offset to the rows that they load.
 
 
 @triton.jit

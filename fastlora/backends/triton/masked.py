@@ -34,7 +34,7 @@ _ANY_SEED = 1 << 62  # where it is not read; as wide as others, for Triton compi
 def _drawn(seed_ptr, seed, by_value, threshold, inverse_keep):
     """A seed is passed by value, or by pointer where a CUDA graph draws it: one kernel for both, for a capture must not
     have to compile."""
-    return Dropout(tl.load(seed_ptr, mask=by_value == 0, other=seed), threshold, inverse_keep)
+    return Dropout(tl.load(seed_ptr, mask=by_value == 0, other=seed), threshold, inverse_keep, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

@@ -5,8 +5,8 @@ import triton.language as tl
 
 from fastlora.backends.triton.structs import RowChunk
 
-# Row block i holds rows i·BLOCK_M to (i + 1)·BLOCK_M of a product. Where rows lie in segments, each segment is a product of
-# its own: segments.py finds that of a row block, and which steps of the gradients' sums a row group has.
+# Row block i holds rows i·BLOCK_M to (i + 1)·BLOCK_M of a product. Where rows lie in segments, each segment is a
+# product of its own: segments.py finds that of a row block, and which steps of the gradients' sums a row group has.
 
 
 @triton.jit

@@ -37,8 +37,8 @@ def segments_forward_kernel(
     """Y = X·W0ᵀ + on_branch·S·Bᵀ + bias and S = scale_s·in_s·drop(X)·Aᵀ, of the weight, adapter and bias of each row's
     segment; zeros in Y past the last end. S of rows without an adapter is left as it was.
 
-    With ``scalings_ptr`` each adapter's own scaling takes the place of in_s and on_branch; in float16 in_s then says that
-    it is to be split.
+    With ``scalings_ptr`` each adapter's own scaling takes the place of in_s and on_branch; in float16 in_s then says
+    that it is to be split.
     """
     variant: tl.constexpr = variant_of(plain_variant)
     experts, adapters = Owners(experts_ptr, n_weights), Owners(adapters_ptr, n_adapters)
@@ -74,12 +74,12 @@ def segments_backward_kernel(
     n_biases, n_words, wave, n_columns, gradients_last, n_flags, stride_dym, stride_xm, stride_wn, stride_we,
     scaling, on_branch, inverse_keep, seed_ptr, seed, threshold, plain_variant: tl.constexpr,
 ):  # fmt: skip
-    """dX = dY·W0 + mask∘(dS·A)/(1-p), dS = scaling·dY·B, of the weight and adapter of each row's segment; of each adapter
-    dA = dSᵀ·drop(X) and dB = on_branch·dYᵀ·S over its rows, of each bias dbias = Σ_m dY over its own. Zeros in dX past the
-    last end, and in the gradients of what has no rows.
+    """dX = dY·W0 + mask∘(dS·A)/(1-p), dS = scaling·dY·B, of the weight and adapter of each row's segment; of each
+    adapter dA = dSᵀ·drop(X) and dB = on_branch·dYᵀ·S over its rows, of each bias dbias = Σ_m dY over its own. Zeros in
+    dX past the last end, and in the gradients of what has no rows.
 
-    Pointers as in kernels.lora_backward_kernel; workspace_ptr has ``n_flags`` flags. dbias has tiles of its own, since a
-    bias is a segment's by other numbers than an adapter.
+    Pointers as in kernels.lora_backward_kernel; workspace_ptr has ``n_flags`` flags. dbias has tiles of its own, since
+    a bias is a segment's by other numbers than an adapter.
     """
     variant: tl.constexpr = variant_of(plain_variant)
     experts, adapters = Owners(experts_ptr, n_weights), Owners(adapters_ptr, n_adapters)
@@ -105,7 +105,9 @@ def segments_backward_kernel(
     if scalings_ptr is not None and dy_ptr.dtype.element_ty == tl.float16:
         scalings_b_ptr = scalings_ptr
     none = Gradient(None, None, 1, 1)
-    sums_b = RowSum(Matrix(dy_ptr, stride_dym), Matrix(s_ptr, R), Gradient(partial_b_ptr, db_ptr, R, 1), none, scale_b, N, R)
+    sums_b = RowSum(
+        Matrix(dy_ptr, stride_dym), Matrix(s_ptr, R), Gradient(partial_b_ptr, db_ptr, R, 1), none, scale_b, N, R
+    )
     sums_a = RowSum(
         Matrix(x_ptr, stride_xm), Matrix(ds_ptr, R), Gradient(partial_a_ptr, da_ptr, 1, K), none, inverse_keep, K, R
     )
@@ -164,8 +166,8 @@ def segments_backward_kernel(
                 else:
                     if da_ptr is not None:
                         zero_tile(sums_a, adapters, of_adapter - tiles_b, first_adapter, segments, -1, variant)
-        if dbias_ptr is not None:
+        if dbias_ptr is not None:  # noqa: SIM102  # by the compiler; the next one by the program
             if tile >= zeroed:
-                tile -= zeroed
-                zero_tile(sums_bias, biases, tile % tiles_bias, tile // tiles_bias * OWNERS, segments, 0, variant)
+                of_bias = tile - zeroed
+                zero_tile(sums_bias, biases, of_bias % tiles_bias, of_bias // tiles_bias * OWNERS, segments, 0, variant)
     reset_if_last(workspace_ptr, n_words, 1024)

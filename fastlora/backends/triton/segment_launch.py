@@ -57,11 +57,28 @@ def most_blocks(m: int, n_segments: int, block_m: int) -> int:
 def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
     """The tables' choice: a tile is as tall as a segment's rows are many on average."""
     aligned = spec.aligned.act and spec.aligned.weight and _has_wide_loads(spec)
-    return choose_config(
+    config = choose_config(
         spec.direction, *spec.sizes,
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
         n_segments=_stacks(spec).n_segments,
     )  # fmt: skip
+    return without_spill(config, spec.sizes.r, aligned and spec.dtype.itemsize == 2)
+
+
+def without_spill(config: TileConfig, rank: int, wide: bool) -> TileConfig:
+    """A tile of the tables, narrower where these kernels would spill: they hold addresses where others have
+    descriptors, and the segments' numbers besides.
+
+    Args:
+        rank: of the adapters.
+        wide: whether loads are wide and elements have 16 bits.
+    """
+    if config.block_k > 64 and config.block_m > 16:
+        config = replace(config, block_k=64)
+    if padded_rank(rank) <= FUSED_RANK:
+        return config
+    narrow = config.block_m == 16 and not wide
+    return replace(config, slice_n=32, gradient_n=16 if narrow else config.gradient_n)
 
 
 def _stacks(spec: LaunchSpec) -> Any:
@@ -123,6 +140,11 @@ class _Forward(_Segmented):
         if not self._learned:
             self.learn()
         return y, s
+
+    def compile(self, operands: GroupedForward) -> None:
+        """Compiles for such a call; the operands may be on the "meta" device."""
+        like = torch.empty(0, dtype=self.spec.dtype, device="meta")
+        self.launch.compile(*self.arguments(operands, like, like, like.to(torch.int32)))
 
     def arguments(self, operands: GroupedForward, y: Tensor, s: Tensor, workspace: Tensor) -> tuple:
         """Those of segments_forward_kernel, but its constants."""
@@ -193,6 +215,11 @@ class _Backward(_Segmented):
             self.learn()
         dx, _, da, db, dbias, *_ = outputs
         return Gradients(dx, da, db, dbias[0] if dbias is not None and operands.bias_dims == 1 else dbias)
+
+    def compile(self, operands: GroupedBackward) -> None:
+        """Compiles for such a call; the operands may be on the "meta" device."""
+        outputs = [made and torch.empty(0, dtype=made[1], device="meta") for made in self.outputs]
+        self.launch.compile(*self.arguments(operands, outputs, torch.empty(0, dtype=torch.int32, device="meta")))
 
     def arguments(self, operands: GroupedBackward, outputs: list[Tensor | None], workspace: Tensor) -> tuple:
         """Those of segments_backward_kernel, but its constants."""

@@ -1,17 +1,16 @@
-"""Rows in segments: from a row block to its segment, whose rows are then a product of their own; from a row group to the
-steps of its adapters' sums.
+"""Rows in segments: from a row block to its segment, whose rows are then a product of their own; from a row group to
+the steps of its adapters' sums.
 
 Where segments end is known on the device alone. Each holds its own row blocks, numbered over all segments, so that the
-queue, the flags and the tiles are those of one product; the rows past the last end are a segment more, whose tiles store
-zeros. Ends that decrease or pass M are taken for the largest before them, or for M: nothing outside of the operands is
-touched, whatever they say. Every program reads all ends, block_g at a time.
+queue, the flags and the tiles are those of one product; the rows past the last end are a segment more, whose tiles
+store zeros. Ends that decrease or pass M are taken for the largest before them, or for M: nothing outside of the
+operands is touched, whatever they say. Every program reads all ends, block_g at a time.
 """
 
 import triton
 import triton.language as tl
 
 from fastlora.backends.triton.gradients import gradient_tile
-from fastlora.backends.triton.row_map import count_chunks
 from fastlora.backends.triton.schedule import wait_for
 from fastlora.backends.triton.structs import (
     BranchScales,
@@ -87,16 +86,18 @@ def _given(owners, g, n_segments):
 @triton.jit
 def _owner(owners, g, n_segments, LEAST: tl.constexpr):
     """The same, put where there is such a matrix: LEAST is -1 where a segment may have none, else 0."""
-    found = tl.minimum(tl.maximum(_given(owners, g, n_segments), LEAST), owners.count - 1).to(tl.int32)
+    found = _given(owners, g, n_segments)
+    if owners.ptr is not None:
+        found = tl.minimum(tl.maximum(found, LEAST), owners.count - 1).to(tl.int32)
     return tl.where(g < n_segments, found, -1)
 
 
 @triton.jit
 def segment_tile(
     product, weight_stride, flags_ptr, block, column, shape, scales, scalings_ptr, dropout, segments,
-    variant: tl.constexpr
-):
-    """tiles.product_tile for a row block of its segment, which is a product by itself: its rows, its weight, its adapter.
+    variant: tl.constexpr,
+):  # fmt: skip
+    """tiles.product_tile for a row block of its segment, which is a product by itself: its rows, weight and adapter.
     ``product`` has whole stacks and all rows; ``weight_stride``: from one weight to the next.
 
     A rank of 0 stands for no adapter. Rows of a segment whose weight or adapter does not exist are NaN; on the CPU they
@@ -177,8 +178,8 @@ def segment_gradients(
     sums, owners, scalings_ptr, counts_ptr, flags_ptr, tile, n_tiles, group, n_rows, dropout, segments,
     LEAST: tl.constexpr, WAITS: tl.constexpr, DROPOUT: tl.constexpr, variant: tl.constexpr,
 ):  # fmt: skip
-    """gradients.gradient_tile for the rows of one row group: a step of its owner's sum for each segment that has rows in
-    it.
+    """gradients.gradient_tile for the rows of one row group: a step of its owner's sum for each segment that has rows
+    in it.
 
     The steps of an owner are added up in their order in the queue. The one before is an earlier one of this very
     program, or was queued a row group earlier. WAITS: the right side is made by this launch.

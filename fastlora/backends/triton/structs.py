@@ -70,8 +70,8 @@ class Owners(NamedTuple):
 
 
 class Segments(NamedTuple):
-    """Rows in ``count`` segments; ``ends_ptr``: where each ends, cumulative. Rows past the last end, up to ``M``, count as
-    one segment more, which has no matrix."""
+    """Rows in ``count`` segments; ``ends_ptr``: where each ends, cumulative. Rows past the last end, up to ``M``, count
+    as one segment more, which has no matrix."""
 
     ends_ptr: Any
     experts: Owners
