@@ -111,6 +111,15 @@ def triton_deletions() -> list[Defect]:
             *((f"sm_{arch} dropout {sizes}", _dropped(sizes, arch, dtype=dtype)) for sizes, dtype in triton.DROPPED),
         )
     ]
+    checks += [
+        (f"sm_{arch} segments, {name}", functools.partial(check, name, arch))
+        for arch in triton.ARCHITECTURES
+        for check, names in (
+            (segment_checks.check_layout, ("ragged",)),
+            (segment_checks.check_way, segment_checks.WAYS),
+        )
+        for name in names
+    ]
     # The smallest tiles first: they are the quickest.
     checks += [
         (each.id, functools.partial(triton.check_shipped, *each.values)) for each in reversed([*triton.shipped()])

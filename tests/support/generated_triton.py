@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import triton
 
-from tests.support import mutants, python_mutations
+from tests.support import mutants, python_mutations, segment_checks
 from tests.support import triton_checks as checks
 from tests.support.defects import Finding
 from tests.support.generated import LAUNCH_LIMIT_S, Generated, Stillborn, first_finding, run_tests
@@ -59,6 +59,26 @@ def _checks() -> tuple[tuple[str, Callable], ...]:
         check = functools.partial(checks.check_dropout, sizes, dtype, arch, schedules=limited[2:4])
         return f"sm_{arch} dropout {sizes} {dtype}", check
 
+    def segments(what, check, *given, schedules=limited):
+        return what, functools.partial(check, *given, schedules=schedules)
+
+    in_segments = [
+        each
+        for arch in checks.ARCHITECTURES
+        for each in (
+            segments(f"sm_{arch} segments, ragged", segment_checks.check_layout, "ragged", arch),
+            segments(f"sm_{arch} segments, bad ends", segment_checks.check_bad_ends, arch, schedules=limited[3:4]),
+            *(
+                segments(f"sm_{arch} segments, {way}", segment_checks.check_way, way, arch, schedules=limited[2:4])
+                for way in segment_checks.WAYS
+            ),
+            *(
+                segments(f"sm_{arch} segments, {layout}", segment_checks.check_layout, layout, arch)
+                for layout in segment_checks.LAYOUTS
+                if layout != "ragged"
+            ),
+        )
+    ]
     first = [
         integers((264, 136, 200, 8), 80), dropped(*checks.DROPPED[4], 80), integers(checks.FUSED_SIZES[0], 90),
         integers(checks.SEPARATE_SIZES[0], 80), dropped(*checks.DROPPED[0], 90),
@@ -75,12 +95,15 @@ def _checks() -> tuple[tuple[str, Callable], ...]:
     ]
     known = {name for name, _ in first}
     shipped = [(each.id, functools.partial(checks.check_shipped, *each.values)) for each in checks.shipped()]
-    return (*first, *(each for each in rest if each[0] not in known), *reversed(shipped))
+    rest = [each for each in rest if each[0] not in known]
+    return (*first, *in_segments, *rest, *reversed(shipped))
 
 
 _TESTS = (
-    ((), ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py")),
+    ((), ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py",
+          "tests/kernels/test_segments_launch.py")),
     (("TRITON_INTERPRET=1",), ("tests/values",)),
     ((), ("tests/kernels/test_triton_ptx.py", "tests/kernels/test_triton_compile.py", "tests/kernels/test_warming.py",
+          "tests/kernels/test_segments_ptx.py", "tests/kernels/test_segments_compile.py",
           "tests/kernels/test_traffic.py", "tests/kernels/test_triton_driver.py")),
 )  # fmt: skip
