@@ -78,7 +78,8 @@ def without_spill(config: TileConfig, rank: int, wide: bool) -> TileConfig:
     if padded_rank(rank) <= FUSED_RANK:
         return config
     narrow = config.block_m == 16 and not wide
-    return replace(config, slice_n=32, gradient_n=16 if narrow else config.gradient_n)
+    block_n = min(config.block_n, 128)
+    return replace(config, block_n=block_n, slice_n=32, gradient_n=16 if narrow else config.gradient_n)
 
 
 def _stacks(spec: LaunchSpec) -> Any:
