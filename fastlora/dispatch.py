@@ -56,6 +56,10 @@ def _serving_module(name: str, spec: LaunchSpec) -> ModuleType:
         from fastlora.backends.triton import quantised_launch
 
         return quantised_launch
+    if spec.branch == "segments" and name == "triton":
+        from fastlora.backends.triton import segment_launch
+
+        return segment_launch
     if spec.branch == "segments":
         return {"composed": segments_composed, "reference": segments_reference}.get(name) or backend_module(name)
     return backend_module(name)
@@ -92,13 +96,15 @@ def preference(spec: LaunchSpec, *, tuned: bool = True) -> tuple[str, ...]:
 
     First is what ``fastlora tune`` found fastest for the call's class of shapes, unless ``tuned`` is False. Without
     that, the composed layer is in front of one launch each way where the latter is not known to be faster: in float32,
-    whose kernels do without matrix instructions, and on GPUs that no kernel was timed on.
+    whose kernels do without matrix instructions, and on GPUs that no kernel was timed on. Rows in segments, which torch
+    composes of grouped products in bfloat16 alone, nobody has tuned.
     """
-    first = "composed" if spec.dtype == torch.float32 else None
+    of_segments = spec.branch == "segments"
+    first = "composed" if spec.dtype == torch.float32 and not of_segments else None
     try:
         if target_of(spec.device).arch in UNMEASURED:
             first = "composed"
-        if tuned:
+        if tuned and not of_segments:
             first = tuning.tuned_backend(spec) or first
     except (RuntimeError, AssertionError):
         pass  # a device that cannot be asked now; the backends' reasons say why
@@ -313,7 +319,7 @@ def segmented(operands: Any, spec: LaunchSpec, requested: str | None) -> Any:
     """Likewise for rows in segments: what a forward or backward of such operands returns.
 
     Args:
-        operands: GroupedForward or GroupedBackward of fastlora.segments.
+        operands: GroupedForward or GroupedBackward of fastlora.segments, as described.
         spec: their description.
         requested: a backend's name to insist on, or None.
     """

@@ -33,7 +33,7 @@ def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, Launch
     x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
     x, lora_a, lora_b = as_rows(x), as_rows(lora_a), as_rows(lora_b)
     weight, stored = as_stored(weight)
-    bias = None if bias is None else _as_vector(bias)
+    bias = None if bias is None else as_vector(bias)
     spec = LaunchSpec(
         "forward",
         Sizes(x.shape[0], weight.shape[0], weight.shape[1], lora_a.shape[0]),
@@ -45,7 +45,7 @@ def describe_forward(operands: ForwardOperands) -> tuple[ForwardOperands, Launch
         bias=bias is not None,
         tf32=uses_tf32(x.dtype),
         scales_branch=scales_branch(scaling, x.dtype),
-        **_layout((x, stored, lora_a, lora_b, None)),
+        **layout_of((x, stored, lora_a, lora_b, None)),
     )
     return ForwardOperands(x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed), spec
 
@@ -57,7 +57,7 @@ def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[Backwar
     weight, stored = as_stored(weight)
     x = as_rows(x) if needs.da and x is not None else None
     # Hooks on saved tensors (offloading, compression) may give S back with other strides, or within something else.
-    s = _as_vector(s) if needs.db and s is not None else None
+    s = as_vector(s) if needs.db and s is not None else None
     spec = LaunchSpec(
         "backward",
         Sizes(dy.shape[0], weight.shape[0], weight.shape[1], lora_a.shape[0]),
@@ -69,7 +69,7 @@ def describe_backward(operands: BackwardOperands, needs: Needs) -> tuple[Backwar
         needs=needs,
         tf32=uses_tf32(dy.dtype),
         scales_branch=scales_branch(scaling, dy.dtype),
-        **_layout((dy, stored, lora_a, lora_b, x)),
+        **layout_of((dy, stored, lora_a, lora_b, x)),
     )
     return BackwardOperands(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed), spec
 
@@ -107,7 +107,7 @@ def backward_key(operands: BackwardOperands, needs: Needs) -> tuple:
     )  # fmt: skip
 
 
-def _layout(matrices: tuple[Tensor | None, ...]) -> dict[str, Any]:
+def layout_of(matrices: tuple[Tensor | None, ...]) -> dict[str, Any]:
     """The fields of a LaunchSpec that say how matrices lie in memory; they are named as in Strides."""
     return {
         "aligned": Aligned(*(matrix is None or is_aligned(matrix) for matrix in matrices)),
@@ -135,7 +135,7 @@ def as_stored(weight: Tensor) -> tuple[Tensor, Tensor]:
     return weight, weight
 
 
-def _as_vector(vector: Tensor) -> Tensor:
+def as_vector(vector: Tensor) -> Tensor:
     """A contiguous tensor that starts on 16 bytes."""
     vector = vector.contiguous()
     return vector if vector.data_ptr() % _ALIGNMENT == 0 else vector.clone()

@@ -142,6 +142,20 @@ class Packed(NamedTuple):
 _ALL_ALIGNED = Aligned(True, True, True, True, True)
 
 
+class Stacks(NamedTuple):
+    """What a call on rows in segments has besides the sizes of one matrix; a dtype that is None: there is none."""
+
+    n_segments: int
+    n_weights: int
+    n_adapters: int
+    n_biases: int  # rows of the bias: 1 for one of all segments, 0 for none
+    experts: torch.dtype | None  # of the weight of each segment
+    adapters: torch.dtype | None  # of the adapter of each segment
+    scalings: torch.dtype | None  # of the scaling of each adapter
+    weight: torch.dtype  # of the weights, which under autocast are not of x's dtype
+    weight_stride: int  # elements from one weight to the next
+
+
 Direction = Literal["forward", "backward"]
 
 
@@ -168,6 +182,7 @@ class LaunchSpec(NamedTuple):
     strides: see Strides; None where each matrix is contiguous.
     scales_branch: whether a factor of the scaling is left to the branch (see split_scaling).
     packed: of a quantised base weight, whose alignment and stride are then those of its dense form.
+    stacks: of rows in segments ("segments"); None where there are none, or nobody knows yet.
     """
 
     direction: Direction
@@ -186,6 +201,7 @@ class LaunchSpec(NamedTuple):
     strides: Strides | None = None
     scales_branch: bool = False
     packed: Packed | None = None
+    stacks: Stacks | None = None
 
     @property
     def is_empty(self) -> bool:

@@ -4,12 +4,12 @@ Rows of x are sorted into G contiguous segments. Segment g multiplies by one of 
 adapters, or none. Where segments end is a tensor on x's device; a GPU's is never read on the host.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from fastlora.problem import Gradients, LaunchSpec, Needs, Sizes
+from fastlora.operands import as_rows, as_vector, layout_of, uses_tf32
+from fastlora.problem import Gradients, LaunchSpec, Needs, Sizes, Stacks, scales_branch
 
 NO_ADAPTER = -1
 _NO_GRADIENT = Needs(False, False, False, False)
@@ -128,21 +128,74 @@ def as_gradients(computed: list[Tensor], needs: Needs) -> Gradients:
     return Gradients(*(next(left) if need else None for need in needs))
 
 
-def describe_segments(operands: GroupedForward | GroupedBackward, needs: Needs = _NO_GRADIENT) -> LaunchSpec:
-    """The description of a call."""
+def describe_segments(
+    operands: GroupedForward | GroupedBackward, needs: Needs = _NO_GRADIENT
+) -> tuple[GroupedForward | GroupedBackward, LaunchSpec]:
+    """The operands of a call as kernels take them (see fastlora.operands), and its description. Copied are a weight or
+    rows without unit strides, and factors that are not contiguous."""
     forward = isinstance(operands, GroupedForward)
-    act = operands.x if isinstance(operands, GroupedForward) else operands.dy
-    n, k = operands.weight.shape[1:][::-1] if operands.transposed else operands.weight.shape[1:]
-    return LaunchSpec(
+    weight, transposed = _as_stored(operands.weight, operands.transposed)
+    segments = Segments(*(None if t is None else t.contiguous() for t in operands.segments))  # type: ignore[arg-type]
+    scalings = None if operands.scalings is None else operands.scalings.contiguous()
+    shared: dict[str, Any] = {
+        "weight": weight,
+        "transposed": transposed,
+        "segments": segments,
+        "scalings": scalings,
+        "lora_a": operands.lora_a.contiguous(),
+        "lora_b": operands.lora_b.contiguous(),
+    }
+    act, saved_x, n_biases = operands[0], None, 0
+    if isinstance(operands, GroupedForward):
+        act = as_rows(operands.x)
+        bias = None if operands.bias is None else as_vector(operands.bias)
+        if bias is not None:
+            n_biases = 1 if bias.dim() == 1 else bias.shape[0]
+        operands = operands._replace(x=act, bias=bias, **shared)
+    else:
+        act = as_rows(operands.dy)
+        saved_x = as_rows(operands.x) if needs.da and operands.x is not None else None
+        s = as_vector(operands.s) if needs.db and operands.s is not None else None
+        if needs.dbias:
+            n_biases = 1 if operands.bias_dims == 1 else weight.shape[0]
+        operands = operands._replace(dy=act, x=saved_x, s=s, **shared)
+    n, k = weight.shape[1:][::-1] if transposed else weight.shape[1:]
+    stacks = Stacks(
+        n_segments=segments.ends.shape[0],
+        n_weights=weight.shape[0],
+        n_adapters=operands.lora_a.shape[0],
+        n_biases=n_biases,
+        experts=None if segments.experts is None else segments.experts.dtype,
+        adapters=None if segments.adapters is None else segments.adapters.dtype,
+        scalings=None if scalings is None else scalings.dtype,
+        weight=weight.dtype,
+        weight_stride=weight.stride(0),
+    )
+    spec = LaunchSpec(
         "forward" if forward else "backward",
         Sizes(act.shape[0], n, k, operands.lora_a.shape[1]),
         act.dtype,
         (operands.lora_a.dtype, operands.lora_b.dtype),
         act.device,
-        base_format="transposed" if operands.transposed else "dense",
+        base_format="transposed" if transposed else "dense",
         branch="segments",
         dropout=operands.dropout_p > 0.0,
-        bias=isinstance(operands, GroupedForward) and operands.bias is not None,
+        bias=forward and n_biases > 0,
         needs=needs,
-        tf32=False if act.dtype != torch.float32 else torch.backends.cuda.matmul.allow_tf32,
+        tf32=uses_tf32(act.dtype),
+        scales_branch=scalings is None and scales_branch(operands.scaling, act.dtype),
+        stacks=stacks,
+        **layout_of((act, weight[0], operands.lora_a[0], operands.lora_b[0], saved_x)),
     )
+    return operands, spec
+
+
+def _as_stored(weight: Tensor, transposed: bool) -> tuple[Tensor, bool]:
+    """A stack of weights whose rows have unit inner strides and do not overlap, and whether each lies as [K, N]; a view
+    that only swaps the last two dimensions is what it is a view of."""
+    _, rows, columns = weight.shape
+    if weight.stride(2) == 1 and (rows == 1 or weight.stride(1) >= columns):
+        return weight, transposed
+    if weight.stride(1) == 1 and (columns == 1 or weight.stride(2) >= rows):
+        return weight.transpose(1, 2), not transposed
+    return weight.contiguous(), transposed

@@ -180,6 +180,7 @@ def choose_config(
     element_size: int,
     aligned: bool,
     dropout: bool = False,
+    n_segments: int = 1,
 ) -> TileConfig:
     """The largest tile that is not much taller than the problem and still gives every multiprocessor work; where none
     does, the one that gives the most of them work. Fused or separate shrink as fuses_shrink says.
@@ -191,13 +192,15 @@ def choose_config(
         element_size: bytes of one element of x.
         aligned: whether every operand's rows start on 16 bytes, and are multiples of 16 elements.
         dropout: whether the call drops elements of x.
+        n_segments: that the rows lie in, about as many in each: no tile has rows of two.
     """
     columns = n if direction == "forward" else k
+    m = -(-m // n_segments)
     few_rows = m <= FEW_ROWS and direction == "forward" and not dropout
     table = TILE_TABLES[table_for(arch, r, element_size, aligned, few_rows)]
 
     def n_tiles(config: TileConfig) -> int:
-        return -(-m // config.block_m) * -(-columns // config.block_n)
+        return n_segments * -(-m // config.block_m) * -(-columns // config.block_n)
 
     fitting = [c for c in table if c.block_m <= max(16, 1 << (m - 1).bit_length())] or [table[-1]]
     chosen = next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))

@@ -1,4 +1,4 @@
-"""A LoRA layer on rows in segments, composed of torch's own grouped products, for GPUs without a kernel for it.
+"""A LoRA layer on rows in segments, composed of torch's own grouped products, where Triton's kernels cannot serve it.
 
 Nothing is read on the host: torch's product takes the ends as they lie on the device, where it has a kernel, in
 bfloat16 on compute capability 9.0 and 10.0; elsewhere torch itself reads them there, so such calls are refused. Three

@@ -36,14 +36,14 @@ def _forward_op(x, weight, lora_a, lora_b, bias, scaling, scalings, offsets, exp
     transposed, dropout_p, seed, backend = rest
     segments = Segments(offsets, experts, adapters)
     operands = GroupedForward(x, weight, lora_a, lora_b, bias, scaling, scalings, segments, transposed, dropout_p, seed)
-    return dispatch.segmented(operands, describe_segments(operands), backend or environment_backend())
+    return dispatch.segmented(*describe_segments(operands), backend or environment_backend())
 
 
 def _backward_op(dy, x, weight, lora_a, lora_b, s, bias_dims, *rest):
     *given, needs, backend = rest
     operands, needs = _backward_operands(dy, x, weight, lora_a, lora_b, s, bias_dims, *given), Needs(*needs)
-    spec = describe_segments(operands, needs)
-    computed: Gradients = dispatch.segmented(operands, spec, backend or environment_backend())
+    described = describe_segments(operands, needs)
+    computed: Gradients = dispatch.segmented(*described, backend or environment_backend())
     return [gradient for gradient in computed if gradient is not None]
 
 
@@ -197,12 +197,13 @@ def grouped_lora_linear(
             gradient.
         experts: int32 or int64 [G]: the weight of each segment; by default its own number, or the only weight.
         adapters: int32 or int64 [G]: the adapter of each segment, -1 for none; by default its own number. Without an
-            adapter no branch is computed, and nothing of any factor gets into the segment's rows.
+            adapter no branch is computed, and nothing of any factor gets into the segment's rows. By Triton's kernels,
+            rows whose weight or adapter does not exist are NaN, and offsets that decrease or pass M are clamped.
         transposed: each weight lies as [in_features, out_features].
         dropout_p: probability of dropping an element of x in front of the branch; the mask depends on an element's
             place in all of x and on the seed, as ``lora_linear``'s does.
         training: whether dropout applies.
-        backend: "composed" or "reference" to insist on one; None for the best that serves the call.
+        backend: "triton", "composed" or "reference" to insist on one; None for the best that serves the call.
 
     Returns:
         Tensor [M, out_features] of x's dtype. Under ``torch.autocast``, x and bias are cast to its dtype, each weight

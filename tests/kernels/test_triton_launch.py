@@ -121,15 +121,11 @@ def test_a_profilers_hooks_are_called(current, monkeypatch):
     assert len(launcher.calls) == 1 and len(run) == 3
 
 
-def _off_by_one(t: torch.Tensor) -> torch.Tensor:
-    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
-
-
 def _in_rows_of(columns: int):
     return lambda t: torch.nn.functional.pad(t, (0, columns))[:, : t.shape[1]]
 
 
-LAYOUTS = (torch.clone, _off_by_one, _in_rows_of(8), _in_rows_of(16), _in_rows_of(1))
+LAYOUTS = (torch.clone, specialisations.off_by_one, _in_rows_of(8), _in_rows_of(16), _in_rows_of(1))
 NUMBERS = {
     "scaling": (0.5, 1.0, 1.5, 2.0, 64.0),
     "dropout_p": (0.1, 0.25, 0.5),

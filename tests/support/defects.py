@@ -20,6 +20,7 @@ from tests.emulator import EmulatorError, LaunchOptions, TrapError
 from tests.support import cuda_bugs, deletions, mutants
 from tests.support import cuda_checks as cuda
 from tests.support import quantised_checks as quantised
+from tests.support import segment_checks as segments
 from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import ptx_of, variants_for
 from tests.support.numerics import poison
@@ -154,18 +155,52 @@ def triton_packed_integers() -> Iterator[Check]:
         yield from _each(check, f"sm_{arch} packed integers {sizes}", triton.SCHEDULES)
 
 
+def triton_segments(arch: int) -> Iterator[Check]:
+    """Rows in segments, the ragged ones first."""
+    for layout in sorted(segments.LAYOUTS, key=lambda layout: layout != "ragged"):
+        check = functools.partial(segments.check_layout, layout, arch)
+        yield from _each(check, f"sm_{arch} segments, {layout}", triton.SCHEDULES)
+
+
+def triton_segment_ways(arch: int) -> Iterator[Check]:
+    for way in segments.WAYS:
+        check = functools.partial(segments.check_way, way, arch)
+        yield from _each(check, f"sm_{arch} segments, {way}", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+
+
+def triton_segments_dropped(arch: int) -> Iterator[Check]:
+    check = functools.partial(segments.check_way, "dropout", arch)
+    yield from _each(check, f"sm_{arch} segments, dropout", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+
+
+def triton_bad_ends(arch: int) -> Iterator[Check]:
+    check = functools.partial(segments.check_bad_ends, arch)
+    yield from _each(check, f"sm_{arch} segments, bad ends", triton.SCHEDULES, segments.BAD_ENDS_SCHEDULES)
+
+
+def _family(module: str) -> str:
+    """Whose kernels a module is part of: those over packed weights, those of segments, or all."""
+    families = {"packed": "packed", "quantised": "packed", "segment": "segments", "segments": "segments"}
+    return families.get(module.partition("_")[0], "all")
+
+
 def triton_kinds(module: str) -> list[list[Check]]:
     """The checks of the kernels that a module of theirs is part of, in kinds, but for the tiles that are shipped."""
-    packed = [[*triton_packed_formats()], [*triton_packed_integers()]]
-    if module.startswith(("packed", "quantised")):
-        return packed
-    dense = (triton_integers, triton_dropped, triton_float16, triton_infinities, triton_needs)
-    return [*([*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in dense), *packed]
+    kinds = {
+        "dense": (triton_integers, triton_dropped, triton_float16, triton_infinities, triton_needs),
+        "segments": (triton_segments, triton_segment_ways, triton_bad_ends),
+    }
+    by_family = {
+        name: [[*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in each] for name, each in kinds.items()
+    }
+    by_family["packed"] = [[*triton_packed_formats()], [*triton_packed_integers()]]
+    family = _family(module)
+    return [kind for name, each in by_family.items() if family in (name, "all") for kind in each]
 
 
 def triton_checks(module: str) -> list[Check]:
     """All of them."""
-    shipped = [] if module.startswith(("packed", "quantised")) else triton_shipped()
+    shipped = triton_shipped() if _family(module) == "all" else ()
     return [*itertools.chain(*triton_kinds(module)), *shipped]
 
 
@@ -183,6 +218,9 @@ def triton_planted() -> list[Defect]:
             ("dropout", triton_dropped),
             ("float16", triton_float16),
             ("infinities", triton_infinities),
+            ("segments", triton_segments),
+            ("segments, dropout", triton_segments_dropped),
+            ("bad ends", triton_bad_ends),
         )
     }
     checks["packed values"] = [*triton_packed_formats()]

@@ -21,7 +21,15 @@ REASONS: dict[tuple[str, str], str] = {
         'outputs = [made and torch.empty(1, dtype=made[1], device="meta") for made in self.outputs]',
     ): "stands for a tensor of any size",
 }
-for _fields in ("1, 0, 1.0", "-1, 0, 1.0", "0, 1, 1.0", "0, -1, 1.0", "0, 0, 0.0"):
+for _fields in (
+    "1, 0, 1.0, 0",
+    "-1, 0, 1.0, 0",
+    "0, 1, 1.0, 0",
+    "0, -1, 1.0, 0",
+    "0, 0, 0.0, 0",
+    "0, 0, 1.0, 1",
+    "0, 0, 1.0, -1",
+):
     REASONS["memory.py", f"return Dropout({_fields})"] = "where nothing is dropped, nothing reads it"
 for _number in (1, -1):
     REASONS |= {

@@ -28,6 +28,9 @@ MODULES = (
     "packed_weight",
     "quantised_kernels",
     "quantised_launch",
+    "segments",
+    "segment_kernels",
+    "segment_launch",
 )
 
 
@@ -58,8 +61,18 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("no wait for S", "tiles", "            wait_for(flags_ptr + row, 1)\n        first_n", "        first_n"),
-    Mutant("wait for the row before", "tiles", "wait_for(flags_ptr + row, 1)", "wait_for(flags_ptr + row, 0)"),
+    Mutant(
+        "no wait for S",
+        "tiles",
+        "            wait_for(flags_ptr + row, s_is_made(shape, variant))\n        first_n",
+        "        first_n",
+    ),
+    Mutant(
+        "wait for the row before",
+        "tiles",
+        "wait_for(flags_ptr + row, s_is_made(shape, variant))",
+        "wait_for(flags_ptr + row, 0)",
+    ),
     Mutant("relaxed release", "schedule", 'flag_ptr, 1, sem="release"', 'flag_ptr, 1, sem="relaxed"'),
     Mutant("relaxed acquire", "schedule", 'flag_ptr, 0, sem="acquire"', 'flag_ptr, 0, sem="relaxed"'),
     Mutant(
@@ -252,6 +265,96 @@ MUTANTS = (
         "column K in the loop", "packed_weight", "(columns < shape.K)", "(columns <= shape.K)", shows="packed values"
     ),
     Mutant("sign of fp4 left out", "packed_weight", "code < 8, 1.0, -1.0", "code < 8, 1.0, 1.0", shows="packed values"),
+    Mutant(
+        "a segment ends a row late",
+        "segments",
+        "tl.maximum(tl.minimum(end, segments.M), start)",
+        "tl.maximum(tl.minimum(end + 1, segments.M), start)",
+        shows="segments",
+    ),
+    Mutant(
+        "tail rows stored into the next segment",
+        "segments",
+        "Shape(segment.end_row - segment.first_row,",
+        "Shape(segment.end_row + 1 - segment.first_row,",
+        shows="segments",
+    ),
+    Mutant(
+        "tail rows summed with the next segment's",
+        "segments",
+        "tl.minimum(end_row, segment.end_row))",
+        "end_row)",
+        shows="segments",
+    ),
+    Mutant(
+        "gradients without rows left as they were", "segments", "return rows > 0", "return rows >= 0", shows="segments"
+    ),
+    Mutant(
+        "adapter of the expert's number",
+        "segments",
+        "adapter64 = segment.first_row.to(tl.int64), expert.to(tl.int64), adapter.to(tl.int64)",
+        "adapter64 = segment.first_row.to(tl.int64), expert.to(tl.int64), expert.to(tl.int64)",
+        shows="segments",
+    ),
+    Mutant("the first expert's weight", "segments", "expert64 * weight_stride", "0 * weight_stride", shows="segments"),
+    Mutant(
+        "steps counted from the first row group",
+        "segments",
+        "index, count = group - segment.first_block // variant.tile.group_m, 0",
+        "index, count = group, 0",
+        shows="segments",
+    ),
+    Mutant(
+        "steps of one segment alone",
+        "segments",
+        "own = (n_blocks > 0) & (_owner(owners, g, segments.count, LEAST) == owner)",
+        "own = (n_blocks > 0) & (g == segment.index)",
+        shows="segments",
+    ),
+    Mutant("dA of segments does not wait for dS", "segments", "if WAITS:", "if False:", shows="segments"),
+    Mutant(
+        "flag of the segment's own row block",
+        "segments",
+        "alone, flags_ptr + segment.first_block,",
+        "alone, flags_ptr,",
+        shows="segments",
+    ),
+    Mutant("a segment without rows is found", "segments", "0) <= block", "0) < block", shows="segments"),
+    Mutant(
+        "rows past the last end are ones",
+        "segments",
+        "_fill(product.out, 0.0",
+        "_fill(product.out, 1.0",
+        shows="segments",
+    ),
+    Mutant(
+        "a branch without an adapter",
+        "segments",
+        "rank = tl.where(adapter >= 0, shape.R, 0)",
+        "rank = shape.R",
+        shows="segments",
+    ),
+    Mutant(
+        "ends beyond M",
+        "segments",
+        "tl.maximum(tl.minimum(end, segments.M), start)",
+        "tl.maximum(end, start)",
+        shows="bad ends",
+    ),
+    Mutant(
+        "ends that decrease",
+        "segments",
+        "tl.associative_scan(tl.maximum(start, before), 0, _larger)",
+        "tl.maximum(start, before)",
+        shows="bad ends",
+    ),
+    Mutant(
+        "the mask of the segment's own rows",
+        "segments",
+        "dropout.inverse_keep, segment.first_row)",
+        "dropout.inverse_keep, 0)",
+        shows="segments, dropout",
+    ),
 )
 
 

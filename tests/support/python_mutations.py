@@ -179,7 +179,7 @@ class _Finder(ast.NodeVisitor):
             self._replace("swapped operands", node, f"{self._source(node.func)}({swapped})")
             for argument in arguments[1:]:
                 self._replace("dropped choice", node, f"({argument})")
-        if name in ("cdiv", "_ceil_div") and len(arguments) == 2:
+        if name in ("cdiv", "ceil_div") and len(arguments) == 2:
             self._replace("rounded down", node, f"(({arguments[0]}) // ({arguments[1]}))")
         if name == "to" and isinstance(node.func, ast.Attribute):
             self._replace("dropped cast", node, self._source(node.func.value))

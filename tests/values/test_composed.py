@@ -98,7 +98,7 @@ def test_the_mask_is_every_backends(on_device, monkeypatch, device):
     """With A the identity, S is the masked input itself, dA of dY = B = identity the masked input's transpose; by a
     pointer the seed is read when the kernel runs, as a replayed graph needs."""
     if on_device:
-        monkeypatch.setattr(masked, "_seed_arguments", lambda seed, like: (seed.to(device), 1 << 62, 0))
+        monkeypatch.setattr(masked, "seed_arguments", lambda seed, like: (seed.to(device), 1 << 62, 0))
     m, p, seed = 40, 0.4, torch.tensor(0x7EDC_BA98_7654_3210)
     x, eye = torch.ones(m, m, device=device), torch.eye(m, device=device)
     args = (x, torch.zeros(m, m, device=device), eye, eye, None, 1.0, p, seed)

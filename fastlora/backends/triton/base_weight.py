@@ -18,7 +18,8 @@ def load_weight(product, n, k, shape, variant: tl.constexpr):
     elif variant.decoded:
         return _load_dense(Matrix(product.weight.data.ptr, product.weight.stride), n, k, shape, variant)
     else:
-        return _load_dense(product.weight, n, k, shape, variant)
+        # Under autocast, weights in segments are cast where they are used; a cast to the same dtype is none.
+        return _load_dense(product.weight, n, k, shape, variant).to(product.s.data.dtype.element_ty)
 
 
 @triton.jit
@@ -31,12 +32,13 @@ def await_weight(product, n, variant: tl.constexpr):
 
 @triton.jit
 def _load_dense(weight, n, k, shape, variant: tl.constexpr):
-    """Of 16- or 32-bit elements: W0 [N, K] forward; in dX the same memory, [K, N] by the names of Shape."""
+    """Of 16- or 32-bit elements: W0 [N, K] forward; in dX the same memory, [K, N] by the names of Shape; the other way
+    round where W0 itself lies as [K, N]."""
     offs_k = k + tl.arange(0, variant.tile.block_k)
     offs_n = n * variant.tile.block_n + tl.arange(0, variant.tile.block_n)
-    if variant.forward and variant.tma:
+    if not variant.contracts_weight_rows and variant.tma:
         return weight.data.load([n * variant.tile.block_n, k]).T
-    elif variant.forward:
+    elif not variant.contracts_weight_rows:
         return load_block(weight, tl.minimum(offs_n, shape.N - 1), offs_k, 0, shape.K, True, variant.even_k).T
     elif variant.tma:
         return weight.data.load([k, n * variant.tile.block_n])

@@ -6,8 +6,19 @@ import triton.language as tl
 from fastlora.backends.triton.memory import load_block
 from fastlora.backends.triton.row_map import rows_to_load
 
-# Today one adapter serves all rows and columns. The next branch goes here: where a row block's segment or a column
-# block's projection has an adapter of its own, these functions add the adapter's offset to the rows that they load.
+# One adapter serves a tile, whatever others a launch has: segments.py hands each tile its own as factors by themselves.
+# The next branch goes here: where a column block's projection has an adapter of its own, these functions add the
+# adapter's offset to the rows that they load.
+
+
+@triton.jit
+def s_is_made(shape, variant: tl.constexpr):
+    """What a row block's flag says once its S is stored. Rows without an adapter, whose rank is 0, have no S: 0, which
+    every flag says from the start."""
+    if variant.segments:
+        return tl.minimum(shape.R, 1)
+    else:
+        return 1
 
 
 @triton.jit

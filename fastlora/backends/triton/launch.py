@@ -89,7 +89,7 @@ def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
 
 def choose_tile(spec: LaunchSpec, target: Target) -> TileConfig:
     """What ``fastlora tune`` found on this GPU, else the tables' choice."""
-    aligned = spec.aligned.act and spec.aligned.weight and _has_wide_loads(spec)
+    aligned = spec.aligned.act and spec.aligned.weight and has_wide_loads(spec)
     if aligned:
         tuned = tuned_config(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout)
         if tuned is not None:
@@ -100,7 +100,7 @@ def choose_tile(spec: LaunchSpec, target: Target) -> TileConfig:
     )  # fmt: skip
 
 
-def _has_wide_loads(spec: LaunchSpec) -> bool:
+def has_wide_loads(spec: LaunchSpec) -> bool:
     """Whether Triton knows that rows start where a wide load may: from sizes and strides that are multiples of 16. Else
     the large tiles spill, and on sm_80 no load is asynchronous."""
     strides = spec.row_strides
@@ -108,11 +108,11 @@ def _has_wide_loads(spec: LaunchSpec) -> bool:
     return all(number % 16 == 0 for number in numbers)
 
 
-def _ceil_div(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes 3 µs
+def ceil_div(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes 3 µs
     return -(-a // b)
 
 
-class _Prepared:
+class PreparedLaunch:
     """What the calls of one description share: the configuration, the kernel's variant, and how the grid is cut.
 
     A call allocates its outputs and launches; ``compile`` does what the first call would do before its launch.
@@ -141,7 +141,7 @@ class _Prepared:
         )
         self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m=0)), self.variant)  # calls of one have one kernel
         self.target, self.wave, self._learned = target, target.n_sms, False
-        self.n_rows = _ceil_div(spec.sizes.m, config.block_m)
+        self.n_rows = ceil_div(spec.sizes.m, config.block_m)
 
     def learn(self) -> None:
         """Takes the wave from the kernel as it is compiled; until the first launch, one program a multiprocessor.
@@ -168,7 +168,7 @@ class _Prepared:
         )  # fmt: skip
 
 
-class ForwardLaunch(_Prepared):
+class ForwardLaunch(PreparedLaunch):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
@@ -184,9 +184,9 @@ class ForwardLaunch(_Prepared):
         self.numbers = (*strides[:4],)
         self.launch = self.prepare_launch(
             lora_forward_kernel,
-            self.n_rows * (_ceil_div(n, config.block_n) + (not fused)),
+            self.n_rows * (ceil_div(n, config.block_n) + (not fused)),
             ([config.block_m, config.block_k], [config.block_n, config.block_k], [block_r, config.block_k]),
-            _seed_types(lora_forward_kernel) if spec.dropout else {},
+            seed_types(lora_forward_kernel) if spec.dropout else {},
         )
 
     def __call__(self, operands: ForwardOperands) -> tuple[Tensor, Tensor]:
@@ -207,11 +207,11 @@ class ForwardLaunch(_Prepared):
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
         return (
             x, weight, lora_a, lora_b, bias, y, s, workspace, *self.spec.sizes, self.n_words, self.wave, *self.numbers,
-            *_forward_scales(scaling, dropout_p, self.spec.dtype), *_seed_arguments(seed), _threshold(dropout_p),
+            *forward_scales(scaling, dropout_p, self.spec.dtype), *seed_arguments(seed), threshold_argument(dropout_p),
         )  # fmt: skip
 
 
-class BackwardLaunch(_Prepared):
+class BackwardLaunch(PreparedLaunch):
     """The gradients that the description needs in one launch; see backends.reference."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
@@ -220,10 +220,10 @@ class BackwardLaunch(_Prepared):
         block_r = padded_rank(r)
         fused = config.fused and needs.dx and block_r <= FUSED_RANK
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
-        n_chunks = _ceil_div(self.n_rows, config.group_m)
-        n_columns = _ceil_div(k, config.block_n) + (not fused) if needs.dx else int(needs.da)
-        tiles_a = _ceil_div(k, config.gradient_n) if needs.da else 0
-        tiles_b = _ceil_div(n, config.gradient_n) if needs.db or needs.dbias else 0
+        n_chunks = ceil_div(self.n_rows, config.group_m)
+        n_columns = ceil_div(k, config.block_n) + (not fused) if needs.dx else int(needs.da)
+        tiles_a = ceil_div(k, config.gradient_n) if needs.da else 0
+        tiles_b = ceil_div(n, config.gradient_n) if needs.db or needs.dbias else 0
         self.n_words = N_COUNTERS.value + self.n_rows + tiles_a + tiles_b
         last = int(needs.dx and gradients_last(m, k, n, config.block_m, config.block_n))
         strides = spec.row_strides
@@ -243,7 +243,7 @@ class BackwardLaunch(_Prepared):
         # Where dS is made, one kernel serves with dX and without it.
         compiled_as: dict[int, Any] = {_DX: spec.dtype} if makes_ds else {}
         compiled_as |= {_PARTIALS + i: torch.float32 for i, need in enumerate(makes_sums) if need}
-        compiled_as |= _seed_types(lora_backward_kernel) if spec.dropout else {}
+        compiled_as |= seed_types(lora_backward_kernel) if spec.dropout else {}
         self.launch = self.prepare_launch(
             lora_backward_kernel,
             self.n_rows * n_columns + n_chunks * (tiles_a + tiles_b),
@@ -271,14 +271,14 @@ class BackwardLaunch(_Prepared):
         return (
             dy, weight, lora_b, dy, x, lora_a, s, *outputs, workspace,
             *self.spec.sizes, self.n_words, self.wave, *self.numbers,
-            *_backward_scales(scaling, dropout_p, self.spec.dtype), *_seed_arguments(seed), _threshold(dropout_p),
+            *backward_scales(scaling, dropout_p, self.spec.dtype), *seed_arguments(seed), threshold_argument(dropout_p),
         )  # fmt: skip
 
 
 _DX, _PARTIALS = (lora_backward_kernel.arg_names.index(name) for name in ("dx_ptr", "partial_a_ptr"))
 
 
-def _seed_types(kernel: Any) -> dict[int, Any]:
+def seed_types(kernel: Any) -> dict[int, Any]:
     """Every seed has 64 bits, also one that would do with less."""
     return {kernel.arg_names.index("seed_ptr"): torch.int64, kernel.arg_names.index("seed"): 1 << 62}
 
@@ -290,7 +290,7 @@ def _scale_of_branch(scaling: float, dtype: torch.dtype) -> float | None:
 
 
 @lru_cache(maxsize=256)
-def _forward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tuple[float, float | None, float | None]:
+def forward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tuple[float, float | None, float | None]:
     """The forward kernel's scale_s, in_s and on_branch, which structs.BranchScales is made of."""
     inverse_keep = philox.inverse_keep(dropout_p)
     if dtype != torch.float16:
@@ -299,15 +299,15 @@ def _forward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tup
 
 
 @lru_cache(maxsize=256)
-def _backward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tuple[float, float | None, float]:
+def backward_scales(scaling: float, dropout_p: float, dtype: torch.dtype) -> tuple[float, float | None, float]:
     """The backward kernel's scaling, on_branch and inverse_keep."""
     return scaling, _scale_of_branch(scaling, dtype), philox.inverse_keep(dropout_p)
 
 
-_threshold = lru_cache(maxsize=256)(philox.threshold)
+threshold_argument = lru_cache(maxsize=256)(philox.threshold)
 
 
-def _seed_arguments(seed: Tensor | None) -> tuple[Tensor | None, int | None]:
+def seed_arguments(seed: Tensor | None) -> tuple[Tensor | None, int | None]:
     """The kernels' seed_ptr and seed: a null pointer and a value where the seed is in reach of the CPU."""
     if seed is None:
         return None, None

@@ -34,7 +34,7 @@ _ANY_SEED = 1 << 62  # where it is not read; as wide as others, for Triton compi
 def _drawn(seed_ptr, seed, by_value, threshold, inverse_keep):
     """A seed is passed by value, or by pointer where a CUDA graph draws it: one kernel for both, for a capture must not
     have to compile."""
-    return Dropout(tl.load(seed_ptr, mask=by_value == 0, other=seed), threshold, inverse_keep)
+    return Dropout(tl.load(seed_ptr, mask=by_value == 0, other=seed), threshold, inverse_keep, 0)
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
@@ -152,7 +152,7 @@ def masked_shrink(
     arguments = (
         x, lora_a, s, partial, workspace, m, k, r, steps, x.stride(0), lora_a.stride(0),
         inverse_keep if split else inverse_keep * scales.in_s, scales.in_s if split else None,
-        *_seed_arguments(seed, x), philox.threshold(dropout_p), BLOCK_M, block_k, ranks, "tf32" if tf32 else "ieee",
+        *seed_arguments(seed, x), philox.threshold(dropout_p), BLOCK_M, block_k, ranks, "tf32" if tf32 else "ieee",
     )  # fmt: skip
     _launch(masked_shrink_kernel, (rows, columns, parts), arguments, device, x)
     return s
@@ -169,7 +169,7 @@ def mask_and_add(
     dropped = None if x is None else ds.new_empty(m, k)
     arguments = (
         x, dropped, dx, ds, lora_a, m, k, r, 0 if x is None else x.stride(0), lora_a.stride(0),
-        philox.inverse_keep(dropout_p), *_seed_arguments(seed, ds), philox.threshold(dropout_p),
+        philox.inverse_keep(dropout_p), *seed_arguments(seed, ds), philox.threshold(dropout_p),
         BLOCK_M, BACKWARD_K, min(_power_of_two(r), RANK_STEP), "tf32" if tf32 else "ieee",
     )  # fmt: skip
     _launch(masked_backward_kernel, (triton.cdiv(m, BLOCK_M), triton.cdiv(k, BACKWARD_K)), arguments, device, ds)
@@ -209,7 +209,7 @@ def _power_of_two(rank: int) -> int:
     return max(16, 1 << (rank - 1).bit_length())
 
 
-def _seed_arguments(seed: Tensor, like: Tensor) -> tuple[Tensor, int, int]:
+def seed_arguments(seed: Tensor, like: Tensor) -> tuple[Tensor, int, int]:
     """A kernel's seed_ptr, seed and by_value."""
     if seed.device.type == "cpu":
         return like.new_empty((), dtype=torch.int64), int(seed), 1

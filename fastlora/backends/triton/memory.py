@@ -29,16 +29,17 @@ def dropout_of(seed_ptr, seed, threshold, inverse_keep):
     """A seed is passed by value, or by address where a CUDA graph draws it: one kernel for both, for no capture should
     have to compile. The pointer is null, and not read, where the seed is a value."""
     if seed is None:
-        return Dropout(0, 0, 1.0)
+        return Dropout(0, 0, 1.0, 0)
     else:
         given = tl.load(seed_ptr, mask=seed_ptr.to(tl.int64) != 0, other=seed)
-        return Dropout(given, threshold, inverse_keep)
+        return Dropout(given, threshold, inverse_keep, 0)
 
 
 @triton.jit
 def keep_mask(dropout, offs_m, column, n_columns, BLOCK: tl.constexpr):
     """The dropout mask of rows offs_m and BLOCK columns from ``column`` (a multiple of 8) on, of a matrix with
     ``n_columns``: the same bits as fastlora.philox.keep_mask."""
+    offs_m += dropout.first_row
     offs_call = column // PER_CALL + tl.arange(0, BLOCK // PER_CALL)
     call = offs_m[:, None].to(tl.int64) * tl.cdiv(n_columns, PER_CALL) + offs_call[None, :]
     low, high = call.to(tl.uint32), (call >> 32).to(tl.uint32)

@@ -5,9 +5,8 @@ import triton.language as tl
 
 from fastlora.backends.triton.structs import RowChunk
 
-# Today all M rows are one segment: row block i holds rows i·BLOCK_M to (i + 1)·BLOCK_M. The next map goes here: where
-# segments of rows have weights or adapters of their own, these functions map a row block to its segment, and the serial
-# reduction of a gradient starts and ends with its segment.
+# Row block i holds rows i·BLOCK_M to (i + 1)·BLOCK_M of a product. Where rows lie in segments, each segment is a
+# product of its own: segments.py finds that of a row block, and which steps of the gradients' sums a row group has.
 
 
 @triton.jit

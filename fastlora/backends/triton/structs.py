@@ -63,11 +63,40 @@ class BranchScales(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """Of the branch's input; see fastlora.philox."""
+    """Of the branch's input; see fastlora.philox. first_row: in all of x, of what a tile takes for row 0."""
 
     seed: Any
     threshold: Any
     inverse_keep: Any
+    first_row: Any
+
+
+class Owners(NamedTuple):
+    """Which of ``count`` matrices each segment has; without ``ptr`` its own number, or the only one."""
+
+    ptr: Any
+    count: Any
+
+
+class Segments(NamedTuple):
+    """Rows in ``count`` segments; ``ends_ptr``: where each ends, cumulative. Rows past the last end, up to ``M``, count
+    as one segment more, which has no matrix."""
+
+    ends_ptr: Any
+    experts: Owners
+    adapters: Owners
+    biases: Owners
+    count: Any
+    M: Any
+
+
+class Segment(NamedTuple):
+    """Its number, its first row block of all segments', its first row and the one behind its last."""
+
+    index: Any
+    first_block: Any
+    first_row: Any
+    end_row: Any
 
 
 class Gradient(NamedTuple):

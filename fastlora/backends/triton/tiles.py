@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fastlora.backends.triton.base_weight import await_weight, load_weight
-from fastlora.backends.triton.branch import load_down, rounded_s
+from fastlora.backends.triton.branch import load_down, rounded_s, s_is_made
 from fastlora.backends.triton.epilogue import finish_tile
 from fastlora.backends.triton.memory import keep_mask, load_block
 from fastlora.backends.triton.row_map import rows_of_block, rows_to_load
@@ -19,12 +19,15 @@ def product_tile(product, flags_ptr, row, column, shape, scales, dropout, varian
     anyway. With the separate shrink column 0 makes S only, and column n + 1 is tile n of out: two accumulators do not
     fit beyond a rank of 64.
     """
+    makes_s = column == 0
+    if variant.segments:
+        makes_s = makes_s & (shape.R > 0)
     if variant.fused:
-        if column == 0:
+        if makes_s:
             acc = _shrink(product, flags_ptr, row, shape, scales, dropout, variant)
         else:
             acc = _multiply(product, row, column, shape, variant)
-            wait_for(flags_ptr + row, 1)
+            wait_for(flags_ptr + row, s_is_made(shape, variant))
         first_n = column * variant.tile.block_n
         finish_tile(acc, product, row, first_n, shape, scales.on_branch, dropout, variant)
     else:
@@ -32,7 +35,7 @@ def product_tile(product, flags_ptr, row, column, shape, scales, dropout, varian
             _shrink(product, flags_ptr, row, shape, scales, dropout, variant)
         elif product.out.data is not None:
             acc = _multiply(product, row, column - 1, shape, variant)
-            wait_for(flags_ptr + row, 1)
+            wait_for(flags_ptr + row, s_is_made(shape, variant))
             first_n = (column - 1) * variant.tile.block_n
             finish_tile(acc, product, row, first_n, shape, scales.on_branch, dropout, variant)
 

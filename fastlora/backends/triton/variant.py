@@ -23,6 +23,9 @@ class Variant:
     tf32: float32 products are products of TF32.
     wgmma: compiled for Hopper, whose products read registers while the program runs on.
     packed: how the base weight is packed; None: it is dense.
+    segments: a tile's rows are a segment's, which may have no adapter: a rank of 0 (segments.py).
+    block_g: how many of them are looked at together.
+    transposed: the base weight lies in memory as [K, N] by the forward's names.
     """
 
     tile: TileConfig
@@ -36,6 +39,9 @@ class Variant:
     tf32: bool
     wgmma: bool
     packed: PackedFormat | None = None
+    segments: bool = False
+    block_g: int = 0
+    transposed: bool = False
 
     @property
     def shrink_columns(self) -> int:
@@ -53,6 +59,11 @@ class Variant:
         return self.packed is not None and self.packed.in_loop
 
     @property
+    def contracts_weight_rows(self) -> bool:
+        """Whether the base weight lies in memory as [K, N] by the product's names."""
+        return self.forward == self.transposed
+
+    @property
     def precision(self) -> str:
         """tl.dot's name for it."""
         return "tf32" if self.tf32 else "ieee"
@@ -62,9 +73,13 @@ class Variant:
         return dataclasses.astuple(self)
 
 
+_FIELDS = tuple(field.name for field in dataclasses.fields(Variant))
+
+
 @triton.constexpr_function
 def variant_of(plain):
     """The Variant that was made plain."""
-    packed = None if plain[-1] is None else PackedFormat(*plain[-1])
-    fields = (TileConfig(*plain[0]), *plain[1:-1], packed)
-    return Variant(*fields)
+    fields = dict(zip(_FIELDS, plain, strict=True))
+    if fields["packed"] is not None:
+        fields["packed"] = PackedFormat(*fields["packed"])
+    return Variant(**(fields | {"tile": TileConfig(*fields["tile"])}))
