@@ -6,6 +6,7 @@ import torch
 import fastlora
 from fastlora import grouped_lora_linear
 from fastlora.bench.memory import saved_bytes
+from tests.support.numerics import assert_reordered
 from tests.support.segments import assert_accurate, assert_exact, by_loop, changed, compute, draw_case
 
 # Lengths of the segments, and what else draw_case takes: two shapes of rows and of factors with each.
@@ -42,7 +43,8 @@ def case_of(layout, **options):
 def test_the_loop_over_segments(poisoned, layout, way, dtype):
     case = case_of(layout, dtype=dtype, **WAYS[way])
     results = compute(case)
-    assert_accurate(results, case)
+    # In float32 the order of a product's sums is its shape's and the processor's, and so is its error within the bound.
+    assert_accurate(results, case, against_eager=dtype != torch.float32)
     assert all(torch.equal(again, results[name]) for name, again in compute(case).items())
 
 
@@ -140,7 +142,7 @@ def test_only_what_a_gradient_reads_is_saved_and_computed(needs):
     assert x_bytes == {"x": 0, "a": m * k * size, "b": m * r * size, "bias": 0}[needs]
     (gradient,) = torch.autograd.grad(layer(), [tensors[needs]], case.dy)
     wanted = by_loop(case)[{"x": "dx"}.get(needs, f"d{needs}")]
-    torch.testing.assert_close(gradient, wanted)
+    assert_reordered([gradient], [wanted], 100 + n)
 
 
 REFUSED = {

@@ -25,7 +25,7 @@ from tests.support.peft_models import (  # noqa: E402
     layer_of,
     randomise,
 )
-from tests.support.quantised_models import FOUR_BIT, bitsandbytes, quantise_model, torchao  # noqa: E402
+from tests.support.quantised_models import FOUR_BIT, as_stored, bitsandbytes, quantise_model, torchao  # noqa: E402
 from tests.support.tiny_llama import make_llama  # noqa: E402
 
 pytestmark = [
@@ -86,7 +86,7 @@ def test_a_llama_trains_with_the_losses_of_stock_and_every_call_served(name, lla
 
     ids = torch.arange(24).view(2, 12) % 19
     options = {"quantization_config": quantisation(name), "dtype": torch.float32, "device_map": "cpu"}
-    base = LlamaForCausalLM.from_pretrained(llama, **options)
+    base = as_stored(LlamaForCausalLM.from_pretrained(llama, **options))
     torch.manual_seed(0)
     stock = randomise(peft.get_peft_model(base, peft.LoraConfig(r=3, target_modules="all-linear")))
     fused, *merged = (copy.deepcopy(stock) for _ in range(3))

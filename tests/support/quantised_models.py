@@ -54,7 +54,16 @@ def _four_bit(linear: nn.Linear, name: str, block: int, compute_dtype: torch.dty
         module=layer,
     )  # fmt: skip
     layer.bias = linear.bias
-    return layer.to("cpu")  # which quantises
+    return as_stored(layer.to("cpu"))  # which quantises
+
+
+def as_stored(model: nn.Module) -> nn.Module:
+    """Where a CPU has AVX512-BF16, bitsandbytes' layers repack their weight in place at their first inference, if N is
+    a multiple of 32, and fail if it is not: these do not."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def decoded(layer: nn.Module) -> Tensor:
