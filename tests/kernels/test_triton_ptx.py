@@ -23,16 +23,19 @@ from tests.support.triton_checks import (
     SCHEDULES,
     SMALL,
     SUBSETS,
+    TRANSPOSED_SIZES,
     check_dropout,
     check_float16_range,
     check_infinities,
     check_integers,
     check_needs,
     check_shipped,
+    check_transposed,
     gate_of,
     needs_compiler,
     run,
     shipped,
+    shipped_transposed,
 )
 from tests.support.triton_emulation import emulated
 
@@ -159,6 +162,17 @@ def test_workspaces_of_two_streams_do_not_meet(monkeypatch):
         results, _ = run(case, SMALL[90], 90, options)
         numerics.assert_exact(results, case)
     assert len({buffer.data_ptr() for buffer in used}) == 2 and not any(buffer.any() for buffer in used)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("sizes", TRANSPOSED_SIZES, ids=str)
+def test_a_base_weight_that_lies_transposed(arch, sizes):
+    check_transposed(sizes, arch)
+
+
+@pytest.mark.parametrize("tile", list(shipped_transposed()))
+def test_tiles_over_a_weight_that_lies_transposed(tile):
+    check_shipped(tile, on_kernel=gate_of(tile))
 
 
 def test_a_workspace_longer_than_one_pass_of_its_clearing():

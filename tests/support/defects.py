@@ -121,6 +121,12 @@ def triton_float16(arch: int) -> Iterator[Check]:
         yield f"sm_{arch} float16 range {factors}", functools.partial(triton.check_float16_range, *factors, arch)
 
 
+def triton_transposed(arch: int) -> Iterator[Check]:
+    for sizes in triton.TRANSPOSED_SIZES:
+        check, name = functools.partial(triton.check_transposed, sizes, arch), f"sm_{arch} transposed {sizes}"
+        yield from _each(check, name, triton.SCHEDULES, triton.SCHEDULES[1:4])
+
+
 def triton_infinities(arch: int) -> Iterator[Check]:
     yield from _each(
         functools.partial(triton.check_infinities, arch),
@@ -187,7 +193,14 @@ def _family(module: str) -> str:
 def triton_kinds(module: str) -> list[list[Check]]:
     """The checks of the kernels that a module of theirs is part of, in kinds, but for the tiles that are shipped."""
     kinds = {
-        "dense": (triton_integers, triton_dropped, triton_float16, triton_infinities, triton_needs),
+        "dense": (
+            triton_integers,
+            triton_dropped,
+            triton_float16,
+            triton_infinities,
+            triton_needs,
+            triton_transposed,
+        ),
         "segments": (triton_segments, triton_segment_ways, triton_bad_ends),
     }
     by_family = {

@@ -53,7 +53,7 @@ _HOST_TESTS = (
           "tests/kernels/test_quantised_launch.py", "tests/kernels/test_segments_launch.py")),
 )  # fmt: skip
 # What the checks above have run already.
-_DONE = ("integers_are_exact", "dropout_and_ranks", "float16", "infinities", "asked_for", "shipped")
+_DONE = ("integers_are_exact", "dropout_and_ranks", "float16", "infinities", "asked_for", "shipped", "lies_transposed")
 _TESTS = (
     (("TRITON_INTERPRET=1",), ("tests/values",)),
     ((), ("tests/kernels/test_triton_ptx.py", "-k", " and ".join(f"not {name}" for name in _DONE))),

@@ -50,6 +50,7 @@ LONG = ((272, 160, 192), (208, 224, 160), (176, 192, 224))
 FUSED_SIZES = tuple((*size, 16) for size in LONG)
 SEPARATE_SIZES = tuple((*size, 96) for size in LONG)
 UNEVEN_SIZES = ((264, 136, 200, 8), (264, 136, 200, 72), (130, 40, 64, 16), (97, 33, 47, 3))
+TRANSPOSED_SIZES = (FUSED_SIZES[1], SEPARATE_SIZES[2], UNEVEN_SIZES[0], UNEVEN_SIZES[3])
 INTEGER_SIZES = (*FUSED_SIZES, *SEPARATE_SIZES, *UNEVEN_SIZES)
 MASKED_SIZES = tuple((*size, 16) for size in LONG)
 DROPPED_SIZES = (*MASKED_SIZES, *((139, 136, 200, r) for r in (1, 40, 200, 256)))
@@ -149,6 +150,15 @@ def check_float16_range(scaling: float, dropout_p: float, arch: int, **altered):
         float16_range.check(run(case, SMALL[arch], arch, SCHEDULES[2], **altered)[0], case)
 
 
+def check_transposed(sizes, arch: int, schedules=SCHEDULES[1:4], **altered):
+    """A base weight that lies as [K, N]."""
+    case = numerics.draw_integer_case(*sizes, torch.bfloat16)
+    lying = dataclasses.replace(case, weight=case.weight.t().contiguous().t())
+    for options in schedules:
+        results, _ = run(lying, SMALL[arch], arch, options, **altered)
+        numerics.assert_exact(results, case)
+
+
 def check_infinities(arch: int, schedules=INFINITE_SCHEDULES, **altered):
     """Of dY in dbias. On sm_90 it is made by a product, where other columns than the sum's have infinity times zero."""
     case = numerics.draw_case(*LONG[0], 16, torch.bfloat16)
@@ -169,6 +179,7 @@ class Shipped(NamedTuple):
     multiple: int  # of N and K: 16, as those of a model's layers; 8, of which rows start on 16 bytes; 1
     dropout_p: float
     forward_only: bool
+    transposed: bool = False  # the base weight lies as [K, N]
 
 
 def shipped():
@@ -194,6 +205,16 @@ def shipped():
             label += "-separate" * (not fused) + "-dropout" * (dropout_p > 0.0)
             config = dataclasses.replace(config, fused=fused)
             yield pytest.param(Shipped(arch, config, rank, dtype, multiple, dropout_p, few_rows), id=label)
+
+
+def shipped_transposed():
+    """Those with dropout, which take the most registers; all but the largest are for the sweep."""
+    for each in shipped():
+        (tile,) = each.values
+        if tile.multiple == 16 and not tile.forward_only and tile.dropout_p > 0.0:
+            largest = tile.config.block_n == (256 if tile.arch == 90 else 128) and tile.config.fused
+            swept = () if largest else (pytest.mark.sweep,)
+            yield pytest.param(tile._replace(transposed=True), id=each.id, marks=swept)
 
 
 def gate_of(tile: Shipped) -> Callable[[Any], None]:
@@ -248,7 +269,8 @@ def check_shipped(tile: Shipped, **altered):
     case = numerics.draw_case(m, n, k, tile.rank - 16 * (tile.multiple == 8), tile.dtype, dropout_p=tile.dropout_p)
     # All schedules take turns.
     options = SCHEDULES[1 + (m + n + config.fused + (tile.dropout_p > 0.0)) % 4]
-    results, stats = run(case, config, tile.arch, options, None if tile.forward_only else ALL, **altered)
+    given = dataclasses.replace(case, weight=case.weight.t().contiguous().t()) if tile.transposed else case
+    results, stats = run(given, config, tile.arch, options, None if tile.forward_only else ALL, **altered)
     # In float32 a thread sums in order, the CPU's eager product in blocks, with a smaller error.
     numerics.assert_accurate(results, case, against_eager=tile.dtype != torch.float32)
     if tile.dtype != torch.float32:

@@ -55,6 +55,13 @@ def test_values(m, n, k, r, dtype, dropout_p, addressing, device):
     numerics.assert_accurate(run(case), case)
 
 
+@pytest.mark.parametrize("m, n, k, r", [(97, 72, 104, 5), (64, 96, 64, 72), (1, 37, 29, 1)])
+def test_a_weight_that_lies_transposed(m, n, k, r, addressing, device):
+    case = numerics.draw_case(m, n, k, r, torch.float32, dropout_p=0.3, device=device)
+    lying = dataclasses.replace(case, weight=case.weight.t().contiguous().t())
+    numerics.assert_accurate(run(lying), case)
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_small_ranks_by_tiles_of_their_own(dropout_p, addressing, device):
     case = numerics.draw_case(97, 72, 104, 16, torch.bfloat16, dropout_p=dropout_p, device=device)

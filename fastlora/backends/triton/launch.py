@@ -22,6 +22,8 @@ from fastlora.backends.tuning import tuned_config
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Launcher, LaunchSpec, split_scaling
 
+BASE_FORMATS = ("dense", "transposed")
+
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
@@ -37,7 +39,7 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         return f"rank {spec.sizes.r} is above {MAX_RANK}"
     if spec.sizes.r * spec.sizes.k >= 2**31:
         return f"A's gradient has {spec.sizes.r} x {spec.sizes.k} elements, which 32-bit offsets do not reach"
-    if spec.base_format != "dense" or spec.branch != "single":
+    if spec.base_format not in BASE_FORMATS or spec.branch != "single":
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
     return None
 
@@ -138,6 +140,7 @@ class PreparedLaunch:
             even_k=contracted % config.block_k == 0,
             tf32=spec.tf32,
             wgmma=target.arch == 90,
+            transposed=spec.base_format == "transposed",
         )
         self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m=0)), self.variant)  # calls of one have one kernel
         self.target, self.wave, self._learned = target, target.n_sms, False
@@ -152,6 +155,11 @@ class PreparedLaunch:
         used = compiled.metadata
         programs = resident_programs(self.target.arch, compiled.n_regs, used.shared, 32 * used.num_warps)
         self.wave, self._learned = self.target.n_sms * programs, True
+
+    def weight_block(self) -> list[int]:
+        """Of the weight as it lies in memory."""
+        block = [self.config.block_n, self.config.block_k]
+        return block[::-1] if self.variant.contracts_weight_rows else block
 
     def prepare_launch(
         self, kernel: Any, grid: int, blocks: tuple[list[int], ...], compiled_as: dict[int, Any]
@@ -185,7 +193,7 @@ class ForwardLaunch(PreparedLaunch):
         self.launch = self.prepare_launch(
             lora_forward_kernel,
             self.n_rows * (ceil_div(n, config.block_n) + (not fused)),
-            ([config.block_m, config.block_k], [config.block_n, config.block_k], [block_r, config.block_k]),
+            ([config.block_m, config.block_k], self.weight_block(), [block_r, config.block_k]),
             seed_types(lora_forward_kernel) if spec.dropout else {},
         )
 
@@ -205,8 +213,9 @@ class ForwardLaunch(PreparedLaunch):
     def arguments(self, operands: ForwardOperands, y: Tensor, s: Tensor, workspace: Tensor) -> tuple:
         """Those of lora_forward_kernel, but its constants."""
         x, weight, lora_a, lora_b, bias, scaling, dropout_p, seed = operands
+        stored = weight.t() if self.variant.transposed else weight
         return (
-            x, weight, lora_a, lora_b, bias, y, s, workspace, *self.spec.sizes, self.n_words, self.wave, *self.numbers,
+            x, stored, lora_a, lora_b, bias, y, s, workspace, *self.spec.sizes, self.n_words, self.wave, *self.numbers,
             *forward_scales(scaling, dropout_p, self.spec.dtype), *seed_arguments(seed), threshold_argument(dropout_p),
         )  # fmt: skip
 
@@ -247,7 +256,7 @@ class BackwardLaunch(PreparedLaunch):
         self.launch = self.prepare_launch(
             lora_backward_kernel,
             self.n_rows * n_columns + n_chunks * (tiles_a + tiles_b),
-            ([config.block_m, config.block_k], [config.block_k, config.block_n], [config.block_k, block_r]),
+            ([config.block_m, config.block_k], self.weight_block(), [config.block_k, block_r]),
             compiled_as,
         )
 
@@ -268,8 +277,9 @@ class BackwardLaunch(PreparedLaunch):
     def arguments(self, operands: BackwardOperands, outputs: list[Tensor | None], workspace: Tensor) -> tuple:
         """Those of lora_backward_kernel, but its constants."""
         dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
+        stored = weight.t() if self.variant.transposed else weight
         return (
-            dy, weight, lora_b, dy, x, lora_a, s, *outputs, workspace,
+            dy, stored, lora_b, dy, x, lora_a, s, *outputs, workspace,
             *self.spec.sizes, self.n_words, self.wave, *self.numbers,
             *backward_scales(scaling, dropout_p, self.spec.dtype), *seed_arguments(seed), threshold_argument(dropout_p),
         )  # fmt: skip

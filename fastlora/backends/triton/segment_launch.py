@@ -31,13 +31,12 @@ from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import Gradients, Launcher, LaunchSpec
 from fastlora.segments import GroupedBackward, GroupedForward
 
-_BASE_FORMATS = ("dense", "transposed")
 _FEW, _MANY = 32, 256  # segments that a program looks at together: a warp's worth, or several each thread
 
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if spec.base_format not in _BASE_FORMATS:
+    if spec.base_format not in single.BASE_FORMATS:
         return f"no kernel for a {spec.base_format} base weight of rows in segments"
     return single.why_unsupported(spec._replace(base_format="dense", branch="single"))
 
@@ -99,7 +98,6 @@ class _Segmented(PreparedLaunch):
             tma_down=False,
             segments=True,
             block_g=_FEW if self.stacks.n_segments < _FEW else _MANY,
-            transposed=spec.base_format == "transposed",
         )
         # The rows past the last end are one segment more.
         self.n_rows = most_blocks(spec.sizes.m, self.stacks.n_segments + 1, config.block_m)
