@@ -6,6 +6,8 @@ import pytest
 
 from tests.support import (
     cpp_mutations,
+    cuda_checks,
+    cuda_runtime,
     equivalents,
     generated,
     generated_cuda,
@@ -13,6 +15,8 @@ from tests.support import (
     mutants,
     python_mutations,
 )
+from tests.support.generated import Generated
+from tests.support.mutation import Mutation
 
 CASES = {
     "constant": ("x = 4", {"x = 5", "x = 3"}),
@@ -106,6 +110,23 @@ def test_mutants_of_csrc():
     assert len({each.name for each in found}) == len(found)
     changes = {(each.path, each.mutation.start, each.mutation.end, each.mutation.new) for each in found}
     assert len(changes) == len(found), "no two are the same text"
+
+
+@cuda_checks.needs_kernels
+def test_what_the_host_knows_of_mutated_kernels_is_theirs():
+    """Of sources that say the same, what the extension says; of others, what they come to."""
+    path, old = "csrc/sm90/kernel.cuh", "v.shared_bytes = Traits::kSharedBytes;"
+    start = (generated.ROOT / path).read_text().index(old)
+    name = "lora_sm90_forward_bf16_64x128_r16"
+    found = {}
+    for new in (old.replace(" = ", "  = "), ";"):
+        compiled = generated_cuda.Compiled(Generated(path, Mutation("", start, start + len(old), old, new)))
+        assert ".entry" in compiled.ptx(name)
+        found[new] = dict(zip(cuda_runtime.NUMBERS, compiled.numbers[name], strict=True))
+    same, other = found.values()
+    (variant,) = (each for each in cuda_checks.variants() if each["name"] == name)
+    assert same == {number: variant.get(number, 0) for number in same}
+    assert other == same | {"shared_bytes": 0}
 
 
 def test_what_is_called_the_same_is_a_mutant():

@@ -13,8 +13,9 @@ import os
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ _FIELDS = (
     "block_n", "block_k", "rank", "shared_bytes", "gradient_columns", "split_partial_floats",
     "gradient_partial_floats",
 )  # fmt: skip
+# Those of a Variant that are numbers, in C++.
+NUMBERS = tuple(field for field in _FIELDS if field not in ("name", "kernel"))
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_uint), ctypes.c_size_t,
     ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p),
@@ -63,6 +66,12 @@ def _registrations() -> str:
         given = {**variant, "kernel": None, "fp16": variant["dtype"] == "float16"}
         values = [json.dumps(given[field]) if field != "kernel" else f"kernels + {i}" for field in _FIELDS]
         lines.append(f"static const fastlora::Registration r{i}({{{', '.join(values)}}});")
+    lines += [
+        'extern "C" __attribute__((visibility("default"))) void fake_variant(int index, const int* numbers) {',
+        "  auto& v = const_cast<fastlora::Variant&>(fastlora::variants()[index]);",
+        *(f"  v.{field} = numbers[{i}];" for i, field in enumerate(NUMBERS)),
+        "}",
+    ]
     return "\n".join(lines)
 
 
@@ -122,6 +131,25 @@ class Runtime:
     def devices(self, count: int, error: int = 0) -> None:
         """How many devices there are, or the cudaError_t that asking for them gives."""
         self._library.fake_devices(count, error)
+
+    @contextmanager
+    def describing(self, kernels: dict[str, Sequence[int]]) -> Iterator[None]:
+        """Within it, some kernels have other NUMBERS, by name."""
+        known = {variant["name"]: (i, variant) for i, variant in enumerate(extension.variants())}
+        given = {known[name][0]: numbers for name, numbers in kernels.items()}
+        own = {
+            known[name][0]: [int({**known[name][1], "fp16": known[name][1]["dtype"] == "float16"}[n]) for n in NUMBERS]
+            for name in kernels
+        }
+        try:
+            self._describe(given)
+            yield
+        finally:
+            self._describe(own)
+
+    def _describe(self, variants: dict[int, Sequence[int]]) -> None:
+        for index, numbers in variants.items():
+            self._library.fake_variant(index, (ctypes.c_int * len(NUMBERS))(*numbers))
 
     def on_launch(self, launched: Callable[[Launched], int] | None) -> None:
         """Where launches go; a result other than 0 is a failed launch. None: nowhere."""

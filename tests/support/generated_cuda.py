@@ -3,15 +3,17 @@
 import functools
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from unittest import mock
 
 from benchmarks.cuda_resources import toolkit
 from tests.support import cpp_mutations, cuda_runtime, defects
 from tests.support.cuda_emulation import entries_of
+from tests.support.cuda_runtime import NUMBERS
 from tests.support.generated import ROOT, Checks, Generated, Stillborn, run_tests
 
 # Neither the bindings, which hold no arithmetic, nor what is generated (wgmma.cuh) or for debug builds (spin.cuh).
@@ -46,17 +48,27 @@ def mutations() -> list[Generated]:
 
 def checks(generated: Generated) -> Checks:
     """What may find a mutant. Each raises Stillborn where the compiler refuses it."""
-    compiled = _Compiled(generated)
+    compiled = Compiled(generated)
     if generated.path in _HOST:
         tests = functools.partial(run_tests, generated, ((), _HOST_TESTS))
         return [("the compiler", compiled.host), ("tests", tests)], []
-    every = [(name, functools.partial(compiled.run, check)) for name, _, check in _checks()]
+    every = [(name, functools.partial(compiled.run, check, kernels)) for name, kernels, check in _checks()]
     return every[:_QUICK], every[_QUICK:]
 
 
-class _Compiled:
-    """The mutated sources: a kernel's PTX, compiled when it is first asked for, and the host code where it has changed
-    as well."""
+# A kernel's registration, by which the host knows its traits; and in its place an array of these in the PTX.
+_REGISTRATION = re.compile(r"static const fastlora::Registration .*?;$", re.S | re.M)
+_NUMBERS = (
+    "static constexpr fastlora::Variant NAME##_variant ="
+    " fastlora::sm90::variant_of<fastlora::sm90::KernelTraits<__VA_ARGS__>>(nullptr, nullptr);"
+    f' extern "C" __device__ const int NAME##_numbers[] = {{{", ".join(f"NAME##_variant.{n}" for n in NUMBERS)}}};'
+)
+_ARRAY = re.compile(r"^.*\b(\w+)_numbers\[\d+\] = \{([^}]*)\};$", re.M)
+
+
+class Compiled:
+    """The mutated sources: a kernel's PTX, compiled when it is first asked for, and what the host knows of it; and the
+    host code where it has changed as well."""
 
     def __init__(self, generated: Generated):
         self._directory, self._found, self._host = tempfile.TemporaryDirectory(), {}, None
@@ -64,13 +76,27 @@ class _Compiled:
         shutil.copytree(ROOT / "csrc", self._csrc)
         changed = self._csrc.parent / generated.path
         changed.write_text(generated.apply(changed.read_text()))
+        self._replace("kernels.cu", lambda text: _REGISTRATION.sub(_NUMBERS.replace("\\", ""), text))
+        self._replace(
+            "kernel.cuh", lambda text: text.replace("\nVariant variant_of(", "\nconstexpr Variant variant_of(")
+        )
+        self.numbers: dict[str, tuple[int, ...]] = {}
         self._has_host = generated.path == _SHARED
 
-    def run(self, check: Callable) -> None:
-        if self._has_host:
-            with mock.patch.object(cuda_runtime, "runtime", self.host):
-                check(ptx=self.ptx)
-        else:
+    def _replace(self, name: str, change: Callable[[str], str]) -> None:
+        path = self._csrc / "sm90" / name
+        old = path.read_text()
+        assert change(old) != old, f"{name} is not what it was"
+        path.write_text(change(old))
+
+    def run(self, check: Callable, kernels: Iterable[str]) -> None:
+        for kernel in kernels:
+            self.ptx(kernel)
+        runtime = self.host() if self._has_host else cuda_runtime.runtime()
+        with (
+            mock.patch.object(cuda_runtime, "runtime", lambda: runtime),
+            runtime.describing({kernel: self.numbers[kernel] for kernel in kernels}),
+        ):
             check(ptx=self.ptx)
 
     def host(self) -> cuda_runtime.Runtime:
@@ -96,7 +122,11 @@ class _Compiled:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             raise Stillborn(errors[0] if errors else done.stderr[-200:])
-        return entries_of(done.stdout)
+        for name, numbers in _ARRAY.findall(done.stdout):
+            # In bytes, without the zeros at the end.
+            written = bytes(map(int, numbers.split(","))).ljust(4 * len(NUMBERS), b"\0")
+            self.numbers[name] = struct.unpack(f"<{len(NUMBERS)}i", written)
+        return entries_of(_ARRAY.sub("", done.stdout))
 
 
 @functools.cache
