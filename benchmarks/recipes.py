@@ -25,6 +25,7 @@ from benchmarks import RESULTS
 from fastlora.environment import package_versions
 from fastlora.integrations.peft import patch
 from fastlora.tables import Table
+from tests.support.quantised_models import as_stored
 from tests.support.tiny_gpt2 import make_gpt2
 from tests.support.tiny_llama import make_llama
 
@@ -71,10 +72,12 @@ def quantised(**options: Any) -> Callable[[], nn.Module]:
 
             quantisation = transformers.TorchAoConfig(Int8WeightOnlyConfig(version=2))
         with tempfile.TemporaryDirectory() as directory:
-            make_llama().save_pretrained(directory)
-            return transformers.LlamaForCausalLM.from_pretrained(
+            # Rows of whole blocks: of others bitsandbytes decodes some wrongly on CPUs with AVX-512.
+            make_llama(hidden_size=64, intermediate_size=64).save_pretrained(directory)
+            model = transformers.LlamaForCausalLM.from_pretrained(
                 directory, quantization_config=quantisation, dtype=torch.float32, device_map="cpu"
             )
+        return as_stored(model)
 
     return build
 
@@ -187,13 +190,15 @@ def results(recipe: Recipe, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def error_of(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """The largest error relative to the largest value of its tensor."""
+def errors_of(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> tuple[float, float]:
+    """Relative to the largest value of its tensor: the largest error, and the root of the tensors' mean square."""
     assert got.keys() == wanted.keys(), sorted(got.keys() ^ wanted.keys())
-    return max(
-        ((got[name].double() - value.double()).abs().max() / value.double().abs().max().clamp_min(1e-30)).item()
+    errors = [
+        (got[name].double() - value.double()) / value.double().abs().max().clamp_min(1e-30)
         for name, value in wanted.items()
-    )
+    ]
+    squares = torch.stack([error.square().mean() for error in errors])
+    return max(error.abs().max().item() for error in errors), squares.mean().sqrt().item()
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -209,17 +214,19 @@ def run(recipe: Recipe) -> dict[str, Any]:
         got = results(recipe, fused)
         counted = fastlora.dispatch_counts()["fallbacks"]
         wanted = results(recipe, stock)
-        limit = FLOAT32
-        if recipe.dtype != torch.float32:
-            # By the project's rule: PEFT's own layers in that dtype throughout, and an ulp of the largest value. PEFT
-            # keeps float32 adapters in float32 within its forward, where fastlora rounds S to the base's dtype.
+        if recipe.dtype == torch.float32:
+            agrees = errors_of(got, wanted)[0] <= FLOAT32
+        else:
+            # As noisy as PEFT's own layers in that dtype throughout, and one rounding of the largest value. PEFT keeps
+            # float32 adapters in float32 within its forward, where fastlora rounds S to the base's dtype. (The largest
+            # of so few errors is another on every processor.)
             wanted = results(recipe, copy.deepcopy(stock).double())
             eager = results(recipe, copy.deepcopy(stock).to(recipe.dtype))
-            limit = NOISE * error_of(eager, wanted) + torch.finfo(recipe.dtype).eps
+            (_, error), (_, allowed) = errors_of(got, wanted), errors_of(eager, wanted)
+            agrees = error <= NOISE * allowed + torch.finfo(recipe.dtype).eps / 2
         layers = [module for module in fused.modules() if isinstance(module, LoraLayer)]
     reasons = {name.removeprefix("peft: "): n for name, n in counted.items() if name.startswith("peft: ")}
-    error = error_of(got, wanted)
-    return {"recipe": recipe.name, "layers": len(layers), "by_peft": reasons, "agrees": error <= limit}
+    return {"recipe": recipe.name, "layers": len(layers), "by_peft": reasons, "agrees": agrees}
 
 
 def results_table(report: dict) -> Table:

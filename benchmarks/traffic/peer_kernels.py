@@ -78,7 +78,7 @@ def dropout_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_K
     offs_k = column + tl.arange(0, BLOCK_K)
-    keep = keep_mask(Dropout(seed, threshold, inverse_keep), offs_m, column, K, BLOCK_K)
+    keep = keep_mask(Dropout(seed, threshold, inverse_keep, 0), offs_m, column, K, BLOCK_K)
     x = load_block(x_ptr, offs_m, K, M, offs_k, 1, K)
     offsets = offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
     inside = (offs_m < M)[:, None] & (offs_k < K)[None, :]

@@ -46,25 +46,33 @@ def save_tokenizer(directory: Path) -> int:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with a two-layer Llama and its tokenizer, as `from_pretrained` reads them."""
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes a directory with a two-layer Llama of some width and its tokenizer, as `from_pretrained` reads them."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    directory = tmp_path_factory.mktemp("model")
-    config = LlamaConfig(
-        vocab_size=save_tokenizer(directory),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        eos_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    return directory
+    def make(hidden_size: int, intermediate_size: int) -> Path:
+        directory = tmp_path_factory.mktemp("model")
+        config = LlamaConfig(
+            vocab_size=save_tokenizer(directory),
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            eos_token_id=0,
+            bos_token_id=None,
+        )
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_model: Callable[..., Path]) -> Path:
+    return make_model(32, 48)
 
 
 @pytest.fixture(scope="session")
