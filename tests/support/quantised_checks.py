@@ -197,7 +197,9 @@ EVERY_FORMAT = (
     FormatCase("int8 tensor", SIZES[1], torch.bfloat16, 90),
     FormatCase("int8 group", SIZES[0], torch.bfloat16, 80, ALL),
     FormatCase("float8", SIZES[0], torch.bfloat16, 80),
-    FormatCase("nf4 nested", (72, 136, 80, 8), torch.float32, 80, block=32),  # more scales than have one nested scale
+    # More scales than have one nested scale.
+    FormatCase("nf4 nested", (72, 136, 80, 8), torch.float32, 80, block=32),
+    FormatCase("nf4 nested", (40, 168, 72, 8), torch.float32, 90, block=32),
     FormatCase("nf4 nested", SIZES[3], torch.bfloat16, 90, in_loop=True),
     FormatCase("int8", SIZES[3], torch.bfloat16, 80, in_loop=True),
 )
