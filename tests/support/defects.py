@@ -206,8 +206,10 @@ def triton_kinds(module: str) -> list[list[Check]]:
     by_family = {
         name: [[*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in each] for name, each in kinds.items()
     }
-    by_family["packed"] = [[*triton_packed_formats()], [*triton_packed_integers()]]
-    family = _family(module)
+    family, formats = _family(module), [*triton_packed_formats()]
+    # Of what decodes, each format is a kind.
+    of_formats = [[each] for each in formats] if family == "packed" else [formats]
+    by_family["packed"] = [*of_formats, [*triton_packed_integers()]]
     return [kind for name, each in by_family.items() if family in (name, "all") for kind in each]
 
 
