@@ -114,6 +114,13 @@ def ceil_div(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes 3 Â
     return -(-a // b)
 
 
+def forward_rank(spec: LaunchSpec, config: TileConfig, target: Target) -> int:
+    """The rank as a forward's tiles hold it: of a masked product it may be the height (see tiles._shrink)."""
+    block_r = padded_rank(spec.sizes.r)
+    masks = spec.dropout and spec.dtype.itemsize == 2
+    return max(block_r, 64) if masks and config.block_m >= 64 and multiplies_by_warpgroup(target.arch) else block_r
+
+
 class PreparedLaunch:
     """What the calls of one description share: the configuration, the kernel's variant, and how the grid is cut.
 
@@ -180,10 +187,8 @@ class ForwardLaunch(PreparedLaunch):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
-        m, n, k, r = spec.sizes
-        block_r = padded_rank(r)
-        if spec.dropout and spec.dtype.itemsize == 2 and config.block_m >= 64 and multiplies_by_warpgroup(target.arch):
-            block_r = max(block_r, 64)  # the rank is the height of a product (see tiles._shrink)
+        m, n, _, r = spec.sizes
+        block_r = forward_rank(spec, config, target)
         fused = config.fused and block_r <= FUSED_RANK
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
         self.y_shape, self.s_shape = (m, n), (m, r)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from fastlora import philox
 from fastlora.backends.configs import FUSED_RANK, TileConfig, choose_config, gradients_last, padded_rank
-from fastlora.backends.target import Target, multiplies_by_warpgroup, target_of
+from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton import launch as single
 from fastlora.backends.triton.launch import (
     PreparedLaunch,
     backward_scales,
     ceil_div,
+    forward_rank,
     forward_scales,
     has_wide_loads,
     seed_arguments,
@@ -117,9 +118,7 @@ class _Forward(_Segmented):
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
         m, n, _, r = spec.sizes
-        block_r = padded_rank(r)
-        if spec.dropout and spec.dtype.itemsize == 2 and config.block_m >= 64 and multiplies_by_warpgroup(target.arch):
-            block_r = max(block_r, 64)  # the rank is the height of a product (see tiles._shrink)
+        block_r = forward_rank(spec, config, target)
         fused = config.fused and block_r <= FUSED_RANK
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
         self.y_shape, self.s_shape = (m, n), (m, r)
