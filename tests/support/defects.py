@@ -1,15 +1,14 @@
 """Every defect that the tests of the protocol are known to find, and what finds each.
 
-A defect is a planted bug, or one wait, fence or barrier less. Each is looked for by the checks of ``make test`` alone,
-at their own shapes and schedules. A check here is one shape under one schedule, where its test runs several: a find
-that hangs on one of them alone is luck.
+A defect is a planted bug, or one wait, fence or barrier less. Each is looked for by the checks of ``make test`` alone
+(support/check_lists.py), at their own shapes and schedules.
 """
 
 import dataclasses
 import functools
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import pytest
@@ -17,16 +16,11 @@ import torch
 
 from fastlora.backends import workspace
 from tests.emulator import EmulatorError, LaunchOptions, TrapError
-from tests.support import cuda_bugs, deletions, mutants
+from tests.support import check_lists, cuda_bugs, deletions, mutants
 from tests.support import cuda_checks as cuda
-from tests.support import quantised_checks as quantised
-from tests.support import segment_checks as segments
 from tests.support import triton_checks as triton
-from tests.support.cuda_emulation import ptx_of, variants_for
+from tests.support.cuda_emulation import ptx_of
 from tests.support.numerics import poison
-
-Check = tuple[str, Callable]
-LAUNCH_LIMIT_S = 40.0  # of a processor
 
 
 @dataclass(frozen=True)
@@ -84,142 +78,14 @@ def first_findings(
 
 
 def _integers(sizes, arch: int, schedules=triton.SCHEDULES):
-    return functools.partial(triton.check_integers, sizes, arch, schedules=_limited(schedules))
+    return functools.partial(triton.check_integers, sizes, arch, schedules=check_lists.limited(schedules))
 
 
 def _dropped(sizes, arch: int, schedules=triton.DROPPED_SCHEDULES, dtype=torch.bfloat16):
-    return functools.partial(triton.check_dropout, sizes, dtype, arch, schedules=_limited(schedules))
+    return functools.partial(triton.check_dropout, sizes, dtype, arch, schedules=check_lists.limited(schedules))
 
 
-def _limited(schedules: Iterable[LaunchOptions]) -> tuple[LaunchOptions, ...]:
-    """A kernel that hangs is given up soon."""
-    return tuple(dataclasses.replace(options, timeout_s=LAUNCH_LIMIT_S) for options in schedules)
-
-
-def _each(check: Callable, name: str, all_schedules: Sequence[LaunchOptions], schedules=None) -> Iterator[Check]:
-    """The check under one of its schedules at a time."""
-    for options in schedules or all_schedules:
-        one = functools.partial(check, schedules=_limited([options]))
-        yield f"{name}, schedule {all_schedules.index(options)}", one
-
-
-def triton_integers(arch: int) -> Iterator[Check]:
-    """The smallest layers first."""
-    for sizes in (*triton.UNEVEN_SIZES, *triton.FUSED_SIZES, *triton.SEPARATE_SIZES):
-        check = functools.partial(triton.check_integers, sizes, arch)
-        yield from _each(check, f"sm_{arch} integers {sizes}", triton.SCHEDULES)
-
-
-def triton_dropped(arch: int) -> Iterator[Check]:
-    for sizes, dtype in triton.DROPPED:
-        check, name = functools.partial(triton.check_dropout, sizes, dtype, arch), f"sm_{arch} dropout {sizes} {dtype}"
-        yield from _each(check, name, triton.SCHEDULES, triton.DROPPED_SCHEDULES)
-
-
-def triton_float16(arch: int) -> Iterator[Check]:
-    for factors in triton.FLOAT16_FACTORS:
-        yield f"sm_{arch} float16 range {factors}", functools.partial(triton.check_float16_range, *factors, arch)
-
-
-def triton_transposed(arch: int) -> Iterator[Check]:
-    for sizes in triton.TRANSPOSED_SIZES:
-        check, name = functools.partial(triton.check_transposed, sizes, arch), f"sm_{arch} transposed {sizes}"
-        yield from _each(check, name, triton.SCHEDULES, triton.SCHEDULES[1:4])
-
-
-def triton_infinities(arch: int) -> Iterator[Check]:
-    yield from _each(
-        functools.partial(triton.check_infinities, arch),
-        f"sm_{arch} infinities",
-        triton.SCHEDULES,
-        triton.INFINITE_SCHEDULES,
-    )
-
-
-def triton_needs(arch: int) -> Iterator[Check]:
-    for needs in triton.SUBSETS:
-        name = "+".join(name for name, wanted in needs._asdict().items() if wanted)
-        yield f"sm_{arch} gradients {name}", functools.partial(triton.check_needs, needs, arch)
-
-
-def triton_shipped() -> Iterator[Check]:
-    """The smallest tiles first: they are the quickest."""
-    for each in reversed([*triton.shipped()]):
-        (tile,) = each.values
-        yield each.id, functools.partial(triton.check_shipped, tile, on_kernel=triton.gate_of(tile))
-
-
-def triton_packed_formats() -> Iterator[Check]:
-    """Over packed weights: a format in one launch each."""
-    for each in quantised.EVERY_FORMAT:
-        yield each.describe(), each.check
-
-
-def triton_packed_integers() -> Iterator[Check]:
-    for arch, sizes in quantised.INTEGERS:
-        check = functools.partial(quantised.check_integers, sizes, arch)
-        yield from _each(check, f"sm_{arch} packed integers {sizes}", triton.SCHEDULES)
-
-
-def triton_segments(arch: int) -> Iterator[Check]:
-    """Rows in segments, the ragged ones first."""
-    for layout in sorted(segments.LAYOUTS, key=lambda layout: layout != "ragged"):
-        check = functools.partial(segments.check_layout, layout, arch)
-        yield from _each(check, f"sm_{arch} segments, {layout}", triton.SCHEDULES)
-
-
-def triton_segment_ways(arch: int) -> Iterator[Check]:
-    for way in segments.WAYS:
-        check = functools.partial(segments.check_way, way, arch)
-        yield from _each(check, f"sm_{arch} segments, {way}", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
-
-
-def triton_segments_dropped(arch: int) -> Iterator[Check]:
-    check = functools.partial(segments.check_way, "dropout", arch)
-    yield from _each(check, f"sm_{arch} segments, dropout", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
-
-
-def triton_bad_ends(arch: int) -> Iterator[Check]:
-    check = functools.partial(segments.check_bad_ends, arch)
-    yield from _each(check, f"sm_{arch} segments, bad ends", triton.SCHEDULES, segments.BAD_ENDS_SCHEDULES)
-
-
-def _family(module: str) -> str:
-    """Whose kernels a module is part of: those over packed weights, those of segments, or all."""
-    families = {"packed": "packed", "quantised": "packed", "segment": "segments", "segments": "segments"}
-    return families.get(module.partition("_")[0], "all")
-
-
-def triton_kinds(module: str) -> list[list[Check]]:
-    """The checks of the kernels that a module of theirs is part of, in kinds, but for the tiles that are shipped."""
-    kinds = {
-        "dense": (
-            triton_integers,
-            triton_dropped,
-            triton_float16,
-            triton_infinities,
-            triton_needs,
-            triton_transposed,
-        ),
-        "segments": (triton_segments, triton_segment_ways, triton_bad_ends),
-    }
-    by_family = {
-        name: [[*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in each] for name, each in kinds.items()
-    }
-    family, formats = _family(module), [*triton_packed_formats()]
-    # Of what decodes, each format is a kind.
-    of_formats = [[each] for each in formats] if family == "packed" else [formats]
-    by_family["packed"] = [*of_formats, [*triton_packed_integers()]]
-    return [kind for name, each in by_family.items() if family in (name, "all") for kind in each]
-
-
-def triton_checks(module: str) -> list[Check]:
-    """All of them."""
-    shipped = triton_shipped() if _family(module) == "all" else ()
-    return [*itertools.chain(*triton_kinds(module)), *shipped]
-
-
-def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[Check]) -> Defect:
+def _with_mutant(mutant: mutants.Mutant, place: str, checks: Iterable[check_lists.Check]) -> Defect:
     kernels = functools.cache(lambda: mutants.load(mutant))
     return Defect(mutant.name, place, tuple((name, lambda c=check: c(kernels=kernels())) for name, check in checks))
 
@@ -229,23 +95,26 @@ def triton_planted() -> list[Defect]:
     checks = {
         name: [check for arch in triton.ARCHITECTURES for check in checks_of(arch)]
         for name, checks_of in (
-            ("integers", triton_integers),
-            ("dropout", triton_dropped),
-            ("float16", triton_float16),
-            ("infinities", triton_infinities),
-            ("segments", triton_segments),
-            ("segments, dropout", triton_segments_dropped),
-            ("bad ends", triton_bad_ends),
+            ("integers", check_lists.triton_integers),
+            ("dropout", check_lists.triton_dropped),
+            ("float16", check_lists.triton_float16),
+            ("infinities", check_lists.triton_infinities),
+            ("segments", check_lists.triton_segments),
+            ("segments, dropout", check_lists.triton_segments_dropped),
+            ("bad ends", check_lists.triton_bad_ends),
         )
     }
-    checks["packed values"] = [*triton_packed_formats()]
-    checks["quantised"] = [*triton_packed_integers()]
+    checks["packed values"] = [*check_lists.triton_packed_formats()]
+    checks["quantised"] = [*check_lists.triton_packed_integers()]
     return [_with_mutant(mutant, f"{mutant.module}.py", checks[mutant.shows]) for mutant in mutants.MUTANTS]
 
 
 def triton_deletions() -> list[Defect]:
     """In the sources, so in every kernel that is compiled from them."""
-    return [_with_mutant(each, f"{each.module}.py", triton_checks(each.module)) for each in deletions.in_triton()]
+    return [
+        _with_mutant(each, f"{each.module}.py", check_lists.triton_checks(each.module))
+        for each in deletions.in_triton()
+    ]
 
 
 def triton_compiled() -> list[Defect]:
@@ -345,7 +214,7 @@ def _texts(check) -> list[str]:
 
 def cuda_planted() -> list[Defect]:
     """By the checks that launch the kernel that the bug is planted in."""
-    every = list(cuda_checks())
+    every = list(check_lists.cuda_checks())
 
     def defect(name: str) -> Defect:
         broken, edit = cuda_bugs.SEEDED_BUGS[name]
@@ -359,48 +228,6 @@ def cuda_planted() -> list[Defect]:
         return Defect(name, broken.kernel, tuple(checks))
 
     return [defect(name) for name in cuda_bugs.SEEDED_BUGS]
-
-
-def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16) -> set[str]:
-    """Names of the forward and the backward kernel."""
-    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype)}
-
-
-def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
-    """(name, kernels that run, check). Rank 40, whose kernels hold most statements, goes first, and small tiles do."""
-
-    def order(layer):
-        tile, _, rank = layer
-        return rank != 40, tile.block_m * tile.block_n
-
-    for tile, dropout, rank in sorted(cuda.EVERY_KERNEL, key=order):
-        name = f"integers {cuda.describe(tile)} R={rank} {cuda.describe(dropout)}"
-        options = _limited([cuda.schedule_of(tile, dropout, rank)])[0]
-        check = functools.partial(cuda.check_integers, tile, dropout, rank, options)
-        yield name, _kernels_of(tile, dropout, rank), check
-    for needs in cuda.SUBSETS:
-        name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
-        yield name, _kernels_of(cuda.LARGE, False, 16), functools.partial(cuda.check_needs, needs)
-    for tile, sizes in reversed(cuda.LAYERS):
-        for dropout_p in (0.0, 0.3):
-            kernels = _kernels_of(tile, dropout_p > 0, sizes[3])
-            check = functools.partial(cuda.check_schedules, tile, sizes, dropout_p)
-            title = f"schedules {cuda.describe(tile)} {sizes} p={dropout_p}"
-            for name, one in _each(check, title, cuda.SCHEDULES):
-                yield name, kernels, one
-    for tile, rank in cuda.FLOAT16_LAYERS:
-        kernels = _kernels_of(tile, False, rank, torch.float16)
-        check = functools.partial(cuda.check_float16_schedules, tile, rank)
-        for name, one in _each(check, f"float16 {cuda.describe(tile)} R={rank}", cuda.SCHEDULES):
-            yield name, kernels, one
-    for tile, rank in cuda.MASKED_LAYERS:
-        for end in (None, *cuda.ENDS):
-            name = f"mask {cuda.describe(tile)} R={rank} threshold {end or 'that bits equal'}"
-            yield name, _kernels_of(tile, True, rank), functools.partial(cuda.check_mask, tile, rank, end)
-    for number, layer in enumerate(cuda.GROUPED):
-        name = f"groups {cuda.describe(layer[0])} of {layer[0].group_m}"
-        options = dataclasses.replace(cuda.schedule_of_group(number), timeout_s=2 * LAUNCH_LIMIT_S)
-        yield name, _kernels_of(*layer), functools.partial(cuda.check_group, *layer, options)
 
 
 @functools.cache
@@ -427,7 +254,7 @@ REDUNDANT: dict[tuple[str, str], str] = {
 
 def cuda_deletions() -> list[Defect]:
     """A statement, in every kernel that has it."""
-    every = list(cuda_checks())
+    every = list(check_lists.cuda_checks())
 
     def defect(place, what, by_kernel):
         def ptx(name: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support import defects, equivalents
+from tests.support import check_lists, defects, equivalents
 from tests.support.defects import Finding
 from tests.support.mutation import Mutation
 
@@ -76,10 +76,10 @@ def in_order(seed: int, everything: Iterable[Generated]) -> list[Generated]:
 
 
 # The quick checks, which find most mutants, and all others of ``make test``.
-Checks = tuple[list[defects.Check], list[defects.Check]]
+Checks = tuple[list[check_lists.Check], list[check_lists.Check]]
 
 
-def findings(checks: Iterable[defects.Check], ways: int, must_compile: bool) -> list[Finding]:
+def findings(checks: Iterable[check_lists.Check], ways: int, must_compile: bool) -> list[Finding]:
     """Of the first ``ways`` checks that fail, whatever they raise: a mutant may raise anything.
 
     Args:

@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks.cuda_resources import toolkit
-from tests.support import cpp_mutations, cuda_runtime, defects
+from tests.support import check_lists, cpp_mutations, cuda_runtime
 from tests.support.cuda_emulation import entries_of
 from tests.support.cuda_runtime import NUMBERS
 from tests.support.generated import ROOT, Checks, Generated, Stillborn, run_tests
@@ -137,4 +137,4 @@ def _checks() -> list[tuple[str, set[str], Callable]]:
         _, element, m, n, rank, dropout = _NAME.fullmatch(min(check[1])).groups()
         return (m, n) != ("128", "256"), int(rank), element, m, dropout or ""
 
-    return sorted(defects.cuda_checks(), key=compiled)
+    return sorted(check_lists.cuda_checks(), key=compiled)

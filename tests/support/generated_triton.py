@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import triton
 
-from tests.support import defects, mutants, python_mutations
+from tests.support import check_lists, mutants, python_mutations
 from tests.support.generated import Checks, Generated, Stillborn, run_tests
 
 
@@ -23,12 +23,12 @@ def checks(generated: Generated) -> Checks:
     """What may find a mutant. Each raises Stillborn where the compiler refuses it."""
     kernels = functools.cache(lambda: mutants.load(generated))
 
-    def mutated(checks: Iterable[defects.Check]) -> Iterator[defects.Check]:
+    def mutated(checks: Iterable[check_lists.Check]) -> Iterator[check_lists.Check]:
         return ((name, functools.partial(_on, kernels, check)) for name, check in checks)
 
-    kinds = defects.triton_kinds(generated.module)
+    kinds = check_lists.triton_kinds(generated.module)
     first = [kind[0] for kind in kinds]
-    others = (check for check in defects.triton_checks(generated.module) if check not in first)
+    others = (check for check in check_lists.triton_checks(generated.module) if check not in first)
     host, tests = (("tests", functools.partial(run_tests, generated, *runs)) for runs in (_HOST_TESTS, _TESTS))
     return [*mutated(first), host], [*mutated(others), tests]
 
