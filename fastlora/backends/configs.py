@@ -70,7 +70,7 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
     "ampere": (
         TileConfig(128, 128, 32, 8, 8, 4),
         TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32),
-        TileConfig(32, 64, 64, 8, 4, 4, gradient_m=32),  # with 64, ptxas spills on sm_120 over packed weights
+        TileConfig(32, 64, 32, 8, 4, 4, gradient_m=32),  # in steps of 64, ptxas spills on sm_86 and sm_120
     ),
     "ampere few rows": (
         TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32),
@@ -79,8 +79,9 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(16, 32, 64, 8, 4, 4),  # in steps of 128, ptxas spills on sm_86
     ),
     "ampere large-rank": (
-        TileConfig(64, 128, 32, 8, 8, 3, gradient_m=32, gradient_n=32, slice_n=32),
-        TileConfig(16, 64, 32, 8, 8, 3, gradient_m=16, gradient_n=32),  # with 32, likewise
+        # With gradient_m=32, ptxas spills on sm_120, the smaller over packed weights.
+        TileConfig(64, 128, 32, 8, 8, 3, gradient_m=16, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 32, 8, 8, 3, gradient_m=16, gradient_n=32),
     ),
     "unaligned": (
         TileConfig(64, 64, 32, 8, 8, 3, gradient_m=32, slice_n=32),

@@ -7,11 +7,16 @@ import pytest
 import torch
 
 from tests.support.segment_checks import (
+    FLOAT16_SCALINGS,
     LAYOUTS,
     SIZES,
+    SUBSETS,
     WAYS,
     check_bad_ends,
+    check_float16_range,
     check_layout,
+    check_missing,
+    check_needs,
     check_way,
     draw,
     run,
@@ -41,6 +46,22 @@ IN_SWEEP = {("uneven", 90), ("separate", 90)}
 )
 def test_ways(way, arch):
     check_way(way, arch)
+
+
+@pytest.mark.parametrize("scaling", FLOAT16_SCALINGS)
+def test_a_float16_branch_overflows_where_the_composed_layer_does(scaling):
+    check_float16_range(scaling, 80)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
+def test_gradients_that_are_asked_for(arch, needs):
+    check_needs(needs, arch)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_does_not_exist_gives_nan(arch):
+    check_missing(arch)
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -235,6 +235,32 @@ def test_the_compiler_is_told_the_tiles_warps_and_stages(hopper):
     assert launch.options == {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
 
 
+@pytest.mark.parametrize("direction", ("forward", "backward"))
+def test_blocks_are_cut_from_matrices_as_they_lie(hopper, direction):
+    """Of act, the weight, which each direction contracts over other columns, and the factor that makes S or dS."""
+
+    def blocks(base_format):
+        return triton_lora.prepare(described(direction, base_format=base_format), CONFIG).launch.blocks
+
+    as_stored, turned, down = ([32, 64], [64, 32], [16, 64])
+    if direction == "backward":
+        as_stored, turned, down = turned, as_stored, down[::-1]
+    assert blocks("dense") == ([64, 64], as_stored, down) and blocks("transposed") == ([64, 64], turned, down)
+
+
+def test_what_is_not_served_says_why():
+    spec = described()
+    assert triton_lora.why_unsupported(spec) is None
+    for changes, reason in (
+        ({"base_format": "nf4"}, "no kernel for a nf4 base weight with a single branch"),
+        ({"branch": "segments"}, "no kernel for a dense base weight with a segments branch"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"sizes": spec.sizes._replace(r=257)}, "rank 257 is above 256"),
+        ({"sizes": spec.sizes._replace(r=256, k=1 << 23)}, "256 x 8388608 elements"),
+    ):
+        assert reason in triton_lora.why_unsupported(spec._replace(**changes))
+
+
 @pytest.mark.parametrize("unaligned", ("act", "weight", "lora_a"))
 def test_what_lies_unaligned_goes_by_pointer(hopper, unaligned):
     spec = described()

@@ -109,6 +109,23 @@ def triton_segments_dropped(arch: int) -> Iterator[Check]:
     yield from _each(check, f"sm_{arch} segments, dropout", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
 
 
+def triton_segments_float16(arch: int) -> Iterator[Check]:
+    for scaling in segments.FLOAT16_SCALINGS:
+        check = functools.partial(segments.check_float16_range, scaling, arch)
+        yield f"sm_{arch} segments, float16 range {scaling}", check
+
+
+def triton_segment_needs(arch: int) -> Iterator[Check]:
+    for needs in segments.SUBSETS:
+        name = "+".join(name for name, wanted in needs._asdict().items() if wanted)
+        yield f"sm_{arch} segments, gradients {name}", functools.partial(segments.check_needs, needs, arch)
+
+
+def triton_missing(arch: int) -> Iterator[Check]:
+    check = functools.partial(segments.check_missing, arch)
+    yield from _each(check, f"sm_{arch} segments, what does not exist", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+
+
 def triton_bad_ends(arch: int) -> Iterator[Check]:
     check = functools.partial(segments.check_bad_ends, arch)
     yield from _each(check, f"sm_{arch} segments, bad ends", triton.SCHEDULES, segments.BAD_ENDS_SCHEDULES)
@@ -131,7 +148,14 @@ def triton_kinds(module: str) -> list[list[Check]]:
             triton_needs,
             triton_transposed,
         ),
-        "segments": (triton_segments, triton_segment_ways, triton_bad_ends),
+        "segments": (
+            triton_segments,
+            triton_segment_ways,
+            triton_segment_needs,
+            triton_segments_float16,
+            triton_missing,
+            triton_bad_ends,
+        ),
     }
     by_family = {
         name: [[*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in each] for name, each in kinds.items()

@@ -2,6 +2,7 @@
 
 _ROUNDS = "w0, w1, w2, w3 = tl.philox(dropout.seed, low, high, {}, PHILOX_ROUNDS)"
 _LOCATE = "row, column, _, _ = locate(claimed, n_rows, n_columns, 0, {}, wave, variant.tile.group_m)"
+_OUTSIDE = "what is not inside is neither stored nor multiplied"
 _INSIDE = "a bound of a side that is known to be inside is not read"
 
 # (file, its mutated lines): why.
@@ -20,6 +21,18 @@ REASONS: dict[tuple[str, str], str] = {
         "launch.py",
         'outputs = [made and torch.empty(1, dtype=made[1], device="meta") for made in self.outputs]',
     ): "stands for a tensor of any size",
+    (
+        "launch.py",
+        "blocks=tuple(block if tma else None for block, tma in zip(blocks, by_tma, strict=False)),",
+    ): "there are three of both",
+    (
+        "packed_weight.py",
+        "outer = tl.load(packed.absmax2_ptr + index // format.nested_block, mask=inside, other=1.0)",
+    ): _OUTSIDE,
+    (
+        "quantised_kernels.py",
+        "stride_bn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, variant,",
+    ): "a packed weight has no strides",
 }
 for _fields in (
     "1, 0, 1.0, 0",
@@ -50,3 +63,19 @@ for _number in (1, -1):
         "up_block = load_block(product.up, tl.minimum(offs_n, shape.N - 1), offs_r, {}, shape.R, True, False).T",
     ):
         REASONS["branch.py", _line.format(_number)] = _INSIDE
+for _number in (1, -1):
+    for _line in (
+        "values -= tl.load(packed.zeros_ptr + index, mask=inside, other={}).to(tl.float32)",
+        "words = tl.load(words_ptr + groups // 8, mask=inside_groups, other={})",
+        "pairs = tl.load(packed.codes_ptr + start // 2 + offs // 2, mask=inside, other={}).to(tl.int32)",
+        "codes = tl.load(packed.codes_ptr + start + offs, mask=inside, other={})",
+        "scales = tl.load(packed.scales_ptr + index, mask=inside, other={})",
+    ):
+        REASONS["packed_weight.py", _line.format(_number)] = _OUTSIDE
+for _condition in (
+    "config.block_k > 63 and config.block_m > 16",
+    "config.block_k > 65 and config.block_m > 16",
+    "config.block_k >= 64 and config.block_m > 16",
+    "config.block_k > 64 and config.block_m > 17",
+):
+    REASONS["segment_launch.py", f"if {_condition}:"] = "sides are powers of two, and a step of 64 stays one"

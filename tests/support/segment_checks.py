@@ -16,7 +16,7 @@ from fastlora.backends.triton import segment_launch
 from fastlora.problem import Needs
 from fastlora.segments import GroupedBackward, GroupedForward, Segments, describe_segments
 from tests.emulator import LaunchOptions
-from tests.support import segments
+from tests.support import float16_range, segments
 from tests.support.triton_checks import DROPPED_SCHEDULES, SCHEDULES, SMALL
 from tests.support.triton_emulation import emulated
 
@@ -43,6 +43,17 @@ LAYOUTS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "one segment": ([77], {"experts": [0], "adapters": [0]}),
     "no branch at all": ([40, 50], {"experts": [1, 0], "n_adapters": 1, "adapters": [-1, -1]}),
     "only rows past the last end": ([0, 0], {"experts": [0, 1], "adapters": [0, -1], "rows_after": 70}),
+    # More than are looked at together, and more adapters and biases than one tile zeroes.
+    "hundreds": (
+        [0] * 100 + [3, 0, 17] + [0] * 150 + [2, 1, 0, 40] + [0] * 13,
+        {
+            "experts": [g % 40 for g in range(270)],
+            "n_weights": 40,
+            "n_adapters": 40,
+            "adapters": [g * 7 % 40 for g in range(270)],
+            "rows_after": 2,
+        },
+    ),
     "few": (
         [5, 0, 40, 3],
         {"experts": [1, 2, 0, 1], "n_weights": 3, "n_adapters": 3, "adapters": [0, 1, 0, -1], "rows_after": 3},
@@ -50,11 +61,24 @@ LAYOUTS: dict[str, tuple[list[int], dict[str, Any]]] = {
 }
 
 
+SUBSETS = (Needs(False, True, False, False), Needs(True, False, True, False), Needs(False, False, False, True))
+FLOAT16_SCALINGS = (-0.3, 1.5, 3000.3)
 SIZES = (64, 112, 16)  # N, K, R: multiples of 16, whose loads are asynchronous; several columns, of unlike numbers
-# By name: N, K, R; dtype; options of draw_case; changes of the tile.
+# By name: N, K, R; dtype; options of draw_case, which the layout's give way to; changes of the tile.
 WAYS: dict[str, tuple[tuple[int, int, int], torch.dtype, dict[str, Any], dict[str, Any]]] = {
     "uneven": ((40, 72, 5), torch.bfloat16, {"integers": True, "bias": "one"}, {}),
-    "separate": (SIZES, torch.bfloat16, {"integers": True}, {"fused": False}),
+    "separate": (
+        SIZES,
+        torch.bfloat16,
+        {"integers": True},
+        {"fused": False, "block_k": 64, "gradient_m": 64, "gradient_n": 16},
+    ),
+    "of one weight": (
+        (40, 72, 1),
+        torch.bfloat16,
+        {"integers": True, "bias": "one", "n_weights": 1, "experts": None, "n_adapters": 9, "adapters": None},
+        {},
+    ),
     "dropout": (SIZES, torch.float16, {"dropout_p": 0.3, "transposed": True, "scaling": "each"}, {"group_m": 1}),
 }
 
@@ -62,7 +86,7 @@ WAYS: dict[str, tuple[tuple[int, int, int], torch.dtype, dict[str, Any], dict[st
 def draw(layout: str, n: int, k: int, r: int, dtype: torch.dtype, **options: Any) -> segments.Case:
     """A case of one of the layouts; ``options`` of draw_case."""
     lengths, given = LAYOUTS[layout]
-    return segments.draw_case(lengths, n, k, r, dtype, **given, **options)
+    return segments.draw_case(lengths, n, k, r, dtype, **given | options)
 
 
 def launch(
@@ -127,6 +151,44 @@ def check_way(way: str, arch: int, schedules=DROPPED_SCHEDULES, **altered):
     for schedule in schedules:
         results, _ = run(case, config, arch, schedule, **altered)
         (segments.assert_exact if options.get("integers") else segments.assert_accurate)(results, case)
+
+
+def check_needs(needs: Needs, arch: int, **altered):
+    """Each subset of the gradients is a kernel of its own."""
+    case = draw("ragged", *SIZES, torch.bfloat16, integers=True, bias="each", scaling="each")
+    results, _ = run(case, SMALL[arch], arch, SCHEDULES[3], needs, **altered)
+    assert set(results) == {"y", *(name for name, need in needs._asdict().items() if need)}
+    segments.assert_exact(results, case)
+
+
+def check_float16_range(scaling: float, arch: int, **altered):
+    """Overflow of a scaling on the device where the composed layer of one adapter overflows, and nowhere else."""
+    for regime in float16_range.REGIMES:
+        alone = float16_range.draw(regime, scaling, 130, 48, 96, 5)
+        case = segments.Case(
+            alone.x, alone.weight[None], alone.lora_a[None], alone.lora_b[None], alone.bias, alone.dy,
+            torch.tensor([scaling]), torch.tensor([40, 130], dtype=torch.int32), *torch.zeros(2, 2, dtype=torch.int32),
+        )  # fmt: skip
+        results, _ = run(case, SMALL[arch], arch, SCHEDULES[2], **altered)
+        results |= {name: results[name][0] for name in ("da", "db")}
+        float16_range.check(results, alone)
+
+
+def check_missing(arch: int, schedules=DROPPED_SCHEDULES, **altered):
+    """Rows whose weight or adapter does not exist are NaN, all others right."""
+    case = draw("ragged", *SIZES, torch.bfloat16, integers=True, bias="each", scaling="each")
+    experts, adapters = torch.tensor([0, 3, 2, 0, 1, 2, -1, 1, 2]), case.adapters.clone()
+    adapters[4] = 5
+    right = segments.by_loop(case.to(torch.float64))
+    missing = torch.zeros(len(case.x), dtype=torch.bool)
+    for g in (1, 4, 6):
+        missing[case.ends[g - 1] : case.ends[g]] = True
+    for options in schedules:
+        broken = segments.changed(case, experts=experts, adapters=adapters)
+        results, _ = run(broken, SMALL[arch], arch, options, **altered)
+        for name in ("y", "dx"):
+            assert results[name][missing].isnan().all(), f"{name} is a number"
+            assert torch.equal(results[name][~missing].double(), right[name][~missing]), name
 
 
 def check_bad_ends(arch: int, schedules=BAD_ENDS_SCHEDULES, **altered):

@@ -31,7 +31,7 @@ class PackedWeight(NamedTuple):
 
 
 @triton.jit
-def decode_part(packed, out_ptr, start, left, dtype: tl.constexpr, variant: tl.constexpr):
+def decode_part(packed, out_ptr, start, left, variant: tl.constexpr):
     """Decodes the ``left`` elements from ``start`` on, a multiple of eight, variant.packed.part of them at most."""
     format: tl.constexpr = variant.packed
     PART: tl.constexpr = format.part
@@ -40,7 +40,7 @@ def decode_part(packed, out_ptr, start, left, dtype: tl.constexpr, variant: tl.c
         groups = chunk + 8 * tl.arange(0, CHUNK // 8)
         offs = groups[:, None] + tl.arange(0, 8)[None, :]
         inside = (groups < left)[:, None] if format.whole else offs < left
-        values = _values(packed, start, groups, groups < left, offs, inside, dtype, format)
+        values = _values(packed, start, groups, groups < left, offs, inside, format)
         tl.store(out_ptr + start + offs, values, mask=inside)
 
 
@@ -58,13 +58,13 @@ def load_packed(packed, n, k, shape, dtype: tl.constexpr, variant: tl.constexpr)
     each = tl.expand_dims(inside, 2)
     start = tl.cast(n * BLOCK_N, tl.int64) * shape.K
     offs = tl.expand_dims(groups, 2) + tl.arange(0, 8)
-    values = _values(packed, start, groups, inside, offs, each, dtype, format)
+    values = _values(packed, start, groups, inside, offs, each, format)
     return tl.reshape(tl.where(each, values, 0.0).to(dtype), (BLOCK_N, BLOCK_K)).T
 
 
 @triton.jit
-def _values(packed, start, groups, inside_groups, offs, inside, dtype: tl.constexpr, format: tl.constexpr):
-    """The values of elements ``start`` + offs, which are eight from each of ``groups`` on; only what is ``inside`` is
+def _values(packed, start, groups, inside_groups, offs, inside, format: tl.constexpr):
+    """The float32 values of elements ``start`` + offs, eight from each of ``groups`` on; only what is ``inside`` is
     read."""
     values = _codes(packed, start, groups, inside_groups, offs, inside, format)
     if format.grouped:
@@ -74,7 +74,7 @@ def _values(packed, start, groups, inside_groups, offs, inside, dtype: tl.conste
     if packed.zeros_ptr is not None:
         index = _block_of(packed, start, offs, format)
         values -= tl.load(packed.zeros_ptr + index, mask=inside, other=0).to(tl.float32)
-    return (values * scales).to(dtype)
+    return values * scales
 
 
 @triton.jit

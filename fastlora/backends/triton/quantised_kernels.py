@@ -85,5 +85,4 @@ def decode_tile(packed, scratch_ptr, first_row, rows, K, part, variant: tl.const
     first = tl.cast(first_row, tl.int64) * K
     done = part.to(tl.int64) * PART
     left = tl.maximum(tl.minimum(tl.cast(rows, tl.int64) * K - done, PART), 0).to(tl.int32)
-    dtype: tl.constexpr = scratch_ptr.dtype.element_ty
-    decode_part(packed, scratch_ptr, first + done, left, dtype, variant)
+    decode_part(packed, scratch_ptr, first + done, left, variant)

@@ -232,7 +232,7 @@ def _step(segment, group, owner, owners, segments, LEAST: tl.constexpr, variant:
     """Which step of its owner's sum the rows are that a segment has in a row group, and of how many."""
     index, count = group - segment.first_block // variant.tile.group_m, 0
     total, before = 0, 0
-    for first in range(0, segments.count + 1, variant.block_g):
+    for first in range(0, segments.count, variant.block_g):
         start, end = _bounds(segments, first, before, variant)
         n_blocks = tl.cdiv(end - start, variant.tile.block_m)
         last = total + tl.cumsum(n_blocks, 0)  # row block behind the segment's last
@@ -272,7 +272,7 @@ def zero_tile(sums, owners, tile, first_owner, segments, LEAST: tl.constexpr, va
 @triton.jit
 def _has_rows(owner, owners, segments, LEAST: tl.constexpr, variant: tl.constexpr):
     rows, before = 0, 0
-    for first in range(0, segments.count + 1, variant.block_g):
+    for first in range(0, segments.count, variant.block_g):
         start, end = _bounds(segments, first, before, variant)
         g = first + tl.arange(0, variant.block_g)
         own = _owner(owners, g, segments.count, LEAST) == owner
