@@ -5,13 +5,15 @@ Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2
 
 from fastlora.analysis.projections import Amplification, amplification, top_singular_values
 from fastlora.analysis.spectra import effective_rank, spectrum
-from fastlora.analysis.subspaces import random_similarity, subspace_similarity
+from fastlora.analysis.subspaces import delta_cosine, random_similarity, row_similarity, subspace_similarity
 
 __all__ = [
     "Amplification",
     "amplification",
+    "delta_cosine",
     "effective_rank",
     "random_similarity",
+    "row_similarity",
     "spectrum",
     "subspace_similarity",
     "top_singular_values",

@@ -11,9 +11,12 @@ from torch import Tensor
 from fastlora.adapters.files import AdapterLayer
 from fastlora.analysis.projections import amplification
 from fastlora.analysis.spectra import effective_rank, spectrum
-from fastlora.analysis.subspaces import random_similarity, subspace_similarity
+from fastlora.analysis.subspaces import delta_cosine, random_similarity, row_similarity, subspace_similarity
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)(?=\.|$)")
+# Mean cosine of corresponding rows of two A above which they began alike. Rows of independent ones have one of 0 with
+# a standard deviation of 1 / sqrt(rows·K), which matters where A is tiny.
+_SAME_START, _DEVIATIONS = 0.3, 5.0
 _FLAT_LIST = re.compile(
     r"\"(?:[^\"\\]|\\.)*\"|\[[^\[\]{}\"]*\]"
 )  # a string, which stays as it is, or a list of numbers
@@ -47,7 +50,8 @@ def analyze_layers(
     Returns:
         A dictionary a layer, in the adapter's order: path, type, layer, shape [N, K], rank, scaling, delta_norm,
         spectrum, effective_rank; with weights "amplification" (the fields of `Amplification`); with others
-        "similarity": rank_against, the tables a and b [r1][r2] and `random`, what chance would give for A.
+        "similarity": rank_against, delta_cosine, the tables a and b [r1][r2], what chance would give for them (random
+        and random_b), and rows_of_a, the mean cosine of A's corresponding rows, with same_start, what it means.
 
     Raises:
         ValueError: a layer holds NaN, or does not fit its weight or its other; the message names the path.
@@ -80,11 +84,17 @@ def _analyze(path: str, layer: AdapterLayer, weight: Tensor | None, other: Adapt
     if weight is not None:
         row["amplification"] = asdict(amplification(weight, a, b, scaling))
     if other is not None:
+        ranks = a.shape[0], other.lora_a.shape[0]
+        rows_of_a = row_similarity(a, other.lora_a)
         row["similarity"] = {
-            "rank_against": other.lora_a.shape[0],
+            "rank_against": ranks[1],
+            "delta_cosine": delta_cosine(layer, other),
             "a": subspace_similarity(a, other.lora_a).tolist(),
             "b": subspace_similarity(b, other.lora_b, side="left").tolist(),
-            "random": random_similarity(a.shape[0], other.lora_a.shape[0], a.shape[1]).tolist(),
+            "random": random_similarity(*ranks, a.shape[1]).tolist(),
+            "random_b": random_similarity(*ranks, b.shape[0]).tolist(),
+            "rows_of_a": rows_of_a,
+            "same_start": rows_of_a > max(_SAME_START, _DEVIATIONS / math.sqrt(min(ranks) * a.shape[1])),
         }
     return row
 

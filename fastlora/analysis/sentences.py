@@ -15,7 +15,7 @@ def narrow_table(rows: list[dict]) -> Table:
     if "amplification" in rows[0]:
         columns.append(("factor", _factor))
     if "similarity" in rows[0]:
-        columns += [("φ_A", _shared), ("chance", _chance)]
+        columns += [("cos ΔW", _cosine), ("φ_B", _shared_b), ("φ_A", _shared_a)]
     lines = []
     for kind, members in types_of(rows).items():
         ranks = [row["rank"] for row in members]
@@ -26,7 +26,8 @@ def narrow_table(rows: list[dict]) -> Table:
 
 
 def sentences(rows: list[dict]) -> list[str]:
-    """Three: how large ΔW is, how many directions it has, and what these do to W or share with another adapter."""
+    """Three: how large ΔW is, how many directions it has, and what these do to W or share with another adapter. And a
+    warning where a common start, not training, is what two adapters share."""
     norms = _by_type(rows, _norm)
     if not any(norms.values()):
         return [
@@ -34,7 +35,7 @@ def sentences(rows: list[dict]) -> list[str]:
             "It therefore has no directions to count.",
             "Train it first, or name another adapter.",
         ]
-    return [_size(norms), _directions(rows), _effect(rows)]
+    return [_size(norms), _directions(rows), _effect(rows), *_warning(rows)]
 
 
 def _size(norms: dict[str, float]) -> str:
@@ -68,10 +69,13 @@ def _effect(rows: list[dict]) -> str:
         where = f", most in {shown(most)}: {number(by_type[most])} times" if most is not None else ""
         parts.append(f"in its own directions ΔW is {mean} times what W has there{where}")
     if "similarity" in rows[0]:
-        overlap, chance = (number(mean_of([value(row) for row in rows])) for value in (_shared, _chance))
+        cosine, b, of_b, a, of_a = (
+            number(mean_of([value(row) for row in rows]))
+            for value in (_cosine, _shared_b, _chance_b, _shared_a, _chance_a)
+        )
         parts.append(
-            f"the two adapters' A share φ = {overlap} of their leading directions (1: the same, 0: orthogonal; "
-            f"{chance} by chance)"
+            f"the two adapters' ΔW have a cosine of {cosine}; of their leading directions they share in "
+            f"B φ = {b} ({of_b} by chance) and A φ = {a} ({of_a}); 1: the same, 0: orthogonal"
         )
     if not parts:
         return (
@@ -80,6 +84,17 @@ def _effect(rows: list[dict]) -> str:
         )
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}."
+
+
+def _warning(rows: list[dict]) -> list[str]:
+    alike = [row for row in rows if "similarity" in row and row["similarity"]["same_start"]]
+    if not alike:
+        return []
+    cosine = number(mean_of([row["similarity"]["rows_of_a"] for row in alike]))
+    return [
+        f"In {len(alike)} of {len(rows)} layers both adapters began with the same random A (its rows still correspond, "
+        f"with a mean cosine of {cosine}): there φ_A says nothing of what they learned. Go by B and ΔW."
+    ]
 
 
 def _by_type(rows: list[dict], value: _Value) -> dict[str, float]:
@@ -100,9 +115,21 @@ def _factor(row: dict) -> float | None:
     return row["amplification"]["factor"]
 
 
-def _shared(row: dict) -> float | None:
+def _cosine(row: dict) -> float | None:
+    return row["similarity"]["delta_cosine"]
+
+
+def _shared_a(row: dict) -> float | None:
     return last(row["similarity"]["a"])
 
 
-def _chance(row: dict) -> float | None:
+def _shared_b(row: dict) -> float | None:
+    return last(row["similarity"]["b"])
+
+
+def _chance_a(row: dict) -> float | None:
     return last(row["similarity"]["random"])
+
+
+def _chance_b(row: dict) -> float | None:
+    return last(row["similarity"]["random_b"])

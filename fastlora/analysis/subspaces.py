@@ -1,9 +1,11 @@
-"""Whether two adapters found the same directions: normalised similarity of their leading subspaces."""
+"""Whether two adapters found the same: similarity of their leading subspaces, of ΔW itself, and of how A began."""
+
+import math
 
 import torch
 from torch import Tensor
 
-from fastlora.analysis.factors import check_matrix, numerical_rank
+from fastlora.analysis.factors import check_factors, check_matrix, numerical_rank
 
 SIDES = ("right", "left")
 
@@ -66,6 +68,55 @@ def random_similarity(r1: int, r2: int, size: int) -> Tensor:
     j = torch.arange(1, r2 + 1, dtype=torch.float64)
     larger = torch.maximum(i[:, None], j)
     return (larger / size).masked_fill(larger > size, torch.nan)
+
+
+def delta_cosine(first: tuple[Tensor, Tensor, float], second: tuple[Tensor, Tensor, float]) -> float:
+    """⟨ΔW₁, ΔW₂⟩ / (‖ΔW₁‖·‖ΔW₂‖), the cosine of two updates as vectors of N·K numbers: 1 for the same change up to its
+    size, near 0 for unrelated ones. By ⟨B₁A₁, B₂A₂⟩ = Σ (B₁ᵀB₂)∘(A₁A₂ᵀ), without either product.
+
+    Args:
+        first, second: A [r, K], B [N, r] and the scaling of each; ranks may differ.
+
+    Returns:
+        Between −1 and 1; NaN where a ΔW is 0.
+
+    Raises:
+        ValueError, TypeError: as ``check_factors``; or N or K differ.
+    """
+    for each in (first, second):
+        check_factors(*each)
+    (a_1, b_1, s_1), (a_2, b_2, s_2) = ((a.detach().double(), b.detach().double(), s) for a, b, s in (first, second))
+    if a_1.shape[1] != a_2.shape[1] or b_1.shape[0] != b_2.shape[0]:
+        raise ValueError(
+            f"ΔW of [{b_1.shape[0]}, {a_1.shape[1]}] and of [{b_2.shape[0]}, {a_2.shape[1]}] are of different shape"
+        )
+
+    def inner(a: Tensor, b: Tensor, other_a: Tensor, other_b: Tensor) -> float:
+        return ((b.T @ other_b) * (a @ other_a.T)).sum().item()
+
+    squares = inner(a_1, b_1, a_1, b_1), inner(a_2, b_2, a_2, b_2)
+    if min(squares) <= 0.0 or not s_1 * s_2:
+        return math.nan
+    cosine = inner(a_1, b_1, a_2, b_2) / math.sqrt(squares[0] * squares[1]) * math.copysign(1.0, s_1 * s_2)
+    return min(1.0, max(-1.0, cosine))
+
+
+def row_similarity(first: Tensor, second: Tensor) -> float:
+    """Mean cosine of the corresponding rows of two A.
+
+    Training turns what A spans, but not row i of one adapter towards row i of another: rows that correspond are what is
+    left of a common random start.
+
+    Args:
+        first: [r1, K]. second: [r2, K]; the first min(r1, r2) rows are compared.
+
+    Raises:
+        ValueError, TypeError: as ``subspace_similarity``.
+    """
+    check_matrix("first", first)
+    check_matrix("second", second)
+    r = min(len(first), len(second))
+    return torch.cosine_similarity(first[:r].detach().double(), second[:r].detach().double(), dim=1).mean().item()
 
 
 def _directions(matrix: Tensor, side: str) -> Tensor:

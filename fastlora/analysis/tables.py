@@ -56,11 +56,14 @@ _AMPLIFICATION: list[_Column] = [
     ("factor", lambda row: row["amplification"]["factor"]),
 ]
 _SIMILARITY: list[_Column] = [
-    ("φ_A(1, 1)", lambda row: row["similarity"]["a"][0][0]),
-    ("φ_A(r, r)", lambda row: last(row["similarity"]["a"])),
+    ("cos ΔW", lambda row: row["similarity"]["delta_cosine"]),
     ("φ_B(1, 1)", lambda row: row["similarity"]["b"][0][0]),
     ("φ_B(r, r)", lambda row: last(row["similarity"]["b"])),
-    ("chance φ_A(r, r)", lambda row: last(row["similarity"]["random"])),
+    ("by chance", lambda row: last(row["similarity"]["random_b"])),
+    ("φ_A(1, 1)", lambda row: row["similarity"]["a"][0][0]),
+    ("φ_A(r, r)", lambda row: last(row["similarity"]["a"])),
+    ("by chance", lambda row: last(row["similarity"]["random"])),
+    ("rows of A", lambda row: row["similarity"]["rows_of_a"]),
 ]
 
 
@@ -102,7 +105,11 @@ def _note(rows: list[dict]) -> str:
     if "amplification" in rows[0]:
         notes.append("‖UᵀWV‖ with U, V from ΔW, from W, from a random matrix; factor is ‖ΔW‖ over the first.")
     if "similarity" in rows[0]:
-        notes.append("φ compares the leading r directions of both, r the smaller rank: 1 the same, 0 orthogonal.")
+        notes.append(
+            "cos ΔW is the cosine of both updates; φ compares the leading r directions of both, r the smaller rank: 1 "
+            "the same, 0 orthogonal; rows of A: the mean cosine of those that correspond, near 0 unless both began "
+            "with the same random A, after which φ_A says nothing of training."
+        )
     return " ".join(notes)
 
 

@@ -26,7 +26,7 @@ _SHOWN = 4
     "Adds the amplification of its directions.",
 )
 @click.option(
-    "--against", type=click.Path(path_type=Path), help="A second adapter on the same layers: adds their similarity φ."
+    "--against", type=click.Path(path_type=Path), help="A second adapter on the same layers: adds what they share."
 )
 @click.option("--modules", help="Only these layers: names or ends of their paths, separated by commas.")
 @click.option(
@@ -181,7 +181,7 @@ def _write(report: dict, output: Path) -> None:
 
 
 def _similarity_files(report: dict) -> dict[str, bytes]:
-    """A picture a matrix type: φ of A and of B in the middle layer, and A's mean over the layers of one shape."""
+    """A picture a matrix type: φ of B and of A in the middle layer, and B's mean over the layers of one shape."""
     import numpy as np
 
     from fastlora.analysis.plots import similarity_png
@@ -190,12 +190,12 @@ def _similarity_files(report: dict) -> dict[str, bytes]:
     files = {}
     for kind, members in types_of(report["layers"]).items():
         row = middle(members)
-        tables = {key: np.array(row["similarity"][key]) for key in "ab"}
+        tables = {key: np.array(row["similarity"][key]) for key in "ba"}
         panels = [(f"{key.upper()} of {row['path']}", table) for key, table in tables.items()]
-        alike = [np.array(m["similarity"]["a"]) for m in members]
-        alike = [table for table in alike if table.shape == tables["a"].shape]
+        alike = [np.array(m["similarity"]["b"]) for m in members]
+        alike = [table for table in alike if table.shape == tables["b"].shape]
         if len(alike) > 1:
-            panels.append((f"A, mean over {len(alike)} layers", np.mean(alike, axis=0)))
+            panels.append((f"B, mean over {len(alike)} layers", np.mean(alike, axis=0)))
         title = f"φ(i, j) of {kind}: {_short(report['adapter'])} (i) against {_short(report['against'])} (j)"
         name = re.sub(r"[^\w.-]", "_", kind)[:50]  # as many characters of four bytes as a file name may have
         while f"similarity_{name}.png" in files:

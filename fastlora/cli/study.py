@@ -170,5 +170,5 @@ def _suggest(output: Path, budget: int | None) -> None:
     limit = budget or settings["budget"] or default_budget(tuple(header["costs"]))
     tokens = settings["steps"] * settings["batch_size"] * settings["block_size"]
     source = f"{len(results)} runs of {tokens:,} tokens on {header['model']} in {output}"
-    for line in suggestion_lines(rank_by_loss(summarize(results), limit), limit, source):
+    for line in suggestion_lines(rank_by_loss(summarize(results), limit), limit, source, settings):
         click.echo(line)

@@ -10,6 +10,7 @@ from statistics import mean
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import fastlora
 from fastlora.adapters.files import read_adapter
@@ -116,9 +117,36 @@ def test_base_and_against(fastlora_cli, make_adapter, tiny_model, base, tmp_path
     assert "factor" in written and "φ_A(r, r)" in written
     assert_shown(result, rows, written)
     factor = number(mean(row["amplification"]["factor"] for row in rows.values()))
-    overlap = number(mean(row["similarity"]["a"][1][1] for row in rows.values()))
+    b, cosine = (number(mean(value(row["similarity"]) for row in rows.values())) for value in (
+        lambda similarity: similarity["b"][1][1], lambda similarity: similarity["delta_cosine"],
+    ))  # fmt: skip
     assert f"In its own directions ΔW is {factor} times what W has there" in result.text
-    assert f"the two adapters' A share φ = {overlap} of their leading directions" in result.text
+    assert f"the two adapters' ΔW have a cosine of {cosine};" in result.text
+    assert f"they share in B φ = {b} (0.0938 by chance) and A φ =" in result.text
+    assert "began with the same random A" not in result.text
+
+
+def test_a_common_start_is_said(fastlora_cli, make_adapter, tmp_path):
+    """Also where the ranks differ, and A has moved since: rows that correspond are of the start."""
+    adapter, other = make_adapter("adapter"), tmp_path / "other"
+    shutil.copytree(adapter, other)
+    tensors = load_file(other / WEIGHTS)
+    config = json.loads((other / CONFIG).read_text())
+    (other / CONFIG).write_text(json.dumps(config | {"r": 2}))
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if "lora_A" in name:
+            tensors[name] = (tensor + 0.5 * tensor.std() * noise)[:2].contiguous()
+        else:
+            tensors[name] = noise[:, :2].contiguous()
+    save_file(tensors, other / WEIGHTS)
+    result = fastlora_cli("analyze", adapter, "--against", other, "--output", tmp_path / "out")
+    assert result.code == 0, result.err
+    rows = report_of(tmp_path / "out")
+    assert all(row["similarity"]["same_start"] and 0.7 < row["similarity"]["rows_of_a"] < 1 for row in rows.values())
+    assert f"In {len(rows)} of {len(rows)} layers both adapters began with the same random A" in result.text
+    assert "Go by B and ΔW" in result.text
 
 
 def test_an_adapter_against_itself_is_the_same_everywhere(fastlora_cli, make_adapter, tmp_path):

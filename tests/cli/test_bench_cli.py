@@ -320,5 +320,5 @@ def test_claims_are_written_as_tables(found, tmp_path):
     stored, text = claims.write_claims(found, tmp_path)
     assert json.loads(stored.read_text())["runs"].keys() == found["runs"].keys()
     written = text.read_text()
-    for line in ("trainable parameters", "merged ÷ base inference time", "| weights |", "fastlora bench --claims"):
+    for line in ("trained parameters", "merged ÷ base inference time", "| weights |", "GPT-3 175B", "bench --claims"):
         assert line in written

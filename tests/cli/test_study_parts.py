@@ -1,6 +1,8 @@
 """The study's parts alone: budgets and ranks, claims between processes, the suggestion."""
 
+import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ from fastlora.errors import CommandError
 from fastlora.study.plan import RunSpec, StudySettings, default_budget, make_plan, rank_for
 from fastlora.study.results import summarize
 from fastlora.study.store import RunStore
-from fastlora.study.suggest import indistinguishable, rank_by_loss
+from fastlora.study.suggest import finetune_command, indistinguishable, rank_by_loss, suggestion_lines
 
 SMOLLM2 = (34560, 23040, 23040, 34560)  # 30 layers of 576 x 576 and, for keys and values, 192 x 576
 SPEC = RunSpec((0, 2), 8, 1)
@@ -133,6 +135,9 @@ MEASURED = [
 ]
 
 
+SETTINGS = StudySettings().to_dict()
+
+
 class TestSuggestion:
     def test_lowest_mean_loss_within_the_budget(self):
         """Wo diverged once and Wv lacks a seed: neither counts, whatever its other losses."""
@@ -140,6 +145,38 @@ class TestSuggestion:
         assert [(entry["label"], entry["rank"]) for entry in ordered] == [("Wq+Wv", 4), ("Wq+Wv", 1), ("Wq", 7)]
         assert rank_by_loss(summarize(MEASURED), 5000)[0]["rank"] == 8
         assert rank_by_loss(summarize(MEASURED), 300)[0]["rank"] == 1
+
+    def test_one_seed_is_said(self, fastlora_cli, store):
+        store.begin(StudySettings(), {"model": "a model", "text": "0", "costs": [100] * 4})
+        for result in MEASURED:
+            if result["seed"] == 0:
+                (store.runs / f"{result['label']}-r{result['rank']}-s0.json").write_text(json.dumps(result))
+        advice = fastlora_cli("study", "--suggest", "--output", store.directory)
+        assert "By one seed alone" in advice.out and "--seeds 3" in advice.out
+        assert "not told apart" not in advice.out
+
+    def test_what_is_within_the_spread_is_said_where_nothing_is_cheaper(self):
+        results = [*run_result("Wq", 4, 400, [3.0, 3.2]), *run_result("Wv", 8, 800, [2.99, 3.25])]
+        lines = suggestion_lines(rank_by_loss(summarize(results), 800), 800, "runs", SETTINGS)
+        (doubt,) = (line for line in lines if "not told apart" in line)
+        assert "1 of the 1 others; none of them cheaper; the first: --rank 8 --targets v_proj" in doubt
+        results = [*run_result("Wq", 4, 400, [3.0, 3.2]), *run_result("Wv", 8, 800, [3.99, 4.2])]
+        lines = suggestion_lines(rank_by_loss(summarize(results), 800), 800, "runs", SETTINGS)
+        assert not any("not told apart" in line for line in lines), "a difference that every seed shows"
+
+    def test_the_command_trains_what_the_study_did(self, fastlora_cli, tmp_path, tiny_model, text_file):
+        settings = dataclasses.replace(
+            StudySettings(), model=str(tiny_model), text=(str(text_file),), steps=1, block_size=24, held_out=2
+        )
+        entry = {"rank": 2, "targets": ["q_proj", "v_proj"]}
+        words = shlex.split(finetune_command(entry, settings.to_dict()))
+        assert words[:2] == ["fastlora", "finetune"]
+        done = fastlora_cli(*words[1:], "--output", tmp_path / "out", "--device", "cpu")
+        assert done.code == 0, done.err
+        report = json.loads((tmp_path / "out" / "report.json").read_text())["settings"]
+        assert report["rank"] == 2 and report["targets"] == ["q_proj", "v_proj"] and report["alpha"] == 16.0
+        assert report["learning_rate"] == settings.learning_rate and report["steps"] == 1
+        assert "--model" not in finetune_command(entry, StudySettings().to_dict())
 
     def test_cheaper_ones_that_the_seeds_cannot_tell_apart(self):
         """Rank 1 is 0.015 behind on average, -0.01 and +0.04 by seed; Wq is 0.5 behind on each."""
@@ -170,6 +207,8 @@ class TestSuggestion:
         best = "For at most 800 trainable parameters: --rank 4 --targets q_proj,v_proj (800 parameters)"
         assert f"{best}, held-out loss 2.6000 ± 0.1414" in advice.out
         assert "--rank 1 --targets q_proj,v_proj (200 parameters), held-out loss 2.6150" in advice.out
+        assert "Within the spread of the seeds, not told apart from it: 1 of the 2 others; the cheapest" in advice.out
+        assert "To train it: fastlora finetune --rank 4 --targets q_proj,v_proj --alpha 16.0" in advice.out
         assert "11 runs of 2,048 tokens on a model" in advice.out
         larger = fastlora_cli("study", "--suggest", "--budget", 2000, "--output", store.directory)
         assert "--rank 8 --targets q_proj,v_proj (1,600 parameters)" in larger.out

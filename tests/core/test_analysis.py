@@ -7,8 +7,10 @@ import torch
 
 from fastlora.analysis import (
     amplification,
+    delta_cosine,
     effective_rank,
     random_similarity,
+    row_similarity,
     spectrum,
     subspace_similarity,
     top_singular_values,
@@ -221,3 +223,36 @@ class TestTopSingularValues:
             weight = basis(700, 100) * decay ** torch.arange(100) @ basis(600, 100, seed=1).T
         exact, found = torch.linalg.svdvals(weight)[:count].norm(), top_singular_values(weight, count).norm()
         assert exact * (1 - bound) < found <= exact * (1 + 1e-12)
+
+
+class TestTwoAdapters:
+    @pytest.mark.parametrize("s_1, s_2", ((1.0, 2.0), (0.5, -3.0)))
+    def test_the_cosine_is_that_of_the_products(self, s_1, s_2):
+        first = gaussian(3, 20), gaussian(12, 3, seed=1), s_1
+        a, b = gaussian(5, 20, seed=2), gaussian(12, 5, seed=3)
+        second = torch.cat([first[0], a]).float(), torch.cat([first[1], b], 1).float(), s_2
+        deltas = [s * b.double() @ a.double() for a, b, s in (first, second)]
+        exact = (deltas[0] * deltas[1]).sum() / (deltas[0].norm() * deltas[1].norm())
+        assert delta_cosine(first, second) == pytest.approx(exact.item(), abs=1e-6)
+        assert 0.3 < abs(exact) < 0.95 and (exact < 0) == (s_2 < 0)
+
+    def test_the_same_update_by_other_factors(self):
+        a, b, turned = gaussian(3, 20), gaussian(12, 3, seed=1), torch.linalg.qr(gaussian(3, 3, seed=2)).Q
+        assert delta_cosine((a, b, 1.0), (turned @ a, 7 * b @ turned.T, 2.0)) == pytest.approx(1.0)
+
+    def test_an_update_that_is_zero_has_none(self):
+        a, b = gaussian(3, 20), gaussian(12, 3)
+        assert math.isnan(delta_cosine((a, 0 * b, 1.0), (a, b, 1.0))) and math.isnan(
+            delta_cosine((a, b, 1.0), (a, b, 0.0))
+        )
+
+    def test_updates_of_other_shapes_are_refused(self):
+        with pytest.raises(ValueError, match=r"\[12, 20\] and of \[12, 21\]"):
+            delta_cosine((gaussian(3, 20), gaussian(12, 3), 1.0), (gaussian(3, 21), gaussian(12, 3), 1.0))
+
+    def test_rows_that_correspond(self):
+        a = gaussian(4, 500)
+        assert row_similarity(a, torch.cat([3 * a, gaussian(2, 500, seed=1)])) == pytest.approx(1.0)
+        assert row_similarity(a, -a[:2]) == pytest.approx(-1.0)
+        assert abs(row_similarity(a, gaussian(4, 500, seed=1))) < 5 / 2000**0.5
+        assert abs(row_similarity(a, a.flip(0))) < 5 / 2000**0.5, "the same rows elsewhere"
