@@ -1,6 +1,7 @@
 """The host's side of a Triton launch, as far as it can be seen without a device: what is launched, where, and what is
 taken for granted of it."""
 
+import itertools
 import json
 import os
 import random
@@ -20,7 +21,7 @@ from fastlora.backends.target import Target
 from fastlora.backends.triton import compiled
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
-from fastlora.problem import BackwardOperands, ForwardOperands, Needs
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs, Sizes
 from tests.support import specialisations
 
 
@@ -228,6 +229,34 @@ CONFIG = TileConfig(64, 32, 64, 2, 4, 3)
 def test_what_a_launch_is_compiled_for(hopper, changes, config, fields):
     variant = triton_lora.prepare(described(**changes), replace(CONFIG, **config)).variant
     assert {name: getattr(variant, name) for name in fields} == fields
+
+
+TILE = TileConfig(32, 64, 16, 2, 4, 3, gradient_m=64, gradient_n=32)  # of numbers that are all unlike
+SUBSETS = [Needs(*wanted) for wanted in itertools.product((False, True), repeat=4)][1:]
+
+
+@pytest.mark.parametrize("fused, columns", ((True, 2), (False, 3)))
+def test_a_forward_has_a_program_for_every_tile(hopper, fused, columns):
+    """100 rows are 4 blocks, 96 columns 2 of theirs; with the separate shrink one column more."""
+    launch = triton_lora.prepare(described(sizes=Sizes(100, 96, 160, 16)), replace(TILE, fused=fused))
+    assert launch.launch.grid == 4 * columns and launch.n_words == 2 + 4
+    assert launch.y_shape == (100, 96) and launch.s_shape == (100, 16)
+
+
+@pytest.mark.parametrize("needs", SUBSETS, ids=str)
+def test_a_backward_has_tiles_of_what_is_wanted(hopper, needs):
+    """3 columns of dX, or one of dS alone; 5 of dA, 3 of dB with dbias in each of two groups of row blocks; a flag for
+    each row block and a counter for each gradient tile."""
+    launch = triton_lora.prepare(described("backward", needs, Sizes(100, 96, 160, 16)), TILE)
+    columns, gradients = 3 if needs.dx else int(needs.da), 5 * needs.da + 3 * (needs.db or needs.dbias)
+    assert launch.launch.grid == 4 * columns + 2 * gradients and launch.n_words == 2 + 4 + gradients
+    assert launch.numbers[:2] == (columns, needs.dx), "the gradients last, where that is short"
+    dx, ds, da, db, dbias, *_ = launch.outputs
+    assert dx == (((100, 160), torch.bfloat16) if needs.dx else None)
+    assert ds == (((100, 16), torch.bfloat16) if needs.dx or needs.da else None)
+    assert da == (((16, 160), torch.bfloat16) if needs.da else None)
+    assert db == (((96, 16), torch.bfloat16) if needs.db else None)
+    assert dbias == (((96,), torch.bfloat16) if needs.dbias else None)
 
 
 def test_the_compiler_is_told_the_tiles_warps_and_stages(hopper):

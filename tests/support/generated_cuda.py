@@ -20,17 +20,10 @@ from tests.support.generated import ROOT, Checks, Generated, Stillborn, run_test
 _SHARED = "csrc/schedule.h"  # by the kernels and the host
 _KERNELS = (_SHARED, "csrc/sm90/*.cuh", "csrc/sm90/ptx/[!ws]*.cuh")
 _HOST = ("csrc/host/plan.cpp", "csrc/host/operands.cpp", "csrc/host/launch.cpp", "csrc/host/tensor_map.cpp")
-_HOST_TESTS = tuple(
+_HOST_TESTS = ("tests/kernels/test_cuda_plan.py", "tests/kernels/test_cuda_host.py")
+_LAUNCHES = tuple(
     f"tests/kernels/test_{name}.py"
-    for name in (
-        "cuda_plan",
-        "cuda_host",
-        "cuda_kernels",
-        "cuda_device",
-        "cuda_protocol",
-        "far_addresses",
-        "cuda_range",
-    )
+    for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_range", "cuda_protocol")
 )
 _QUICK = 12  # checks, of two compilations
 _NAME = re.compile(r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_dropout)?")
@@ -50,8 +43,8 @@ def checks(generated: Generated) -> Checks:
     """What may find a mutant. Each raises Stillborn where the compiler refuses it."""
     compiled = Compiled(generated)
     if generated.path in _HOST:
-        tests = functools.partial(run_tests, generated, ((), _HOST_TESTS))
-        return [("the compiler", compiled.host), ("tests", tests)], []
+        host, launches = (functools.partial(run_tests, generated, ((), tests)) for tests in (_HOST_TESTS, _LAUNCHES))
+        return [("the compiler", compiled.host), ("tests", host)], [("tests", launches)]
     every = [(name, functools.partial(compiled.run, check, kernels)) for name, kernels, check in _checks()]
     return every[:_QUICK], every[_QUICK:]
 

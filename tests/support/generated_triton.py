@@ -26,11 +26,10 @@ def checks(generated: Generated) -> Checks:
     def mutated(checks: Iterable[check_lists.Check]) -> Iterator[check_lists.Check]:
         return ((name, functools.partial(_on, kernels, check)) for name, check in checks)
 
-    kinds = check_lists.triton_kinds(generated.module)
-    first = [kind[0] for kind in kinds]
-    others = (check for check in check_lists.triton_checks(generated.module) if check not in first)
+    n_kinds = len(check_lists.triton_kinds(generated.module))
+    every = check_lists.triton_checks(generated.module)
     host, tests = (("tests", functools.partial(run_tests, generated, *runs)) for runs in (_HOST_TESTS, _TESTS))
-    return [*mutated(first), host], [*mutated(others), tests]
+    return [*mutated(every[:n_kinds]), host], [*mutated(every[n_kinds:]), tests]
 
 
 def _on(kernels: Callable, check: Callable) -> None:
