@@ -4,7 +4,7 @@ PEFT wraps an experts module once for each parameter that it targets, one wrappe
 decides for them all.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from fastlora.differentiable import transform_reason
 from fastlora.dispatch import count_fallback
 from fastlora.integrations.experts import Factors, Tenants, is_experts, is_serving, projections, serving
+from fastlora.integrations.peft_parts import scaled, split_scalings
 from fastlora.integrations.peft_reasons import BASE, dtype_reason, is_plain, segments_reason
 from fastlora.segments import NO_ADAPTER
 
@@ -80,10 +81,7 @@ def inspect_experts(
     if names is not None and (reason := _names_reason(layer, x, names)):
         return reason
     for wrapper in _wrappers(layer):
-        used = _used(wrapper, names)
-        if names is None and len(used) > 1 and not (wrapper._disable_adapters or wrapper.merged_adapters):
-            return f"{len(used)} active adapters"
-        factors = _factors(wrapper, experts, used)
+        factors = _factors(wrapper, experts, _used(wrapper, names), _summed if names is None else _side_by_side)
         if isinstance(factors, str):
             return factors
         if factors is not None:
@@ -120,8 +118,6 @@ def _names_reason(layer: ParamWrapper, x: Tensor | None, names: Sequence[str]) -
     """Why several adapters over experts cannot be served, or None."""
     if x is None or x.dim() != 2 or not names or x.shape[0] % len(names):
         return f"{len(names)} adapter_names for an input {None if x is None else list(x.shape)}"
-    if x.is_cuda:
-        return "adapter_names over experts on a GPU"
     if len({tuple(_used(wrapper, names)) for wrapper in _wrappers(layer)}) > 1:
         return "adapter_names of adapters on one of two parameters"
     return None
@@ -134,8 +130,14 @@ def _tenants(layer: ParamWrapper, x: Tensor, names: Sequence[str]) -> Tenants:
     return Tenants(owners.repeat_interleave(x.shape[0] // len(names)), len(used))
 
 
-def _factors(wrapper: ParamWrapper, experts: nn.Module, used: list[str]) -> Factors | str | None:
-    """A wrapper's factors of the adapters that a call uses, or why it is not served, or None where there are none."""
+def _factors(
+    wrapper: ParamWrapper, experts: nn.Module, used: list[str], join: Callable[[list[Factors]], Factors]
+) -> Factors | str | None:
+    """A wrapper's factors of the adapters that a call uses, or why it is not served, or None where there are none.
+
+    Args:
+        join: what is made of several.
+    """
     if wrapper._disable_adapters:
         return "adapters disabled"
     if wrapper.merged_adapters:
@@ -159,14 +161,25 @@ def _factors(wrapper: ParamWrapper, experts: nn.Module, used: list[str]) -> Fact
             return f"lora_A or lora_B holds a {type(factor).__name__}"
     if len({factor.dtype for factors in found for factor in factors[:2]}) > 1:
         return "lora_A and lora_B differ in dtype"
-    if len(found) == 1:
-        return found[0]
+    return found[0] if len(found) == 1 else join(found)
+
+
+def _summed(found: list[Factors]) -> Factors:
+    """One adapter that computes the sum of several: their ranks stacked, as ``peft_parts.stacked`` has it."""
+    scaling, factors = split_scalings([each.scaling for each in found])
+    lora_b = [scaled(each.lora_b, factor) for each, factor in zip(found, factors, strict=True)]
+    return Factors(torch.cat([each.lora_a for each in found], 1), torch.cat(lora_b, 2), scaling)
+
+
+def _side_by_side(found: list[Factors]) -> Factors:
+    """Several adapters, of which each row has one."""
     rank = max(factors.lora_a.shape[1] for factors in found)
-    scalings = torch.tensor([factors.scaling for factors in found], device=weight.device)
+    n_experts, device = len(found[0].lora_a), found[0].lora_a.device
+    scalings = torch.tensor([factors.scaling for factors in found], device=device)
     return Factors(
         torch.cat([F.pad(a, (0, 0, 0, rank - a.shape[1])) for a, _, _ in found]),
         torch.cat([F.pad(b, (0, rank - b.shape[2])) for _, b, _ in found]),
-        scalings.repeat_interleave(experts.num_experts),
+        scalings.repeat_interleave(n_experts),
     )
 
 

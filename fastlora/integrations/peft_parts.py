@@ -51,15 +51,15 @@ def stacked(parts: list[Parts]) -> Parts | str:
     dtypes = {each.lora_a.dtype for each in parts}
     if len(dtypes) > 1 and not (weight.dtype.itemsize == 2 and dtypes == {weight.dtype, torch.float32}):
         return f"{count} of {', '.join(sorted(map(str, dtypes)))}"
-    scaling, factors = _split([each.scaling for each in parts])
+    scaling, factors = split_scalings([each.scaling for each in parts])
     lora_a = torch.cat([each.lora_a for each in parts])
-    lora_b = torch.cat([_scaled(each.lora_b, factor) for each, factor in zip(parts, factors, strict=True)], dim=1)
-    biases = [_scaled(p.lora_bias, f) for p, f in zip(parts, factors, strict=True) if p.lora_bias is not None]
+    lora_b = torch.cat([scaled(each.lora_b, factor) for each, factor in zip(parts, factors, strict=True)], dim=1)
+    biases = [scaled(p.lora_bias, f) for p, f in zip(parts, factors, strict=True) if p.lora_bias is not None]
     lora_bias = torch.stack([bias.to(lora_b.dtype) for bias in biases]).sum(0) if biases else None
     return Parts(weight, parts[0].bias, lora_a, lora_b, lora_bias, scaling, 0.0, False)
 
 
-def _split(scalings: list[float | Tensor]) -> tuple[float, list[float | Tensor]]:
+def split_scalings(scalings: list[float | Tensor]) -> tuple[float, list[float | Tensor]]:
     """One scaling for all, and what each adapter's B is multiplied by besides."""
     if any(isinstance(scaling, Tensor) for scaling in scalings):  # made so for hotswapping; not to be waited for
         return 1.0, scalings
@@ -69,5 +69,5 @@ def _split(scalings: list[float | Tensor]) -> tuple[float, list[float | Tensor]]
     return float(scaling), [each / scaling for each in scalings]
 
 
-def _scaled(tensor: Tensor, factor: float | Tensor) -> Tensor:
+def scaled(tensor: Tensor, factor: float | Tensor) -> Tensor:
     return tensor if isinstance(factor, float) and factor == 1.0 else tensor * factor

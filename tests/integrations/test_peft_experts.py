@@ -206,8 +206,7 @@ def test_several_adapters():
         model.base_model.set_adapter(["default", "second"])
     fastlora.reset_dispatch_counts()
     assert_same_step(stock, fused)
-    assert fallbacks() == {"2 active adapters": 2}  # q_proj's ranks are stacked
-    assert unserved(fused)[EXPERTS] == "2 active adapters"
+    assert fallbacks() == {} and EXPERTS not in unserved(fused), "ranks are stacked"
     for model in (stock, fused):
         model.set_adapter("default")
         model.delete_adapter("second")
