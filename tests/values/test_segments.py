@@ -104,6 +104,15 @@ def test_float16_scalings_are_split_on_the_device_as_on_the_host(scaling, device
     assert all(torch.equal(results[name], value) for name, value in run(case, device).items())
 
 
+def test_what_multiplies_a_float16_branch_is_a_power_of_two(device):
+    """1.5 is split into 0.75 and 2: the branch is 2 · 1024.5, a tie, which anything above 2 would round up."""
+    case = draw_case([32], 16, 16, 2, torch.float16, experts=[0], adapters=[0])
+    x, weight, a, b = (torch.zeros_like(t) for t in (case.x, case.weight, case.lora_a, case.lora_b))
+    x[0, :2], a[0, :, :2], b[0, :] = torch.tensor([1364, 4]), torch.eye(2), torch.tensor([1, 0.5])
+    case = changed(case, x=x, weight=weight, lora_a=a, lora_b=b, scaling=torch.tensor([1.5]))
+    assert (run(case, device)["y"][0] == 2048).all()
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy, in the interpreter, about NaN
 def test_nothing_of_a_skipped_adapter_gets_into_its_rows(device):
     case = draw("ragged", 24, 32, 4, torch.float32)
