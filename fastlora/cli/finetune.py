@@ -57,6 +57,7 @@ def split_targets(ctx: click.Context, param: click.Parameter, value: str) -> tup
 @click.option("--rank", type=click.IntRange(min=1), default=DEFAULTS.rank, show_default=True)
 @click.option("--alpha", type=FiniteFloat(min=0, min_open=True), default=DEFAULTS.alpha, show_default=True)
 @click.option("--rslora", is_flag=True, help="Scale by alpha / sqrt(rank) instead of alpha / rank.")
+@click.option("--dora", is_flag=True, help="DoRA: a magnitude trains for each output, beside A and B.")
 @click.option("--dropout", type=FiniteFloat(min=0, max=1, max_open=True), default=DEFAULTS.dropout, show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=DEFAULTS.steps, show_default=True)
 @click.option(

@@ -21,8 +21,8 @@ from fastlora.targets import ALL_LINEAR, match_targets
 FASTLORA = "fastlora"
 PEFT = "peft"
 
-# base_model.model.<path>.lora_A.default.weight in a PEFT model is <path>.lora_A here.
-_PEFT_NAME = re.compile(r"^base_model\.model\.(.+\.lora_[AB])\.default\.weight$")
+# base_model.model.<path>.lora_A.default.weight in a PEFT model is <path>.lora_A here; DoRA's magnitude likewise.
+_PEFT_NAME = re.compile(r"^base_model\.model\.(.+\.lora_(?:A|B|magnitude_vector))\.default\.weight$")
 
 
 def require_peft() -> None:
@@ -61,6 +61,7 @@ def fastlora_arm(base: nn.Module, settings: Settings) -> Arm:
             alpha=settings.alpha,
             dropout=settings.dropout,
             rslora=settings.rslora,
+            dora=settings.dora,
             # As PEFT does: over a 16-bit model the adapters are float32.
             adapter_dtype=torch.float32,
         )
@@ -82,6 +83,7 @@ def peft_arm(base: nn.Module, settings: Settings) -> Arm:
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,
+        use_dora=settings.dora,
         target_modules=_targets(settings),
         task_type="CAUSAL_LM",
     )

@@ -39,6 +39,7 @@ class Settings:
     rank: int = 8
     alpha: float = 16.0
     rslora: bool = False
+    dora: bool = False
     dropout: float = 0.0
     steps: int = 40
     batch_size: int = 1

@@ -120,11 +120,17 @@ def test_same_seed_gives_the_same_bytes_and_another_seed_does_not(compared, fine
     assert (tmp_path / "other" / name).read_bytes() != (directory / name).read_bytes()
 
 
-def test_agrees_with_peft_under_other_options(finetune, tmp_path):
-    options = ["--rslora", "--alpha", 5, "--rank", 3, "--targets", "q_proj,down_proj", "--seed", 7]
+@pytest.mark.parametrize("kind", ("--rslora", "--dora"))
+@pytest.mark.parametrize("via", ("fastlora", "peft"))
+def test_agrees_with_peft_under_other_options(finetune, tmp_path, kind, via):
+    options = [kind, "--via", via, "--alpha", 5, "--rank", 3, "--targets", "q_proj,down_proj", "--seed", 7]
     result = finetune("--compare", "peft", *options, "--output", tmp_path)
     assert result.code == 0, result.out
     assert read_report(tmp_path)["agreement"]["max_difference"] <= LOSS_TOLERANCE
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["use_rslora" if kind == "--rslora" else "use_dora"] is True
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert any("magnitude" in name for name in names) == (kind == "--dora")
 
 
 def test_wrong_scaling_is_seen_by_the_comparison(monkeypatch, finetune, tmp_path):
