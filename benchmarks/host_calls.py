@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import RESULTS
-from fastlora import dispatch
+from fastlora import dispatch, selection
 from fastlora.environment import describe
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from fastlora.tables import Table
@@ -121,7 +121,7 @@ def measure(backend: str, dropout_p: float, rounds: int) -> dict:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
         (_stand_in_for_triton if backend == "triton" else _stand_in_for_cuda)(Path(directory))
-        dispatch._why_unsupported = lambda name, spec: None  # type: ignore[assignment]
+        selection.why_unsupported = lambda name, spec: None  # type: ignore[assignment]
         calls = make_calls(backend, dropout_p)
         counts = {f"{name}_calls": count_calls(call) for name, call in calls.items() if name != "linear"}
         times = {f"{name}_us": round(us, 2) for name, us in time_calls(calls, rounds).items()}

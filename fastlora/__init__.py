@@ -3,13 +3,14 @@
 from fastlora import analysis, integrations
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.backends import reference
-from fastlora.dispatch import available_backends, dispatch_counts, reset_dispatch_counts
+from fastlora.dispatch import dispatch_counts, reset_dispatch_counts
 from fastlora.grouped import GroupedLoRAFunction, grouped_lora_linear
 from fastlora.model import inject, merge, merge_and_unload, trainable_parameters, unmerge
 from fastlora.module import LoRALinear
 from fastlora.op_tools import decompositions
 from fastlora.ops import LoRALinearFunction, lora_linear
 from fastlora.quantised_weight import QuantisedWeight, quantised
+from fastlora.selection import available_backends
 from fastlora.warming import warmup
 
 __version__ = "0.1.0"

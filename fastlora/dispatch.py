@@ -1,4 +1,4 @@
-"""Which backend serves a call, why not a faster one, and how often each did."""
+"""Brings a call to the backend that serves it, and counts how often each did, and why not a faster one."""
 
 import os
 import warnings
@@ -10,12 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 
-from fastlora import quantised_operands
-from fastlora.backends import composed, reference, segments_composed, segments_reference, tuning
-from fastlora.backends.target import target_of
-from fastlora.backends.triton import driver
+from fastlora import quantised_operands, selection
+from fastlora.backends import reference, tuning
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
 from fastlora.problem import (
     BACKENDS,
@@ -26,133 +23,12 @@ from fastlora.problem import (
     LaunchSpec,
     Needs,
     PassingReason,
-    Sizes,
 )
 
-UNMEASURED = (100, 103)  # compute capabilities whose matrix instructions no kernel here was written or timed for
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
 _calls: Counter[str] = Counter()
 _fallbacks: Counter[str] = Counter()
-
-
-def backend_module(name: str) -> ModuleType:
-    """The module of a backend: ``why_unsupported(spec)`` and ``prepare(spec)``. Imported at first use, since Triton and
-    the compiled extension may be absent."""
-    if name == "cuda":
-        from fastlora.backends.cuda import launch as cuda
-
-        return cuda
-    if name == "triton":
-        from fastlora.backends.triton import launch as triton
-
-        return triton
-    return composed if name == "composed" else reference
-
-
-def _serving_module(name: str, spec: LaunchSpec) -> ModuleType:
-    """The module of a backend for a call, whose branch two of them have a module of its own for."""
-    if spec.packed is not None and name == "triton":
-        from fastlora.backends.triton import quantised_launch
-
-        return quantised_launch
-    if spec.branch == "segments" and name == "triton":
-        from fastlora.backends.triton import segment_launch
-
-        return segment_launch
-    if spec.branch == "segments":
-        return {"composed": segments_composed, "reference": segments_reference}.get(name) or backend_module(name)
-    return backend_module(name)
-
-
-def why_unsupported(name: str, spec: LaunchSpec) -> str | None:
-    """Why a backend cannot serve a call here, after its name, or None."""
-    return _why_unsupported(name, spec)
-
-
-def _why_unsupported(name: str, spec: LaunchSpec) -> str | None:
-    needs_triton = name == "triton" or (name == "composed" and spec.dropout and spec.branch == "single")
-    unusable = triton_unusable(spec.device) if needs_triton else None
-    reason = unusable or _serving_module(name, spec).why_unsupported(spec)
-    return type(reason)(f"{name}: {reason}") if reason else None
-
-
-def triton_unusable(device: torch.device | None = None) -> str | None:
-    """Why Triton's kernels cannot run on a device (None: the current one), or None. That there is no device is a
-    PassingReason."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"not installed ({error}); pip install 'fastlora[triton]'"
-    if TorchVersion(triton.__version__) < "3.6":
-        return f"version {triton.__version__} is older than 3.6; pip install --upgrade 'triton>=3.6'"
-    if triton.knobs.runtime.interpret:
-        return backend_module("triton").interpreter_unusable()
-    return driver.unusable(device)
-
-
-def preference(spec: LaunchSpec, *, tuned: bool = True) -> tuple[str, ...]:
-    """The order in which backends are tried for a call on a GPU.
-
-    First is what ``fastlora tune`` found fastest for the call's class of shapes, unless ``tuned`` is False. Without
-    that, the composed layer is in front of one launch each way where the latter is not known to be faster: in float32,
-    whose kernels do without matrix instructions, and on GPUs that no kernel was timed on. Rows in segments, which torch
-    composes of grouped products in bfloat16 alone, nobody has tuned.
-    """
-    of_segments = spec.branch == "segments"
-    first = "composed" if spec.dtype == torch.float32 and not of_segments else None
-    try:
-        if target_of(spec.device).arch in UNMEASURED:
-            first = "composed"
-        if tuned and not of_segments:
-            first = tuning.tuned_backend(spec) or first
-    except (RuntimeError, AssertionError):
-        pass  # a device that cannot be asked now; the backends' reasons say why
-    return BACKENDS if first is None else (first, *(name for name in BACKENDS if name != first))
-
-
-def select_backend(spec: LaunchSpec, requested: str | None) -> tuple[str, tuple[str, ...]]:
-    """Chooses the backend of one call.
-
-    Args:
-        spec: the call's description.
-        requested: a backend's name to insist on, or None for the best one.
-
-    Returns:
-        The backend's name, and the reasons why each faster one was passed over. Empty calls have no launch to make:
-        they are the reference's, whatever is requested.
-
-    Raises:
-        ValueError: the requested backend does not exist or cannot serve this call, or no backend can; the message says
-            why.
-    """
-    if requested is not None and requested not in BACKENDS:
-        raise ValueError(f"unknown backend {requested!r}; choose one of {', '.join(BACKENDS)}")
-    if spec.is_empty:
-        return "reference", ()
-    if requested is not None:
-        reason = _why_unsupported(requested, spec)
-        if reason is not None:
-            raise ValueError(f"backend {requested!r} cannot serve this call: {reason}")
-        return requested, ()
-    if spec.device.type != "cuda":
-        return "reference", ()
-    passed_over: list[str] = []
-    for name in preference(spec):
-        reason = _why_unsupported(name, spec)
-        if reason is None:
-            return name, tuple(passed_over)
-        passed_over.append(reason)
-    raise ValueError(f"no backend serves this call: {'; '.join(passed_over)}")
-
-
-def why_no_backend(spec: LaunchSpec) -> str | None:
-    """Why no backend serves a call, or None."""
-    try:
-        select_backend(spec, None)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 class _Route(NamedTuple):
@@ -165,10 +41,10 @@ class _Route(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def _route(spec: LaunchSpec, requested: str | None) -> _Route:
-    name, passed_over = select_backend(spec, requested)
+    name, passed_over = selection.select_backend(spec, requested)
     if name == "reference" and passed_over:
         _warn_once(spec, passed_over)
-    return _Route(name, passed_over, _serving_module(name, spec).prepare(spec))
+    return _Route(name, passed_over, selection.serving_module(name, spec).prepare(spec))
 
 
 _MOST_KEYS = 4096
@@ -233,7 +109,7 @@ def forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor]:
         requested: a backend's name to insist on, or None.
 
     Raises:
-        ValueError: as for select_backend.
+        ValueError: as for selection.select_backend.
     """
     if operands[0].is_cpu and requested in _PLAIN:
         _calls["reference"] += 1
@@ -287,7 +163,8 @@ def packed_backward(operands: Any, needs: Needs, requested: str | None) -> Gradi
 
 def decodes_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
     """Whether a call over a quantised weight is served by a launch that decodes it."""
-    return _may_decode(spec.device, requested) and not spec.is_empty and _why_unsupported("triton", spec) is None
+    usable = _may_decode(spec.device, requested) and not spec.is_empty
+    return usable and selection.why_unsupported("triton", spec) is None
 
 
 def _may_decode(device: torch.device, requested: str | None) -> bool:
@@ -301,7 +178,7 @@ def _packed(given: tuple, key: tuple, describe: Callable[[], tuple[tuple, Launch
         operands, spec = describe()
         if spec.is_empty:
             return None
-        reason = _why_unsupported("triton", spec)
+        reason = selection.why_unsupported("triton", spec)
         if reason is not None:
             count_fallback(reason)
             return None
@@ -312,7 +189,7 @@ def _packed(given: tuple, key: tuple, describe: Callable[[], tuple[tuple, Launch
 
 @lru_cache(maxsize=4096)
 def _packed_route(spec: LaunchSpec) -> _Route:
-    return _Route("triton", (), _serving_module("triton", spec).prepare(spec))
+    return _Route("triton", (), selection.serving_module("triton", spec).prepare(spec))
 
 
 def segmented(operands: Any, spec: LaunchSpec, requested: str | None) -> Any:
@@ -356,14 +233,14 @@ def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None
         The number of kernels: Triton's, for the CUDA backend and the reference have nothing to compile.
 
     Raises:
-        ValueError: as for select_backend.
+        ValueError: as for selection.select_backend.
     """
     by_name: dict[str, list] = {"triton": [], "composed": []}
     for operands, spec in calls:
-        name = select_backend(spec, requested)[0]
+        name = selection.select_backend(spec, requested)[0]
         if name == "triton" or (name == "composed" and spec.dropout):
-            by_name[name].append((_serving_module(name, spec).prepare(spec), operands))
-    return sum(backend_module(name).compile_all(found, workers) for name, found in by_name.items() if found)
+            by_name[name].append((selection.serving_module(name, spec).prepare(spec), operands))
+    return sum(selection.backend_module(name).compile_all(found, workers) for name, found in by_name.items() if found)
 
 
 # The mapping within os.environ, which a change of that changes: the search through its layers takes as long as a check
@@ -397,31 +274,3 @@ def reset_dispatch_counts() -> None:
     """Sets every count to zero."""
     _calls.clear()
     _fallbacks.clear()
-
-
-def available_backends() -> dict[str, str]:
-    """Each backend's name, and "usable" or the reason why it is not; where the machine's GPUs differ, that of each."""
-    triton = _on_every_device(triton_unusable)
-    return {
-        "cuda": _on_every_device(backend_module("cuda").unusable),
-        "triton": triton,
-        "composed": triton if triton == "usable" else f"usable without dropout; with it not, triton: {triton}",
-        "reference": "usable",
-    }
-
-
-def _on_every_device(unusable: Callable[[torch.device | None], str | None]) -> str:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    found = {f"cuda:{i}": unusable(torch.device("cuda", i)) or "usable" for i in range(count)}
-    if len(set(found.values())) > 1:
-        return "; ".join(f"{device}: {state}" for device, state in found.items())
-    return next(iter(found.values()), None) or unusable(None) or "usable"
-
-
-def served_by(device: torch.device, dropout: bool = False) -> dict[str, str]:
-    """Which backend serves the forward of a layer of 4096 x 4096 at rank 16 here, by dtype, for 2048 tokens."""
-    found = {}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        spec = LaunchSpec("forward", Sizes(2048, 4096, 4096, 16), dtype, (dtype, dtype), device, dropout=dropout)
-        found[str(dtype).removeprefix("torch.")] = select_backend(spec, None)[0]
-    return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fastlora import dispatch
+from fastlora import selection
 from fastlora.backends import reference
 from fastlora.backends.configs import TileConfig
 from fastlora.bench.cases import LayerCase
@@ -76,13 +76,13 @@ def compare_backends(
     """
     clock = clock or EventClock()
     spec = describe(case, direction, device)
-    reasons = {name: dispatch.why_unsupported(name, spec) for name in BACKENDS}
-    default = next(name for name in dispatch.preference(spec, tuned=False) if reasons[name] is None)
+    reasons = {name: selection.why_unsupported(name, spec) for name in BACKENDS}
+    default = next(name for name in selection.preference(spec, tuned=False) if reasons[name] is None)
     sets = input_sets(case, "cuda" if isinstance(clock, EventClock) else "cpu")
     wanted = make_call(reference, direction, sets[0], case.dropout)()
     calls: dict[str, list] = {}
     for name in (name for name, reason in reasons.items() if reason is None):
-        module = modules[name] if modules else dispatch.backend_module(name)
+        module = modules[name] if modules else selection.backend_module(name)
         choice = {"config": config} if name == "triton" and config is not None else {}
         try:
             check_results(make_call(module, direction, sets[0], case.dropout, **choice)(), wanted, case.torch_dtype)

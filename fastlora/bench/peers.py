@@ -298,7 +298,7 @@ def backend_peers(device: str) -> list[Peer]:
     """fastlora's backends one by one, where there is a choice."""
     if device != "cuda":
         return []
-    from fastlora.dispatch import available_backends
+    from fastlora.selection import available_backends
 
     usable = [name for name, state in available_backends().items() if state == "usable"]
     return [Peer(f"fastlora[{name}]", _fastlora_backend(name), "backend", mask="fastlora") for name in usable]

@@ -66,8 +66,9 @@ def collect() -> dict:
     import torch
 
     import fastlora
-    from fastlora.dispatch import ENVIRONMENT_VARIABLE, environment_backend, served_by
+    from fastlora.dispatch import ENVIRONMENT_VARIABLE, environment_backend
     from fastlora.environment import package_versions
+    from fastlora.selection import served_by
 
     devices = device_list()
     return {

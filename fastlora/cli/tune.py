@@ -118,7 +118,7 @@ def _tune_triton(case, direction: str, device, seconds: float, say: Callable[[st
     from fastlora.backends.target import target_of
     from fastlora.bench.contest import describe
     from fastlora.bench.tuner import tune_case
-    from fastlora.dispatch import backend_module, why_unsupported
+    from fastlora.selection import backend_module, why_unsupported
 
     reason = why_unsupported("triton", describe(case, direction, device))
     if reason is not None:

@@ -11,11 +11,11 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora.dispatch import why_no_backend
 from fastlora.integrations.fsdp import is_frozen_view, is_unit, unit_linear
 from fastlora.integrations.peft_parts import Parts, stacked
 from fastlora.problem import LaunchSpec, Sizes
 from fastlora.quantised_weight import QuantisedWeight, read_layer
+from fastlora.selection import why_no_backend
 from fastlora.sharding import is_dtensor
 
 _PLAIN_TENSORS = (nn.Parameter, Tensor)

@@ -133,7 +133,7 @@ def test_the_fastest_backend_is_kept_whatever_becomes_of_tritons_tiles(fastlora_
 
 
 def test_without_triton_the_others_are_compared(fastlora_cli, monkeypatch, a_gpu):
-    monkeypatch.setattr("fastlora.dispatch._why_unsupported", lambda name, spec: f"{name}: no C compiler")
+    monkeypatch.setattr("fastlora.selection.why_unsupported", lambda name, spec: f"{name}: no C compiler")
     tune_with(monkeypatch, {}, {(64, "forward"): "composed"})
     tuned = fastlora_cli("tune", *CASES[:2])
     assert tuned.code == 0 and "triton: no C compiler" in tuned.out
@@ -205,7 +205,7 @@ def a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Imaginary")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("fastlora.backends.target.target_of", lambda device: None)
-    monkeypatch.setattr("fastlora.dispatch._why_unsupported", lambda name, spec: None)
+    monkeypatch.setattr("fastlora.selection.why_unsupported", lambda name, spec: None)
     monkeypatch.setattr(tuning, "cache_directory", lambda: tmp_path / "cache")
     tuning.forget_choices()
     yield

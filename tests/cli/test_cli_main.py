@@ -99,7 +99,7 @@ def test_info_says_who_serves_a_layer_by_dtype(fastlora_cli, monkeypatch):
     entry = {"device": "cuda:0", "name": "Imaginary"}
     monkeypatch.setattr(info, "device_list", lambda: [entry])
     monkeypatch.setattr(
-        "fastlora.dispatch._why_unsupported",
+        "fastlora.selection.why_unsupported",
         lambda name, spec: (
             "no compiler" if name in ("cuda", "triton") or (name == "composed" and spec.dropout) else None
         ),

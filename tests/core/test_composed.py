@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import dispatch
+from fastlora import dispatch, selection
 from fastlora.backends import composed, reference, target, tuning
 from fastlora.backends.target import Target
 from fastlora.backends.triton import driver as triton_driver
@@ -127,7 +127,7 @@ def test_on_the_cpu_dropout_is_refused_with_a_reason():
 @pytest.fixture
 def nothing_is_launched(monkeypatch):
     for name in ("cuda", "triton"):
-        monkeypatch.setattr(dispatch.backend_module(name), "prepare", lambda spec: None)
+        monkeypatch.setattr(selection.backend_module(name), "prepare", lambda spec: None)
 
 
 def spec(dtype=torch.bfloat16, direction="forward", sizes=(2048, 4096, 4096, 16), **changes) -> LaunchSpec:
@@ -138,10 +138,10 @@ def spec(dtype=torch.bfloat16, direction="forward", sizes=(2048, 4096, 4096, 16)
 def gpu(nothing_is_launched, monkeypatch, tmp_path):
     """A device on which every backend runs; ``arch`` is its compute capability."""
     state = SimpleNamespace(arch=90, refuse={})
-    monkeypatch.setattr(dispatch, "target_of", lambda device: Target(state.arch, 132))
+    monkeypatch.setattr(selection, "target_of", lambda device: Target(state.arch, 132))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary")
     monkeypatch.setattr(tuning, "cache_directory", lambda: tmp_path)
-    monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: state.refuse.get(name))
+    monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: state.refuse.get(name))
     monkeypatch.setattr(dispatch, "_warned", False)
     tuning.forget_choices()
     yield state
@@ -156,7 +156,7 @@ def chosen(description: LaunchSpec) -> str:
 def test_it_serves_float32_and_gpus_that_no_kernel_was_timed_on(gpu):
     assert chosen(spec()) == chosen(spec(torch.float16)) == "cuda"
     assert chosen(spec(torch.float32)) == chosen(spec(torch.float32, dropout=True)) == "composed"
-    for gpu.arch in dispatch.UNMEASURED:
+    for gpu.arch in selection.UNMEASURED:
         dispatch.forget_routes()
         assert chosen(spec()) == "composed"
     gpu.refuse["composed"] = "composed: triton: no C compiler"
@@ -167,7 +167,7 @@ def test_it_serves_float32_and_gpus_that_no_kernel_was_timed_on(gpu):
 def test_the_tuned_backend_comes_first_where_rows_are_as_they_were_timed(gpu):
     key = tuning.shape_class("forward", 2048, 4096, 4096, 16, torch.bfloat16, False)
     tuning.save_choices("Imaginary", {key: {"backend": "triton", "config": None}})
-    assert chosen(spec()) == "triton" and dispatch.preference(spec(), tuned=False)[0] == "cuda"
+    assert chosen(spec()) == "triton" and selection.preference(spec(), tuned=False)[0] == "cuda"
     assert chosen(spec(direction="backward", needs=ALL)) == chosen(spec(dropout=True)) == "cuda"
     assert chosen(spec(aligned=Aligned(True, True, True, False, True))) == "cuda"
     gpu.refuse["triton"] = "triton: version 3.1 is older than 3.6"
@@ -204,7 +204,7 @@ def no_cuda_kernels(nothing_is_launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
-    monkeypatch.setattr(dispatch.backend_module("cuda"), "why_unsupported", lambda spec: "not built")
+    monkeypatch.setattr(selection.backend_module("cuda"), "why_unsupported", lambda spec: "not built")
     monkeypatch.setattr(dispatch, "_warned", True)
     dispatch.forget_routes()
     yield
@@ -243,7 +243,7 @@ def test_without_triton_it_serves_what_drops_nothing(no_cuda_kernels, monkeypatc
         assert route.name == "reference" and any(
             f"{reason}" in each and "composed: " in each for each in route.passed_over
         )
-    monkeypatch.setattr(dispatch.backend_module("cuda"), "unusable", lambda device: None)
+    monkeypatch.setattr(selection.backend_module("cuda"), "unusable", lambda device: None)
     state = fastlora.available_backends()["composed"]
     assert state.startswith("usable without dropout; with it not, triton: ") and reason in state
 
@@ -256,11 +256,11 @@ def test_float64_drops_nothing_by_a_kernel(no_cuda_kernels):
 
 
 def test_backends_by_dtype(no_cuda_kernels, monkeypatch):
-    monkeypatch.setattr(dispatch, "target_of", lambda device: Target(90, 132))
+    monkeypatch.setattr(selection, "target_of", lambda device: Target(90, 132))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary")
-    found = dispatch.served_by(GPU)
+    found = selection.served_by(GPU)
     assert found == {"bfloat16": "triton", "float16": "triton", "float32": "composed", "float64": "composed"}
-    assert set(dispatch.served_by(torch.device("cpu")).values()) == {"reference"}
+    assert set(selection.served_by(torch.device("cpu")).values()) == {"reference"}
 
 
 # Launches, with the kernels stood in for

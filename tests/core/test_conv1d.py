@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import dispatch
+from fastlora import selection
 from fastlora.backends import composed, reference
 from fastlora.conv1d import LoRAConv1D
 from fastlora.operands import describe_backward, describe_forward
@@ -149,16 +149,16 @@ def test_values_without_a_copy_of_the_weight(backend, dtype):
 def test_on_a_gpu_triton_serves_it_and_cuda_says_why_not(direction, monkeypatch):
     from fastlora.backends.target import Target
 
-    monkeypatch.setattr(dispatch, "triton_unusable", lambda device=None: None)
-    monkeypatch.setattr(dispatch, "target_of", lambda device: Target(90, 132))
+    monkeypatch.setattr(selection, "triton_unusable", lambda device=None: None)
+    monkeypatch.setattr(selection, "target_of", lambda device: Target(90, 132))
     half, gpu = torch.bfloat16, torch.device("cuda", 0)
     dense = LaunchSpec(direction, Sizes(2048, 64, 64, 8), half, (half, half), gpu, needs=ALL)
     spec = dense._replace(base_format="transposed")
-    name, passed_over = dispatch.select_backend(spec, None)
+    name, passed_over = selection.select_backend(spec, None)
     assert name == "triton" and (
-        dispatch.select_backend(dense, None)[0] == "triton" or "transposed" in str(passed_over)
+        selection.select_backend(dense, None)[0] == "triton" or "transposed" in str(passed_over)
     )
-    cuda = dispatch.backend_module("cuda")
+    cuda = selection.backend_module("cuda")
     try:
         assert cuda.why_not_compiled(dense) is None
     except RuntimeError:

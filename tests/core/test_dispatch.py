@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch
+from fastlora import dispatch, selection
 from fastlora.backends.triton import driver as triton_driver
-from fastlora.dispatch import select_backend
 from fastlora.problem import LaunchSpec, Sizes
+from fastlora.selection import select_backend
 
 DRIVER_UNUSABLE = triton_driver._driver_unusable.__wrapped__  # unremembered
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -25,7 +25,7 @@ def reasons(monkeypatch):
     """Backends that serve everything; a test makes one refuse by setting its reason."""
     table = dict.fromkeys(dispatch.BACKENDS)
     monkeypatch.setattr(dispatch, "_warned", True)
-    monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: table[name])
+    monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: table[name])
     dispatch.forget_routes()
     yield table
     dispatch.forget_routes()
@@ -115,8 +115,8 @@ def backends(monkeypatch, counts):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
     for name in ("cuda", "triton"):
-        monkeypatch.setattr(dispatch.backend_module(name), "prepare", prepare)
-    monkeypatch.setattr(dispatch.backend_module("triton"), "why_unsupported", lambda spec: None)
+        monkeypatch.setattr(selection.backend_module(name), "prepare", prepare)
+    monkeypatch.setattr(selection.backend_module("triton"), "why_unsupported", lambda spec: None)
     monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
     monkeypatch.setattr(dispatch, "_warned", True)
     dispatch.forget_routes()

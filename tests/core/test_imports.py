@@ -28,6 +28,7 @@ LAYERS = (
         "quantised_operands",
     ),  # fmt: skip
     ("backends",),
+    ("selection",),
     ("dispatch",),
     ("differentiable",),
     ("op_tools", "quantised_layer"),
@@ -51,7 +52,7 @@ LAYERS = (
 )
 _TEST_IMPORT = re.compile(r"\s*(from|import) tests\.\w+(\.| import (.*\W)?)test_")
 _PATH_EDIT = re.compile(r"\bsys\.path\.(insert|append|extend)\(|\bsys\.path *[+]?= ")
-# Backends know nothing of each other: dispatch chooses.
+# Backends know nothing of each other: selection chooses.
 APART = ("backends.cuda", "backends.triton", "backends.reference")
 ON_TOP = "backends.composed"  # of the others: torch's products, Triton's mask
 # (importer, imported): imports in functions that may make a circle. Each needs a reason.

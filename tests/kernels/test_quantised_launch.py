@@ -8,7 +8,7 @@ import torch
 import triton
 
 import fastlora
-from fastlora import dispatch, quantised_layer, quantised_operands
+from fastlora import dispatch, quantised_layer, quantised_operands, selection
 from fastlora.backends import workspace
 from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, table_for
 from fastlora.backends.target import Target
@@ -82,7 +82,7 @@ def test_what_is_not_served_says_why():
         assert reason in quantised_launch.why_unsupported(described(weight)[1]), reason
     assert "rank 300 is above" in quantised_launch.why_unsupported(described(int8, r=300)[1])
     for name in ("composed", "reference"):
-        assert "int8" in dispatch.why_unsupported(name, described(int8)[1])
+        assert "int8" in selection.why_unsupported(name, described(int8)[1])
 
 
 @needs_compiler
@@ -105,7 +105,7 @@ def test_what_no_launch_decodes_is_a_fallback_with_its_reason(monkeypatch):
     codes, scales = torch.randint(-9, 9, (32, 16), dtype=torch.int8), torch.ones(2, 2)
     packed = QuantisedWeight("int8", (codes, scales), (32, 16), torch.float32, (16, 8))
     monkeypatch.setattr(dispatch, "_may_decode", lambda device, requested: True)
-    monkeypatch.setattr(dispatch, "triton_unusable", lambda device: None)
+    monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     x, a, b = torch.randn(70, 16, requires_grad=True), torch.randn(2, 16), torch.randn(32, 2)
     fastlora.reset_dispatch_counts()
     y = fastlora.lora_linear(x, packed, a, b, 0.5)
@@ -125,7 +125,7 @@ def test_warm_up_compiles_what_decodes(monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", lambda **found: hooked.append(found["repr"]) and False)
     for kernel in (quantised_launch.quantised_forward_kernel, quantised_launch.quantised_backward_kernel):
         monkeypatch.delitem(kernel.device_caches, -80, raising=False)
-    monkeypatch.setattr(dispatch, "triton_unusable", lambda device: None)
+    monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     monkeypatch.setattr(quantised_launch, "target_of", lambda device: Target(80, n_sms=3))
     monkeypatch.setattr(quantised_layer, "_skips_op", lambda tensor: False)
     monkeypatch.setattr(workspace, "_by_stream", {})

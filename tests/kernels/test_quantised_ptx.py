@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch
+from fastlora import dispatch, selection
 from fastlora.backends.configs import TILE_TABLES
 from fastlora.backends.target import Target
 from fastlora.backends.triton import quantised_launch
@@ -87,7 +87,7 @@ def test_a_layer_asks_for_the_launch_that_decodes(monkeypatch):
     case, packed = checks.draw("nf4 nested", (50, 48, 64, 8), torch.bfloat16)
     given = {name: getattr(case, name).requires_grad_() for name in ("x", "lora_a", "lora_b", "bias")}
     monkeypatch.setattr(dispatch, "_may_decode", lambda device, requested: True)
-    monkeypatch.setattr(dispatch, "triton_unusable", lambda device: None)
+    monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     monkeypatch.setattr(quantised_launch, "target_of", lambda device: Target(80, n_sms=3))
     dispatch.forget_routes()
     fastlora.reset_dispatch_counts()

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from fastlora import dispatch
+from fastlora import selection
 from fastlora.backends.configs import FEW_ROWS, TileConfig, choose_config, gradients_last
 from fastlora.backends.target import Target
 from fastlora.backends.triton import segment_kernels, segment_launch
@@ -60,9 +60,9 @@ def test_what_is_not_served_is_refused_with_its_reason():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_triton_is_asked_before_torchs_grouped_products(monkeypatch, dtype):
     """A GPU that is not there is none that anything is known of; the CUDA kernels' reason is counted."""
-    monkeypatch.setattr(dispatch, "triton_unusable", lambda device=None: None)
-    monkeypatch.setattr(dispatch, "target_of", lambda device: Target(90, 132))
-    name, passed_over = dispatch.select_backend(spec_of(dtype)._replace(device=torch.device("cuda", 0)), None)
+    monkeypatch.setattr(selection, "triton_unusable", lambda device=None: None)
+    monkeypatch.setattr(selection, "target_of", lambda device: Target(90, 132))
+    name, passed_over = selection.select_backend(spec_of(dtype)._replace(device=torch.device("cuda", 0)), None)
     assert name == "triton" and [reason.split(":")[0] for reason in passed_over] == ["cuda"]
 
 

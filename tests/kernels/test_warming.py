@@ -7,7 +7,7 @@ from triton.runtime import _async_compile
 from triton.runtime.jit import JITFunction
 
 import fastlora
-from fastlora import dispatch
+from fastlora import dispatch, selection
 from fastlora.backends import workspace
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture
 def on_triton(monkeypatch):
     """Any layer's calls may be Triton's."""
-    monkeypatch.setattr(dispatch, "_why_unsupported", lambda name, spec: None)
+    monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: None)
     dispatch.forget_routes()
     yield
     dispatch.forget_routes()

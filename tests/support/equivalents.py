@@ -2,6 +2,7 @@
 
 _ROUNDS = "w0, w1, w2, w3 = tl.philox(dropout.seed, low, high, {}, PHILOX_ROUNDS)"
 _LOCATE = "row, column, _, _ = locate(claimed, n_rows, n_columns, 0, {}, wave, variant.tile.group_m)"
+_LOCATE_SEGMENT = "row, column, _, _ = locate(ticket, n_rows, n_columns, 0, {}, wave, variant.tile.group_m)"
 _OUTSIDE = "what is not inside is neither stored nor multiplied"
 _INSIDE = "a bound of a side that is known to be inside is not read"
 
@@ -27,6 +28,10 @@ REASONS: dict[tuple[str, str], str] = {
     ): "there are three of both",
     (
         "packed_weight.py",
+        "values -= tl.load(packed.zeros_ptr + index, mask=inside, other=0)",
+    ): "int8 is widened where it is subtracted from float32",
+    (
+        "packed_weight.py",
         "outer = tl.load(packed.absmax2_ptr + index // format.nested_block, mask=inside, other=1.0)",
     ): _OUTSIDE,
     (
@@ -45,6 +50,7 @@ for _fields in (
 ):
     REASONS["memory.py", f"return Dropout({_fields})"] = "where nothing is dropped, nothing reads it"
 for _number in (1, -1):
+    REASONS["segment_kernels.py", _LOCATE_SEGMENT.format(_number)] = "moves no tile where there are no gradient tiles"
     REASONS |= {
         ("launch.py", f"self.kernel_key = (spec._replace(sizes=spec.sizes._replace(m={_number})), self.variant)"): (
             "the same for every M"

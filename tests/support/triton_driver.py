@@ -70,7 +70,7 @@ def run(directory: Path, dropout_p: float) -> dict[str, list[int]]:
     import triton
     from triton.backends.nvidia.driver import CudaDriver
 
-    from fastlora import dispatch
+    from fastlora import dispatch, selection
     from fastlora.backends.target import Target
     from fastlora.backends.triton import compiled
     from fastlora.backends.triton import launch as backend
@@ -79,7 +79,7 @@ def run(directory: Path, dropout_p: float) -> dict[str, list[int]]:
     device = cuda_driver.EmulatedDevice(driver=opened)
     triton.runtime.driver.set_active(CudaDriver())
     compiled.CompiledLaunch.__call__ = _noting(device, compiled.CompiledLaunch.__call__)
-    dispatch._why_unsupported = lambda name, spec: None
+    selection.why_unsupported = lambda name, spec: None
     backend.target_of = lambda device: Target(90, N_SMS)
     drawn = numerics.draw_case(100, 136, 200, 16, torch.bfloat16, dropout_p=dropout_p)
     for layout in [*LAYOUTS.values()][: 1 if dropout_p else None]:
