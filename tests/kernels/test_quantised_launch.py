@@ -58,6 +58,20 @@ def changed(weight: QuantisedWeight, place: int, tensor: torch.Tensor, **fields)
 
 
 @needs_compiler
+def test_calls_that_differ_in_more_than_m_have_kernels_of_their_own(monkeypatch):
+    """A warm-up compiles one for each key."""
+    monkeypatch.setattr(quantised_launch, "target_of", lambda device: Target(80, n_sms=132))
+
+    def key(m: int = 256, dtype: torch.dtype = torch.bfloat16, config=SMALL[80], **part):
+        spec = described(packed_weight("nf4", 64, 128, dtype), m)[1]
+        return quantised_launch.prepare(spec, config, **part).kernel_key
+
+    assert key() == key(512)
+    others = key(dtype=torch.float16), key(config=dataclasses.replace(SMALL[80], block_n=64)), key(part=512)
+    assert len({key(), *others}) == 4
+
+
+@needs_compiler
 def test_what_is_not_served_says_why():
     int8, float8 = packed_weight("int8", 64, 128), packed_weight("float8", 64, 128)
     assert quantised_launch.why_unsupported(described(packed_weight("nf4", 33, 47))[1]) is None

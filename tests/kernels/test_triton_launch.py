@@ -259,6 +259,24 @@ def test_a_backward_has_tiles_of_what_is_wanted(hopper, needs):
     assert dbias == (((96,), torch.bfloat16) if needs.dbias else None)
 
 
+@pytest.mark.parametrize(
+    "registers, shared, warps, programs",
+    (
+        (32, 1024, 4, 16),  # 2048 threads
+        (128, 1024, 8, 2),  # 65536 registers
+        (32, 100_000, 4, 2),  # 228 KiB
+    ),
+)
+def test_a_wave_is_what_runs_at_once(hopper, registers, shared, warps, programs):
+    """A multiprocessor's programs by what the kernel takes of it, times 132."""
+    prepared = triton_lora.prepare(described(), CONFIG)
+    metadata = SimpleNamespace(shared=shared, num_warps=warps)
+    prepared.launch = SimpleNamespace(compiled=SimpleNamespace(n_regs=registers, metadata=metadata))
+    assert prepared.wave == 132
+    prepared.learn()
+    assert prepared.wave == 132 * programs
+
+
 def test_the_compiler_is_told_the_tiles_warps_and_stages(hopper):
     launch = triton_lora.prepare(described(), CONFIG).launch
     assert launch.options == {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}

@@ -85,3 +85,6 @@ for _condition in (
     "config.block_k > 64 and config.block_m > 17",
 ):
     REASONS["segment_launch.py", f"if {_condition}:"] = "sides are powers of two, and a step of 64 stays one"
+for _strides in ("0, 1", "2, 1", "1, 0", "1, 2"):
+    REASONS["segment_kernels.py", f"none = Gradient(None, None, {_strides})"] = "nothing has these strides"
+    REASONS["kernels.py", f"column_sum=Gradient(None, None, {_strides}),"] = "nothing has these strides"

@@ -104,13 +104,21 @@ def test_float16_scalings_are_split_on_the_device_as_on_the_host(scaling, device
     assert all(torch.equal(results[name], value) for name, value in run(case, device).items())
 
 
-def test_what_multiplies_a_float16_branch_is_a_power_of_two(device):
-    """1.5 is split into 0.75 and 2: the branch is 2 · 1024.5, a tie, which anything above 2 would round up."""
+@pytest.mark.parametrize(
+    "scaling, x, b, y",
+    (
+        (1.5, (1364, 4), (1, 0.5), 2048),  # 2 · 1024.5, a tie, which a factor above 2 would round up
+        (1 + 2**-23, (1.25 * 2**-12, 0), (1024, 0), 2**-13),  # 2 · (0.625 · 2⁻²⁴), where 1.25 would be rounded down
+        (1.0, (1.25 * 2**-12, 0), (1024, 0), 2**-14),
+    ),
+)
+def test_what_multiplies_a_float16_branch_is_the_next_power_of_two(device, scaling, x, b, y):
     case = draw_case([32], 16, 16, 2, torch.float16, experts=[0], adapters=[0])
-    x, weight, a, b = (torch.zeros_like(t) for t in (case.x, case.weight, case.lora_a, case.lora_b))
-    x[0, :2], a[0, :, :2], b[0, :] = torch.tensor([1364, 4]), torch.eye(2), torch.tensor([1, 0.5])
-    case = changed(case, x=x, weight=weight, lora_a=a, lora_b=b, scaling=torch.tensor([1.5]))
-    assert (run(case, device)["y"][0] == 2048).all()
+    zeros = {name: torch.zeros_like(getattr(case, name)) for name in ("x", "weight", "lora_a", "lora_b")}
+    zeros["x"][0, :2], zeros["lora_b"][0, :] = torch.tensor(x), torch.tensor(b)
+    zeros["lora_a"][0, :, :2] = torch.eye(2) * (2**-12 if max(x) < 1 else 1)
+    case = changed(case, **zeros, scaling=torch.tensor([scaling]))
+    assert (run(case, device)["y"][0] == y).all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy, in the interpreter, about NaN
