@@ -326,6 +326,21 @@ def test_the_tables_of_unaligned_rows_serve_each_operand_that_is(hopper, unalign
     assert (config.block_m, config.block_n, config.block_k) in tiles
 
 
+@pytest.mark.parametrize(
+    "narrow", ({"n": 264}, {"k": 136}, {"act": 136}, {"weight": 136}, {"saved_x": 264}), ids=lambda narrow: [*narrow][0]
+)
+def test_loads_are_wide_where_triton_knows_it(hopper, narrow):
+    """Of sizes and strides that are multiples of 16, not of 8."""
+    spec = described("backward")
+    assert triton_lora.has_wide_loads(spec)
+    sizes = spec.sizes._replace(**{name: value for name, value in narrow.items() if name in ("n", "k")})
+    strides = {name: value for name, value in narrow.items() if name not in ("n", "k")}
+    spec = spec._replace(sizes=sizes, strides=spec.row_strides._replace(**strides))
+    assert not triton_lora.has_wide_loads(spec)
+    config = triton_lora.prepare(spec).config
+    assert any(config.block_m == c.block_m and config.block_n == c.block_n for c in TILE_TABLES["unaligned"])
+
+
 @pytest.mark.parametrize("needs", (Needs(True, True, True, True), Needs(False, False, True, False)), ids=str)
 @pytest.mark.parametrize("m", (128, 129))
 def test_sums_between_row_chunks_are_kept_where_there_are_several(hopper, m, needs):

@@ -138,7 +138,7 @@ def of(kernels: Any) -> Any:
 # [M, N, K, R]: several row groups, panels and parts of each, with a ragged last panel; columns that are no multiple of
 # eight, so that codes are read byte by byte; a rank of which S is made in slices.
 # And few rows, in the loop of the product, over a K that is no multiple of its step.
-SIZES = ((136, 72, 80, 8), (97, 33, 46, 5), (75, 48, 64, 72), (49, 72, 200, 5))
+SIZES = ((136, 72, 80, 8), (97, 36, 45, 5), (75, 48, 64, 72), (49, 72, 200, 5))
 FLOAT32_TILE = TileConfig(32, 32, 16, 2, 4, 2, 16, 32, 32)
 
 
