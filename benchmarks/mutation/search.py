@@ -1,20 +1,18 @@
-"""Looks for mutants in processes of its own; what finds each is a row of JSON."""
+"""Looks for mutants, each in a process of its own, which it may end; what finds each is a row of JSON."""
 
 import importlib
 import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Iterable
+from multiprocessing.pool import ThreadPool
 from types import ModuleType
 from typing import Any
 
 from tqdm import tqdm
 
-_MOST_BYTES = 12 << 30  # of address space: a mutant may ask for any
-
-
-def _limit_memory() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
+_MOST_BYTES = 8 << 30  # of address space: a mutant may ask for any
+_CONTEXT = multiprocessing.get_context("forkserver")  # forks from a process that has imported what follows
 
 
 def _language(name: str) -> ModuleType:
@@ -28,13 +26,37 @@ def _quick(item: tuple[str, Any]) -> dict:
     language, mutant = item
     row = {"language": language, "mutant": mutant.name, "rule": mutant.mutation.rule, "reason": why_equivalent(mutant)}
     row |= {"stillborn": None, "found": None, "wanted": mutant.ways, "by": [], "seconds": 0.0}
-    row = _look(row, mutant, thorough=False)
+    row = _look_in_process(row, mutant, thorough=False)
     return row | {"pending": not (row["stillborn"] or row["reason"] or len(row["by"]) == row["wanted"])}
 
 
 def _thorough(item: tuple[dict, Any]) -> dict:
     """Its row after all others, where the quick ones have not found it as often as they should."""
-    return _look(*item, thorough=True) | {"pending": False}
+    return _look_in_process(*item, thorough=True) | {"pending": False}
+
+
+def _look_in_process(row: dict, mutant: Any, thorough: bool) -> dict:
+    """``_look`` in a process of its own; a signal that ends that one is a find."""
+    receiving, sending = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_send, args=(sending, row, mutant, thorough))
+    process.start()
+    sending.close()
+    try:
+        row = receiving.recv()
+    except EOFError:
+        process.join()
+        if process.exitcode >= 0:
+            raise RuntimeError(f"the search itself failed at {row['mutant']}") from None
+        if row["found"] is None:
+            row |= {"found": "the process ended", "message": f"signal {-process.exitcode}"}
+        row |= {"by": [*row["by"], "a check that ended the process"]}
+    process.join()
+    return row
+
+
+def _send(sending: Any, *arguments: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
+    sending.send(_look(*arguments))
 
 
 def _look(row: dict, mutant: Any, thorough: bool) -> dict:
@@ -86,7 +108,8 @@ def run(language: str, seed: int, count: int, jobs: int, done: dict[str, dict], 
             progress.refresh()
 
     progress = tqdm(total=count, desc=language)
-    with multiprocessing.get_context("spawn").Pool(jobs, _limit_memory, maxtasksperchild=40) as pool:
+    _CONTEXT.set_forkserver_preload([f"tests.support.generated_{language}"])
+    with ThreadPool(jobs) as pool:
         while living() < count and order:
             batch, order = order[: count - living()], order[count - living() :]
             rows |= {each.name: _kept(done[each.name], each) for each in batch if each.name in done}
