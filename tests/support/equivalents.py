@@ -88,3 +88,8 @@ for _condition in (
 for _strides in ("0, 1", "2, 1", "1, 0", "1, 2"):
     REASONS["segment_kernels.py", f"none = Gradient(None, None, {_strides})"] = "nothing has these strides"
     REASONS["kernels.py", f"column_sum=Gradient(None, None, {_strides}),"] = "nothing has these strides"
+for _compared in ("!= 256 && kRank > 32", "== 256 && kRank <= 32", "== 256 && kRank >= 32"):
+    _line = f"static constexpr int kFusedFragments = kBlockN {_compared} ? kMmasPerStep / 2 : kMmasPerStep;"
+    REASONS["traits.cuh", _line] = "the same products, masked so many at a time; cuda_resources holds the registers"
+for _number in (1, -1):
+    REASONS["launch.cpp", f"int device_, previous_ = {_number};"] = "cudaGetDevice writes it, or nothing reads it"
