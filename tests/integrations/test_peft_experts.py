@@ -363,5 +363,5 @@ def test_the_implementation_is_not_chosen_by_hand():
     model = make_moe()
     patch(make_peft())
     model.config._experts_implementation_internal = "fastlora"
-    with pytest.raises(ValueError, match="patch chooses it by itself"):
+    with pytest.raises(ValueError, match="they choose it by themselves"):
         model(IDS)
