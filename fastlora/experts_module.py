@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.branch import MERGED_MARK, PLAIN_UNDER_BRANCH, Branch
-from fastlora.experts import Factors, is_experts, matrix_sizes, per_expert, projections, serving
+from fastlora.experts import Factors, matrix_sizes, per_expert, projections, serving
 from fastlora.layer_checks import check_adapter_dtype, check_hyperparameters
 from fastlora.placement import stored
 
@@ -182,12 +182,6 @@ def put_branches(experts: nn.Module, branches: nn.ModuleDict) -> None:
     plain: Any = type(experts)
     setattr(experts, BRANCHES, branches.train(experts.training))
     experts.__class__ = _class_over(plain)
-
-
-def is_experts_parameter(module: nn.Module, name: str) -> bool:
-    """Whether a parameter is one of those that an experts module multiplies by, with branches or without."""
-    plain = isinstance(module, LoRAExperts) or is_experts(module)
-    return plain and name in projections(module)
 
 
 def peft_paths(paths: Iterable[str]) -> dict[str, str]:

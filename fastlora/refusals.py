@@ -80,11 +80,12 @@ def experts_refusal(path: str, modules: dict[str, nn.Module], owners: dict[int, 
     if (manager := _manager(f"{name}.", modules)) is not None:
         return f"{path}: {manager} manages the parameters around it; put LoRA in first, then wrap or shard"
     for each in projections(module):  # the one without a branch is multiplied by, too
-        weight: Any = getattr(module, each)
-        if id(weight) not in owners:
+        weight: Any = module._parameters.get(each)
+        if weight is None:
             return f"{name}.{each}: it is no parameter (parametrizations and the like compute it)"
-        if type(weight) is not nn.Parameter or matrices_reason(weight):
-            why = matrices_reason(weight) or f"it is a {type(weight).__name__}"
+        if type(weight) is not nn.Parameter:
+            return f"{name}.{each}: it is a {type(weight).__name__}"
+        if why := matrices_reason(weight):
             return f"{name}.{each}: {why}"
         if len(weight) != module.num_experts or module._is_expert_parallel:
             return f"{name}.{each}: something has shared its experts out; put LoRA in first"
@@ -96,9 +97,7 @@ def experts_refusal(path: str, modules: dict[str, nn.Module], owners: dict[int, 
     if _is_wrapped(module):
         return f"{path}: hooks have replaced its module's forward; remove them first (device maps add such)"
     if _is_wrapped(parent) and not hasattr(parent, "_hf_hook"):
-        return (
-            f"{path}: a kernel has replaced the forward of the {type(parent).__name__} around it, and reads it itself"
-        )
+        return f"{path}: a kernel has replaced the forward of the {type(parent).__name__} around it and reads it"
     return None
 
 

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
+from tests.support.largest import Largest
 from tests.support.tiny_moe import IDS, MODELS, PARAMETERS, make_moe, make_peft, peft, randomise
 
 from fastlora.integrations.peft import FusedLinear, FusedParamWrapper, patch, unpatch, unserved  # isort: skip
@@ -70,18 +70,6 @@ def test_trains_as_stock_does(kind):
             optimizer.step()
     counts = fastlora.dispatch_counts()
     assert counts["reference"] == 3 * 2 * 4 and not counts["fallbacks"]
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that something makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not func.is_view:
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 def test_no_tensor_as_large_as_the_experts_is_made():
