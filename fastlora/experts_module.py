@@ -17,6 +17,7 @@ from fastlora.experts import Factors, matrix_sizes, per_expert, projections, ser
 from fastlora.layer_checks import check_adapter_dtype, check_hyperparameters
 from fastlora.placement import stored
 
+_UNITS = ("FSDPModule", "FullyShardedDataParallel")
 BRANCHES = "lora"  # the child of an experts module that holds its branches, by parameter name
 
 
@@ -111,7 +112,16 @@ class LoRAExperts(nn.Module):
     lora: nn.ModuleDict
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """hidden_states [tokens, hidden] and what the experts module takes besides."""
+        """hidden_states [tokens, hidden] and what the experts module takes besides.
+
+        Raises:
+            ValueError: a branch is an FSDP unit by itself.
+        """
+        if any(map(_is_unit, self.lora.values())):
+            raise ValueError(
+                "a branch of experts is sharded by itself, and FSDP would free its factors before they are read: "
+                "shard the experts module or the block around it"
+            )
         factors = {name: branch() for name, branch in self.lora.items() if not branch.merged}
         if not factors:
             return super().forward(*args, **kwargs)
@@ -158,6 +168,10 @@ class LoRAExperts(nn.Module):
         if plain and any(branch.branch_is_trained() for branch in given):
             warnings.warn(PLAIN_UNDER_BRANCH, stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+
+def _is_unit(branch: nn.Module) -> bool:
+    return any(base.__name__ in _UNITS for base in type(branch).__mro__)
 
 
 @cache

@@ -410,6 +410,37 @@ def test_offloaded(tmp_path):
     assert_close(logits(fastlora.merge_and_unload(model)), wanted)
 
 
+@pytest.mark.parametrize("sharded", ["blocks", "experts", "branches"])
+def test_fsdp2(tmp_path, sharded):
+    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+        pytest.skip("torch was built without gloo")
+    from torch.distributed.fsdp import fully_shard
+
+    model = make_injected("GptOss")
+    wanted = run(model), {name: p.grad for name, p in factors(model).items()}
+    fastlora.save_adapter(model, tmp_path / "plain")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        experts = model.get_submodule(EXPERTS)
+        units = {"blocks": model.model.layers, "experts": [experts], "branches": experts.lora.values()}
+        for unit in [*units[sharded], model]:
+            fully_shard(unit)
+        if sharded == "branches":
+            with pytest.raises(ValueError, match="shard the experts module or the block around it"):
+                run(model)
+            return
+        assert_close(run(model), wanted[0])
+        for name, parameter in factors(model).items():
+            assert_close(parameter.grad.full_tensor(), wanted[1][name])
+        fastlora.save_adapter(model, tmp_path / "sharded")
+        files = [(tmp_path / name / WEIGHTS).read_bytes() for name in ("plain", "sharded")]
+        assert files[0] == files[1]
+        with pytest.raises(ValueError, match="the weight is sharded"):
+            fastlora.merge(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class unchanged:
     """Within it a model keeps its modules, their classes and children, its parameters and what trains."""
 
