@@ -53,7 +53,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         ValueError: the model has no LoRA layer, or the values of one are not here (on "meta", sharded by FSDP1 or
-            ZeRO-3, offloaded by a hook of its parent).
+            ZeRO-3, offloaded by a hook of its parent); or PEFT has no file for layers of these kinds together.
         OSError: the directory cannot be written.
     """
     model = _unwrapped(model)
@@ -80,11 +80,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     before all of it fits. Both files are of one save, also while another process saves.
 
     Returns:
-        Paths of the loaded layers.
+        Paths of the loaded layers, and of the parameters of experts.
 
     Raises:
         FileNotFoundError: no adapter there, or only a pickled one, which is never opened.
-        ValueError: the files are damaged or are no plain LoRA on linear layers, or do not fit the model; the message
+        ValueError: the files are damaged or are no plain LoRA on linear layers and experts, or do not fit the model, or
+            are of a PEFT whose factors of experts may lie the other way round without showing it; the message
             lists what is missing, unexpected or mismatched. A configuration that is huge, deep or makes matching its
             patterns take long, a header that claims more than a header has.
         OSError: the files are replaced all the time while they are read.

@@ -18,7 +18,7 @@ from fastlora.integrations.state_dicts import adapter_state_dict
 from fastlora.model import lora_layers
 from tests.support.adapter_models import CONFIG, WEIGHTS, edit_config
 from tests.support.largest import Largest
-from tests.support.tiny_moe import IDS, MODELS, PARAMETERS, make_moe, peft, transformers
+from tests.support.tiny_moe import IDS, MODELS, PARAMETERS, make_moe, peft, transformers, ungated_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::RuntimeWarning")
 EXPERTS = "model.layers.0.mlp.experts"
@@ -149,6 +149,28 @@ def test_no_tensor_as_large_as_the_experts_is_made():
     with Largest() as largest:
         run(model)
     assert model.get_submodule(EXPERTS).gate_up_proj.numel() > 4 * largest.elements
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_generates_as_peft_does(kind):
+    model, stock = make_injected(kind).eval(), make_stock(kind).eval()
+    got, wanted = (m.generate(input_ids=IDS, max_new_tokens=6, do_sample=False, pad_token_id=0) for m in (model, stock))
+    assert torch.equal(got, wanted) and got.shape[1] == IDS.shape[1] + 6
+    assert model(IDS, output_router_logits=True).logits.isfinite().all()
+    model.set_experts_implementation("eager")  # which the branches do not follow
+    assert_close(logits(model), logits(stock))
+
+
+def test_experts_without_a_gate_and_with_a_norm_behind():
+    torch.manual_seed(0)
+    model = ungated_experts()
+    stock, targets = copy.deepcopy(model), ["experts.up_proj", "experts.down_proj"]
+    assert fastlora.inject(model, None, target_parameters=targets, r=2, alpha=4) == targets
+    stock = peft.get_peft_model(stock, peft.LoraConfig(r=2, lora_alpha=4, target_modules=[], target_parameters=targets))
+    for name, parameter in stock_factors(start(stock_factors(stock), stock)).items():
+        factors(model)[name].data.copy_(parameter)
+    inputs = torch.randn(6, 16), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
+    assert_close(model["experts"](*inputs), stock.base_model.model["experts"](*inputs))
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
@@ -310,6 +332,16 @@ def test_the_configuration_says_what_peft_needs(tmp_path):
     assert config["lora_dropout"] == 0.0, "PEFT refuses another beside parameters"
     loaded = peft.PeftModel.from_pretrained(make_moe(num_hidden_layers=2), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.filterwarnings("error")
+def test_nothing_is_warned_of_where_nothing_is_amiss(tmp_path):
+    make_moe().save_pretrained(tmp_path / "base")
+    model = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "base")
+    fastlora.inject(model, ["q_proj"], r=2, dropout=0.1)
+    fastlora.inject(model, [], target_parameters=PARAMETERS)
+    fastlora.save_adapter(model, tmp_path / "adapter")
+    fastlora.load_adapter(model, tmp_path / "adapter")
 
 
 def test_float32_factors_of_a_16_bit_model_stay_float32(tmp_path):
