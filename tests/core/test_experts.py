@@ -334,6 +334,34 @@ def test_the_configuration_says_what_peft_needs(tmp_path):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_trainer_resumes_or_says_that_it_cannot(tmp_path, monkeypatch, kind, sharded):
+    pytest.importorskip("accelerate")
+    rows = [{"input_ids": row, "labels": row} for row in IDS]
+
+    def trainer(model):
+        options = {"save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "learning_rate": 1e-2}
+        arguments = transformers.TrainingArguments(output_dir=str(tmp_path), max_steps=3, **options)
+        return transformers.Trainer(model=model, args=arguments, train_dataset=rows)
+
+    model, other = make_injected(kind), make_injected(kind, seed=6, started=False)
+    if sharded:
+        save = type(model).save_pretrained
+        monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save(*a, **k, max_shard_size="5KB"))
+    trainer(model).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    assert sharded == (checkpoint / "model.safetensors.index.json").is_file()
+    if kind == "Mixtral":  # whose entries transformers renames as it saves them
+        with pytest.raises(
+            RuntimeError, match=r"lora\.gate_up_proj: the checkpoint has no lora_A and lora_B by this name"
+        ):
+            trainer(other).train(resume_from_checkpoint=str(checkpoint))
+        return
+    trainer(other).train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(logits(other), logits(model))
+
+
 @pytest.mark.filterwarnings("error")
 def test_nothing_is_warned_of_where_nothing_is_amiss(tmp_path):
     make_moe().save_pretrained(tmp_path / "base")
