@@ -12,10 +12,19 @@ WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def weight_reason(weight: Tensor) -> str | None:
     """Why a LoRA layer cannot be built on this weight, or None."""
-    if weight.dim() == 2 and weight.dtype in WEIGHT_DTYPES and weight.layout == torch.strided:
+    return _dense_reason(weight, 2, "[out, in]")
+
+
+def matrices_reason(weight: Tensor) -> str | None:
+    """Why a branch cannot be put on this parameter of an experts module, or None."""
+    return _dense_reason(weight, 3, "matrix for each expert")
+
+
+def _dense_reason(weight: Tensor, dims: int, wanted: str) -> str | None:
+    if weight.dim() == dims and weight.dtype in WEIGHT_DTYPES and weight.layout == torch.strided:
         return None
     layout = "" if weight.layout == torch.strided else f" {weight.layout}"
-    return f"it is{layout} {weight.dtype} {list(weight.shape)}, not a dense floating-point [out, in] of 16 bits or more"
+    return f"it is{layout} {weight.dtype} {list(weight.shape)}, not a dense floating-point {wanted} of 16 bits or more"
 
 
 def check_adapter_dtype(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:

@@ -10,14 +10,19 @@ MAGNITUDE = "lora_magnitude_vector"
 MERGE_READS = ("weight", "lora_A", "lora_B", MAGNITUDE)  # the last of a DoRA layer alone
 
 
-class Merging(nn.Linear):
-    """The part of ``LoRALinear`` that merges. A subclass whose weight lies in another way says how."""
+class Merging(nn.Module):
+    """The part of a LoRA layer that merges. A subclass whose weight lies in another way, or elsewhere, says how."""
 
+    weight: Tensor
     lora_A: nn.Parameter
     lora_B: nn.Parameter
     scaling: float
-    dora: bool
+    dora = False
     merged: bool
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a tensor of the layer, and the tensor's name there."""
+        return self, name
 
     @property
     def weight_rows(self) -> Tensor:
@@ -37,7 +42,7 @@ class Merging(nn.Linear):
     def merged_weight(self) -> Tensor:
         """W + scaling·B·A in the weight's shape, and with a magnitude its rows scaled, computed in float32 at least and
         rounded once to W's dtype."""
-        weight = stored(self, "weight")
+        weight = stored(*self.place("weight"))
         merged = self._add_branch(weight, self.scaling)
         return (self._scale_rows(merged, self._magnitude_over(self._norm())) if self.dora else merged).to(weight.dtype)
 
@@ -54,7 +59,7 @@ class Merging(nn.Linear):
     def _norm(self) -> Tensor:
         """The norms [out_features] of the rows of the frozen weight and its branch."""
         return weight_norm(
-            self._rows(stored(self, "weight")), stored(self, "lora_A"), stored(self, "lora_B"), self.scaling
+            self._rows(stored(*self.place("weight"))), stored(self, "lora_A"), stored(self, "lora_B"), self.scaling
         )
 
     def _magnitude_over(self, norm: Tensor) -> Tensor:
@@ -89,10 +94,10 @@ class Merging(nn.Linear):
             )
         if keep_base:
             # What unmerge() puts back. A buffer follows .to(); one that is not persistent is in no checkpoint.
-            self.register_buffer("_base_weight", stored(self, "weight").detach(), persistent=False)
+            self.register_buffer("_base_weight", stored(*self.place("weight")).detach(), persistent=False)
         elif self.dora:
             self.register_buffer("_merged_norm", self._norm(), persistent=False)
-        store(self, "weight", merged)
+        store(*self.place("weight"), merged)
         self.merged = True
 
     @torch.no_grad()
@@ -108,12 +113,12 @@ class Merging(nn.Linear):
         if reason := unusable(self, MERGE_READS, writes="weight"):
             raise ValueError(reason)
         base = self._buffers.get("_base_weight")
-        store(self, "weight", self._without_branch() if base is None else base)
+        store(*self.place("weight"), self._without_branch() if base is None else base)
         self._drop_base()
         self.merged = False
 
     def _without_branch(self) -> Tensor:
-        weight = stored(self, "weight")
+        weight = stored(*self.place("weight"))
         plain = weight
         if self.dora:
             scale = self._magnitude_over(self._buffers["_merged_norm"])  # type: ignore[arg-type]

@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fastlora.conv1d import LoRAConv1D, is_conv1d
+from fastlora.experts_module import ExpertsBranch, LoRAExperts, make_branches, put_branches
 from fastlora.heads import (
     clear_marks,
     keep_marks,
@@ -17,13 +19,14 @@ from fastlora.heads import (
     note_newly_drawn,
     saved_modules,
 )
-from fastlora.layer_checks import check_hyperparameters, weight_reason
+from fastlora.layer_checks import check_hyperparameters
 from fastlora.merging import MERGE_READS
 from fastlora.module import LoRALinear
 from fastlora.placement import require_values
 from fastlora.quantised_module import QuantisedLoRALinear
 from fastlora.quantised_weight import read_layer
-from fastlora.targets import Narrowing, by_pattern, match_targets
+from fastlora.refusals import experts_refusal, linear_refusal, parameter_owners, saved_refusal
+from fastlora.targets import Narrowing, by_pattern, match_parameters, match_targets
 
 _PEFT_NAMES = {
     "lora_alpha": "alpha",
@@ -34,8 +37,6 @@ _PEFT_NAMES = {
 }
 # What compilation, data-parallel and checkpointing wrappers insert into module paths.
 _WRAPPER = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-# Modules that have taken charge of the parameters that they found, and would neither shard nor synchronise new ones.
-_MANAGERS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 class TrainableParameters(NamedTuple):
@@ -51,7 +52,7 @@ class TrainableParameters(NamedTuple):
 
 def inject(
     model: nn.Module,
-    target_modules: str | Iterable[str],
+    target_modules: str | Iterable[str] | None,
     *,
     r: int = 8,
     alpha: float = 16,
@@ -67,13 +68,16 @@ def inject(
     layers_pattern: str | Iterable[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    target_parameters: Iterable[str] | None = None,
     **unknown,
 ) -> list[str]:
     """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear``, and transformers' ``Conv1D`` (GPT-2) by
     its subclass ``LoRAConv1D``; freezes every other parameter.
 
     Layers that bitsandbytes (``Linear4bit``) or torchao (int8 and float8 weights) has quantised stay quantised: they
-    become ``QuantisedLoRALinear``.
+    become ``QuantisedLoRALinear``. Experts modules that transformers calls by its ``ExpertsInterface`` (Mixtral,
+    Qwen3-MoE, gpt-oss, ...) get branches on the parameters that ``target_parameters`` name: they stay the objects that
+    they are, and become ``LoRAExperts``.
 
     Targets are matched as PEFT does: a list holds names or dotted suffixes of module paths, a string is a regular
     expression that must match a whole path. "all-linear" stands for every such layer but the output heads of a
@@ -82,7 +86,8 @@ def inject(
 
     Args:
         model: any module; changed in place.
-        target_modules: list of suffixes, a regular expression, or "all-linear".
+        target_modules: list of suffixes, a regular expression, or "all-linear"; empty or None where
+            ``target_parameters`` are all.
         r, alpha, dropout, rslora, init, copy_input, dora, adapter_dtype: as for ``LoRALinear.from_linear``.
         modules_to_save: modules that train whole and that ``save_adapter`` saves, such as the newly drawn head of a
             classifier. As in PEFT, every module whose path ends in one of these names is meant, and nothing in them
@@ -93,16 +98,20 @@ def inject(
         layers_pattern: name or names of the lists whose numbers these are ("layers", "h"); by default any.
         rank_pattern, alpha_pattern: other values of r and alpha for some layers. As in PEFT, the first key counts that,
             as a regular expression, matches the end of the layer's path from a dot on. ``save_adapter`` writes what
-            comes of all five.
+            comes of all five. For ``target_parameters`` a path is the parameter's, and only these two count.
+        target_parameters: list of parameters of experts modules, by path or dotted suffix
+            ("mlp.experts.gate_up_proj"); every expert gets a branch of rank r. As in PEFT, without dropout and DoRA.
 
     Returns:
-        The paths of the layers replaced by this call, in the model's order.
+        The paths of the layers replaced by this call, and of the parameters of experts, in the model's order.
 
     Raises:
         ValueError: a target matches nothing (the message names what would match); a match is not a plain ``nn.Linear``,
             shares its weight with another module, carries hooks or is sharded already; a hyperparameter is out of
             range; ``modules_to_save`` names no module, or one that shares a parameter with another or has a branch;
-            something to exclude, a number of a block or a key of a pattern matches nothing (in PEFT: nothing happens).
+            something to exclude, a number of a block or a key of a pattern matches nothing (in PEFT: nothing happens);
+            a target parameter is none of an experts module that is called so, is not dense or has a branch already, or
+            dropout or DoRA is asked for with it.
         TypeError: ``target_modules`` is neither a string nor a list of strings, or r is not an integer; an argument has
             PEFT's name for it.
     """
@@ -112,13 +121,20 @@ def inject(
     check_hyperparameters(r, alpha, dropout, init)
     saved = _match_saved(model, modules_to_save)
     narrowing = Narrowing(exclude_modules, layers_to_transform, layers_pattern)
-    names = match_targets(model, target_modules, saved, narrowing)
-    paths = {name: canonical_name(name) for name in names}
+    parameters = match_parameters(model, target_parameters)
+    names: list[str] = []
+    if parameters:
+        _check_parameters(dropout, dora, narrowing if target_modules in (None, []) else Narrowing())
+    elif target_modules is None:
+        raise TypeError("target_modules must be a string or a list of strings, got None without target_parameters")
+    if target_modules is not None and (target_modules != [] or not parameters):
+        names = match_targets(model, target_modules, saved, narrowing)
+    paths = {name: canonical_name(name) for name in [*names, *parameters]}
     ranks = by_pattern("rank_pattern", rank_pattern, paths, r)
     alphas = by_pattern("alpha_pattern", alpha_pattern, paths, alpha)
-    for name in names:
+    for name in paths:
         check_hyperparameters(ranks[name], alphas[name], dropout, init)
-    replace_linears(
+    put_layers(
         model,
         {
             name: {
@@ -134,8 +150,36 @@ def inject(
             for name in names
         },
         saved,
+        {
+            name: {
+                "r": ranks[name],
+                "alpha": alphas[name],
+                "rslora": rslora,
+                "init": init,
+                "adapter_dtype": adapter_dtype,
+            }
+            for name in parameters
+        },
     )
-    return names
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    return sorted(paths, key=lambda name: order[name] if name in order else order[name.rpartition(".")[0]])
+
+
+def _check_parameters(dropout: float, dora: bool, unused: Narrowing) -> None:
+    """Raises ValueError for what ``target_parameters`` do not go with.
+
+    Args:
+        unused: what would narrow ``target_modules``, where there are none.
+    """
+    odd = [name for name, value in (("dropout", dropout), ("dora", dora)) if value]
+    if odd:
+        raise ValueError(
+            f"{' and '.join(odd)} with target_parameters: PEFT has neither for parameters, nor has this; leave it out, "
+            "or inject the layers in a call of their own, without target_parameters"
+        )
+    given = [name for name, value in unused._asdict().items() if value is not None]
+    if given:
+        raise ValueError(f"{', '.join(given)}: as in PEFT, this narrows target_modules, and there are none")
 
 
 def _match_saved(model: nn.Module, names: Iterable[str] | None) -> list[str]:
@@ -152,30 +196,55 @@ def _match_saved(model: nn.Module, names: Iterable[str] | None) -> list[str]:
     return modules_ending_in(model, names) if names else []
 
 
-def replace_linears(model: nn.Module, options: dict[str, dict], saved: Iterable[str] = ()) -> None:
-    """Replaces layers by path, each with its own ``from_linear`` options, after checking that all can be; then freezes
-    all else but the modules at the paths ``saved``, which train whole from then on.
+def put_layers(
+    model: nn.Module,
+    options: dict[str, dict],
+    saved: Iterable[str] = (),
+    parameters: Mapping[str, dict] = MappingProxyType({}),
+) -> None:
+    """Replaces layers by path and puts branches on parameters of experts modules, after checking that all can be; then
+    freezes all else but the modules at the paths ``saved``, which train whole from then on.
+
+    Args:
+        options: ``from_linear`` options by path.
+        parameters: ``ExpertsBranch`` options by path of a parameter.
 
     Raises:
         ValueError: as for ``inject``; the model is unchanged then.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
-    owners = _parameter_owners(model)
-    problems = [problem for name in options if (problem := _refusal(name, modules, owners))]
+    owners = parameter_owners(model)
+    problems = [problem for name in options if (problem := linear_refusal(name, modules, owners))]
+    problems += [problem for path in parameters if (problem := experts_refusal(path, modules, owners))]
     if problems:
         raise ValueError("cannot put LoRA on " + "; ".join(problems))
     saved = list(saved)
-    problems = [problem for name in saved if (problem := _saved_refusal(name, modules, owners, saved))]
+    whole = [*saved, *(name for name, _ in saved_modules(model))]
+    if problems := [path for path in parameters if lies_in(path, whole)]:
+        raise ValueError(f"cannot put LoRA on {', '.join(problems)}: modules_to_save has the whole of it trained")
+    problems = [problem for name in saved if (problem := saved_refusal(name, modules, owners, saved))]
     if problems:
         raise ValueError("cannot train and save the whole of " + "; ".join(problems))
     note_newly_drawn(model, known=(layer for _, layer in lora_layers(model)))
     layers = {name: branched(modules[name], **kwargs) for name, kwargs in options.items()}
+    branches = {name: make_branches(modules[name], given) for name, given in _by_module(parameters).items()}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         keep_marks(modules[name], layer)
         setattr(modules[parent], child, layer)
+    for name, made in branches.items():
+        put_branches(modules[name], made)
     mark_saved(modules[name] for name in saved)
     _freeze_all_but_adapters(model)
+
+
+def _by_module(parameters: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
+    """What belongs to each path of a parameter, by path of its module and by its name there."""
+    found: dict[str, dict[str, dict]] = {}
+    for path, given in parameters.items():
+        module, _, name = path.rpartition(".")
+        found.setdefault(module, {})[name] = given
+    return found
 
 
 def branched(linear: nn.Module, **options) -> LoRALinear:
@@ -186,11 +255,15 @@ def branched(linear: nn.Module, **options) -> LoRALinear:
     return kind.from_linear(linear, **options)  # type: ignore[arg-type]
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
-    """Path and module of every ``LoRALinear``. Paths leave out what compile, FSDP and checkpoint wrappers insert."""
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALinear | ExpertsBranch]]:
+    """Path and module of every ``LoRALinear``, and of every branch on experts, whose path is that of the parameter that
+    it is on. Paths leave out what compile, FSDP and checkpoint wrappers insert."""
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             yield canonical_name(name), module
+        elif isinstance(module, LoRAExperts):
+            for branch in module.branches():
+                yield canonical_name(f"{name}.{branch.parameter_name}".lstrip(".")), branch
 
 
 def canonical_name(name: str) -> str:
@@ -241,7 +314,8 @@ def unmerge(model: nn.Module) -> None:
 
 
 def merge_and_unload(model: nn.Module, safe: bool = False) -> nn.Module:
-    """Merges every branch and turns the LoRA layers back into plain ``nn.Linear``, as PEFT's method of that name does.
+    """Merges every branch and turns the LoRA layers back into plain ``nn.Linear`` and plain experts, as PEFT's method
+    of that name does.
 
     The layers stay the objects that they are, so all that holds on to them (several parents, hooks, device maps) sees
     plain layers from then on. The state dict has the plain model's keys. Weights stay frozen; A and B are gone.
@@ -259,7 +333,11 @@ def merge_and_unload(model: nn.Module, safe: bool = False) -> nn.Module:
     layers = _require_layers(model)
     merge(model, safe=safe, keep_base=False)
     for _, layer in layers:
-        layer.unload()
+        if isinstance(layer, LoRALinear):
+            layer.unload()
+    for module in list(model.modules()):
+        if isinstance(module, LoRAExperts):
+            module.unload()
     clear_marks(model)
     return model
 
@@ -278,14 +356,14 @@ def trainable_parameters(model: nn.Module) -> TrainableParameters:
     return TrainableParameters(trainable, total, trainable / total if total else 0.0)
 
 
-def _require_layers(model: nn.Module) -> list[tuple[str, LoRALinear]]:
+def _require_layers(model: nn.Module) -> list[tuple[str, LoRALinear | ExpertsBranch]]:
     layers = list(lora_layers(model))
     if not layers:
         raise ValueError(f"{type(model).__name__} has no LoRALinear layer; call fastlora.inject first")
     return layers
 
 
-def _require_own_weights(model: nn.Module, layers: list[tuple[str, LoRALinear]]) -> None:
+def _require_own_weights(model: nn.Module, layers: list[tuple[str, LoRALinear | ExpertsBranch]]) -> None:
     """Merging replaces a parameter's data, which every module that shares the parameter would see."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -299,84 +377,6 @@ def _require_own_weights(model: nn.Module, layers: list[tuple[str, LoRALinear]])
             + "; ".join(" and ".join(names) for names in tied.values())
             + "; give the layer a weight of its own first"
         )
-
-
-def _parameter_owners(model: nn.Module) -> dict[int, list[str]]:
-    """A path for every place that holds each parameter, by its id. A block with several parents is one place; a layer
-    that is itself a child of several parents is several, since each parent has to be given its replacement."""
-    owners: dict[int, list[str]] = {}
-    for parent_name, parent in (("", None), *model.named_modules()):
-        children = {"": model} if parent is None else parent._modules
-        for child_name, child in children.items():
-            path = f"{parent_name}.{child_name}".strip(".")
-            for name, parameter in child._parameters.items() if child is not None else ():
-                if parameter is not None:
-                    owners.setdefault(id(parameter), []).append(f"{path}.{name}".lstrip("."))
-    return owners
-
-
-def _refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]]) -> str | None:
-    """Why the module of this name cannot be replaced, or None."""
-    module: Any = modules[name]
-    packed = read_layer(module)
-    if isinstance(packed, str):
-        return f"{name}: {packed}"
-    if not (type(module) is nn.Linear or is_conv1d(module)) and packed is None:
-        return f"{name}: it is a {type(module).__module__}.{type(module).__qualname__}, not a plain nn.Linear"
-    if (manager := _manager(name, modules)) is not None:
-        return f"{name}: {manager} manages the parameters around it; put LoRA in first, then wrap or shard"
-    weight: Any = module.weight
-    if id(weight) not in owners:
-        return f"{name}: its weight is no parameter (pruning, weight norm and the like compute it)"
-    if packed is None and weight_reason(weight):
-        return f"{name}: its weight does not do: {weight_reason(weight)}"
-    shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
-    if shared:
-        return f"{name}: its weight is tied to {', '.join(shared)}"
-    forward = vars(module).get("forward")
-    wrapped = (
-        forward is not None and getattr(forward, "__func__", None) is not type(module).forward
-    )  # as hooks leave it
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or wrapped:
-        return (
-            f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "
-            "or put LoRA in first (tensor parallelism)"
-        )
-    parent = modules[name.rpartition(".")[0]]
-    if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-        return (
-            f"{name}: the inference fast path of nn.TransformerEncoderLayer would read its weight and skip the branch; "
-            "call torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-    return None
-
-
-def _manager(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """The class of what has taken charge of the parameters at this path."""
-    parts = name.split(".")
-    for depth in range(len(parts)):
-        ancestor = type(modules[".".join(parts[:depth])])
-        if any(base.__name__ in _MANAGERS for base in ancestor.__mro__):
-            return ancestor.__name__
-    return None
-
-
-def _saved_refusal(
-    name: str, modules: dict[str, nn.Module], owners: dict[int, list[str]], saved: list[str]
-) -> str | None:
-    """Why the module of this name cannot train and be saved whole, or None."""
-    module = modules[name]
-    if any(isinstance(child, LoRALinear) for child in module.modules()):
-        return f"{name}: it carries a branch already; name it in the call that injects, or save it without"
-    parameters = list(module.parameters())
-    if not all(parameter.is_floating_point() for parameter in parameters):
-        return f"{name}: it has parameters that are not floating-point and cannot train"
-    tied = sorted({o for p in parameters for o in owners.get(id(p), ()) if not lies_in(o, saved)})
-    if tied:
-        return f"{name}: it shares a parameter with {', '.join(tied)}; name both modules, or untie them first"
-    if (manager := _manager(name, modules)) is not None:
-        return f"{name}: {manager} manages the parameters around it; inject first, then wrap or shard"
-    return None
 
 
 def _freeze_all_but_adapters(model: nn.Module) -> None:

@@ -1,29 +1,20 @@
 """``LoRALinear``: an ``nn.Linear`` with a frozen weight and a trainable low-rank branch."""
 
-import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.dora import Norms, dora_linear, weight_norm
+from fastlora.branch import Branch
+from fastlora.dora import Norms, dora_linear
 from fastlora.layer_checks import WEIGHT_DTYPES, check_adapter_dtype, check_hyperparameters, weight_reason
-from fastlora.merging import Merging
 from fastlora.ops import lora_linear
 from fastlora.placement import forget
-from fastlora.save_pretrained import plain_saver, warn_unmerged
 from fastlora.sharding import is_dtensor, lora_linear_sharded
 
-MERGED_MARK = "merged"  # key in the state dict of a merged layer
-_PLAIN_UNDER_BRANCH = (
-    "a state dict without lora_A and lora_B was loaded into layers whose branch is not zero, and the branch stays: "
-    "where the state dict is of a merged model, the branch now counts twice"
-)
 
-
-class LoRALinear(Merging):
+class LoRALinear(Branch, nn.Linear):
     """``y = x·Wᵀ + bias + scaling·(dropout(x)·Aᵀ)·Bᵀ`` with W and bias frozen, A and B trainable.
 
     Args:
@@ -87,14 +78,8 @@ class LoRALinear(Merging):
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
-        self.r = int(r)
-        self.alpha = alpha if isinstance(alpha, int | float) else float(alpha)  # a Fraction, a numpy scalar
-        self.dropout = float(dropout)
-        self.rslora = rslora
-        self.init = init
+        self._configure(r, alpha, dropout, rslora, init)
         self.copy_input = bool(copy_input)
-        self.scaling = self.alpha / (math.sqrt(self.r) if rslora else self.r)
-        self.merged = False
         self.lora_A = nn.Parameter(self.weight.new_empty(r, in_features))
         self.lora_B = nn.Parameter(self.weight.new_empty(out_features, r))
         self.dora = bool(dora)
@@ -192,34 +177,6 @@ class LoRALinear(Merging):
         if "lora_A" in self._parameters:  # nn.Linear's constructor calls this before the branch exists
             self.reset_lora_parameters()
 
-    @torch.no_grad()
-    def reset_lora_parameters(self) -> None:
-        """Draws A and zeroes B; a magnitude becomes the weight's norm.
-
-        The draws are those of PEFT, so that the same seed gives the same start: on the default device, in the default
-        dtype, one ``nn.Linear`` start for A and one for B, then A again; rounded to the weight's dtype.
-        """
-        if self.lora_A.is_meta:
-            return
-        device = torch.get_default_device()
-        if device.type == "meta":
-            device = torch.device("cpu")
-        a = torch.empty(self.lora_A.shape, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        nn.init.kaiming_uniform_(torch.empty(self.lora_B.shape, device=device), a=math.sqrt(5))
-        if self.init == "gaussian":
-            nn.init.normal_(a, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.lora_A.copy_(a.to(self._start_dtype()))
-        self.lora_B.zero_()
-        if self.dora and not self.weight.is_meta:
-            self.lora_magnitude_vector.copy_(weight_norm(self.weight_rows, self.lora_A, self.lora_B, self.scaling))
-
-    def _start_dtype(self) -> torch.dtype:
-        """What the draws of A are rounded to, whatever dtype A has."""
-        return self.weight.dtype
-
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         if self.merged:
@@ -278,49 +235,6 @@ class LoRALinear(Merging):
                 del self.__dict__[name]
         self.__class__ = plain
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
-        """A merged layer's entries are marked, or those of nn.Linear where they are written for from_pretrained."""
-        first = not any(key.endswith("lora_A") for key in destination)  # one warning a state dict is enough
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        saver = plain_saver()
-        if self.merged and saver is None:
-            destination[prefix + MERGED_MARK] = torch.ones((), dtype=torch.bool)
-        elif self.merged:
-            for name in self.adapter_parameters():
-                destination.pop(prefix + name, None)
-        elif saver is not None and first:
-            warn_unmerged(saver)
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        layer = prefix.rstrip(".") or "the layer"
-        given = {name for name in (*self._parameters, MERGED_MARK) if prefix + name in state_dict}
-        if self.merged and given:
-            errors.append(f"{layer} is merged; call unmerge() before loading parameters")
-            return
-        if MERGED_MARK in given:
-            errors.append(
-                f"{layer}: the state dict is of a merged layer, whose weight holds the branch already, and lora_A and "
-                "lora_B would add it again; take the state dict after unmerge(), or load an adapter file"
-            )
-            return
-        if "weight" in given and not given & {"lora_A", "lora_B"} and self._branch_is_trained():
-            warnings.warn(_PLAIN_UNDER_BRANCH, stacklevel=2)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-
-    def _branch_is_trained(self) -> bool:
-        """Whether B is not zero on a weight that has values; without reading what is sharded."""
-        b = self.lora_B
-        return not (self.weight.is_meta or b.is_meta or is_dtensor(b)) and bool(b.detach().any())
-
     def extra_repr(self) -> str:
         """Sizes, rank, alpha and whatever differs from the defaults."""
-        text = f"{super().extra_repr()}, r={self.r}, alpha={self.alpha}, scaling={self.scaling:g}"
-        if self.dropout:
-            text += f", dropout={self.dropout}"
-        if self.rslora:
-            text += ", rslora=True"
-        if self.dora:
-            text += ", dora=True"
-        if self.copy_input:
-            text += ", copy_input=True"
-        return text + (", merged=True" if self.merged else "")
+        return f"{nn.Linear.extra_repr(self)}, {super().extra_repr()}"

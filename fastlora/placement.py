@@ -58,7 +58,6 @@ def unusable(layer: Any, names: Iterable[str], writes: str | None = None, allow_
         writes: the one that is to be replaced as a whole: then it must also be a plain parameter of this layer alone.
         allow_meta: plain parameters on "meta" are about to get their values.
     """
-    hooked = _offload_hook(layer) is not None
     rank = layer.lora_A.shape[0] if layer.lora_A.dim() else 0
     shapes = {
         "weight": layer.weight_shape,
@@ -70,6 +69,7 @@ def unusable(layer: Any, names: Iterable[str], writes: str | None = None, allow_
         if getattr(layer, name, None) is None:  # a magnitude, which DoRA alone has
             continue
         tensor, replaced = getattr(layer, name), name == writes
+        owner, attribute = layer.place(name)
         if is_dtensor(tensor):
             if replaced:
                 return f"the {name} is sharded (a DTensor), and others hold on to its shards: {_UNMANAGED}"
@@ -90,12 +90,12 @@ def unusable(layer: Any, names: Iterable[str], writes: str | None = None, allow_
             )
         if not whole:
             return f"{name} is a placeholder of shape {list(tensor.shape)}, not {list(shapes[name])}: {_UNMANAGED}"
-        if replaced and name not in layer._parameters:
+        if replaced and attribute not in owner._parameters:
             return (
                 f"{name} is no parameter of the layer: FSDP1 or a parametrization holds its value, and would undo the "
                 f"change; remove the parametrization, or {_UNMANAGED}"
             )
-        if tensor.is_meta and not hooked and not allow_meta:
+        if tensor.is_meta and not is_offloaded(owner) and not allow_meta:
             return (
                 f"{name} is on the meta device, which holds no values: load them first; where a device map or an "
                 "offloading hook around the layer put it there, load the model without it, or call "

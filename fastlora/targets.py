@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from fastlora.conv1d import LoRAConv1D, is_conv1d
+from fastlora.experts import is_experts, projections
 from fastlora.heads import is_head, lies_in, saved_modules
 from fastlora.module import LoRALinear
 from fastlora.quantised_module import QuantisedLoRALinear
@@ -56,8 +57,8 @@ def match_targets(
             matched, unknown = [name for name in modules if pattern.fullmatch(name)], [target_modules]
         unknown = [] if matched else (unknown or [target_modules])
     else:
-        matched = [name for name in modules if any(_is_suffix(target, name) for target in target_modules)]
-        unknown = [t for t in target_modules if not any(_is_suffix(t, name) for name in matched)]
+        matched = [name for name in modules if any(is_suffix(target, name) for target in target_modules)]
+        unknown = [t for t in target_modules if not any(is_suffix(t, name) for name in matched)]
     if unknown or not matched:
         as_names = "in a list, " if isinstance(target_modules, str) else ""  # a string has to match whole paths
         raise ValueError(
@@ -67,6 +68,45 @@ def match_targets(
     matched = _without_excluded(matched, narrowing.exclude_modules)
     matched = _in_layers(matched, target_modules, narrowing)
     return [name for name in matched if not isinstance(modules[name], LoRALinear)]
+
+
+def match_parameters(model: nn.Module, target_parameters: Iterable[str] | None) -> list[str]:
+    """The paths of the parameters that ``target_parameters`` mean by PEFT's rule, in the model's order; within experts,
+    in that in which they are multiplied by, which is the one that their class makes them in.
+
+    Raises:
+        ValueError: one matches nothing.
+        TypeError: they are no list of strings.
+    """
+    targets = [] if target_parameters is None else target_parameters
+    targets = targets if isinstance(targets, str) else list(targets)
+    if isinstance(targets, str) or not all(isinstance(target, str) for target in targets):
+        raise TypeError(f"target_parameters must be a list of strings, got {target_parameters!r}")
+    if not targets:
+        return []
+    places = [(name, module) for name, module in model.named_modules() if name]
+    paths = [f"{name}.{own}" for name, module in places for own in _own_names(module)]
+    matched = [path for path in paths if any(is_suffix(target, path) for target in targets)]
+    unknown = [target for target in targets if not any(is_suffix(target, path) for path in matched)]
+    if unknown:
+        raise ValueError(
+            f"target_parameters {', '.join(map(repr, unknown))} match no parameter of {type(model).__name__}; "
+            f"names that would match: {_parameter_names(places)}"
+        )
+    return matched
+
+
+def _own_names(module: nn.Module) -> list[str]:
+    own = [name for name, _ in module.named_parameters(recurse=False)]
+    last = projections(module) if is_experts(module) else ()
+    return [name for name in own if name not in last] + list(last)
+
+
+def _parameter_names(places: list[tuple[str, nn.Module]]) -> str:
+    """The last components of the paths of all parameters that may get a branch."""
+    ends = {".".join(name.split(".")[-2:]): module for name, module in places}
+    names = [f"{end}.{own}" for end, module in ends.items() if is_experts(module) for own in projections(module)]
+    return ", ".join(sorted(names)) or "none (it has no experts that transformers calls by its ExpertsInterface)"
 
 
 def _without_excluded(matched: list[str], exclude: str | Iterable[str] | None) -> list[str]:
@@ -84,8 +124,8 @@ def _without_excluded(matched: list[str], exclude: str | Iterable[str] | None) -
         names = list(exclude)
         if not all(isinstance(name, str) for name in names):
             raise TypeError(f"exclude_modules must be a string or a list of strings, got {names!r}")
-        left = [path for path in matched if not any(_is_suffix(name, path) for name in names)]
-        unknown = [name for name in names if not any(_is_suffix(name, path) for path in matched)]
+        left = [path for path in matched if not any(is_suffix(name, path) for name in names)]
+        unknown = [name for name in names if not any(is_suffix(name, path) for path in matched)]
     if unknown:
         as_names = "; names go in a list, and a string has to match whole paths" if isinstance(exclude, str) else ""
         raise ValueError(f"exclude_modules {', '.join(map(repr, unknown))} match none of the targets{as_names}")
@@ -156,7 +196,8 @@ def _ends_in(name: str, key: str, path: str) -> bool:
         raise ValueError(f"{name}: {key!r} is not a regular expression: {error}") from error
 
 
-def _is_suffix(target: str, name: str) -> bool:
+def is_suffix(target: str, name: str) -> bool:
+    """Whether a path is the target or ends in it from a dot on."""
     return name == target or name.endswith(f".{target}")
 
 

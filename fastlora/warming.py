@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fastlora import quantised_operands
 from fastlora.backends.configs import FEW_ROWS
 from fastlora.dispatch import compile_ahead, decodes_in_launch, environment_backend
+from fastlora.experts_module import ExpertsBranch
 from fastlora.module import LoRALinear
 from fastlora.operands import as_stored, describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
@@ -60,7 +61,7 @@ def warmup(
     first steps or within the capture of a CUDA graph. Compiled kernels stay in Triton's cache on disk. Call it where
     the model is on its device, has the dtypes that it will be used in, and, if it will be used under
     ``torch.autocast``, under that. Layers on the CPU, and calls that the CUDA backend or the reference serves, have
-    nothing to compile; neither have FSDP units of single layers here.
+    nothing to compile; neither have FSDP units of single layers here. Experts compile at their first call.
 
     Args:
         model: any module with LoRALinear layers, or a PEFT model that ``fastlora.integrations.peft.patch`` has turned.
@@ -101,14 +102,16 @@ def warmup(
 
 def _is_fused(module: nn.Module) -> bool:
     if "peft" not in sys.modules:
-        return isinstance(module, LoRALinear)
+        return isinstance(module, LoRALinear | ExpertsBranch)
     from fastlora.integrations.peft_layer import FusedForward
 
-    return isinstance(module, LoRALinear | FusedForward)
+    return isinstance(module, LoRALinear | ExpertsBranch | FusedForward)
 
 
 def _layer_of(module: Any) -> _Layer | None:
     """What a fused call of the module would be made of, as it is now, or None."""
+    if isinstance(module, ExpertsBranch):  # rows in segments are compiled for by their first call
+        return None
     if isinstance(module, LoRALinear):
         if module.merged:
             return None

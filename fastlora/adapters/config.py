@@ -2,12 +2,16 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
 from fastlora.heads import lies_in, modules_ending_in, saved_modules, task_of
 from fastlora.model import canonical_name
+
+# The first PEFT whose factors of experts lie as they do here; where a matrix is square, nothing else tells.
+EXPERTS_LAYOUT = "0.19.1"
 
 
 def plain_config(
@@ -19,20 +23,24 @@ def plain_config(
     dropout: float = 0.0,
     transposed: bool = False,
     dora: bool = False,
+    parameters: Iterable[str] = (),
 ) -> dict[str, Any]:
-    """The configuration of LoRA or DoRA on linear layers.
+    """The configuration of LoRA or DoRA on linear layers, and of LoRA on parameters of experts.
 
     Args:
         model: what the layers are of.
-        ranks, alphas: by module path, for the same paths.
+        ranks, alphas: by path of a module or parameter, for the same paths.
         rslora: whether the scaling is alpha / sqrt(r).
         dropout: of the branches' inputs.
         transposed: whether layers among them keep their weights as [in, out].
         dora: whether each has a magnitude besides.
+        parameters: which of the paths are those of parameters.
     """
+    parameters = list(parameters)
     rank, alpha = most_common(list(ranks.values())), most_common(list(alphas.values()))
     base = getattr(model, "config", None)
     saved = [canonical_name(name) for name, _ in saved_modules(model)]
+    layout = {"target_parameters": _targets(_parameter_paths(model), parameters, 2), "peft_version": EXPERTS_LAYOUT}
     return {
         "peft_type": "LORA",
         "task_type": _task_type(model, saved),
@@ -44,12 +52,13 @@ def plain_config(
         "use_rslora": rslora,
         "rank_pattern": {_pattern(p, ranks): value for p, value in ranks.items() if value != rank},
         "alpha_pattern": {_pattern(p, alphas): value for p, value in alphas.items() if value != alpha},
-        "target_modules": _targets(model, list(ranks)),
+        "target_modules": _targets(_module_paths(model), [path for path in ranks if path not in parameters], 1),
         "bias": "none",
         "fan_in_fan_out": transposed,
         "init_lora_weights": True,
         "use_dora": dora,
         "modules_to_save": saved or None,
+        **(layout if parameters else {}),
     }
 
 
@@ -70,9 +79,20 @@ def _pattern(path: str, paths: dict[str, Any]) -> str:
     return path if matches == [path] else f"^{re.escape(path)}"
 
 
-def _targets(model: nn.Module, paths: list[str]) -> list[str]:
-    """Last path components where these mean exactly the layers that carry a branch, else whole paths."""
-    leaves = {path.rpartition(".")[2] for path in paths}
-    named = [canonical_name(name) for name, _ in model.named_modules()]
-    meant = {name for name in named if name.rpartition(".")[2] in leaves}
-    return sorted(leaves if meant == set(paths) else paths)
+def _targets(named: list[str], paths: list[str], length: int) -> list[str]:
+    """So many last components of the paths where these mean exactly them among all that are named, else whole paths."""
+    ends = {_end(path, length) for path in paths}
+    meant = {name for name in named if _end(name, length) in ends}
+    return sorted(ends if meant == set(paths) else paths)
+
+
+def _end(path: str, length: int) -> str:
+    return ".".join(path.split(".")[-length:])
+
+
+def _module_paths(model: nn.Module) -> list[str]:
+    return [canonical_name(name) for name, _ in model.named_modules()]
+
+
+def _parameter_paths(model: nn.Module) -> list[str]:
+    return [canonical_name(name) for name, _ in model.named_parameters(remove_duplicate=False)]

@@ -6,7 +6,9 @@ import os
 import re
 import reprlib
 import struct
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -29,7 +31,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _SHOWN = 10
 # An adapter of 70,000 experts stays below these by half; what is larger is not read.
 MAX_CONFIG, MAX_HEADER = 8 << 20, 32 << 20  # bytes
-_MAX_SAVED_NAMES = 1000
+_MAX_NAMES = 1000
 # Fields that change what an adapter computes, and the values under which it is plain LoRA on linear layers.
 _PLAIN: dict[str, tuple] = {
     "bias": ("none",),
@@ -37,7 +39,6 @@ _PLAIN: dict[str, tuple] = {
     "lora_bias": (False,),
     "use_qalora": (False,),
     "trainable_token_indices": (None,),
-    "target_parameters": (None, []),
     "layer_replication": (None,),
     "alora_invocation_tokens": (None,),
     "arrow_config": (None,),
@@ -76,6 +77,7 @@ _HARMLESS = {
     "revision",
     "runtime_config",
     "target_modules",
+    "target_parameters",
     "task_type",
     "use_rslora",
 }
@@ -114,6 +116,8 @@ def read_adapter(directory: str | os.PathLike) -> dict[str, AdapterLayer]:
     layers = {}
     config, file = open_adapter(directory)
     with file:
+        if config["target_parameters"]:
+            raise ValueError(f"{directory} has LoRA on parameters of experts: merge it to look at what it changes")
         stored, _ = read_header(file, directory / WEIGHTS_NAME, config)
         check_ranks(stored, config)
         if config.get("use_dora", False):
@@ -192,11 +196,12 @@ def read_config(directory: Path) -> dict[str, Any]:
             config[field] = Patterns(config[field])
         except ValueError as error:
             raise ValueError(f"{path}: {field}: {error}") from error
-    saved = config["modules_to_save"] = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) and name for name in saved):
-        raise ValueError(f"{path}: modules_to_save must be a list of module names, got {_shown(saved)}")
-    if len(saved) > _MAX_SAVED_NAMES:
-        raise ValueError(f"{path}: modules_to_save has {len(saved)} names, {_MAX_SAVED_NAMES} are the most")
+    for field, kind in (("modules_to_save", "module"), ("target_parameters", "parameter")):
+        names = config[field] = config.get(field) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise ValueError(f"{path}: {field} must be a list of {kind} names, got {_shown(names)}")
+        if len(names) > _MAX_NAMES:
+            raise ValueError(f"{path}: {field} has {len(names)} names, {_MAX_NAMES} are the most")
     return config
 
 
@@ -295,11 +300,17 @@ def _lies_in_one(parameter: str, names: tuple[str, ...]) -> bool:
     return any(parameter[: dot.start()].endswith(names) for dot in re.finditer(r"\.", parameter)) if names else False
 
 
-def check_ranks(stored: dict[str, StoredShapes], config: dict[str, Any]) -> None:
-    """A and B of each layer agree with each other and with the configured rank."""
+def check_ranks(
+    stored: dict[str, StoredShapes], config: dict[str, Any], experts: Mapping[str, int] = MappingProxyType({})
+) -> None:
+    """A and B of each layer agree with each other and with the configured rank.
+
+    Args:
+        experts: how many of them the factors of a path are of, where they are of experts.
+    """
     wrong = []
     for path, (a, b, *_) in stored.items():
-        rank = config["rank_pattern"].value(path, config["r"])
+        rank = config["rank_pattern"].value(path, config["r"]) * experts.get(path, 1)
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] != rank or a[0] < 1:
             wrong.append(f"{path}: lora_A {list(a)}, lora_B {list(b)}, configured rank {rank}")
     if wrong:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from fastlora.adapters.config import most_common, plain_config
+from fastlora.adapters.experts import StoredExperts, file_paths
 from fastlora.adapters.files import (
     CONFIG_NAME,
     PREFIX,
@@ -26,10 +27,11 @@ from fastlora.adapters.files import (
     scaling_of,
 )
 from fastlora.conv1d import LoRAConv1D, linear_features
+from fastlora.experts_module import ExpertsBranch
 from fastlora.files import write_files
 from fastlora.heads import lies_in, modules_ending_in, newly_drawn, saved_modules
 from fastlora.merging import MAGNITUDE
-from fastlora.model import canonical_name, lora_layers, replace_linears
+from fastlora.model import canonical_name, lora_layers, put_layers
 from fastlora.module import LoRALinear
 from fastlora.placement import is_offloaded, require_values, store, stored
 from fastlora.quantised_weight import QuantisedWeight, read_layer
@@ -38,7 +40,7 @@ ADAPTER = ("lora_A", "lora_B", MAGNITUDE)
 
 
 def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
-    """Writes the A and B of every ``LoRALinear`` of a model, the modules that it saves whole, and a configuration that
+    """Writes the A and B of every LoRA layer of a model, the modules that it saves whole, and a configuration that
     PEFT reads.
 
     Both files are replaced as one: an interrupted call, a killed process or a full disk leaves the old adapter or the
@@ -51,7 +53,7 @@ def save_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 
     Raises:
         ValueError: the model has no LoRA layer, or the values of one are not here (on "meta", sharded by FSDP1 or
-            ZeRO-3, offloaded by a hook of its parent).
+            ZeRO-3, offloaded by a hook of its parent); or PEFT has no file for layers of these kinds together.
         OSError: the directory cannot be written.
     """
     model = _unwrapped(model)
@@ -78,11 +80,12 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     before all of it fits. Both files are of one save, also while another process saves.
 
     Returns:
-        Paths of the loaded layers.
+        Paths of the loaded layers, and of the parameters of experts.
 
     Raises:
         FileNotFoundError: no adapter there, or only a pickled one, which is never opened.
-        ValueError: the files are damaged or are no plain LoRA on linear layers, or do not fit the model; the message
+        ValueError: the files are damaged or are no plain LoRA on linear layers and experts, or do not fit the model, or
+            are of a PEFT whose factors of experts may lie the other way round without showing it; the message
             lists what is missing, unexpected or mismatched. A configuration that is huge, deep or makes matching its
             patterns take long, a header that claims more than a header has.
         OSError: the files are replaced all the time while they are read.
@@ -91,26 +94,29 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike) -> list[str]:
     config, file = open_adapter(directory)
     with file:
         stored, stored_whole = read_header(file, directory / WEIGHTS_NAME, config)
-        check_ranks(stored, config)
         layers = dict(lora_layers(model))
+        experts = StoredExperts(model, layers, config)
+        stored = experts.by_parameter(stored)
+        check_ranks(stored, config, experts.counts)
         require_values(model, layers.items(), "load into", ADAPTER, allow_meta=True)
         found = modules_ending_in(model, config["modules_to_save"]) if config["modules_to_save"] else []
         saved = dict(saved_modules(model)) | {name: model.get_submodule(name) for name in found}
         whole = _parameters_of(saved)
-        _check_fit(model, layers, stored, whole, stored_whole)
+        _check_fit(model, layers, stored, whole, stored_whole, experts)
         _check_tied(layers, whole, file)
         alphas = {path: alpha_of(path, config) for path in stored}
         new = [name for name in found if not lies_in(name, [marked for marked, _ in saved_modules(model)])]
         if (new or not layers) and any(isinstance(module, DistributedDataParallel) for module in given.modules()):
             raise ValueError("DistributedDataParallel would not see new parameters: load the adapter, then wrap")
-        options = {} if layers else _options(model, stored, alphas, config)
-        replace_linears(model, options, new)
+        options, parameters = ({}, {}) if layers else _options(model, stored, alphas, config, experts)
+        put_layers(model, options, new, parameters)
         layers = dict(lora_layers(model))
+        places = file_paths(layers)
         for name, (module, attribute) in whole.items():
             _copy(module, attribute, file.get_tensor(PREFIX + name))
         for path, layer in layers.items():
             for name in layer.adapter_parameters():
-                _copy(layer, name, file.get_tensor(PREFIX + entry_name(path, name)))
+                _copy(layer, name, file.get_tensor(PREFIX + entry_name(places[path], name)))
             layer.alpha = alphas[path]
             layer.rslora = bool(config.get("use_rslora", False))
             layer.scaling = scaling_of(layer.alpha, layer.r, config)
@@ -148,10 +154,11 @@ def _parameters_of(saved: dict[str, nn.Module]) -> dict[str, tuple[nn.Module, st
     return found
 
 
-def _values(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Tensor]:
+def _values(model: nn.Module, layers: dict[str, LoRALinear | ExpertsBranch]) -> dict[str, Tensor]:
     """The tensors of an adapter file, whole and on the CPU, each in memory of its own: a file has no ties."""
     places: list[tuple[str, tuple[nn.Module, str]]]
-    places = [(entry_name(path, f), (layer, f)) for path, layer in layers.items() for f in layer.adapter_parameters()]
+    paths = file_paths(layers)
+    places = [(entry_name(paths[p], f), (layer, f)) for p, layer in layers.items() for f in layer.adapter_parameters()]
     places += _parameters_of(dict(saved_modules(model))).items()
     values: dict[str, Tensor] = {}
     first: dict[int, str] = {}
@@ -203,7 +210,11 @@ def _warn_of_unsaved(model: nn.Module) -> None:
         )
 
 
-def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any]:
+def _config_of(model: nn.Module, layers: dict[str, LoRALinear | ExpertsBranch]) -> dict[str, Any]:
+    parameters = [path for path, layer in layers.items() if isinstance(layer, ExpertsBranch)]
+    transposed = [path for path, layer in layers.items() if isinstance(layer, LoRAConv1D)]
+    if parameters and transposed:
+        raise ValueError(f"cannot save {listed(transposed)} beside LoRA on experts: PEFT has no file for both")
     rslora = all(layer.rslora for layer in layers.values())
     # The file has one rsLoRA flag. Where layers differ in it, each one's scaling is expressed by its alpha.
     mixed = not rslora and any(layer.rslora for layer in layers.values())
@@ -212,14 +223,15 @@ def _config_of(model: nn.Module, layers: dict[str, LoRALinear]) -> dict[str, Any
         {path: layer.r for path, layer in layers.items()},
         {path: layer.scaling * layer.r if mixed else layer.alpha for path, layer in layers.items()},
         rslora=rslora,
-        # It matters to further training only, so the most common one stands for all.
-        dropout=most_common([layer.dropout for layer in layers.values()]),
-        transposed=any(isinstance(layer, LoRAConv1D) for layer in layers.values()),
+        # It matters to further training only, so the most common one stands for all; PEFT has none beside experts.
+        dropout=0.0 if parameters else most_common([layer.dropout for layer in layers.values()]),
+        transposed=bool(transposed),
         dora=_is_dora(layers),
+        parameters=parameters,
     )
 
 
-def _is_dora(layers: dict[str, LoRALinear]) -> bool:
+def _is_dora(layers: dict[str, LoRALinear | ExpertsBranch]) -> bool:
     """Raises ValueError where some layers are DoRA and others not: a configuration has one flag."""
     plain = [path for path, layer in layers.items() if not layer.dora]
     if plain and len(plain) < len(layers):
@@ -229,16 +241,18 @@ def _is_dora(layers: dict[str, LoRALinear]) -> bool:
 
 def _check_fit(
     model: nn.Module,
-    layers: dict[str, LoRALinear],
+    layers: dict[str, LoRALinear | ExpertsBranch],
     stored: dict[str, StoredShapes],
     whole: dict[str, tuple[nn.Module, str]],
     stored_whole: dict[str, tuple[int, ...]],
+    experts: StoredExperts,
 ) -> None:
-    """The stored layers against the model's: its LoRA layers where it has any, else its linear layers. And what was
-    saved whole against what the modules of the model hold."""
+    """The stored layers against the model's: its LoRA layers where it has any, else its linear layers and the experts
+    that the configuration names. And what was saved whole against what the modules of the model hold."""
     problems = []
     if layers:
-        expected = {p: ((m.r, m.in_features), (m.out_features, m.r)) for p, m in layers.items()}
+        rows = {path: layer.r * layer.num_experts for path, layer in layers.items()}
+        expected = {p: ((rows[p], m.in_features), (m.out_features, rows[p])) for p, m in layers.items()}
         missing = [path for path in expected if path not in stored]
         if missing:
             problems.append(f"missing from the file: {listed(missing)}")
@@ -254,6 +268,11 @@ def _check_fit(
             for name, m in model.named_modules()
             if (path := canonical_name(name)) in stored and (sizes := linear_features(m)) is not None
         }
+        for path, (_, n, k) in experts.sizes.items():
+            if path in stored:
+                expected[path] = ((stored[path].a_shape[0], k), (n, stored[path].b_shape[1]))
+            else:
+                problems.append(f"missing from the file: {path}")
     unexpected = [path for path in stored if path not in expected]
     if unexpected:
         kind = "LoRA" if layers else "linear"
@@ -277,10 +296,11 @@ def _check_fit(
         raise ValueError(f"the adapter does not fit {type(model).__name__}; {'; '.join(problems)}")
 
 
-def _check_tied(layers: dict[str, LoRALinear], whole: dict[str, tuple[nn.Module, str]], file) -> None:
+def _check_tied(layers: dict[str, LoRALinear | ExpertsBranch], whole: dict[str, tuple[nn.Module, str]], file) -> None:
     """Raises where one tensor of the model would be given two values."""
     tensors: dict[str, Tensor]
-    tensors = {entry_name(p, f): t for p, layer in layers.items() for f, t in layer.adapter_parameters().items()}
+    paths = file_paths(layers)
+    tensors = {entry_name(paths[p], f): t for p, layer in layers.items() for f, t in layer.adapter_parameters().items()}
     tensors |= {name: getattr(module, attribute) for name, (module, attribute) in whole.items()}
     places: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
@@ -292,25 +312,41 @@ def _check_tied(layers: dict[str, LoRALinear], whole: dict[str, tuple[nn.Module,
 
 
 def _options(
-    model: nn.Module, stored: dict[str, StoredShapes], alphas: dict[str, float], config: dict[str, Any]
-) -> dict[str, dict]:
+    model: nn.Module,
+    stored: dict[str, StoredShapes],
+    alphas: dict[str, float],
+    config: dict[str, Any],
+    experts: StoredExperts,
+) -> tuple[dict[str, dict], dict[str, dict]]:
+    """What ``put_layers`` makes the stored layers of: options of layers, and of parameters of experts."""
     modules = {canonical_name(name): (name, module) for name, module in model.named_modules()}
-    options = {}
+    options, parameters = {}, {}
     for path, (a_shape, _, dtype, dora) in stored.items():
+        if path in experts.sizes:
+            parameters[experts.names[path]] = {
+                "r": a_shape[0] // experts.counts[path],
+                "alpha": alphas[path],
+                "rslora": bool(config.get("use_rslora", False)),
+                "adapter_dtype": _adapter_dtype(model.get_parameter(experts.names[path]).dtype, dtype),
+            }
+            continue
         name, linear = modules[path]
-        # Over a 16-bit weight float32 loses nothing of any stored value; elsewhere A and B have the weight's dtype.
         packed = read_layer(linear)
         own = packed.dtype if isinstance(packed, QuantisedWeight) else linear.weight.dtype
-        widen = own.itemsize == 2 and dtype != own
         options[name] = {
             "r": a_shape[0],
             "alpha": alphas[path],
             "dropout": config["lora_dropout"],
             "rslora": bool(config.get("use_rslora", False)),
             "dora": dora,
-            "adapter_dtype": torch.float32 if widen else None,
+            "adapter_dtype": _adapter_dtype(own, dtype),
         }
-    return options
+    return options, parameters
+
+
+def _adapter_dtype(own: torch.dtype, stored_dtype: torch.dtype) -> torch.dtype | None:
+    """Over a 16-bit weight float32 loses nothing of any stored value; elsewhere A and B have the weight's dtype."""
+    return torch.float32 if own.itemsize == 2 and stored_dtype != own else None
 
 
 @torch.no_grad()

@@ -112,7 +112,9 @@ print(fastlora.dispatch_counts())
 Whatever else builds a PEFT model and trains it, from a YAML file say, as axolotl does, takes the same line between the
 two.
 
-**Plain PyTorch.** No PEFT needed; the adapter file is in PEFT's format all the same.
+**Plain PyTorch.** No PEFT needed; the adapter file is in PEFT's format all the same. Experts of a transformers model
+are named as in PEFT: ``inject(model, ["q_proj"], target_parameters=["mlp.experts.gate_up_proj"])``, with
+``target_modules=None`` for experts alone. Such a call has no dropout.
 
 ```python
 import fastlora

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from fastlora.differentiable import transform_reason
 from fastlora.dispatch import count_fallback
-from fastlora.integrations.experts import Factors, Tenants, is_experts, is_serving, projections, serving
+from fastlora.experts import Factors, Tenants, is_experts, is_serving, per_expert, projections, serving
 from fastlora.integrations.peft_parts import scaled, split_scalings
 from fastlora.integrations.peft_reasons import BASE, dtype_reason, is_plain, segments_reason
 from fastlora.segments import NO_ADAPTER
@@ -186,8 +186,7 @@ def _side_by_side(found: list[Factors]) -> Factors:
 def _factors_of(wrapper: ParamWrapper, adapter: str, n_experts: int) -> Factors:
     """One adapter's factors, as views of PEFT's parameters."""
     a, b, scaling = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight, wrapper.scaling[adapter]
-    lora_a = a.view(n_experts, -1, a.shape[1])  # the expert varies slowest
-    lora_b = b.view(b.shape[0], -1, n_experts).permute(2, 0, 1)  # here fastest
+    lora_a, lora_b = per_expert(a, b, n_experts)
     if isinstance(scaling, Tensor):  # made one for hotswapping; its value is not waited for
         lora_b, scaling = lora_b * scaling, 1.0
     return Factors(lora_a, lora_b, scaling)

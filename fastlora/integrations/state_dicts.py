@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters.io import whole_value
+from fastlora.experts_module import ExpertsBranch
 from fastlora.model import lora_layers
 from fastlora.placement import is_offloaded, require_values, store, stored
 
@@ -39,7 +40,7 @@ def adapter_state_dict(model: nn.Module, layout: str = "fastlora") -> dict[str, 
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
     prefix, name_a, name_b = LAYOUTS[layout]
-    _refuse_dora(dict(lora_layers(model)))
+    _refuse_others(dict(lora_layers(model)))
     require_values(model, lora_layers(model), "read", ("lora_A", "lora_B"))
     state = {}
     for path, layer in lora_layers(model):
@@ -69,7 +70,7 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> li
             merged layers; all are listed and nothing is changed.
     """
     layers = dict(lora_layers(model))
-    _refuse_dora(layers)
+    _refuse_others(layers)
     targets = {(path, factor): getattr(layer, f"lora_{factor}") for path, layer in layers.items() for factor in "AB"}
     found, problems = {}, []
     for key, value in state.items():
@@ -95,7 +96,11 @@ def load_adapter_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> li
     return list(layers)
 
 
-def _refuse_dora(layers: Mapping) -> None:
+def _refuse_others(layers: Mapping) -> None:
+    """Raises ValueError for layers that are more than an A and a B of one weight."""
+    experts = [path for path, layer in layers.items() if isinstance(layer, ExpertsBranch)]
+    if experts:
+        raise ValueError(f"no layout here holds LoRA on experts ({', '.join(experts[:5])}): save_adapter does")
     found = [path for path, layer in layers.items() if layer.dora]
     if found:
         names = ", ".join(found[:5])

@@ -4,15 +4,13 @@ import copy
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from tests.support.tiny_moe import IDS, MODELS, PARAMETERS, make_moe, make_peft, peft, randomise
+from tests.support.largest import Largest
+from tests.support.tiny_moe import IDS, MODELS, PARAMETERS, make_moe, make_peft, peft, randomise, ungated_experts
 
 from fastlora.integrations.peft import FusedLinear, FusedParamWrapper, patch, unpatch, unserved  # isort: skip
 
@@ -70,18 +68,6 @@ def test_trains_as_stock_does(kind):
             optimizer.step()
     counts = fastlora.dispatch_counts()
     assert counts["reference"] == 3 * 2 * 4 and not counts["fallbacks"]
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that something makes."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not func.is_view:
-            self.elements = max(self.elements, result.numel())
-        return result
 
 
 def test_no_tensor_as_large_as_the_experts_is_made():
@@ -324,22 +310,9 @@ def test_threads_do_not_see_each_others_factors():
 
 
 def test_experts_without_a_gate_and_with_a_norm_behind():
-    from transformers.integrations.moe import use_experts_implementation
-
-    @use_experts_implementation(has_gate=False, has_post_expert_norm=True)
-    class Plain(nn.Module):
-        def __init__(self, config):
-            super().__init__()
-            self.num_experts, self.act_fn, self.post_expert_norm = 4, nn.GELU(), nn.LayerNorm(16)
-            self.up_proj, self.down_proj = nn.Parameter(torch.randn(4, 12, 16)), nn.Parameter(torch.randn(4, 16, 12))
-
-        def forward(self, *inputs):
-            raise NotImplementedError("eager")
-
-    config = SimpleNamespace(_experts_implementation="grouped_mm")
     targets = ["experts.up_proj", "experts.down_proj"]
     options = {"r": 2, "target_modules": [], "target_parameters": targets}
-    stock = peft.get_peft_model(nn.ModuleDict({"experts": Plain(config)}), peft.LoraConfig(**options))
+    stock = peft.get_peft_model(ungated_experts(), peft.LoraConfig(**options))
     fused = copy.deepcopy(randomise(stock))
     assert len(patch(fused, strict=True, warmup=True)) == 2
     inputs = torch.randn(6, 16), torch.randint(0, 4, (6, 2)), torch.rand(6, 2)
@@ -363,5 +336,5 @@ def test_the_implementation_is_not_chosen_by_hand():
     model = make_moe()
     patch(make_peft())
     model.config._experts_implementation_internal = "fastlora"
-    with pytest.raises(ValueError, match="patch chooses it by itself"):
+    with pytest.raises(ValueError, match="they choose it by themselves"):
         model(IDS)

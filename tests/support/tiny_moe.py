@@ -1,5 +1,7 @@
 """Tiny mixtures of experts as transformers builds them, with PEFT's LoRA on attention and experts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +69,20 @@ def randomise(model, adapter: str = "default", seed: int = 1):
         if f"lora_B.{adapter}" in name:
             nn.init.normal_(parameter, std=0.3)
     return model
+
+
+def ungated_experts():
+    """Experts of 16 features without a gate and with a norm behind, under the name "experts"."""
+    from transformers.integrations.moe import use_experts_implementation
+
+    @use_experts_implementation(has_gate=False, has_post_expert_norm=True)
+    class Plain(nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.num_experts, self.act_fn, self.post_expert_norm = 4, nn.GELU(), nn.LayerNorm(16)
+            self.up_proj, self.down_proj = nn.Parameter(torch.randn(4, 12, 16)), nn.Parameter(torch.randn(4, 16, 12))
+
+        def forward(self, *inputs):
+            raise NotImplementedError("eager")
+
+    return nn.ModuleDict({"experts": Plain(SimpleNamespace(_experts_implementation="grouped_mm"))})

@@ -30,11 +30,18 @@ class Factors(NamedTuple):
     scaling: float | Tensor  # [T·E]
 
 
+def per_expert(lora_a: Tensor, lora_b: Tensor, n_experts: int) -> tuple[Tensor, Tensor]:
+    """Views [E, R, in] and [E, out, R] of PEFT's factors of all experts: [R·E, in], in which the expert varies slowest,
+    and [out, R·E], in which it varies fastest."""
+    a = lora_a.view(n_experts, -1, lora_a.shape[1])
+    return a, lora_b.view(lora_b.shape[0], -1, n_experts).permute(2, 0, 1)
+
+
 class Tenants(NamedTuple):
     """Which of several adapters each token has."""
 
     owners: Tensor  # int64 [tokens]; NO_ADAPTER for none
-    count: int  # T
+    number: int  # T
 
 
 class Segments(NamedTuple):
@@ -61,30 +68,38 @@ class Served:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers calls this module's forward by the implementation that its config names."""
-    return _goes_by_interface(type(module)) and {"config", "num_experts", "has_gate"} <= vars(module).keys()
+    kind: Any = type(module)
+    return _goes_by_interface(kind) and {"config", "num_experts", "has_gate"} <= vars(module).keys()
 
 
 @lru_cache
-def _goes_by_interface(kind: type[nn.Module]) -> bool:
+def _goes_by_interface(kind: Any) -> bool:
     """Whether the class has transformers' decorator, which keeps the interface in a closure of its forward."""
     code, cells = getattr(kind.forward, "__code__", None), getattr(kind.forward, "__closure__", None)
     if code is None or "experts_interface" not in code.co_freevars:
         return False
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    if cells[code.co_freevars.index("experts_interface")].cell_contents is not ALL_EXPERTS_FUNCTIONS:
+    if (cells or ())[code.co_freevars.index("experts_interface")].cell_contents is not ALL_EXPERTS_FUNCTIONS:
         return False
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
     return True
 
 
-def projections(experts: nn.Module) -> tuple[str, str]:
+def projections(experts: Any) -> tuple[str, str]:
     """The names of the two parameters that an experts module multiplies by."""
     return ("gate_up_proj" if experts.has_gate else "up_proj"), "down_proj"
 
 
+def matrix_sizes(experts: Any, name: str) -> tuple[int, int, int]:
+    """How many matrices a parameter holds, and out_features and in_features of each."""
+    n_experts, *sizes = experts.get_parameter(name).shape
+    n, k = sizes[::-1] if experts.is_transposed else sizes
+    return n_experts, n, k
+
+
 @contextmanager
-def serving(experts: nn.Module, factors: Mapping[str, Factors], tenants: Tenants | None = None) -> Iterator[None]:
+def serving(experts: Any, factors: Mapping[str, Factors], tenants: Tenants | None = None) -> Iterator[None]:
     """Within it a call of ``experts`` is served with these factors; with ``tenants``, each token with its adapter's."""
     with nullcontext() if torch.compiler.is_compiling() else _lock:
         config = experts.config
@@ -95,7 +110,7 @@ def serving(experts: nn.Module, factors: Mapping[str, Factors], tenants: Tenants
             experts.config = config
 
 
-def is_serving(experts: nn.Module) -> bool:
+def is_serving(experts: Any) -> bool:
     """Whether this is within ``serving`` of this thread."""
     return isinstance(experts.config, Served) and experts.config.thread == _thread()
 
@@ -104,7 +119,7 @@ def _thread() -> int:
     return 0 if torch.compiler.is_compiling() else get_ident()
 
 
-def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What transformers' experts compute of hidden_states [tokens, hidden], with the branches of ``serving``.
 
     Args:
@@ -117,8 +132,9 @@ def experts_forward(experts: nn.Module, hidden_states: Tensor, top_k_index: Tens
     """
     if not is_serving(experts):
         raise ValueError(
-            f"experts_implementation={IMPLEMENTATION!r} serves LoRA layers that fastlora.integrations.peft.patch has "
-            "seen, and patch chooses it by itself: leave the model's experts_implementation as it was"
+            f"experts_implementation={IMPLEMENTATION!r} serves LoRA layers that fastlora.inject has made, or that "
+            "fastlora.integrations.peft.patch has seen, and they choose it by themselves: leave the model's "
+            "experts_implementation as it was"
         )
     (tokens, hidden), k = hidden_states.shape, top_k_index.shape[-1]
     order, segments = _sort(top_k_index, experts.num_experts, experts.config.tenants)
@@ -139,7 +155,7 @@ def _sort(top_k_index: Tensor, n_experts: int, tenants: Tenants | None) -> tuple
     """The order [tokens·k] that brings rows into segments, and the segments. Nothing is read on the host."""
     choices, places = top_k_index.long(), 1
     if tenants is not None:  # within an expert: the rows without an adapter, then those of each
-        places = tenants.count + 1
+        places = tenants.number + 1
         choices = choices * places + (tenants.owners - NO_ADAPTER).unsqueeze(1)
     sorted_choices, order = torch.sort(choices.reshape(-1), stable=True)
     numbers = torch.arange(n_experts * places, device=order.device)
@@ -150,7 +166,7 @@ def _sort(top_k_index: Tensor, n_experts: int, tenants: Tenants | None) -> tuple
     return order, Segments(ends, expert, torch.where(adapter == NO_ADAPTER, adapter, adapter * n_experts + expert))
 
 
-def _project(experts: nn.Module, name: str, rows: Tensor, segments: Segments) -> Tensor:
+def _project(experts: Any, name: str, rows: Tensor, segments: Segments) -> Tensor:
     """Sorted rows [M, ·] times the experts' matrices of one name."""
     weight = getattr(experts, name)
     bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
@@ -160,4 +176,5 @@ def _project(experts: nn.Module, name: str, rows: Tensor, segments: Segments) ->
         factors = Factors(rows.new_zeros(1, 1, k), rows.new_zeros(1, n, 1), 0.0)
         adapters = torch.full_like(segments.ends, NO_ADAPTER)
     options: dict[str, Any] = {"experts": segments.experts, "adapters": adapters, "transposed": experts.is_transposed}
-    return grouped_lora_linear(rows, weight, *factors, segments.ends, bias, **options)
+    lora_a, lora_b, scaling = factors
+    return grouped_lora_linear(rows, weight, lora_a, lora_b, scaling, segments.ends, bias, **options)
