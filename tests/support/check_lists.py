@@ -26,24 +26,29 @@ def limited(schedules: Iterable[LaunchOptions]) -> tuple[LaunchOptions, ...]:
     return tuple(dataclasses.replace(options, timeout_s=LAUNCH_LIMIT_S) for options in schedules)
 
 
-def _each(check: Callable, name: str, all_schedules: Sequence[LaunchOptions], schedules=None) -> Iterator[Check]:
-    """The check under one of its schedules at a time."""
-    for options in schedules or all_schedules:
-        one = functools.partial(check, schedules=limited([options]))
-        yield f"{name}, schedule {all_schedules.index(options)}", one
+def _each(checks: Iterable[Check], all_schedules: Sequence[LaunchOptions], schedules=None) -> Iterator[Check]:
+    """Each check under one of its schedules at a time: no check and no schedule comes again before all others have."""
+    checks, schedules = [*checks], schedules or all_schedules
+    for turn in range(len(schedules)):
+        for place, (name, check) in enumerate(checks):
+            options = schedules[(turn + place) % len(schedules)]
+            one = functools.partial(check, schedules=limited([options]))
+            yield f"{name}, schedule {all_schedules.index(options)}", one
 
 
 def triton_integers(arch: int) -> Iterator[Check]:
     """The smallest layers first."""
-    for sizes in (*triton.UNEVEN_SIZES, *triton.FUSED_SIZES, *triton.SEPARATE_SIZES):
-        check = functools.partial(triton.check_integers, sizes, arch)
-        yield from _each(check, f"sm_{arch} integers {sizes}", triton.SCHEDULES)
+    sizes = (*triton.UNEVEN_SIZES, *triton.FUSED_SIZES, *triton.SEPARATE_SIZES)
+    checks = ((f"sm_{arch} integers {each}", functools.partial(triton.check_integers, each, arch)) for each in sizes)
+    return _each(checks, triton.SCHEDULES)
 
 
 def triton_dropped(arch: int) -> Iterator[Check]:
-    for sizes, dtype in triton.DROPPED:
-        check, name = functools.partial(triton.check_dropout, sizes, dtype, arch), f"sm_{arch} dropout {sizes} {dtype}"
-        yield from _each(check, name, triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+    checks = (
+        (f"sm_{arch} dropout {sizes} {dtype}", functools.partial(triton.check_dropout, sizes, dtype, arch))
+        for sizes, dtype in triton.DROPPED
+    )
+    return _each(checks, triton.SCHEDULES, triton.DROPPED_SCHEDULES)
 
 
 def triton_float16(arch: int) -> Iterator[Check]:
@@ -52,18 +57,16 @@ def triton_float16(arch: int) -> Iterator[Check]:
 
 
 def triton_transposed(arch: int) -> Iterator[Check]:
-    for sizes in triton.TRANSPOSED_SIZES:
-        check, name = functools.partial(triton.check_transposed, sizes, arch), f"sm_{arch} transposed {sizes}"
-        yield from _each(check, name, triton.SCHEDULES, triton.SCHEDULES[1:4])
+    checks = (
+        (f"sm_{arch} transposed {sizes}", functools.partial(triton.check_transposed, sizes, arch))
+        for sizes in triton.TRANSPOSED_SIZES
+    )
+    return _each(checks, triton.SCHEDULES, triton.SCHEDULES[1:4])
 
 
 def triton_infinities(arch: int) -> Iterator[Check]:
-    yield from _each(
-        functools.partial(triton.check_infinities, arch),
-        f"sm_{arch} infinities",
-        triton.SCHEDULES,
-        triton.INFINITE_SCHEDULES,
-    )
+    check = functools.partial(triton.check_infinities, arch)
+    return _each([(f"sm_{arch} infinities", check)], triton.SCHEDULES, triton.INFINITE_SCHEDULES)
 
 
 def triton_needs(arch: int) -> Iterator[Check]:
@@ -86,27 +89,33 @@ def triton_packed_formats() -> Iterator[Check]:
 
 
 def triton_packed_integers() -> Iterator[Check]:
-    for arch, sizes in quantised.INTEGERS:
-        check = functools.partial(quantised.check_integers, sizes, arch)
-        yield from _each(check, f"sm_{arch} packed integers {sizes}", triton.SCHEDULES)
+    checks = (
+        (f"sm_{arch} packed integers {sizes}", functools.partial(quantised.check_integers, sizes, arch))
+        for arch, sizes in quantised.INTEGERS
+    )
+    return _each(checks, triton.SCHEDULES)
 
 
 def triton_segments(arch: int) -> Iterator[Check]:
     """Rows in segments, the ragged ones first."""
-    for layout in sorted(segments.LAYOUTS, key=lambda layout: layout != "ragged"):
-        check = functools.partial(segments.check_layout, layout, arch)
-        yield from _each(check, f"sm_{arch} segments, {layout}", triton.SCHEDULES)
+    layouts = sorted(segments.LAYOUTS, key=lambda layout: layout != "ragged")
+    checks = (
+        (f"sm_{arch} segments, {layout}", functools.partial(segments.check_layout, layout, arch)) for layout in layouts
+    )
+    return _each(checks, triton.SCHEDULES)
+
+
+def _segment_ways(arch: int, ways: Iterable[str]) -> Iterator[Check]:
+    checks = ((f"sm_{arch} segments, {way}", functools.partial(segments.check_way, way, arch)) for way in ways)
+    return _each(checks, triton.SCHEDULES, triton.DROPPED_SCHEDULES)
 
 
 def triton_segment_ways(arch: int) -> Iterator[Check]:
-    for way in segments.WAYS:
-        check = functools.partial(segments.check_way, way, arch)
-        yield from _each(check, f"sm_{arch} segments, {way}", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+    return _segment_ways(arch, segments.WAYS)
 
 
 def triton_segments_dropped(arch: int) -> Iterator[Check]:
-    check = functools.partial(segments.check_way, "dropout", arch)
-    yield from _each(check, f"sm_{arch} segments, dropout", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+    return _segment_ways(arch, ["dropout"])
 
 
 def triton_segments_float16(arch: int) -> Iterator[Check]:
@@ -123,12 +132,12 @@ def triton_segment_needs(arch: int) -> Iterator[Check]:
 
 def triton_missing(arch: int) -> Iterator[Check]:
     check = functools.partial(segments.check_missing, arch)
-    yield from _each(check, f"sm_{arch} segments, what does not exist", triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+    return _each([(f"sm_{arch} segments, what does not exist", check)], triton.SCHEDULES, triton.DROPPED_SCHEDULES)
 
 
 def triton_bad_ends(arch: int) -> Iterator[Check]:
     check = functools.partial(segments.check_bad_ends, arch)
-    yield from _each(check, f"sm_{arch} segments, bad ends", triton.SCHEDULES, segments.BAD_ENDS_SCHEDULES)
+    return _each([(f"sm_{arch} segments, bad ends", check)], triton.SCHEDULES, segments.BAD_ENDS_SCHEDULES)
 
 
 def _family(module: str) -> str:
@@ -199,12 +208,12 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
             kernels = _kernels_of(tile, dropout_p > 0, sizes[3])
             check = functools.partial(cuda.check_schedules, tile, sizes, dropout_p)
             title = f"schedules {cuda.describe(tile)} {sizes} p={dropout_p}"
-            for name, one in _each(check, title, cuda.SCHEDULES):
+            for name, one in _each([(title, check)], cuda.SCHEDULES):
                 yield name, kernels, one
     for tile, rank in cuda.FLOAT16_LAYERS:
         kernels = _kernels_of(tile, False, rank, torch.float16)
         check = functools.partial(cuda.check_float16_schedules, tile, rank)
-        for name, one in _each(check, f"float16 {cuda.describe(tile)} R={rank}", cuda.SCHEDULES):
+        for name, one in _each([(f"float16 {cuda.describe(tile)} R={rank}", check)], cuda.SCHEDULES):
             yield name, kernels, one
     for tile, rank in cuda.MASKED_LAYERS:
         for end in (None, *cuda.ENDS):
