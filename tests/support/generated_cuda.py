@@ -25,7 +25,6 @@ _LAUNCHES = tuple(
     f"tests/kernels/test_{name}.py"
     for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_range", "cuda_protocol")
 )
-_QUICK = 12  # checks, of two compilations
 _NAME = re.compile(r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_dropout)?")
 
 
@@ -45,8 +44,9 @@ def checks(generated: Generated) -> Checks:
     if generated.path in _HOST:
         host, launches = (functools.partial(run_tests, generated, ((), tests)) for tests in (_HOST_TESTS, _LAUNCHES))
         return [("the compiler", compiled.host), ("tests", host)], [("tests", launches)]
-    every = [(name, functools.partial(compiled.run, check, kernels)) for name, kernels, check in _checks()]
-    return every[:_QUICK], every[_QUICK:]
+    every = {name: (name, functools.partial(compiled.run, check, kernels)) for name, kernels, check in _checks()}
+    quick = [every.pop(name) for name in _first_of_each_kind()]
+    return quick, [*every.values()]
 
 
 # A kernel's registration, by which the host knows its traits; and in its place an array of these in the PTX.
@@ -127,7 +127,21 @@ def _checks() -> list[tuple[str, set[str], Callable]]:
     """Those of one compilation together, of the kernels that serve most layers first."""
 
     def compiled(check: tuple[str, set[str], Callable]) -> tuple:
-        _, element, m, n, rank, dropout = _NAME.fullmatch(min(check[1])).groups()
+        _, element, m, n, rank, dropout = _parts(check[1])
         return (m, n) != ("128", "256"), int(rank), element, m, dropout or ""
 
     return sorted(check_lists.cuda_checks(), key=compiled)
+
+
+def _first_of_each_kind() -> Iterable[str]:
+    """The names of those that are the first to check something on a tile, with dropout or without."""
+    first: dict[tuple, str] = {}
+    for name, kernels, _ in _checks():
+        _, _, m, n, _, dropout = _parts(kernels)
+        first.setdefault((name.split()[0], m, n, dropout), name)
+    return first.values()
+
+
+def _parts(kernels: set[str]) -> tuple[str, ...]:
+    """Of the name of a check's kernels: direction, element, tile, rank, dropout."""
+    return _NAME.fullmatch(min(kernels)).groups()
