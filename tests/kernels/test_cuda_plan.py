@@ -1,6 +1,8 @@
 """A plan of a CUDA launch refuses, by name, what no kernel can do or read. Of csrc's host code as it is now, over the
 emulated runtime."""
 
+import struct
+
 import pytest
 
 from tests.support import cuda_runtime
@@ -124,6 +126,83 @@ def test_operands_that_no_kernel_can_read_are_refused(backward):
     ):
         with pytest.raises(ValueError, match=reason):
             plan.parameters(**arguments(plan, **changes))
+
+
+# Unlike each other, as are the strides and the addresses below.
+M, IN, OUT, R = 304, 136, 200, 24
+MATRICES = {"act": 1, "weight": 2, "lora_a": 3, "lora_b": 4, "out": 5, "layer_input": 6, "saved_s": 7}
+VECTORS = {"s": 8, "bias": 9, "grad_a": 10, "grad_b": 11, "grad_bias": 12, "gradient_partials": 13, "workspace": 14}
+
+
+def described(backward: bool) -> tuple[bytes, dict[int, list[tuple]]]:
+    """What a launch is given: its parameters as bytes, and of each address (a number of MATRICES or VECTORS) the
+    columns, rows, stride in elements, box and swizzle of its maps."""
+    columns = {"act": OUT if backward else IN, "weight": IN, "lora_a": IN, "lora_b": R, "saved_s": R}
+    columns |= {"out": IN if backward else OUT, "layer_input": IN}
+    gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
+    problem = {**SIZES, "m": M, "k": columns["act"], "n": columns["out"], "r": R, "ctas": 4, "group_m": 2, **gradients}
+    plan = _plan(**{**problem, "backward": backward}, block_m=128, block_n=128)
+    given: dict = {name: (number << 20, columns[name] + 8 * number) for name, number in MATRICES.items()}
+    given |= {name: number << 20 for name, number in VECTORS.items()} | {"scale_in_s": 1.5}
+    unused = ("bias",) if backward else (*_BACKWARD_ONLY, "gradient_partials")
+    packed, maps = plan.parameters(**{name: value for name, value in given.items() if name not in unused})
+    assert len({each["offset"] for each in maps}) == len(maps)
+    found: dict[int, list[tuple]] = {}
+    for each in maps:
+        sizes = each["columns"], each["rows"], each["stride_bytes"] // 2, each["box"], each["swizzle"]
+        found.setdefault(each["address"] >> 20, []).append(sizes)
+    return packed, found
+
+
+def test_the_maps_of_a_forward():
+    """Boxes are (rows, columns): 64 columns of a row are 128 bytes."""
+    assert described(False)[1] == {
+        1: [(IN, M, IN + 8, (128, 64), 128)],
+        2: [(IN, OUT, IN + 16, (128, 64), 128)],
+        3: [(IN, R, IN + 24, (64, 64), 128)],
+        4: [(R, OUT, R + 32, (64, 64), 128)],
+        5: [(OUT, M, OUT + 40, (64, 64), 128)],
+        8: [(R, M, R, (64, 64), 128)],
+        9: [(OUT, 1, OUT, (1, 128), 0)],
+    }
+
+
+def test_the_maps_of_a_backward():
+    """dY has two: rows of a tile of dX, and of a step of dB."""
+    assert described(True)[1] == {
+        1: [(OUT, M, OUT + 8, (128, 64), 128), (OUT, M, OUT + 8, (64, 64), 128)],
+        2: [(IN, OUT, IN + 16, (64, 64), 128)],
+        3: [(IN, R, IN + 24, (64, 64), 128)],
+        4: [(R, OUT, R + 32, (64, 64), 128)],
+        5: [(IN, M, IN + 40, (64, 64), 128)],
+        6: [(IN, M, IN + 48, (64, 64), 128)],
+        7: [(R, M, R + 56, (64, 64), 128)],
+        8: [(R, M, R, (64, 64), 128)],
+    }
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_every_vector_is_passed_in_its_place(backward):
+    """params.h has them in this order."""
+    words = struct.unpack_from(f"<{len(described(backward)[0]) // 8}Q", described(backward)[0])
+    order = ("s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "workspace") if backward else ("s", "workspace")
+    addresses = {number << 20 for number in VECTORS.values()}
+    assert [word >> 20 for word in words if word in addresses] == [VECTORS[name] for name in order]
+
+
+@pytest.mark.parametrize("gradients", ((), ("grad_a",), ("grad_b", "grad_bias")), ids=str)
+@pytest.mark.parametrize("splits", (1, 2))
+def test_a_queue_has_every_tile_once(gradients, splits):
+    """5 row blocks in 2 groups, a column of S and 2 of dX; 2 tiles of dA, 3 of dB with dbias."""
+    sizes = {"m": 257, "n": 256, "k": 384, "splits": splits, "backward": True}
+    queue = _plan(**{**SIZES, **TILE, **sizes}, **dict.fromkeys(gradients, True)).queue()
+    n_gradients = 2 * ("grad_a" in gradients) + 3 * ("grad_b" in gradients)
+    products = {(row, column, split, -1) for row in range(5) for column in range(3) for split in range(splits)}
+    assert {tile for tile in queue if tile[3] < 0} == products
+    assert sorted((tile[0], tile[3]) for tile in queue if tile[3] >= 0) == [
+        (group, gradient) for group in range(2) for gradient in range(n_gradients)
+    ]
+    assert len(queue) == len(products) + 2 * n_gradients and queue[0] == (0, 0, 0, -1)
 
 
 def test_a_gradient_that_is_not_made_has_no_place_to_go():

@@ -93,3 +93,11 @@ for _compared in ("!= 256 && kRank > 32", "== 256 && kRank <= 32", "== 256 && kR
     REASONS["traits.cuh", _line] = "the same products, masked so many at a time; cuda_resources holds the registers"
 for _number in (1, -1):
     REASONS["launch.cpp", f"int device_, previous_ = {_number};"] = "cudaGetDevice writes it, or nothing reads it"
+REASONS["schedule.h", "const int ahead_start = others >= wave ? others - wave : 0;"] = (
+    "0 either way where they are equal"
+)
+for _zeros in ("1, 0", "-1, 0", "0, 1", "0, -1"):
+    _line = f"return {{behind / s.gradient_tiles, {_zeros}, behind % s.gradient_tiles}};"
+    REASONS["schedule.h", f"if (s.gradients_last && behind >= 0) {_line}"] = (
+        "a gradient tile has no column and no split"
+    )
