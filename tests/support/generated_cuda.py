@@ -41,12 +41,12 @@ def mutations() -> list[Generated]:
 def checks(generated: Generated) -> Checks:
     """What may find a mutant. Each raises Stillborn where the compiler refuses it."""
     compiled = Compiled(generated)
+    host, launches = (functools.partial(run_tests, generated, ((), tests)) for tests in (_HOST_TESTS, _LAUNCHES))
     if generated.path in _HOST:
-        host, launches = (functools.partial(run_tests, generated, ((), tests)) for tests in (_HOST_TESTS, _LAUNCHES))
         return [("the compiler", compiled.host), ("tests", host)], [("tests", launches)]
     every = {name: (name, functools.partial(compiled.run, check, kernels)) for name, kernels, check in _checks()}
     quick = [every.pop(name) for name in _first_of_each_kind()]
-    return quick, [*every.values()]
+    return [*quick, *[("tests", host)] * (generated.path == _SHARED)], [*every.values()]
 
 
 # A kernel's registration, by which the host knows its traits; and in its place an array of these in the PTX.
