@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from tests.support.segment_checks import (
-    FLOAT16_SCALINGS,
     LAYOUTS,
     SIZES,
-    SUBSETS,
+    TESTED_SCALINGS,
+    TESTED_SUBSETS,
+    TESTED_WAYS,
     WAYS,
     check_bad_ends,
     check_float16_range,
@@ -20,6 +21,7 @@ from tests.support.segment_checks import (
     check_way,
     draw,
     run,
+    schedules_of,
 )
 from tests.support.triton_checks import ARCHITECTURES, SCHEDULES, SMALL, needs_compiler
 
@@ -29,18 +31,14 @@ pytestmark = [needs_compiler, pytest.mark.usefixtures("own_workspace", "poisoned
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_integers_are_exact_under_every_schedule(arch, layout):
-    """All layouts by one kernel each way."""
-    check_layout(layout, arch, SCHEDULES if layout == "ragged" else SCHEDULES[1::2])
-
-
-# What sm_90 has of its own is in the products of the fused shrink and under dropout.
-IN_SWEEP = {("uneven", 90), ("separate", 90)}
+    """All layouts by one kernel each way, but for hundreds of segments."""
+    check_layout(layout, arch, schedules_of(layout))
 
 
 @pytest.mark.parametrize(
     "way, arch",
     [
-        pytest.param(way, arch, marks=[pytest.mark.sweep] if (way, arch) in IN_SWEEP else [])
+        pytest.param(way, arch, marks=[] if (way, arch) in TESTED_WAYS else [pytest.mark.sweep])
         for way, arch in itertools.product(WAYS, ARCHITECTURES)
     ],
 )
@@ -48,14 +46,13 @@ def test_ways(way, arch):
     check_way(way, arch)
 
 
-@pytest.mark.parametrize("scaling", FLOAT16_SCALINGS)
-def test_a_float16_branch_overflows_where_the_composed_layer_does(scaling):
-    check_float16_range(scaling, 80)
+@pytest.mark.parametrize("scaling, arch", TESTED_SCALINGS)
+def test_a_float16_branch_overflows_where_the_composed_layer_does(scaling, arch):
+    check_float16_range(scaling, arch)
 
 
-@pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("needs", SUBSETS, ids=str)
-def test_gradients_that_are_asked_for(arch, needs):
+@pytest.mark.parametrize("needs, arch", TESTED_SUBSETS, ids=str)
+def test_gradients_that_are_asked_for(needs, arch):
     check_needs(needs, arch)
 
 

@@ -26,29 +26,39 @@ def limited(schedules: Iterable[LaunchOptions]) -> tuple[LaunchOptions, ...]:
     return tuple(dataclasses.replace(options, timeout_s=LAUNCH_LIMIT_S) for options in schedules)
 
 
-def _each(checks: Iterable[Check], all_schedules: Sequence[LaunchOptions], schedules=None) -> Iterator[Check]:
+def _each(
+    checks: Iterable[tuple[str, Callable, Sequence[LaunchOptions]]], all_schedules: Sequence[LaunchOptions]
+) -> Iterator[Check]:
     """Each check under one of its schedules at a time: no check and no schedule comes again before all others have."""
-    checks, schedules = [*checks], schedules or all_schedules
-    for turn in range(len(schedules)):
-        for place, (name, check) in enumerate(checks):
-            options = schedules[(turn + place) % len(schedules)]
-            one = functools.partial(check, schedules=limited([options]))
-            yield f"{name}, schedule {all_schedules.index(options)}", one
+    checks = [*checks]
+    for turn in range(max(len(schedules) for _, _, schedules in checks)):
+        for place, (name, check, schedules) in enumerate(checks):
+            if turn < len(schedules):
+                options = schedules[(turn + place) % len(schedules)]
+                one = functools.partial(check, schedules=limited([options]))
+                yield f"{name}, schedule {all_schedules.index(options)}", one
 
 
 def triton_integers(arch: int) -> Iterator[Check]:
     """The smallest layers first."""
     sizes = (*triton.UNEVEN_SIZES, *triton.FUSED_SIZES, *triton.SEPARATE_SIZES)
-    checks = ((f"sm_{arch} integers {each}", functools.partial(triton.check_integers, each, arch)) for each in sizes)
+    checks = (
+        (f"sm_{arch} integers {each}", functools.partial(triton.check_integers, each, arch), triton.SCHEDULES)
+        for each in sizes
+    )
     return _each(checks, triton.SCHEDULES)
 
 
 def triton_dropped(arch: int) -> Iterator[Check]:
     checks = (
-        (f"sm_{arch} dropout {sizes} {dtype}", functools.partial(triton.check_dropout, sizes, dtype, arch))
+        (
+            f"sm_{arch} dropout {sizes} {dtype}",
+            functools.partial(triton.check_dropout, sizes, dtype, arch),
+            triton.DROPPED_SCHEDULES,
+        )
         for sizes, dtype in triton.DROPPED
     )
-    return _each(checks, triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+    return _each(checks, triton.SCHEDULES)
 
 
 def triton_float16(arch: int) -> Iterator[Check]:
@@ -58,15 +68,19 @@ def triton_float16(arch: int) -> Iterator[Check]:
 
 def triton_transposed(arch: int) -> Iterator[Check]:
     checks = (
-        (f"sm_{arch} transposed {sizes}", functools.partial(triton.check_transposed, sizes, arch))
+        (
+            f"sm_{arch} transposed {sizes}",
+            functools.partial(triton.check_transposed, sizes, arch),
+            triton.SCHEDULES[1:4],
+        )
         for sizes in triton.TRANSPOSED_SIZES
     )
-    return _each(checks, triton.SCHEDULES, triton.SCHEDULES[1:4])
+    return _each(checks, triton.SCHEDULES)
 
 
 def triton_infinities(arch: int) -> Iterator[Check]:
     check = functools.partial(triton.check_infinities, arch)
-    return _each([(f"sm_{arch} infinities", check)], triton.SCHEDULES, triton.INFINITE_SCHEDULES)
+    return _each([(f"sm_{arch} infinities", check, triton.INFINITE_SCHEDULES)], triton.SCHEDULES)
 
 
 def triton_needs(arch: int) -> Iterator[Check]:
@@ -90,7 +104,11 @@ def triton_packed_formats() -> Iterator[Check]:
 
 def triton_packed_integers() -> Iterator[Check]:
     checks = (
-        (f"sm_{arch} packed integers {sizes}", functools.partial(quantised.check_integers, sizes, arch))
+        (
+            f"sm_{arch} packed integers {sizes}",
+            functools.partial(quantised.check_integers, sizes, arch),
+            triton.SCHEDULES,
+        )
         for arch, sizes in quantised.INTEGERS
     )
     return _each(checks, triton.SCHEDULES)
@@ -100,44 +118,54 @@ def triton_segments(arch: int) -> Iterator[Check]:
     """Rows in segments, the ragged ones first."""
     layouts = sorted(segments.LAYOUTS, key=lambda layout: layout != "ragged")
     checks = (
-        (f"sm_{arch} segments, {layout}", functools.partial(segments.check_layout, layout, arch)) for layout in layouts
+        (
+            f"sm_{arch} segments, {layout}",
+            functools.partial(segments.check_layout, layout, arch),
+            segments.schedules_of(layout),
+        )
+        for layout in layouts
     )
     return _each(checks, triton.SCHEDULES)
 
 
-def _segment_ways(arch: int, ways: Iterable[str]) -> Iterator[Check]:
-    checks = ((f"sm_{arch} segments, {way}", functools.partial(segments.check_way, way, arch)) for way in ways)
-    return _each(checks, triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+def _segment_ways(ways: Iterable[tuple[str, int]]) -> Iterator[Check]:
+    checks = (
+        (f"sm_{arch} segments, {way}", functools.partial(segments.check_way, way, arch), triton.DROPPED_SCHEDULES)
+        for way, arch in ways
+    )
+    return _each(checks, triton.SCHEDULES)
 
 
 def triton_segment_ways(arch: int) -> Iterator[Check]:
-    return _segment_ways(arch, segments.WAYS)
+    return _segment_ways(each for each in segments.TESTED_WAYS if each[1] == arch)
 
 
 def triton_segments_dropped(arch: int) -> Iterator[Check]:
-    return _segment_ways(arch, ["dropout"])
+    return _segment_ways([("dropout", arch)])
 
 
 def triton_segments_float16(arch: int) -> Iterator[Check]:
-    for scaling in segments.FLOAT16_SCALINGS:
-        check = functools.partial(segments.check_float16_range, scaling, arch)
-        yield f"sm_{arch} segments, float16 range {scaling}", check
+    for scaling, on_arch in segments.TESTED_SCALINGS:
+        if on_arch == arch:
+            check = functools.partial(segments.check_float16_range, scaling, arch)
+            yield f"sm_{arch} segments, float16 range {scaling}", check
 
 
 def triton_segment_needs(arch: int) -> Iterator[Check]:
-    for needs in segments.SUBSETS:
-        name = "+".join(name for name, wanted in needs._asdict().items() if wanted)
-        yield f"sm_{arch} segments, gradients {name}", functools.partial(segments.check_needs, needs, arch)
+    for needs, on_arch in segments.TESTED_SUBSETS:
+        if on_arch == arch:
+            name = "+".join(name for name, wanted in needs._asdict().items() if wanted)
+            yield f"sm_{arch} segments, gradients {name}", functools.partial(segments.check_needs, needs, arch)
 
 
 def triton_missing(arch: int) -> Iterator[Check]:
     check = functools.partial(segments.check_missing, arch)
-    return _each([(f"sm_{arch} segments, what does not exist", check)], triton.SCHEDULES, triton.DROPPED_SCHEDULES)
+    return _each([(f"sm_{arch} segments, what does not exist", check, triton.DROPPED_SCHEDULES)], triton.SCHEDULES)
 
 
 def triton_bad_ends(arch: int) -> Iterator[Check]:
     check = functools.partial(segments.check_bad_ends, arch)
-    return _each([(f"sm_{arch} segments, bad ends", check)], triton.SCHEDULES, segments.BAD_ENDS_SCHEDULES)
+    return _each([(f"sm_{arch} segments, bad ends", check, segments.BAD_ENDS_SCHEDULES)], triton.SCHEDULES)
 
 
 def _family(module: str) -> str:
@@ -173,7 +201,7 @@ def triton_kinds(module: str) -> list[list[Check]]:
     # Of what decodes, each format is a kind.
     of_formats = [[each] for each in formats] if family == "packed" else [formats]
     by_family["packed"] = [*of_formats, [*triton_packed_integers()]]
-    return [kind for name, each in by_family.items() if family in (name, "all") for kind in each]
+    return [kind for name, each in by_family.items() if family in (name, "all") for kind in each if kind]
 
 
 def triton_checks(module: str) -> list[Check]:
@@ -208,12 +236,12 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
             kernels = _kernels_of(tile, dropout_p > 0, sizes[3])
             check = functools.partial(cuda.check_schedules, tile, sizes, dropout_p)
             title = f"schedules {cuda.describe(tile)} {sizes} p={dropout_p}"
-            for name, one in _each([(title, check)], cuda.SCHEDULES):
+            for name, one in _each([(title, check, cuda.SCHEDULES)], cuda.SCHEDULES):
                 yield name, kernels, one
     for tile, rank in cuda.FLOAT16_LAYERS:
         kernels = _kernels_of(tile, False, rank, torch.float16)
         check = functools.partial(cuda.check_float16_schedules, tile, rank)
-        for name, one in _each([(f"float16 {cuda.describe(tile)} R={rank}", check)], cuda.SCHEDULES):
+        for name, one in _each([(f"float16 {cuda.describe(tile)} R={rank}", check, cuda.SCHEDULES)], cuda.SCHEDULES):
             yield name, kernels, one
     for tile, rank in cuda.MASKED_LAYERS:
         for end in (None, *cuda.ENDS):

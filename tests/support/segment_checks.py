@@ -3,6 +3,7 @@ checked."""
 
 import dataclasses
 import importlib
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,7 @@ from fastlora.problem import Needs
 from fastlora.segments import GroupedBackward, GroupedForward, Segments, describe_segments
 from tests.emulator import LaunchOptions
 from tests.support import float16_range, segments
-from tests.support.triton_checks import DROPPED_SCHEDULES, SCHEDULES, SMALL
+from tests.support.triton_checks import ARCHITECTURES, DROPPED_SCHEDULES, SCHEDULES, SMALL
 from tests.support.triton_emulation import emulated
 
 ALL = Needs(True, True, True, True)
@@ -81,6 +82,18 @@ WAYS: dict[str, tuple[tuple[int, int, int], torch.dtype, dict[str, Any], dict[st
     ),
     "dropout": (SIZES, torch.float16, {"dropout_p": 0.3, "transposed": True, "scaling": "each"}, {"group_m": 1}),
 }
+
+
+# What `make test` launches: ways, subsets and scalings on which architecture. What sm_90 has of its own is in the
+# products of the fused shrink and under dropout.
+TESTED_WAYS = [(way, arch) for way in WAYS for arch in ARCHITECTURES if arch == 80 or way == "dropout"]
+TESTED_SUBSETS = list(zip(SUBSETS, itertools.cycle(ARCHITECTURES)))
+TESTED_SCALINGS = [(scaling, 80) for scaling in FLOAT16_SCALINGS]
+
+
+def schedules_of(layout: str) -> tuple[LaunchOptions, ...]:
+    """Those under which `make test` runs a layout."""
+    return {"ragged": SCHEDULES, "hundreds": SCHEDULES[3:4]}.get(layout, SCHEDULES[1::2])
 
 
 def draw(layout: str, n: int, k: int, r: int, dtype: torch.dtype, **options: Any) -> segments.Case:
