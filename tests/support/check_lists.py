@@ -12,6 +12,7 @@ import torch
 
 from tests.emulator import LaunchOptions
 from tests.support import cuda_checks as cuda
+from tests.support import cuda_range
 from tests.support import quantised_checks as quantised
 from tests.support import segment_checks as segments
 from tests.support import triton_checks as triton
@@ -251,3 +252,11 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         name = f"groups {cuda.describe(layer[0])} of {layer[0].group_m}"
         options = dataclasses.replace(cuda.schedule_of_group(number), timeout_s=2 * LAUNCH_LIMIT_S)
         yield name, _kernels_of(*layer), functools.partial(cuda.check_group, *layer, options)
+    for tile, rank, scaling, dropout_p in cuda_range.OVERFLOWING:
+        check = functools.partial(cuda_range.check_overflow, tile, rank, scaling, dropout_p)
+        name = f"overflow {cuda.describe(tile)} R={rank} scaling {scaling} p={dropout_p}"
+        yield name, _kernels_of(tile, dropout_p > 0, rank, torch.float16), check
+    for tile, rank, dtype, dropout_p in cuda_range.INFINITE:
+        check = functools.partial(cuda_range.check_infinities, tile, rank, dtype, dropout_p)
+        name = f"infinities {cuda.describe(tile)} R={rank} p={dropout_p} {dtype}"
+        yield name, _kernels_of(tile, dropout_p > 0, rank, dtype), check
