@@ -128,6 +128,17 @@ def test_operands_that_no_kernel_can_read_are_refused(backward):
             plan.parameters(**arguments(plan, **changes))
 
 
+@pytest.mark.parametrize("threshold, fits", ((0, False), (1, True), (65536, True), (65537, False)))
+def test_a_threshold_of_dropout_has_sixteen_bits(threshold, fits):
+    plan = _plan(**{**SIZES, "dropout": True}, block_m=64, block_n=128)
+    given = arguments(plan, drop_threshold=threshold, seed=5)
+    if fits:
+        plan.parameters(**given)
+    else:
+        with pytest.raises(ValueError, match=f"a threshold of 1 to 65536, got {threshold}"):
+            plan.parameters(**given)
+
+
 # Unlike each other, as are the strides and the addresses below.
 M, IN, OUT, R = 304, 136, 200, 24
 MATRICES = {"act": 1, "weight": 2, "lora_a": 3, "lora_b": 4, "out": 5, "layer_input": 6, "saved_s": 7}

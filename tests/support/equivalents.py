@@ -107,3 +107,14 @@ for _file in ("kernels.py", "segment_kernels.py"):
 REASONS["product.cuh", "for (int j = 0; j <= 4; ++j) {"] = (
     "what is stored besides is the first pair of the next fragment, which comes again, or past the rank, and is not"
 )
+for _line in (
+    "start = tl.associative_scan(tl.maximum(start, before), -1, _larger)",
+    "passed = total + tl.cumsum(n_blocks, -1) <= block",
+    "last = total + tl.cumsum(n_blocks, -1)",
+):
+    REASONS["segments.py", _line] = "the only axis"
+for _lane in (1, -1):
+    _line = (
+        f"__device__ __forceinline__ uint32_t warp_id() {{ return __shfl_sync(kFullMask, threadIdx.x >> 5, {_lane}); }}"
+    )
+    REASONS["thread.cuh", _line] = "every lane has the same"

@@ -46,12 +46,18 @@ def draw(name: str, sizes, dtype: torch.dtype, *, block: int = 64, **options) ->
     """A layer, whose weight is the one that the packed one holds."""
     case = numerics.draw_case(*sizes, dtype, **options)
     packed = draw_packed(name, case.weight, block)
-    return dataclasses.replace(case, weight=packed.dequantize()), packed
+    return dataclasses.replace(_in_wider_rows(case), weight=packed.dequantize()), packed
+
+
+def _in_wider_rows(case: numerics.Case) -> numerics.Case:
+    """Rows of X and dY, of which A and B know nothing, further apart than they are long."""
+    wider = {name: torch.nn.functional.pad(getattr(case, name), (0, 16)) for name in ("x", "dy")}
+    return dataclasses.replace(case, **{name: rows[:, :-16] for name, rows in wider.items()})
 
 
 def draw_integers(sizes, dtype: torch.dtype, seed: int = 0) -> tuple[numerics.Case, QuantisedWeight]:
     """A layer whose every result has one right bit pattern, over a weight in int8 with zero points, and scales of 1."""
-    case = numerics.draw_integer_case(*sizes, dtype, seed=seed)
+    case = _in_wider_rows(numerics.draw_integer_case(*sizes, dtype, seed=seed))
     n, k = case.weight.shape
     zeros = torch.arange(n).view(n, 1) % 7 - 3
     tensors = ((case.weight + zeros).to(torch.int8), torch.ones(n, 1), zeros.to(torch.int8))

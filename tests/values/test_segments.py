@@ -110,6 +110,7 @@ def test_float16_scalings_are_split_on_the_device_as_on_the_host(scaling, device
         (1.5, (1364, 4), (1, 0.5), 2048),  # 2 · 1024.5, a tie, which a factor above 2 would round up
         (1 + 2**-23, (1.25 * 2**-12, 0), (1024, 0), 2**-13),  # 2 · (0.625 · 2⁻²⁴), where 1.25 would be rounded down
         (1.0, (1.25 * 2**-12, 0), (1024, 0), 2**-14),
+        (2.0**127, (1, 0), (0, 0), 0),  # the largest: in S it would be infinite
     ),
 )
 def test_what_multiplies_a_float16_branch_is_the_next_power_of_two(device, scaling, x, b, y):
