@@ -16,7 +16,8 @@ from fastlora.philox import keep_mask, random_words
 from fastlora.problem import Needs, split_scaling
 from tests.emulator import LaunchOptions
 from tests.support import numerics
-from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable
+from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable, variants_for
+from tests.support.triton_checks import GENERATOR
 
 needs_kernels = pytest.mark.skipif(unavailable() is not None, reason=f"CUDA kernels: {unavailable()}")
 
@@ -137,6 +138,9 @@ def check_integers(
         dropped = dropped * keep_mask(case.seed, case.dropout_p, *case.x.shape) * 2
     assert torch.equal(s.double(), split_scaling(case.scaling, dtype).in_s * dropped @ case.lora_a.double().t())
     assert len(launch.stats) == 2, "one launch each way"
+    if not dropout:
+        kernels = [variant["name"] for variant in variants_for(tile, dropout, rank, dtype)]
+        assert not any(GENERATOR.search(ptx(kernel)) for kernel in kernels), "numbers are drawn that nobody reads"
 
 
 # Every tile in groups as long as those that are shipped (fastlora.backends.cuda.tiles.group_size).

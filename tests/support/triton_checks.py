@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(
     reason="the interpreter compiles no PTX; these tests have their own process",
 )
 
-_GENERATOR = re.compile(r"(?<!\w)(-845247145|3449720151)\b")  # a factor of Philox
+GENERATOR = re.compile(r"(?<!\w)(-845247145|3449720151)\b")  # a factor of Philox
 ARCHITECTURES = (80, 90)
 ALL = Needs(True, True, True, True)
 # Small tiles, so that a small problem has several row groups, columns, parts and slices. block_m of 64 is wgmma's
@@ -223,7 +223,7 @@ def gate_of(tile: Shipped) -> Callable[[Any], None]:
 
     def gate(kernel: Any) -> None:
         assert_fits(kernel, tile.arch, instruction)
-        assert bool(_GENERATOR.search(kernel.asm["ptx"])) == (tile.dropout_p > 0.0), "draws a mask"
+        assert bool(GENERATOR.search(kernel.asm["ptx"])) == (tile.dropout_p > 0.0), "draws a mask"
 
     return gate
 
