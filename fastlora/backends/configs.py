@@ -70,12 +70,11 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
     "ampere": (
         TileConfig(128, 128, 32, 8, 8, 4),
         TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32),
-        # In steps of 64, or with gradient_n=64, ptxas spills on sm_86, sm_89 and sm_120.
-        TileConfig(32, 64, 32, 8, 4, 4, gradient_m=32, gradient_n=32),
+        TileConfig(32, 64, 64, 8, 4, 4, gradient_m=32),  # with 64, ptxas spills on sm_120 over packed weights
     ),
     "ampere few rows": (
         TileConfig(64, 64, 32, 8, 4, 4, gradient_m=32, slice_n=32),
-        TileConfig(32, 64, 64, 8, 4, 4),
+        TileConfig(32, 64, 64, 8, 4, 4, gradient_m=32),
         TileConfig(16, 64, 32, 8, 4, 4),
         TileConfig(16, 32, 32, 8, 4, 4),  # in steps of 128, ptxas spills on sm_86, of 64 on sm_120
     ),
@@ -95,8 +94,7 @@ TILE_TABLES: dict[str, tuple[TileConfig, ...]] = {
     # No height of 64: tcgen05 would take such a product in TF32, whatever precision is asked for (Triton 3.6).
     "float32": (
         TileConfig(32, 64, 16, 8, 8, 3, gradient_m=16, gradient_n=32, slice_n=32),
-        # With two stages, ptxas spills on sm_120 over rows in segments.
-        TileConfig(16, 64, 16, 8, 8, 3, gradient_m=16, gradient_n=32, slice_n=32),
+        TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),
     ),
     "float32 large-rank": (TileConfig(16, 64, 16, 8, 8, 2, gradient_m=16, gradient_n=32, slice_n=32),),
 }

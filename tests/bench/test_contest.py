@@ -43,8 +43,8 @@ class SharedClock(HostClock):
 def compare(monkeypatch, seconds, direction="forward", refuses=(), first=("cuda",), config=None):
     """The contest of backends that take so many seconds."""
     reasons = {name: f"{name}: no" for name in refuses}
-    monkeypatch.setattr(contest.dispatch, "why_unsupported", lambda name, spec: reasons.get(name))
-    monkeypatch.setattr(contest.dispatch, "preference", lambda spec, tuned: (*first, *contest.BACKENDS))
+    monkeypatch.setattr(contest.selection, "why_unsupported", lambda name, spec: reasons.get(name))
+    monkeypatch.setattr(contest.selection, "preference", lambda spec, tuned: (*first, *contest.BACKENDS))
     modules = {name: Timed(each, name == "triton") for name, each in seconds.items()}
     return contest.compare_backends(CASE, direction, torch.device("cpu"), config, modules, SharedClock()), modules
 

@@ -30,7 +30,6 @@ ARCHITECTURES = (80, 90, 100)
 # Of those, outside the sweep: what needs the most shared memory, and the tiles that have spilled.
 DEMANDING = {
     *((arch, "ampere", 128, 128, "forward", True) for arch in MORE_ARCHITECTURES),
-    (86, "ampere", 32, 64, "forward", False),
     (120, "ampere large-rank", 64, 128, "backward", False),
 }
 ALL = Needs(True, True, True, True)

@@ -256,8 +256,8 @@ MUTANTS = (
     Mutant(
         "one rounding too many",
         "packed_weight",
-        "(values * scales).to(dtype)",
-        "(values.to(dtype).to(tl.float32) * scales).to(dtype)",
+        "return values * scales",
+        "return (values * scales).to(tl.float16).to(tl.float32)",
         shows="packed values",
     ),
     Mutant("rows in the loop not clamped", "packed_weight", "shape.N - 1 - n", "shape.N - n", shows="packed values"),

@@ -60,7 +60,7 @@ def emulated(
         args: dict[str, Any] = {}
         tensors: dict[torch.Tensor, str] = {}  # dY comes twice, as a descriptor and as a pointer: one buffer
         for name, argument in launch.args.items():
-            if name == "workspace_ptr":
+            if name == "workspace_ptr" and "n_words" in launch.args:
                 argument = argument[: launch.args["n_words"]]  # a buffer of this length would do
             if hasattr(argument, "block_shape"):
                 tensors.setdefault(argument.base, name)
