@@ -118,3 +118,12 @@ for _lane in (1, -1):
         f"__device__ __forceinline__ uint32_t warp_id() {{ return __shfl_sync(kFullMask, threadIdx.x >> 5, {_lane}); }}"
     )
     REASONS["thread.cuh", _line] = "every lane has the same"
+REASONS |= {
+    (
+        "segments.py",
+        "for first in range(0, segments.count + 2, variant.block_g):",
+    ): "behind the last segment are no rows",
+    ("segments.py", "return tl.where(g <= n_segments, tl.minimum(g, owners.count - 1), -1)"): (
+        "behind the last segment _owner says -1 itself, and nobody else asks there"
+    ),
+}
