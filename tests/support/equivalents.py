@@ -127,3 +127,4 @@ REASONS |= {
         "behind the last segment _owner says -1 itself, and nobody else asks there"
     ),
 }
+REASONS["packed_weight.py", "block = format.block if format.block > 1 else packed.block"] = "no format has blocks of 1"
