@@ -15,7 +15,7 @@ from fastlora.backends.cuda import launch as cuda
 from fastlora.philox import keep_mask, random_words
 from fastlora.problem import Needs, split_scaling
 from tests.emulator import LaunchOptions
-from tests.support import numerics
+from tests.support import cuda_runtime, numerics
 from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, run_layer, unavailable, variants_for
 from tests.support.triton_checks import GENERATOR
 
@@ -138,8 +138,10 @@ def check_integers(
         dropped = dropped * keep_mask(case.seed, case.dropout_p, *case.x.shape) * 2
     assert torch.equal(s.double(), split_scaling(case.scaling, dtype).in_s * dropped @ case.lora_a.double().t())
     assert len(launch.stats) == 2, "one launch each way"
+    kernels = {variant["name"] for variant in variants_for(tile, dropout, rank, dtype)}
+    known = [variant for variant in cuda_runtime.runtime().module.variants() if variant["name"] in kernels]
+    assert [variant["arch"] for variant in known] == [90, 90], "the host takes the kernels for another GPU's"
     if not dropout:
-        kernels = [variant["name"] for variant in variants_for(tile, dropout, rank, dtype)]
         assert not any(GENERATOR.search(ptx(kernel)) for kernel in kernels), "numbers are drawn that nobody reads"
 
 
