@@ -97,8 +97,11 @@ class Compiled:
             try:
                 self._host = cuda_runtime.Runtime(self._csrc)
             except subprocess.CalledProcessError as refused:
-                raise Stillborn(refused.stderr.splitlines()[0]) from refused
+                raise Stillborn(self._without_folder(refused.stderr.splitlines()[0])) from refused
         return self._host
+
+    def _without_folder(self, message: str) -> str:
+        return message.replace(f"{self._directory.name}/", "")
 
     def ptx(self, kernel: str) -> str:
         if kernel not in self._found:
@@ -114,7 +117,7 @@ class Compiled:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise Stillborn(errors[0] if errors else done.stderr[-200:])
+            raise Stillborn(self._without_folder(errors[0] if errors else done.stderr[-200:]))
         for name, numbers in _ARRAY.findall(done.stdout):
             # In bytes, without the zeros at the end.
             written = bytes(map(int, numbers.split(","))).ljust(4 * len(NUMBERS), b"\0")
