@@ -169,6 +169,7 @@ def assert_reordered(actual, expected, terms: int) -> None:
     """Results of one computation in two orders, whose longest sums have ``terms`` terms: each tensor within
     4·eps·√terms of its largest element, the componentwise rule's factor."""
     for ours, theirs in zip(actual, expected, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
         error, largest = (ours - theirs).abs().max().item(), theirs.abs().max().item()
         assert error <= 4 * torch.finfo(theirs.dtype).eps * terms**0.5 * largest, (error, largest)
 
