@@ -1,6 +1,7 @@
 """`fastlora study`: the LoRA paper's two budget questions on one's own model and text, and advice from the answers."""
 
 import importlib.util
+import math
 import shlex
 import sys
 from dataclasses import replace
@@ -13,8 +14,15 @@ from fastlora.errors import CommandError
 from fastlora.finetune.settings import DTYPES
 from fastlora.outputs import staged
 from fastlora.study.plan import PRESETS, StudySettings
+from fastlora.study.trend_plan import LEARNING_RATES, TREND_RANKS
 
 DEFAULTS = StudySettings()
+
+
+def _listed(values: tuple) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
 INTERRUPTED = 130
 SIZES = ("steps", "batch_size", "block_size", "held_out", "seeds")
 PRESET_HELP = "; ".join(
@@ -23,8 +31,10 @@ PRESET_HELP = "; ".join(
 )
 
 
-def split_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple[int, ...]:
+def split_ranks(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[int, ...]:
     """Distinct positive integers from a comma-separated list, in rising order."""
+    if value is None:
+        return ()
     try:
         ranks = sorted({int(part) for part in value.split(",") if part.strip()})
     except ValueError:
@@ -32,6 +42,19 @@ def split_ranks(ctx: click.Context, param: click.Parameter, value: str) -> tuple
     if not ranks or ranks[0] < 1:
         raise click.BadParameter(f"{value!r} is no list of ranks of at least 1.", ctx, param)
     return tuple(ranks)
+
+
+def split_rates(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, ...]:
+    """Distinct positive numbers from a comma-separated list, in rising order."""
+    if value is None:
+        return ()
+    try:
+        rates = sorted({float(part) for part in value.split(",") if part.strip()})
+    except ValueError:
+        rates = []
+    if not rates or not 0 < rates[0] <= rates[-1] < math.inf:
+        raise click.BadParameter(f"{value!r} is no list of learning rates above 0.", ctx, param)
+    return tuple(rates)
 
 
 def four_projections(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
@@ -55,10 +78,8 @@ def four_projections(ctx: click.Context, param: click.Parameter, value: str) -> 
 )
 @click.option(
     "--ranks",
-    default=",".join(map(str, DEFAULTS.ranks)),
     callback=split_ranks,
-    show_default=True,
-    help="Ranks of the second experiment.",
+    help=f"Ranks of the second experiment.  [default: {_listed(DEFAULTS.ranks)}; {_listed(TREND_RANKS)} with --trends]",
 )
 @click.option(
     "--budget",
@@ -74,6 +95,18 @@ def four_projections(ctx: click.Context, param: click.Parameter, value: str) -> 
 @click.option(
     "--learning-rate", type=FiniteFloat(min=0, min_open=True), default=DEFAULTS.learning_rate, show_default=True
 )
+@click.option(
+    "--trends",
+    is_flag=True,
+    help="Instead of the two experiments: follow what adapters of Wq and Wv learn through their training, one of each "
+    "rank and the largest from every seed, after 16, 64, 256, ... steps.",
+)
+@click.option(
+    "--learning-rates",
+    callback=split_rates,
+    help="Candidates of --trends; the one with the lowest held-out loss is taken.  "
+    f"[default: {_listed(LEARNING_RATES)}]",
+)
 @click.option("--alpha", type=FiniteFloat(min=0, min_open=True), default=DEFAULTS.alpha, show_default=True)
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default=DEFAULTS.dtype, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto takes a CUDA device where there is one.")
@@ -85,12 +118,13 @@ def four_projections(ctx: click.Context, param: click.Parameter, value: str) -> 
     help="Directory for the runs and the report. Processes that share it share the runs.",
 )
 @click.option("--suggest", is_flag=True, help="Train nothing: name a rank and targets from the runs in --output.")
-def study(preset: str, device: str, output: Path, suggest: bool, dtype: str, **options: object) -> int:
+def study(preset: str, device: str, output: Path, suggest: bool, trends: bool, dtype: str, **options: object) -> int:
     """Where to put a budget of trainable parameters, and which rank is enough: measured, on your model and text.
 
     (a) One budget spent on Wq, Wk, Wv, Wo, Wq+Wk, Wq+Wv and all four. (b) Several ranks on Wq, Wq+Wv and all four.
-    Then what the adapters learned: similarity of their directions, amplification. Each finished run is stored: the same
-    command goes on after an interruption, and a second process with the same command takes its share.
+    Then what the adapters learned: similarity of their directions, amplification; with --trends how these grow. Each
+    finished run is stored: the same command goes on after an interruption, and a second process with the same command
+    takes its share.
     """
     missing = [name for name in REQUIRED if importlib.util.find_spec(name) is None]
     if missing:
@@ -98,6 +132,13 @@ def study(preset: str, device: str, output: Path, suggest: bool, dtype: str, **o
     if suggest:
         _suggest(output, options["budget"])
         return 0
+    if options["learning_rates"] and not trends:
+        raise CommandError("--learning-rates are candidates of --trends; without it name one --learning-rate")
+    options["ranks"] = options["ranks"] or (TREND_RANKS if trends else DEFAULTS.ranks)
+    if trends:
+        options["learning_rates"] = options["learning_rates"] or LEARNING_RATES
+        if len(options["ranks"]) == 1:
+            raise CommandError("--trends compares the two largest of --ranks: name at least two")
     sizes = {name: options[name] or getattr(PRESETS[preset], name) for name in SIZES}
     settings = replace(DEFAULTS, **{**options, **sizes, "dtype": DTYPES[dtype]})
     return _run(settings, device, output)
@@ -119,18 +160,18 @@ def _run(settings: StudySettings, device: str, output: Path) -> int:
             _report(trainer)
         except Interrupted:
             interruption.caught()
-            done = f"{len(store.finished(trainer.plan.runs))} of {len(trainer.plan.runs)}" if trainer else "No"
+            done = f"{len(store.finished(trainer.runs))} of {trainer.plan.count}" if trainer else "No"
             click.echo(f"Interrupted. {done} runs are stored in {output}. Go on with: {_command()}")
             return INTERRUPTED
     return 0
 
 
 def _announcement(trainer) -> str:
-    settings, runs = trainer.settings, trainer.plan.runs
+    settings, runs = trainer.settings, trainer.runs
     tokens = settings.steps * settings.batch_size * settings.block_size
     return (
-        f"{len(runs)} runs of {settings.steps} steps, {tokens:,} tokens each; {len(trainer.blocks.held_out)} blocks of "
-        f"{settings.block_size} held out; budget {trainer.plan.budget:,} parameters; "
+        f"{trainer.plan.count} runs of {settings.steps} steps, {tokens:,} tokens each; {len(trainer.blocks.held_out)} "
+        f"blocks of {settings.block_size} held out; {trainer.plan.aim}; "
         f"{len(trainer.store.finished(runs))} runs are there already"
     )
 

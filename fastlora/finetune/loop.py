@@ -23,6 +23,10 @@ FINAL_SHARE = 0.1
 REMEDY = "lower --learning-rate, or use --dtype float32"
 
 
+class DivergedError(CommandError):
+    """A loss is not finite."""
+
+
 @dataclass
 class Record:
     """What a run has measured so far.
@@ -132,7 +136,7 @@ def held_out_loss(
         on_batch: gets the number of sequences of each batch that is done.
 
     Raises:
-        CommandError: it is not finite.
+        DivergedError: it is not finite.
     """
     training = model.training
     model.eval()
@@ -143,7 +147,7 @@ def held_out_loss(
     model.train(training)
     mean = total / blocks.held_out.targets
     if not math.isfinite(mean):
-        raise CommandError(f"the held-out loss is {mean}: {REMEDY}")
+        raise DivergedError(f"the held-out loss is {mean}: {REMEDY}")
     return mean
 
 
@@ -162,7 +166,7 @@ def train(
 
     Raises:
         Interrupted: between steps, with model, optimiser and record in agreement.
-        CommandError: a loss is not finite; the weights are as before that step.
+        DivergedError: a loss is not finite; the weights are as before that step.
     """
     device = torch.device(settings.device)
     record, until = arm.record, settings.steps if until is None else until
@@ -204,7 +208,7 @@ def _step(arm: Arm, batch: Sequences, settings: Settings) -> float:
         kept = max(kept, saved.bytes if saved else 0)
         mean += loss.item()
         if not math.isfinite(mean):
-            raise CommandError(f"the loss is {mean} at step {arm.record.step + 1}: {REMEDY}")
+            raise DivergedError(f"the loss is {mean} at step {arm.record.step + 1}: {REMEDY}")
         loss.backward()
     optimizer.step()
     if first:

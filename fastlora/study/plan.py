@@ -1,6 +1,7 @@
 """Which runs a study consists of, and how large they are."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
 BUDGET, RANKS = "budget", "ranks"
@@ -43,6 +44,8 @@ class StudySettings:
         budget: trainable parameters of the first experiment; None to choose one that integer ranks meet well.
         steps, batch_size, block_size, held_out: of each run; seeds: runs of each configuration.
         alpha: the branch is scaled by alpha / rank.
+        learning_rates: candidates of a study of trends, which trains at the best of them; empty for the other
+            experiments, which train at learning_rate.
     """
 
     model: str | None = None
@@ -58,6 +61,7 @@ class StudySettings:
     learning_rate: float = 2e-3
     alpha: float = 16.0
     dtype: str = "float32"
+    learning_rates: tuple[float, ...] = ()
 
     def to_dict(self) -> dict:
         """As JSON would give it back."""
@@ -68,12 +72,10 @@ class StudySettings:
 
         Ranks, seeds and budget choose among runs and change none, so that a study may grow.
         """
-        own = self.to_dict()
+        own, stored = self.to_dict(), {**StudySettings().to_dict(), **stored}
         names = [field.name for field in fields(self) if field.name not in ("ranks", "seeds", "budget")]
         return [
-            f"--{name.replace('_', '-')} {_option_text(stored.get(name))}"
-            for name in names
-            if own[name] != stored.get(name)
+            f"--{name.replace('_', '-')} {_option_text(stored[name])}" for name in names if own[name] != stored[name]
         ]
 
 
@@ -85,11 +87,16 @@ def _option_text(value: object) -> str:
 
 @dataclass(frozen=True)
 class RunSpec:
-    """One training run: LoRA of one rank on some of the projections, from one seed."""
+    """One training run: LoRA of one rank on some of the projections, from one seed.
+
+    Attributes:
+        learning_rate: the run's own, where it is not the study's.
+    """
 
     group: tuple[int, ...]
     rank: int
     seed: int
+    learning_rate: float | None = None
 
     @property
     def label(self) -> str:
@@ -98,7 +105,8 @@ class RunSpec:
     @property
     def key(self) -> str:
         """A file name."""
-        return f"{self.label}-r{self.rank}-s{self.seed}"
+        rate = "" if self.learning_rate is None else f"-lr{self.learning_rate:g}"
+        return f"{self.label}-r{self.rank}-s{self.seed}{rate}"
 
     @property
     def data_seed(self) -> int:
@@ -134,10 +142,27 @@ class Plan:
     seeds: int
 
     @property
+    def count(self) -> int:
+        return len(self.runs)
+
+    @property
+    def aim(self) -> str:
+        """What the runs share, in words."""
+        return f"budget {self.budget:,} parameters"
+
+    @property
     def runs(self) -> list[RunSpec]:
         """Each run once, one seed after the other: what an interrupted study has is complete for the first seeds."""
         pairs = dict.fromkeys(pair for experiment in self.experiments.values() for pair in experiment)
         return [RunSpec(group, rank, seed) for seed in range(self.seeds) for group, rank in pairs]
+
+    def further_runs(self, result: Callable[[RunSpec], dict | None]) -> list[RunSpec]:
+        """Those that the first ones' results decide: none."""
+        return []
+
+    def kept_steps(self, steps: int) -> list[int]:
+        """After which of its steps a run is measured and its adapter kept: the last."""
+        return [steps]
 
     def parameters(self, group: tuple[int, ...], rank: int) -> int:
         return rank * group_cost(self.costs, group)

@@ -85,9 +85,9 @@ class RunStore:
         """Every result in the directory, by name."""
         return [_read_json(path, RESULT_KEYS) for path in sorted(self.runs.glob("*.json"))]
 
-    def adapter(self, spec: RunSpec) -> Path:
-        """Where the adapter of a run is kept."""
-        return self.runs / spec.key
+    def adapter(self, spec: RunSpec, step: int | None = None) -> Path:
+        """Where the adapter of a run is kept; with a step, the one that it had after so many."""
+        return self.runs / (spec.key if step is None else f"{spec.key}-step{step}")
 
     def save(self, spec: RunSpec, result: dict) -> None:
         """Stores a finished run, whole or not at all. Raises CommandError where that fails."""

@@ -17,13 +17,14 @@ from fastlora.errors import CommandError, first_line
 from fastlora.finetune.arms import adapter_snapshot, fastlora_arm, save_arm
 from fastlora.finetune.data import TokenBlocks, make_blocks, read_text
 from fastlora.finetune.interrupt import Interruption
-from fastlora.finetune.loop import Arm, held_out_loss, train
+from fastlora.finetune.loop import Arm, DivergedError, held_out_loss, train
 from fastlora.finetune.models import find_model, load_model
 from fastlora.finetune.report import versions
 from fastlora.finetune.settings import Settings
 from fastlora.outputs import check_writable, reported_write_errors
 from fastlora.study.plan import Plan, RunSpec, StudySettings, make_plan
 from fastlora.study.store import RunStore
+from fastlora.study.trend_plan import TrendPlan, make_trend_plan
 from fastlora.targets import match_targets
 
 SPLIT_SEED = 0  # one split for all runs: their held-out losses compare
@@ -46,7 +47,7 @@ class Trainer:
     label: str
     base: nn.Module
     blocks: TokenBlocks
-    plan: Plan
+    plan: Plan | TrendPlan
     commit: str | None
 
     def run_all(self, interruption: Interruption, say: Callable[[str], None]) -> None:
@@ -56,15 +57,14 @@ class Trainer:
             Interrupted: between two steps; the runs that have ended are stored.
             CommandError: a result cannot be written.
         """
-        specs, steps = self.plan.runs, self.settings.steps
-        waiting = False
-        with tqdm(total=len(specs) * steps, unit="step", file=sys.stderr, smoothing=0.05) as bar:
-            while len(finished := self.store.finished(specs)) < len(specs):
+        steps, waiting = self.settings.steps, False
+        with tqdm(total=self.plan.count * steps, unit="step", file=sys.stderr, smoothing=0.05) as bar:
+            while len(finished := self.store.finished(specs := self.runs)) < len(specs):
                 trained = False
                 for spec in (spec for spec in specs if spec not in finished):
                     with self.store.claim(spec) as mine:
                         if mine:
-                            _show(bar, self.store, specs, steps, spec.key)
+                            self._show(bar, spec.key)
                             self._run(spec, interruption, bar)
                             trained = True
                 if not trained:
@@ -72,7 +72,12 @@ class Trainer:
                         say("The rest is being trained by other processes; waiting for them")
                         waiting = True
                     time.sleep(POLL_SECONDS)
-                _show(bar, self.store, specs, steps, "")
+                self._show(bar, "")
+
+    @property
+    def runs(self) -> list[RunSpec]:
+        """The plan's runs as far as the results so far decide them; all, once these have ended."""
+        return self.plan.runs + self.plan.further_runs(self.store.result)
 
     def run_settings(self, spec: RunSpec) -> Settings:
         """The run as fine-tuning would be asked for it; its seed decides the batches."""
@@ -87,7 +92,7 @@ class Trainer:
             batch_size=settings.batch_size,
             block_size=settings.block_size,
             held_out=settings.held_out,
-            learning_rate=settings.learning_rate,
+            learning_rate=spec.learning_rate or settings.learning_rate,
             dtype=settings.dtype,
             device=str(self.device),
             seed=spec.data_seed,
@@ -97,34 +102,44 @@ class Trainer:
         """The frozen model's held-out loss."""
         return held_out_loss(self.base, self.blocks, self.settings.batch_size, self.device)
 
+    def _show(self, bar: tqdm, label: str) -> None:
+        """Counts what other processes have finished, too."""
+        bar.n = len(self.store.finished(self.runs)) * self.settings.steps
+        bar.set_description(label or "waiting")
+
     def _run(self, spec: RunSpec, interruption: Interruption, bar: tqdm) -> None:
         """Trains, measures and stores one run; one that diverges is stored as such."""
         started = _now()
         settings = self.run_settings(spec)
         arm = fastlora_arm(self.base, replace(settings, seed=spec.start_seed))
         initial = adapter_snapshot(arm)
-        held_out, failure = None, None
+        states, failure = [], None
         try:
-            train(arm, self.blocks, settings, interruption, lambda loss: bar.update())
-            held_out = held_out_loss(arm.model, self.blocks, settings.batch_size, self.device)
-        except CommandError as error:
+            for step in self.plan.kept_steps(settings.steps):
+                train(arm, self.blocks, settings, interruption, lambda loss: bar.update(), until=step)
+                loss = held_out_loss(arm.model, self.blocks, settings.batch_size, self.device)
+                states.append(
+                    {"step": step, "held_out_loss": loss, "relative_change_of_a": _relative_change(arm, initial)}
+                )
+                if spec.kept:
+                    directory = self.store.adapter(spec, None if step == settings.steps else step)
+                    with interruption.deferred(), reported_write_errors(directory):
+                        save_arm(arm, directory, settings)
+        except DivergedError as error:
             failure = first_line(error)
         with interruption.deferred():
-            if spec.kept and failure is None:
-                directory = self.store.adapter(spec)
-                with reported_write_errors(directory):
-                    save_arm(arm, directory, settings)
-            self.store.save(spec, self._result(spec, arm, initial, held_out, failure, started))
+            self.store.save(spec, self._result(spec, arm, initial, states, failure, started))
 
     def _result(
         self,
         spec: RunSpec,
         arm: Arm,
         initial: dict[str, Tensor],
-        held_out: float | None,
+        states: list[dict],
         failure: str | None,
         started: str,
     ) -> dict:
+        final = {"held_out_loss": None, "relative_change_of_a": None} if failure else states[-1]
         return {
             "key": spec.key,
             "label": spec.label,
@@ -132,10 +147,12 @@ class Trainer:
             "rank": spec.rank,
             "seed": spec.seed,
             "parameters": sum(value.numel() for value in initial.values()),
-            "held_out_loss": held_out,
+            "learning_rate": spec.learning_rate or self.settings.learning_rate,
+            "held_out_loss": final["held_out_loss"],
             "failure": failure,
             "losses": arm.record.losses,
-            "relative_change_of_a": None if failure else _relative_change(arm, initial),
+            "relative_change_of_a": final["relative_change_of_a"],
+            "states": states,
             "seconds": round(arm.record.seconds, 3),
             "started": started,
             "ended": _now(),
@@ -162,7 +179,8 @@ def prepare(
     base, tokenizer = load_model(source, getattr(torch, settings.dtype), device)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     blocks = make_blocks(ids, settings.block_size, settings.held_out, SPLIT_SEED)
-    plan = make_plan(settings, _costs(base, settings.projections))
+    costs = _costs(base, settings.projections)
+    plan = make_trend_plan(settings, costs) if settings.learning_rates else make_plan(settings, costs)
     facts = {"model": source.label, "text": blocks.fingerprint(), "costs": list(plan.costs)}
     with interruption.deferred():
         store.begin(settings, facts)
@@ -193,12 +211,6 @@ def _relative_change(arm: Arm, initial: dict[str, Tensor]) -> float:
     names = [name for name in initial if name.endswith("lora_A")]
     after = arm.adapter()
     return sum(((after[n] - initial[n]).norm() / initial[n].norm()).item() for n in names) / len(names)
-
-
-def _show(bar: tqdm, store: RunStore, specs: list[RunSpec], steps: int, label: str) -> None:
-    """Counts what other processes have finished, too."""
-    bar.n = len(store.finished(specs)) * steps
-    bar.set_description(label or "waiting")
 
 
 def _now() -> str:

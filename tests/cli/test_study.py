@@ -11,7 +11,7 @@ import torch
 from benchmarks import readme_tables
 from fastlora.adapters.files import read_adapter
 from fastlora.analysis import subspace_similarity
-from fastlora.errors import CommandError
+from fastlora.finetune.loop import DivergedError
 from fastlora.finetune import loop
 from fastlora.study import pictures, trainer
 from fastlora.study import report as study_report
@@ -202,10 +202,10 @@ def test_interrupted_and_resumed(study, whole, tmp_path, monkeypatch):
 def test_a_run_that_diverges_is_a_result(study, tmp_path, monkeypatch):
     train = trainer.train
 
-    def diverging(arm, blocks, settings, *rest):
+    def diverging(arm, blocks, settings, *rest, **options):
         if settings.rank == 4:
-            raise CommandError("the loss is nan at step 2")
-        return train(arm, blocks, settings, *rest)
+            raise DivergedError("the loss is nan at step 2")
+        return train(arm, blocks, settings, *rest, **options)
 
     monkeypatch.setattr(trainer, "train", diverging)
     done = study("--seeds", 1, "--output", tmp_path)
