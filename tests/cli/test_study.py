@@ -11,8 +11,8 @@ import torch
 from benchmarks import readme_tables
 from fastlora.adapters.files import read_adapter
 from fastlora.analysis import subspace_similarity
-from fastlora.finetune.loop import DivergedError
 from fastlora.finetune import loop
+from fastlora.finetune.loop import DivergedError
 from fastlora.study import pictures, trainer
 from fastlora.study import report as study_report
 from fastlora.study.directions import DIGITS
