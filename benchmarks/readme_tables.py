@@ -22,6 +22,7 @@ from benchmarks.traffic import report as traffic_report
 from fastlora.bench.claims import claims_tables
 from fastlora.bench.tables import case_label, host_table, model_table, ratio_table
 from fastlora.study.results import amplification_table, budget_table, ranks_table, similarity_table
+from fastlora.study.trend_tables import amplification_trend_table, findings_table, similarity_trend_table
 from fastlora.tables import MIB, Table
 
 PAGES = ("README.md", "benchmarks/results/README.md")
@@ -75,6 +76,9 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "study-ranks": ranks_table,
     "study-similarity": similarity_table,
     "study-amplification": amplification_table,
+    "trends-findings": findings_table,
+    "trends-similarity": similarity_trend_table,
+    "trends-amplification": amplification_trend_table,
     "traffic": traffic_report.readme_table,
     "saved": saved_bytes.readme_table,
     "quantised": quantised_memory.readme_table,

@@ -182,8 +182,7 @@ def _command() -> str:
 
 def _report(trainer) -> None:
     """Writes the report, unless another process has just done that, and shows its tables."""
-    from fastlora.study.report import make_report, report_is_current
-    from fastlora.study.results import study_tables
+    from fastlora.study.report import make_report, report_is_current, report_tables
 
     output = trainer.store.directory
     with trainer.store.lock("report", wait=True):
@@ -193,9 +192,10 @@ def _report(trainer) -> None:
             with staged(output) as stage:
                 for name, data in files.items():
                     (stage / name).write_bytes(data)
-    for table in study_tables(report):
+    for table in report_tables(report):
         click.echo(table.to_markdown())
-    click.echo(f"Wrote the report and its pictures to {output}; advice: fastlora study --suggest --output {output}")
+    advice = "" if "trends" in report else f"; advice: fastlora study --suggest --output {output}"
+    click.echo(f"Wrote the report and its pictures to {output}{advice}")
 
 
 def _suggest(output: Path, budget: int | None) -> None:

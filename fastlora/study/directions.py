@@ -16,6 +16,7 @@ from fastlora.study.store import RunStore
 DIGITS = 5  # that similarities are stored to
 
 Adapter = dict[str, AdapterLayer]
+Adapters = dict[tuple[int, int], Adapter]  # by rank and seed
 
 
 def measure_directions(store: RunStore, plan: Plan, ranks: tuple[int, ...], base: nn.Module, tick: Callable) -> dict:
@@ -26,26 +27,45 @@ def measure_directions(store: RunStore, plan: Plan, ranks: tuple[int, ...], base
         tick: called after each part, of `parts`.
 
     Returns:
-        "ranks": φ of the two largest ranks, the mean over seeds; "seeds": φ of two seeds at the largest rank; each by
-        matrix type, as `_compare` gives it, or None where there are too few adapters. "amplification": rows of the
-        middle layer and means over layers, by matrix type and rank, for the first seed.
+        As `compare_adapters`.
 
     Raises:
         CommandError: an adapter of a finished run cannot be read.
     """
-    adapters = {
-        (spec.rank, spec.seed): _read(store, spec)
-        for spec in plan.runs
-        if spec.group == KEPT_GROUP and spec.rank in ranks and _trained(store, spec)
-    }
+    chosen = [spec for spec in plan.runs if spec.group == KEPT_GROUP and spec.rank in ranks]
+    return compare_adapters(read_adapters(store, chosen), base, tick)
+
+
+def read_adapters(store: RunStore, specs: list[RunSpec], step: int | None = None) -> Adapters:
+    """The adapters of those runs that did not diverge, by rank and seed; with a step, as they were after so many.
+
+    Raises:
+        CommandError: one of them cannot be read.
+    """
+    return {(spec.rank, spec.seed): _read(store, spec, step) for spec in specs if _trained(store, spec)}
+
+
+def compare_adapters(adapters: Adapters, base: nn.Module, tick: Callable) -> dict:
+    """φ between ranks and between seeds, and the amplification.
+
+    Args:
+        base: the model whose weights were frozen.
+        tick: called after each part, of `parts`.
+
+    Returns:
+        "ranks": φ of the two largest ranks, the mean over seeds that have both; "seeds": φ of two seeds at the largest
+        rank; each by matrix type, as `_compare` gives it, or None where there are too few adapters. "amplification":
+        rows of the middle layer and means over layers, by matrix type and rank, for the first seed.
+    """
     found: dict = {"ranks": None, "seeds": None, "amplification": []}
-    pair = sorted(set(ranks))[-2:]
-    seeds = [seed for seed in range(plan.seeds) if all((rank, seed) in adapters for rank in pair)]
-    if len(pair) == 2 and seeds:
-        found["ranks"] = _compare([(adapters[pair[0], seed], adapters[pair[1], seed]) for seed in seeds])
-        found["ranks"] |= {"i": f"r = {pair[0]}", "j": f"r = {pair[1]}", "pairs": len(seeds)}
+    pair = sorted({rank for rank, _ in adapters})[-2:]
+    seeds = sorted({seed for _, seed in adapters})
+    both = [seed for seed in seeds if all((rank, seed) in adapters for rank in pair)]
+    if len(pair) == 2 and both:
+        found["ranks"] = _compare([(adapters[pair[0], seed], adapters[pair[1], seed]) for seed in both])
+        found["ranks"] |= {"i": f"r = {pair[0]}", "j": f"r = {pair[1]}", "pairs": len(both)}
     tick()
-    top = [seed for seed in range(plan.seeds) if (pair[-1], seed) in adapters]
+    top = [seed for seed in seeds if pair and (pair[-1], seed) in adapters]
     if len(top) >= 2:
         found["seeds"] = _compare([(adapters[pair[-1], top[0]], adapters[pair[-1], top[1]])])
         found["seeds"] |= {"i": f"r = {pair[-1]}, seed {top[0]}", "j": f"r = {pair[-1]}, seed {top[1]}", "pairs": 1}
@@ -59,9 +79,9 @@ def measure_directions(store: RunStore, plan: Plan, ranks: tuple[int, ...], base
     return found
 
 
-def parts(plan: Plan, ranks: tuple[int, ...]) -> int:
-    """How often `measure_directions` calls tick, at most."""
-    return 2 + len({spec.rank for spec in plan.runs if spec.group == KEPT_GROUP and spec.rank in ranks})
+def parts(ranks: tuple[int, ...]) -> int:
+    """How often `compare_adapters` calls tick, at most."""
+    return 2 + len(ranks)
 
 
 def _trained(store: RunStore, spec: RunSpec) -> bool:
@@ -69,12 +89,12 @@ def _trained(store: RunStore, spec: RunSpec) -> bool:
     return result is not None and result["failure"] is None
 
 
-def _read(store: RunStore, spec: RunSpec) -> Adapter:
+def _read(store: RunStore, spec: RunSpec, step: int | None) -> Adapter:
+    path = store.adapter(spec, step)
     try:
-        return read_adapter(store.adapter(spec))
+        return read_adapter(path)
     except (OSError, ValueError) as error:
-        path = store.adapter(spec)
-        raise CommandError(f"cannot read {path}: {first_line(error)}; delete it and {path}.json") from error
+        raise CommandError(f"cannot read {path}: {first_line(error)}; delete {store.adapter(spec)}.json") from error
 
 
 def _compare(pairs: list[tuple[Adapter, Adapter]]) -> dict:

@@ -86,10 +86,17 @@ def size_note(report: dict) -> str:
     held_out = report["held_out_tokens"]
     return (
         f"{report['model']}, each run {s['steps']} steps of {s['batch_size']} × {s['block_size']} tokens "
-        f"({tokens:,} in all), seeds: {s['seeds']}, learning rate {s['learning_rate']:g}, alpha {s['alpha']:g}, "
-        f"{s['dtype']}; held-out loss in nats per token over {held_out:,} tokens, mean ± standard deviation over the "
-        f"seeds. Without an adapter: {report['base_loss']:.4f}."
+        f"({tokens:,} in all), {_seeds_and_rate(report)}alpha {s['alpha']:g}, {s['dtype']}; held-out loss in nats per "
+        f"token over {held_out:,} tokens. Without an adapter: {report['base_loss']:.4f}."
     )
+
+
+def _seeds_and_rate(report: dict) -> str:
+    """Not of a study of trends: there each run has its own."""
+    s = report["settings"]
+    if s.get("learning_rates"):
+        return ""
+    return f"mean ± standard deviation over {s['seeds']} seeds, learning rate {s['learning_rate']:g}, "
 
 
 def budget_table(report: dict) -> Table:
