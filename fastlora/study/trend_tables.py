@@ -112,7 +112,8 @@ def _findings(points: list[dict]) -> list[tuple[str, str, list[float], float]]:
         values = [point["similarity"][index]["first"] for point in points]
         pair = "two ranks" if row["pair"] == "ranks" else "two seeds"
         claim = f"the strongest direction of {row['side'].upper()} is shared by {pair}, {row['type']}: φ(1, 1)"
-        found.append((claim, f"> {PAPER_SIMILARITY:g}", values, PAPER_SIMILARITY))
+        paper = f"> {PAPER_SIMILARITY:g}" if row["pair"] == "ranks" else "shared, no figure"
+        found.append((claim, paper, values, PAPER_SIMILARITY))
     for index, row in enumerate(points[-1]["amplification"]):
         if row["rank"] in PAPER_AMPLIFICATION:
             factor = PAPER_AMPLIFICATION[row["rank"]][-1]
