@@ -38,8 +38,10 @@ def trends_png(report: dict) -> bytes:
         axis.set(ylim=(0, 1), ylabel="φ(1, 1), mean over the layers", title=f"{name}: is the first direction shared?")
         _finish(axis, points)
     axis = axes[-1]
-    for colour, (index, row) in zip(_COLOURS * 2, enumerate(points[-1]["amplification"]), strict=False):
+    ranks = sorted({row["rank"] for row in points[-1]["amplification"]})
+    for index, row in enumerate(points[-1]["amplification"]):
         values = [point["amplification"][index]["mean"]["factor"] for point in points]
+        colour = _COLOURS[ranks.index(row["rank"]) % len(_COLOURS)]
         style = "-" if row["type"] == points[-1]["amplification"][0]["type"] else ":"
         axis.plot(_steps(points), values, style, marker="o", color=colour, label=f"{row['type']}, r = {row['rank']}")
     for rank, values in PAPER_AMPLIFICATION.items():
