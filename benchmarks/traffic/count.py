@@ -149,7 +149,8 @@ def count_triton(case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict
 def count_cuda(case: numerics.Case, tile: cuda.CudaTile) -> tuple[dict, dict] | None:
     """Counters of the CUDA kernels' launch forward and launch backward, whose results are checked; None where the tile
     has a fused shrink that a kernel cannot do."""
-    variants = cuda_emulation.variants_for(tile, case.dropout_p > 0, case.lora_a.shape[0])
+    transposed = cuda_emulation.lies_transposed(case.weight)
+    variants = cuda_emulation.variants_for(tile, case.dropout_p > 0, case.lora_a.shape[0], transposed=transposed)
     if tile.fused and not all(variant["fuses"] for variant in variants):
         return None
     with _own_workspace(), cuda_emulation.emulated(OPTIONS) as launch:

@@ -67,15 +67,25 @@ bool read_call(PyObject* value, Matrix& field) { return read(value, field.addres
 
 const std::vector<Field<Problem>>& problem_fields() {
   static const std::vector<Field<Problem>> fields = {
-      FASTLORA_FIELD(Problem, backward, true),   FASTLORA_FIELD(Problem, fp16, true),
-      FASTLORA_FIELD(Problem, dropout, true),    FASTLORA_FIELD(Problem, block_m, true),
-      FASTLORA_FIELD(Problem, block_n, true),    FASTLORA_FIELD(Problem, m, true),
-      FASTLORA_FIELD(Problem, n, true),          FASTLORA_FIELD(Problem, k, true),
-      FASTLORA_FIELD(Problem, r, true),          FASTLORA_FIELD(Problem, group_m, true),
-      FASTLORA_FIELD(Problem, splits, true),     FASTLORA_FIELD(Problem, fused, true),
-      FASTLORA_FIELD(Problem, ctas, true),       FASTLORA_FIELD(Problem, gradients_last, false),
-      FASTLORA_FIELD(Problem, makes_out, false), FASTLORA_FIELD(Problem, grad_a, false),
-      FASTLORA_FIELD(Problem, grad_b, false),    FASTLORA_FIELD(Problem, grad_bias, false),
+      FASTLORA_FIELD(Problem, backward, true),
+      FASTLORA_FIELD(Problem, fp16, true),
+      FASTLORA_FIELD(Problem, dropout, true),
+      FASTLORA_FIELD(Problem, block_m, true),
+      FASTLORA_FIELD(Problem, block_n, true),
+      FASTLORA_FIELD(Problem, m, true),
+      FASTLORA_FIELD(Problem, n, true),
+      FASTLORA_FIELD(Problem, k, true),
+      FASTLORA_FIELD(Problem, r, true),
+      FASTLORA_FIELD(Problem, group_m, true),
+      FASTLORA_FIELD(Problem, splits, true),
+      FASTLORA_FIELD(Problem, fused, true),
+      FASTLORA_FIELD(Problem, ctas, true),
+      FASTLORA_FIELD(Problem, transposed, false),
+      FASTLORA_FIELD(Problem, gradients_last, false),
+      FASTLORA_FIELD(Problem, makes_out, false),
+      FASTLORA_FIELD(Problem, grad_a, false),
+      FASTLORA_FIELD(Problem, grad_b, false),
+      FASTLORA_FIELD(Problem, grad_bias, false),
   };
   return fields;
 }

@@ -67,12 +67,18 @@ class Maps {
 
 }  // namespace
 
+std::pair<int64_t, int64_t> Plan::weight_sizes() const {
+  const bool rows_are_of_out = variant_->backward == variant_->transposed;
+  return rows_are_of_out ? std::pair(base_.n, base_.k) : std::pair(base_.k, base_.n);
+}
+
 void Plan::check_operands(const Operands& o) const {
   const Params& p = base_;
   const bool backward = variant_->backward, makes_s = problem_.makes_out || problem_.grad_a;
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
   check_matrix("act", o.act, true, p.m, p.k);
-  check_matrix("weight", o.weight, true, out_features, in_features);
+  const auto [weight_rows, weight_columns] = weight_sizes();
+  check_matrix("weight", o.weight, true, weight_rows, weight_columns);
   check_matrix("lora_a", o.lora_a, true, p.r, in_features);
   check_matrix("lora_b", o.lora_b, true, out_features, p.r);
   check_matrix("out", o.out, problem_.makes_out, p.m, p.n);
@@ -105,8 +111,10 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   const int ranks = ranks_per_step(variant_->rank), rank_span = ranks * kElementBytes;
   Maps maps(specs, variant_->fp16);
   maps.add(offsetof(Params, act), o.act, p.k, p.m, kBox, variant_->block_m, kSwizzleSpan);
-  maps.add(offsetof(Params, weight), o.weight, in_features, out_features, kBox, backward ? kBox : kTallBox,
-           kSwizzleSpan);
+  // A box of what is contiguous along the contraction is taller.
+  const auto [weight_rows, weight_columns] = weight_sizes();
+  const int weight_box = backward == variant_->transposed ? kTallBox : kBox;
+  maps.add(offsetof(Params, weight), o.weight, weight_columns, weight_rows, kBox, weight_box, kSwizzleSpan);
   if (p.grad_b_tiles) maps.add_square(offsetof(Params, act_square), o.act, p.k, p.m);
   maps.add(offsetof(Params, lora_a), o.lora_a, in_features, p.r, kBox, ranks, kSwizzleSpan);
   maps.add(offsetof(Params, lora_b), o.lora_b, p.r, out_features, ranks, kBox, rank_span);

@@ -26,13 +26,13 @@ constexpr int kFlagsWord = 2;   // one for each row block: warpgroups that have 
 // contraction is copied in taller boxes, so that a step takes fewer copies.
 constexpr int kElementBytes = 2;
 constexpr int kBox = 64;
-constexpr int kTallBox = 128;  // rows: block_m of the activations, 128 columns of the output of a forward's weight
+constexpr int kTallBox = 128;  // rows: block_m of the activations, 128 columns of the output of the weight
 constexpr int kSwizzleSpan = kBox * kElementBytes;  // bytes
 constexpr int ranks_per_step(int rank) { return rank < kBox ? rank : kBox; }
 
 struct Params {
   CUtensorMap act;                    // block_m x 64
-  CUtensorMap weight;                 // W0: 128 x 64 forward, 64 x 64 backward
+  CUtensorMap weight;                 // W0: 128 x 64 where it is contiguous along the contraction, else 64 x 64
   CUtensorMap lora_a, lora_b;         // A [R, in_features]: ranks x 64; B [out_features, R]: 64 x ranks
   CUtensorMap s;                      // 64 x ranks boxes of the S (forward) or dS (backward) that this launch makes
   CUtensorMap out;                    // 64 x 64

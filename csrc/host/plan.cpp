@@ -15,17 +15,18 @@ std::vector<Variant>& mutable_variants() {
 const Variant* find_variant(const Problem& problem) {
   const Variant* best = nullptr;
   for (const Variant& v : variants()) {
-    const bool fits = v.backward == problem.backward && v.fp16 == problem.fp16 && v.dropout == problem.dropout &&
-                      v.block_m == problem.block_m && v.block_n == problem.block_n && v.rank >= problem.r;
+    const bool fits = v.backward == problem.backward && v.fp16 == problem.fp16 && v.transposed == problem.transposed &&
+                      v.dropout == problem.dropout && v.block_m == problem.block_m && v.block_n == problem.block_n &&
+                      v.rank >= problem.r;
     if (fits && (!best || v.rank < best->rank)) best = &v;
   }
   return best;
 }
 
 std::string describe_problem(const Problem& p) {
-  return std::string(p.backward ? "backward" : "forward") + ", tile " + std::to_string(p.block_m) + "x" +
-         std::to_string(p.block_n) + ", M=" + std::to_string(p.m) + " N=" + std::to_string(p.n) +
-         " K=" + std::to_string(p.k) + " R=" + std::to_string(p.r);
+  return std::string(p.backward ? "backward" : "forward") + (p.transposed ? ", transposed weight" : "") + ", tile " +
+         std::to_string(p.block_m) + "x" + std::to_string(p.block_n) + ", M=" + std::to_string(p.m) +
+         " N=" + std::to_string(p.n) + " K=" + std::to_string(p.k) + " R=" + std::to_string(p.r);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "params.h"
@@ -14,7 +15,9 @@ namespace fastlora {
 
 // What a launch computes and how it is cut into tiles; sizes are the output's, as in params.h.
 struct Problem {
-  bool backward = false, fp16 = false, dropout = false;
+  bool backward = false, fp16 = false;
+  bool transposed = false;  // the base weight lies as [in_features, out_features]
+  bool dropout = false;
   int block_m = 0, block_n = 0;
   int64_t m = 0, n = 0, k = 0, r = 0;
   int group_m = 0;              // row blocks of a group
@@ -71,6 +74,7 @@ class Plan {
   std::string describe() const;
 
  private:
+  std::pair<int64_t, int64_t> weight_sizes() const;  // rows and columns, as it lies in memory
   void check_operands(const Operands& operands) const;
 
   Problem problem_;

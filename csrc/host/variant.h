@@ -9,7 +9,9 @@ struct Variant {
   const char* name;
   const void* kernel;
   int arch;  // 90 for compute capability 9.0
-  bool backward, fp16, dropout;
+  bool backward, fp16;
+  bool transposed;  // the base weight lies as [in_features, out_features]
+  bool dropout;
   bool splits;  // the contraction of a tile may be split
   bool fuses;   // column 0 may make S fused with its own tile of the output
   int cluster, threads;

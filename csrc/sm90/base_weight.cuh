@@ -9,10 +9,12 @@
 
 namespace fastlora::sm90 {
 
-template <bool kBackward, int kBlockN>
+// kTransposed_: the operand is not contiguous along the contraction. A forward contracts the columns of a W0 that lies
+// as [out_features, in_features], dX its rows; of one that lies as [in_features, out_features], it is the other way
+// round.
+template <bool kTransposed_, int kBlockN>
 struct DenseWeight {
-  // W0 is [out_features, in_features]: dX contracts its rows, so that the operand is not contiguous along K.
-  static constexpr bool kTransposed = kBackward;
+  static constexpr bool kTransposed = kTransposed_;
   static constexpr bool kConverts = false;
   static constexpr int kStageBytes = kBlockN * kSwizzleSpan;
   static constexpr int kAdvance = kTransposed ? kAdvanceStrided<kSwizzleSpan> : kAdvanceContiguous;

@@ -96,6 +96,7 @@ Variant variant_of(const char* name, const void* kernel) {
   v.arch = 90;
   v.backward = Traits::kBackward;
   v.fp16 = kIsFp16<typename Traits::Element>;
+  v.transposed = Traits::kStoredTransposed;
   v.dropout = Traits::kDropout;
   v.splits = Traits::kSplits;
   v.fuses = Traits::kFuses;

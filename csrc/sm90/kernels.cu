@@ -5,7 +5,7 @@
 namespace fastlora::sm90 {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-[[maybe_unused]] constexpr bool forward = false, backward = true;
+[[maybe_unused]] constexpr bool forward = false, backward = true, dense = false, transposed = true;
 }  // namespace fastlora::sm90
 
 // A kernel by its own name, so that profiles, disassembly and tests can tell variants apart.
@@ -17,13 +17,17 @@ using fp16 = __half;
   static const fastlora::Registration NAME##_registration(                                                   \
       fastlora::sm90::variant_of<fastlora::sm90::KernelTraits<__VA_ARGS__>>(#NAME,                           \
                                                                             reinterpret_cast<const void*>(&NAME)));
-#define FL_NAME(DIRECTION, ELEMENT, M, N, R) lora_sm90_##DIRECTION##_##ELEMENT##_##M##x##N##_r##R
+#define FL_NAME(DIRECTION, ELEMENT, M, N, R, REST) lora_sm90_##DIRECTION##_##ELEMENT##_##M##x##N##_r##R##REST
 #define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
-#define FL_PAIR(DIRECTION, ELEMENT, M, N, R)                                                                          \
-  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R, false) \
-  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, \
-            R, true)
-#define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)  // expands the object's direction and element type
+#define FL_PAIR(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                            \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R,  \
+            fastlora::sm90::WEIGHT, false)                                                                            \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
+            M, N, R, fastlora::sm90::WEIGHT, true)
+#define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)  // expands the object's direction and element type, and the name's rest
 
-#define FASTLORA_SM90(M, N, R) FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R)
+#define FL_REST_dense
+#define FL_REST_transposed _transposed
+#define FASTLORA_SM90(M, N, R, WEIGHT) \
+  FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
 #include "../variants.def"

@@ -28,10 +28,12 @@ struct MaskedBranchEpilogue;
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // kRank: the rank rounded up to one that is compiled.
-template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kDropout_>
+// kStoredTransposed: W0 lies in memory as [in_features, out_features].
+template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kStoredTransposed_,
+          bool kDropout_>
 struct KernelTraits {
   using Element = Element_;
-  static constexpr bool kBackward = kBackward_, kDropout = kDropout_;
+  static constexpr bool kBackward = kBackward_, kStoredTransposed = kStoredTransposed_, kDropout = kDropout_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kRank = kRank_;
   static_assert(kBlockM == kMmaM || kBlockM == 2 * kMmaM, "a warpgroup computes 64 rows");
   static_assert(kRank <= kBox || kRank <= kBlockN, "the shrinking factor takes the weight's place in a stage");
@@ -47,7 +49,7 @@ struct KernelTraits {
   static constexpr bool kSplits = kCluster == 1;
 
   // ---- policies
-  using BaseWeight = DenseWeight<kBackward, kBlockN>;
+  using BaseWeight = DenseWeight<kBackward != kStoredTransposed, kBlockN>;
   using Branch = SingleAdapter<kBackward, kRank, kSplitsScaling>;
   using RowMap = OneSegment<kBlockM, kCluster>;
   using Epilogue =

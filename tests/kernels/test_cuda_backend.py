@@ -30,6 +30,9 @@ def spec(m=128, n=64, k=64, r=8, dtype=torch.bfloat16, direction="forward", **ch
     (
         ({"dtype": torch.float32}, "dtype torch.float32 is not float16 or bfloat16"),
         ({"r": 264}, "rank 264 is above 256"),
+        ({"r": 72, "base_format": "transposed"}, "rank 72 is above 64 over a transposed base weight"),
+        ({"base_format": "nf4"}, "no kernel for a nf4 base weight with a single branch"),
+        ({"branch": "segments"}, "no kernel for a dense base weight with a segments branch"),
         ({"r": 1}, "rank 1 must be multiples of 8"),
         ({"n": 33}, "out_features 33"),
         ({"k": 100}, "in_features 100"),
@@ -98,6 +101,7 @@ def test_that_there_is_no_device_is_not_remembered(monkeypatch):
 def test_nothing_is_refused_without_a_reason():
     assert cuda.why_not_compiled(spec()) is None
     assert cuda.why_not_compiled(spec(dtype=torch.float16, r=256, m=1)) is None
+    assert cuda.why_not_compiled(spec(base_format="transposed", r=64)) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device here")
@@ -109,15 +113,14 @@ def test_without_a_device_the_backend_says_so():
 @pytest.mark.parametrize("dropout", (False, True))
 @pytest.mark.parametrize("backward", (False, True))
 @pytest.mark.parametrize("n, k", ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (8, 8)))
-@pytest.mark.parametrize("r", (8, 24, 64, 72, 256))
-def test_every_choice_of_tile_can_be_launched(n, k, r, backward, dropout):
+@pytest.mark.parametrize("r, transposed", (*((r, False) for r in (8, 24, 64, 72, 256)), (8, True), (24, True)))
+def test_every_choice_of_tile_can_be_launched(n, k, r, transposed, backward, dropout):
     """By a plan, which refuses what no kernel can do: a tile without a kernel, splits, a fused S."""
     for m in (1, 64, 128, 512, 2048, 16384):
         for n_sms in (1, 132):
-            tile = tiles.choose_tile(m, n, k, r, n_sms, dropout=dropout, backward=backward)
-            extension.loaded().Plan(
-                backward=backward, fp16=False, dropout=dropout, m=m, n=n, k=k, r=r, ctas=n_sms, **vars(tile)
-            )
+            kernel = {"transposed": transposed, "dropout": dropout, "backward": backward}
+            tile = tiles.choose_tile(m, n, k, r, n_sms, **kernel)
+            extension.loaded().Plan(fp16=False, m=m, n=n, k=k, r=r, ctas=n_sms, **kernel, **vars(tile))
 
 
 @needs_extension
@@ -166,21 +169,26 @@ def test_choices_of_tile():
     assert tiles.choose_tile(128, 4096, 4096, 16, 132).splits > 1
     with pytest.raises(ValueError, match="no CUDA kernel is compiled for rank 264"):
         tiles.choose_tile(128, 4096, 4096, 264, 132)
+    assert tiles.choose_tile(8192, 3072, 768, 16, 132, transposed=True).block_n == 256
+    assert tiles.choose_tile(16, 3072, 768, 16, 132, transposed=True).block_m == 64
+    with pytest.raises(ValueError, match="no CUDA kernel over a transposed base weight is compiled for rank 72"):
+        tiles.choose_tile(128, 4096, 4096, 72, 132, transposed=True)
 
 
 @needs_extension
 def test_what_is_compiled_is_what_the_list_says():
     """csrc/variants.def, for both directions and types, with and without dropout."""
     setup = toolkit.load_setup()
-    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), (\d+)\)$", (setup.CSRC / "variants.def").read_text(), re.M)
+    text = (setup.CSRC / "variants.def").read_text()
+    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), (\d+), (dense|transposed)\)$", text, re.M)
     listed = {
-        (*map(int, line), backward, dtype, dropout)
-        for line in lines
+        (*map(int, sizes), weight == "transposed", backward, dtype, dropout)
+        for *sizes, weight in lines
         for backward in (False, True)
         for dtype in ("bfloat16", "float16")
         for dropout in (False, True)
     }
-    keys = ("block_m", "block_n", "rank", "backward", "dtype", "dropout")
+    keys = ("block_m", "block_n", "rank", "transposed", "backward", "dtype", "dropout")
     assert {tuple(variant[key] for key in keys) for variant in extension.variants()} == listed
     assert len(extension.variants()) == len(listed) == 8 * len(lines)
 

@@ -20,9 +20,11 @@ from tests.support.cuda_checks import (
     MEDIUM,
     SMALL,
     SUBSETS,
+    TRANSPOSED,
     check_group,
     check_integers,
     check_needs,
+    check_transposed,
     describe,
     needs_kernels,
     schedule_of,
@@ -48,6 +50,11 @@ def test_integers_are_exact(poisoned, tile, dropout, rank):
 )
 def test_fp16_integers_are_exact(poisoned, tile, dropout, rank):
     check_integers(tile, dropout, rank, SCHEDULES[2], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("tile, dropout, rank", TRANSPOSED, ids=describe)
+def test_a_base_weight_that_lies_transposed(poisoned, tile, dropout, rank):
+    check_transposed(tile, dropout, rank, schedule_of(tile, dropout, rank, layers=TRANSPOSED))
 
 
 @pytest.mark.parametrize("number, layer", enumerate(GROUPED), ids=("128x256-16", "128x256-8", "128x128", "64x128"))
@@ -92,7 +99,8 @@ def test_saved_tensors_that_no_gradient_reads_may_be_missing(poisoned):
     numerics.assert_exact({"dx": gradients.dx, "dbias": gradients.dbias}, case)
 
 
-def test_rows_may_lie_apart_and_overlap(poisoned):
+@pytest.mark.parametrize("transposed", (False, True), ids=("dense", "transposed"))
+def test_rows_may_lie_apart_and_overlap(poisoned, transposed):
     """Operands cut from wider matrices, and a gradient that is one row expanded."""
     case = numerics.draw_integer_case(200, 136, 72, 16, torch.bfloat16)
 
@@ -105,6 +113,8 @@ def test_rows_may_lie_apart_and_overlap(poisoned):
         case, **{name: apart(getattr(case, name)) for name in ("x", "weight", "lora_a", "lora_b")},
         dy=case.dy[:1].expand(200, 136),
     )  # fmt: skip
+    if transposed:
+        case = replace(case, weight=apart(case.weight.t()).t())
     with emulated():
         results, _ = run_layer(case, LARGE, ctas=2)
     numerics.assert_exact(results, case)

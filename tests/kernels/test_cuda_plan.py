@@ -86,6 +86,8 @@ def test_plans_that_cannot_be_launched_say_why():
         _plan(**SIZES, block_m=96, block_n=128)
     with pytest.raises(ValueError, match="no compiled kernel"):
         _plan(**{**SIZES, "r": 128}, block_m=64, block_n=128)
+    with pytest.raises(ValueError, match="no compiled kernel serves this: forward, transposed weight, tile 128x256"):
+        _plan(**{**SIZES, "r": 72, "transposed": True}, block_m=128, block_n=256)
     with pytest.raises(ValueError, match="multiples of 8"):
         _plan(**{**SIZES, "k": 60}, block_m=64, block_n=128)
     with pytest.raises(ValueError, match="splits"):
@@ -145,14 +147,20 @@ MATRICES = {"act": 1, "weight": 2, "lora_a": 3, "lora_b": 4, "out": 5, "layer_in
 VECTORS = {"s": 8, "bias": 9, "grad_a": 10, "grad_b": 11, "grad_bias": 12, "gradient_partials": 13, "workspace": 14}
 
 
-def described(backward: bool) -> tuple[bytes, dict[int, list[tuple]]]:
+def described(backward: bool, transposed: bool = False) -> tuple[bytes, dict[int, list[tuple]]]:
     """What a launch is given: its parameters as bytes, and of each address (a number of MATRICES or VECTORS) the
     columns, rows, stride in elements, box and swizzle of its maps."""
-    columns = {"act": OUT if backward else IN, "weight": IN, "lora_a": IN, "lora_b": R, "saved_s": R}
+    columns = {
+        "act": OUT if backward else IN,
+        "weight": OUT if transposed else IN,
+        "lora_a": IN,
+        "lora_b": R,
+        "saved_s": R,
+    }
     columns |= {"out": IN if backward else OUT, "layer_input": IN}
     gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
     problem = {**SIZES, "m": M, "k": columns["act"], "n": columns["out"], "r": R, "ctas": 4, "group_m": 2, **gradients}
-    plan = _plan(**{**problem, "backward": backward}, block_m=128, block_n=128)
+    plan = _plan(**{**problem, "backward": backward, "transposed": transposed}, block_m=128, block_n=128)
     given: dict = {name: (number << 20, columns[name] + 8 * number) for name, number in MATRICES.items()}
     given |= {name: number << 20 for name, number in VECTORS.items()} | {"scale_in_s": 1.5}
     unused = ("bias",) if backward else (*_BACKWARD_ONLY, "gradient_partials")
@@ -190,6 +198,14 @@ def test_the_maps_of_a_backward():
         7: [(R, M, R + 56, (64, 64), 128)],
         8: [(R, M, R, (64, 64), 128)],
     }
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_the_maps_over_a_transposed_weight(backward):
+    """The weight's alone is another: its boxes are tall where its rows are what the launch contracts."""
+    dense, transposed = described(backward)[1], described(backward, transposed=True)[1]
+    box = (128, 64) if backward else (64, 64)
+    assert transposed == {**dense, 2: [(OUT, IN, OUT + 16, box, 128)]}
 
 
 @pytest.mark.parametrize("backward", (False, True))

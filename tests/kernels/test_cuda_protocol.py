@@ -17,6 +17,7 @@ from tests.support.cuda_checks import (
     LARGE,
     LAYERS,
     SMALL,
+    TRANSPOSED_LAYERS,
     check_float16_schedules,
     check_schedules,
     is_clean,
@@ -31,6 +32,11 @@ pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace")]
 @pytest.mark.parametrize("tile, sizes", LAYERS)
 def test_every_schedule_gives_the_same_bits(poisoned, tile, sizes, dropout_p):
     check_schedules(tile, sizes, dropout_p)
+
+
+@pytest.mark.parametrize("tile, sizes, dropout_p", TRANSPOSED_LAYERS)
+def test_every_schedule_over_a_transposed_weight_gives_the_same_bits(poisoned, tile, sizes, dropout_p):
+    check_schedules(tile, sizes, dropout_p, schedules=SCHEDULES[2:], transposed=True)
 
 
 @pytest.mark.parametrize("tile, rank", FLOAT16_LAYERS)

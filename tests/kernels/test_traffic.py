@@ -18,6 +18,7 @@ from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.triton import launch as triton_lora
 from tests.emulator import UninitialisedError
 from tests.support import cuda_emulation, numerics
+from tests.support.cuda_checks import lying_transposed
 
 pytestmark = pytest.mark.skipif(
     triton_lora.triton.knobs.runtime.interpret,
@@ -94,6 +95,13 @@ def test_cuda_kernels_add_a_pass_only_where_s_has_tiles_of_its_own(frozen, fused
     assert counted["backward"]["tensors"]["dY"]["read"] == (K // 128 + (not fused) + 1) * PASS_DY
     assert counted["backward"]["tensors"]["X"]["read"] == PASS_X
     assert claims(counted, frozen, SHAPE).wide_bytes == 0
+
+
+@pytest.mark.skipif(cuda_emulation.unavailable() is not None, reason=f"CUDA kernels: {cuda_emulation.unavailable()}")
+def test_a_transposed_weight_costs_what_a_dense_one_does():
+    """The same bytes of every operand, and the same products."""
+    case, tile = draw(0.0), cuda.CudaTile(128, 256, group_m=2)
+    assert traffic.count_cuda(lying_transposed(case), tile) == traffic.count_cuda(case, tile)
 
 
 @pytest.mark.parametrize(

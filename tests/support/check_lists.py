@@ -212,9 +212,9 @@ def triton_checks(module: str) -> list[Check]:
     return [*filter(None, itertools.chain(*turns)), *shipped]
 
 
-def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16) -> set[str]:
+def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16, transposed: bool = False) -> set[str]:
     """Names of the forward and the backward kernel."""
-    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype)}
+    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, transposed)}
 
 
 def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
@@ -229,6 +229,17 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         options = limited([cuda.schedule_of(tile, dropout, rank)])[0]
         check = functools.partial(cuda.check_integers, tile, dropout, rank, options)
         yield name, _kernels_of(tile, dropout, rank), check
+    for tile, dropout, rank in cuda.TRANSPOSED:
+        name = f"transposed {cuda.describe(tile)} R={rank} {cuda.describe(dropout)}"
+        options = limited([cuda.schedule_of(tile, dropout, rank, layers=cuda.TRANSPOSED)])[0]
+        check = functools.partial(cuda.check_transposed, tile, dropout, rank, options)
+        yield name, _kernels_of(tile, dropout, rank, transposed=True), check
+    for tile, sizes, dropout_p in cuda.TRANSPOSED_LAYERS:
+        kernels = _kernels_of(tile, dropout_p > 0, sizes[3], transposed=True)
+        check = functools.partial(cuda.check_schedules, tile, sizes, dropout_p, transposed=True)
+        title = f"transposed schedules {cuda.describe(tile)} {sizes} p={dropout_p}"
+        for name, one in _each([(title, check, cuda.SCHEDULES[2:])], cuda.SCHEDULES):
+            yield name, kernels, one
     for needs in cuda.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
         yield name, _kernels_of(cuda.LARGE, False, 16), functools.partial(cuda.check_needs, needs)

@@ -9,7 +9,7 @@ import torch
 from fastlora.backends.cuda.tiles import CudaTile
 from tests.emulator import LaunchOptions
 from tests.support import numerics
-from tests.support.cuda_checks import FUSED, LARGE, ONE_GROUP, SMALL, check_masks, is_clean
+from tests.support.cuda_checks import FUSED, LARGE, ONE_GROUP, SMALL, check_masks, is_clean, lying_transposed
 from tests.support.cuda_emulation import emulated, ptx_of, run_layer, variants_for
 
 
@@ -43,11 +43,14 @@ class Broken(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     rank: int = 16
     masks: bool = False
+    transposed: bool = False
 
     @property
     def kernel(self) -> str:
         """Its name."""
-        forward, backward = variants_for(self.tile, self.dropout_p > 0.0 or self.masks, self.rank, self.dtype)
+        forward, backward = variants_for(
+            self.tile, self.dropout_p > 0.0 or self.masks, self.rank, self.dtype, self.transposed
+        )
         return (forward if self.direction == "forward" else backward)["name"]
 
 
@@ -55,6 +58,9 @@ FORWARD, BACKWARD, DROPOUT = Broken(LARGE, "forward"), Broken(LARGE, "backward")
 DX_DROPOUT, SPLIT, SMALL_BACKWARD = Broken(LARGE, "backward", 0.5), Broken(SMALL, "forward"), Broken(SMALL, "backward")
 FEW, FP16 = Broken(ONE_GROUP, "backward"), Broken(LARGE, "forward", dtype=torch.float16)
 FUSED_DROPOUT = Broken(FUSED, "forward", 0.5, rank=64)
+FORWARD_OVER_TRANSPOSED, DX_OVER_TRANSPOSED = (
+    Broken(LARGE, direction, transposed=True) for direction in ("forward", "backward")
+)
 FORWARD_MASK, BACKWARD_MASK = Broken(SMALL, "forward", masks=True), Broken(SMALL, "backward", masks=True)
 
 # A tile is stored into the other CTA's memory: its bytes are announced, and the addresses there are derived from those
@@ -175,6 +181,18 @@ SEEDED_BUGS = {
     "a forward's threshold is one too low": (FORWARD_MASK, compare_with(-1)),
     "a backward's threshold is one too high": (BACKWARD_MASK, compare_with(1)),
     "a backward's threshold is one too low": (BACKWARD_MASK, compare_with(-1)),
+    "a forward's transposed weight is multiplied as if it were not": (
+        FORWARD_OVER_TRANSPOSED,
+        replace(r"(m64n256k16[^;]*), 0, 1;", r"\1, 0, 0;"),
+    ),
+    "a backward's transposed weight is multiplied as if it were not": (
+        DX_OVER_TRANSPOSED,
+        replace(r"(m64n256k16[^;]*), 0, 0;", r"\1, 0, 1;"),
+    ),
+    "both CTAs copy the same boxes of a transposed weight": (
+        FORWARD_OVER_TRANSPOSED,
+        replace(_HALF.replace("128|16384", "64|8192"), r"mov.b32 \1, 0;"),
+    ),
     "a split's partial sum is added before it is written": (SPLIT, RELAXED_ACQUIRE),
     "a split's partial sum is not released": (SPLIT, RELAXED_RELEASE),
 }
@@ -182,8 +200,9 @@ SEEDED_BUGS = {
 
 def check_seeded(name: str):
     broken, edit = SEEDED_BUGS[name]
-    tile, _, dropout_p, dtype, rank, masks = broken
+    tile, _, dropout_p, dtype, rank, masks, transposed = broken
     case = numerics.draw_case(520 if tile.block_m == 128 else 136, 328, 264, rank, dtype, dropout_p=dropout_p)
+    case = lying_transposed(case) if transposed else case
 
     def ptx(kernel: str) -> str:
         return edit(ptx_of(kernel)) if kernel == broken.kernel else ptx_of(kernel)

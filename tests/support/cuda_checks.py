@@ -29,6 +29,11 @@ def variants() -> list[dict]:
     return [] if unavailable() else list(extension.variants())
 
 
+def lying_transposed(case: numerics.Case) -> numerics.Case:
+    """The case over a base weight that lies as [in_features, out_features]."""
+    return replace(case, weight=case.weight.t().contiguous().t())
+
+
 def draw_dropped_integers(m: int, n: int, k: int, r: int, dtype: torch.dtype) -> numerics.Case:
     """Integers that stay exact under dropout of one half, which doubles what it keeps."""
     case = numerics.draw_integer_case(m, n, k, r, dtype)
@@ -123,22 +128,36 @@ def describe(value) -> str:
     return {True: "dropout", False: "plain"}.get(value, str(value)) if isinstance(value, bool) else str(value)
 
 
+# Every kernel over a base weight that lies as [in_features, out_features].
+TRANSPOSED = tuple(
+    (replace(tile, fused=fused, gradients_last=fused != dropout), dropout, rank)
+    for tile, rank, fuses in ((LARGE, 8, False), (LARGE, 40, True), (MEDIUM, 24, False), (SMALL, 40, True))
+    for dropout in (False, True)
+    for fused in (fuses != dropout,)
+)
+
+
+def check_transposed(tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of):
+    check_integers(tile, dropout, rank, options, ptx, transposed=True)
+
+
 def check_integers(
-    tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of, dtype=torch.bfloat16, m=None
-):
+    tile, dropout: bool, rank: int, options: LaunchOptions | None = None, ptx=ptx_of, dtype=torch.bfloat16, m=None,
+    transposed: bool = False,
+):  # fmt: skip
     """Row blocks, columns, steps and ranks all end in tails; several groups make partial sums of the gradients."""
     m = m or ({256: 600, 128: 280}[tile.block_n] if tile.block_m == 128 else 136)
     draw = draw_dropped_integers if dropout else numerics.draw_integer_case
     case = draw(m, 328, 392, rank, dtype)
     with emulated(options, ptx) as launch:
-        results, s = run_layer(case, tile, ctas=4)
+        results, s = run_layer(lying_transposed(case) if transposed else case, tile, ctas=4)
     numerics.assert_exact(results, case)
     dropped = case.x.double()
     if dropout:
         dropped = dropped * keep_mask(case.seed, case.dropout_p, *case.x.shape) * 2
     assert torch.equal(s.double(), split_scaling(case.scaling, dtype).in_s * dropped @ case.lora_a.double().t())
     assert len(launch.stats) == 2, "one launch each way"
-    kernels = {variant["name"] for variant in variants_for(tile, dropout, rank, dtype)}
+    kernels = {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, transposed)}
     known = [variant for variant in cuda_runtime.runtime().module.variants() if variant["name"] in kernels]
     assert [variant["arch"] for variant in known] == [90, 90], "the host takes the kernels for another GPU's"
     if not dropout:
@@ -163,9 +182,9 @@ def schedule_of_group(number: int) -> LaunchOptions:
     return SCHEDULES[number % len(SCHEDULES)]
 
 
-def schedule_of(*layer) -> LaunchOptions:
+def schedule_of(*layer, layers=EVERY_KERNEL) -> LaunchOptions:
     """One or another; test_cuda_protocol.py runs a layer of each tile under all of them."""
-    return (LaunchOptions(), *SCHEDULES)[EVERY_KERNEL.index(layer) % (1 + len(SCHEDULES))]
+    return (LaunchOptions(), *SCHEDULES)[layers.index(layer) % (1 + len(SCHEDULES))]
 
 
 # All gradients but one, and one alone.
@@ -195,6 +214,7 @@ LAYERS = (
     (SMALL, (136, 136, 264, 16)),
     (ONE_GROUP, (136, 328, 264, 16)),
 )
+TRANSPOSED_LAYERS = ((LARGE, (264, 264, 136, 16), 0.3), (MEDIUM, (136, 136, 264, 64), 0.0))
 FLOAT16_LAYERS = ((LARGE, 16), (FUSED, 64))
 MASKED_LAYERS = ((SMALL, 16), (replace(SMALL, fused=True), 16), (FUSED, 64))
 
@@ -203,9 +223,12 @@ def is_clean() -> bool:
     return not any(buffer.any() for buffer in workspace._by_stream.values())
 
 
-def check_schedules(tile, sizes, dropout_p, dtype=torch.bfloat16, schedules=SCHEDULES, ptx=ptx_of):
+def check_schedules(
+    tile, sizes, dropout_p, dtype=torch.bfloat16, schedules=SCHEDULES, ptx=ptx_of, transposed: bool = False
+):
     """Twice over one workspace each. With one cluster at a time, a tile that waited for a later one would deadlock."""
     case = numerics.draw_case(*sizes, dtype, dropout_p=dropout_p)
+    case = lying_transposed(case) if transposed else case
     with emulated(ptx=ptx):
         first, _ = run_layer(case, tile, ctas=2)
     numerics.assert_accurate(first, case)

@@ -20,6 +20,7 @@ import torch
 
 from fastlora.backends.cuda import extension, tiles
 from fastlora.backends.cuda import launch as cuda
+from fastlora.operands import as_stored
 from fastlora.problem import Needs
 from tests.emulator import LaunchOptions, Struct, load_ptx
 from tests.emulator.conformance import coverage
@@ -77,15 +78,14 @@ def ptx_of(name: str) -> str:
     return _entries()[name]
 
 
-def variants_for(tile: tiles.CudaTile, dropout: bool, rank: int, dtype=torch.bfloat16) -> tuple[dict, dict]:
+def variants_for(
+    tile: tiles.CudaTile, dropout: bool, rank: int, dtype=torch.bfloat16, transposed: bool = False
+) -> tuple[dict, dict]:
     """The two compiled kernels, forward and backward, that serve a layer."""
     size = {"block_m": tile.block_m, "block_n": tile.block_n}
+    wanted = {"dropout": dropout, "transposed": transposed, "dtype": str(dtype).removeprefix("torch.")}
     found = (
-        [
-            kernel
-            for kernel in tiles.kernels(rank, dropout=dropout, backward=each, dtype=str(dtype).removeprefix("torch."))
-            if kernel.items() >= size.items()
-        ]
+        [kernel for kernel in tiles.kernels(rank, backward=each, **wanted) if kernel.items() >= size.items()]
         for each in (False, True)
     )
     (forward,), (backward,) = found
@@ -169,6 +169,11 @@ def emulated(options: LaunchOptions | None = None, ptx: Callable[[str], str] = p
         runtime.on_launch(None)
 
 
+def lies_transposed(weight: torch.Tensor) -> bool:
+    """Whether a weight [N, K] is the view of a matrix [K, N]."""
+    return as_stored(weight)[1] is not weight
+
+
 def run_layer(case: Case, tile: tiles.CudaTile, ctas: int, needs: Needs = Needs(True, True, True, True)):  # noqa: B008
     """Forward and backward of one layer, within ``emulated``. S is fused where the tile says so and the kernel can.
 
@@ -180,7 +185,7 @@ def run_layer(case: Case, tile: tiles.CudaTile, ctas: int, needs: Needs = Needs(
     shared = (c.scaling, c.dropout_p, c.seed)
     forward, backward = (
         replace(tile, fused=tile.fused and variant["fuses"])
-        for variant in variants_for(tile, c.dropout_p > 0.0, c.lora_a.shape[0])
+        for variant in variants_for(tile, c.dropout_p > 0.0, c.lora_a.shape[0], transposed=lies_transposed(c.weight))
     )
     y, s = launches.forward(cuda, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, tile=forward, ctas=ctas)
     gradients = launches.backward(

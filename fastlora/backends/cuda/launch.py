@@ -22,6 +22,8 @@ from fastlora.problem import (
     split_scaling,
 )
 
+_BASE_FORMATS = ("dense", "transposed")
+
 
 def unusable(device: torch.device | None = None) -> str | None:
     """Why these kernels cannot run on a device (None: the current one), or None. That there is no device is a
@@ -54,12 +56,15 @@ def _capability(device: torch.device) -> tuple[int, int]:
 def why_not_compiled(spec: LaunchSpec) -> str | None:
     """Why these kernels do not compute such a call on any device, or None. The extension must be built."""
     m, n, k, r = spec.sizes
+    if spec.base_format not in _BASE_FORMATS or spec.branch != "single":
+        return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
+    transposed = spec.base_format == "transposed"
     served = [v for v in extension.variants() if getattr(torch, v["dtype"]) == spec.dtype]
     if not served:
         dtypes = " or ".join(sorted({variant["dtype"] for variant in extension.variants()}, reverse=True))
         return f"dtype {spec.dtype} is not {dtypes}"
-    if r > (max_rank := max(variant["rank"] for variant in served)):
-        return f"rank {r} is above {max_rank}"
+    if r > (max_rank := max(v["rank"] for v in served if v["transposed"] == transposed)):
+        return f"rank {r} is above {max_rank}" + (" over a transposed base weight" if transposed else "")
     if n % 8 or k % 8 or r % 8:
         return f"out_features {n}, in_features {k} and rank {r} must be multiples of 8"
     # Factors of another dtype are cast, and the cast is aligned.
@@ -67,8 +72,6 @@ def why_not_compiled(spec: LaunchSpec) -> str | None:
         return "an operand does not start on 16 bytes, or its rows do not"
     if max(m, n, k) >= 2**31 - 1024:
         return f"a dimension of {max(m, n, k)} does not fit 32 bits"
-    if spec.base_format != "dense" or spec.branch != "single":
-        return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
     return None
 
 
@@ -161,12 +164,14 @@ def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = N
     backward = spec.direction == "backward"
     out_columns, contracted = (k, n) if backward else (n, k)
     ctas = ctas or _multiprocessors(spec.device)
-    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, dropout=spec.dropout, backward=backward)
+    transposed = spec.base_format == "transposed"
+    kernel = {"transposed": transposed, "dropout": spec.dropout, "backward": backward}
+    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, **kernel)
     needs = spec.needs
     makes = {"makes_out": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
     plan = extension.loaded().Plan(
-        backward=backward, fp16=spec.dtype == torch.float16, dropout=spec.dropout, m=m, n=out_columns, k=contracted,
-        r=r, block_m=tile.block_m, block_n=tile.block_n, group_m=tile.group_m, splits=tile.splits,
+        **kernel, fp16=spec.dtype == torch.float16, m=m, n=out_columns, k=contracted, r=r,
+        block_m=tile.block_m, block_n=tile.block_n, group_m=tile.group_m, splits=tile.splits,
         fused=tile.fused and (needs.dx or not backward), gradients_last=tile.gradients_last and needs.dx, ctas=ctas,
         **(makes if backward else {}),
     )  # fmt: skip

@@ -59,9 +59,18 @@ def group_size(cluster: int, m: int, *, draws_over: int | None = None) -> int:
 
 @lru_cache(maxsize=4096)
 def choose_tile(
-    m: int, n: int, k: int, r: int, n_sms: int, *, dropout: bool = False, backward: bool = False
+    m: int,
+    n: int,
+    k: int,
+    r: int,
+    n_sms: int,
+    *,
+    transposed: bool = False,
+    dropout: bool = False,
+    backward: bool = False,
 ) -> CudaTile:
     """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
+    ``transposed``: over a base weight that lies as [in_features, out_features].
 
     S is fused where that is faster and the kernel of this direction, with or without dropout, can do it.
 
@@ -70,12 +79,13 @@ def choose_tile(
         ValueError: no kernel is compiled for the rank.
     """
     candidates = []
-    for kernel in kernels(r, dropout=dropout, backward=backward):
+    for kernel in kernels(r, transposed=transposed, dropout=dropout, backward=backward):
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
         group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
     if not candidates:
-        raise ValueError(f"no CUDA kernel is compiled for rank {r}")
+        over = " over a transposed base weight" if transposed else ""
+        raise ValueError(f"no CUDA kernel{over} is compiled for rank {r}")
     # Of equals (memory decides), the smallest: its rows past the end cost least.
     tile, kernel = min(
         candidates,
@@ -107,9 +117,11 @@ def fuses_drawn(shrink_tiles: int, n_tiles: int, n_sms: int) -> bool:
     return shrink_tiles > -n_tiles % n_sms
 
 
-def kernels(r: int, *, dropout: bool, backward: bool, dtype: str = "bfloat16") -> list[dict[str, Any]]:
+def kernels(
+    r: int, *, dropout: bool, backward: bool, transposed: bool = False, dtype: str = "bfloat16"
+) -> list[dict[str, Any]]:
     """For each tile that is compiled for rank r, its kernel: that of the least rank that is enough."""
-    wanted = {"dropout": dropout, "backward": backward, "dtype": dtype}
+    wanted = {"transposed": transposed, "dropout": dropout, "backward": backward, "dtype": dtype}
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for variant in variants():
         if variant.items() >= wanted.items() and variant["rank"] >= r:
