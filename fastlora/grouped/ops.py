@@ -10,6 +10,7 @@ from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.grouped.checks import check_dtypes, check_grouped
 from fastlora.grouped.differentiable import gradients as differentiable_gradients
 from fastlora.grouped.differentiable import layer as differentiable_layer
+from fastlora.op_tools import grouped_backward_flops, grouped_forward_flops, register_flops
 from fastlora.philox import draw_seed
 from fastlora.problem import Gradients, Needs
 from fastlora.segments import GroupedBackward, GroupedForward, Segments, as_gradients, describe_segments
@@ -160,6 +161,7 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
+register_flops({"grouped_forward": grouped_forward_flops, "grouped_backward": grouped_backward_flops})
 torch.library.register_autograd("fastlora::grouped_forward", _op_gradients, setup_context=_setup, lib=_library)
 
 
