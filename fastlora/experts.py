@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.grouped import grouped_lora_linear
-from fastlora.segments import NO_ADAPTER
+from fastlora.grouped.ahead import GroupedLayer
+from fastlora.segments import NO_ADAPTER, Segments
 
 IMPLEMENTATION = "fastlora"
 _lock = RLock()
@@ -42,14 +43,6 @@ class Tenants(NamedTuple):
 
     owners: Tensor  # int64 [tokens]; NO_ADAPTER for none
     number: int  # T
-
-
-class Segments(NamedTuple):
-    """Where rows sorted by expert, and by adapter within an expert, change one of the two; see grouped_lora_linear."""
-
-    ends: Tensor
-    experts: Tensor | None
-    adapters: Tensor | None
 
 
 class Served:
@@ -152,7 +145,8 @@ def experts_forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, to
 
 
 def _sort(top_k_index: Tensor, n_experts: int, tenants: Tenants | None) -> tuple[Tensor, Segments]:
-    """The order [tokens·k] that brings rows into segments, and the segments. Nothing is read on the host."""
+    """The order [tokens·k] that brings rows into segments, and the segments: where rows sorted by expert, and by
+    adapter within an expert, change one of the two. Nothing is read on the host."""
     choices, places = top_k_index.long(), 1
     if tenants is not None:  # within an expert: the rows without an adapter, then those of each
         places = tenants.number + 1
@@ -168,13 +162,41 @@ def _sort(top_k_index: Tensor, n_experts: int, tenants: Tenants | None) -> tuple
 
 def _project(experts: Any, name: str, rows: Tensor, segments: Segments) -> Tensor:
     """Sorted rows [M, ·] times the experts' matrices of one name."""
-    weight = getattr(experts, name)
-    bias = getattr(experts, f"{name}_bias") if experts.has_bias else None
-    factors, adapters = experts.config.factors.get(name), segments.adapters
+    factors = experts.config.factors.get(name)
+    weight, bias, (lora_a, lora_b, scaling), where = _operands(experts, name, rows, segments, factors)
+    options: dict[str, Any] = {
+        "experts": where.experts, "adapters": where.adapters, "transposed": experts.is_transposed
+    }  # fmt: skip
+    return grouped_lora_linear(rows, weight, lora_a, lora_b, scaling, where.ends, bias, **options)
+
+
+def _operands(
+    experts: Any, name: str, like: Tensor, segments: Segments, factors: Factors | None
+) -> tuple[Tensor, Tensor | None, Factors, Segments]:
+    """What the rows of one projection are multiplied by; a parameter without factors has no adapter."""
+    weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias") if experts.has_bias else None
     if factors is None:
         n, k = weight.shape[1:][::-1] if experts.is_transposed else weight.shape[1:]
-        factors = Factors(rows.new_zeros(1, 1, k), rows.new_zeros(1, n, 1), 0.0)
-        adapters = torch.full_like(segments.ends, NO_ADAPTER)
-    options: dict[str, Any] = {"experts": segments.experts, "adapters": adapters, "transposed": experts.is_transposed}
-    lora_a, lora_b, scaling = factors
-    return grouped_lora_linear(rows, weight, lora_a, lora_b, scaling, segments.ends, bias, **options)
+        factors = Factors(like.new_zeros(1, 1, k), like.new_zeros(1, n, 1), 0.0)
+        segments = segments._replace(adapters=torch.full_like(segments.ends, NO_ADAPTER))
+    return weight, bias, factors, segments
+
+
+def layers_ahead(experts: Any, factors: Mapping[str, Factors], n_tenants: int | None = None) -> list[GroupedLayer]:
+    """The two calls of an experts module that is served with these factors, before it is called.
+
+    Args:
+        n_tenants: of how many adapters each token has one, or None.
+    """
+    k = getattr(experts.config, "num_experts_per_tok", 1)
+    token = torch.zeros(1, dtype=torch.int64, device="meta")
+    tenants = None if n_tenants is None else Tenants(token, n_tenants)
+    _, segments = _sort(token.expand(1, k), experts.num_experts, tenants)
+    found = []
+    for name in projections(experts):
+        like = torch.empty(0, dtype=getattr(experts, name).dtype, device="meta")
+        weight, bias, (lora_a, lora_b, scaling), where = _operands(experts, name, like, segments, factors.get(name))
+        number, scalings = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
+        layer = GroupedLayer(weight, bias, lora_a, lora_b, number, scalings, where, experts.is_transposed)
+        found.append(layer._replace(rows_per_token=k))
+    return found

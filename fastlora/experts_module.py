@@ -122,11 +122,15 @@ class LoRAExperts(nn.Module):
                 "a branch of experts is sharded by itself, and FSDP would free its factors before they are read: "
                 "shard the experts module or the block around it"
             )
-        factors = {name: branch() for name, branch in self.lora.items() if not branch.merged}
+        factors = self.factors()
         if not factors:
             return super().forward(*args, **kwargs)
         with serving(self, factors):
             return super().forward(*args, **kwargs)
+
+    def factors(self) -> dict[str, Factors]:
+        """What a call is served with: of each branch that is not merged, by parameter name."""
+        return {name: branch() for name, branch in self.lora.items() if not branch.merged}
 
     def unload(self) -> None:
         """Makes this object one of its plain class with the weights that it has: to be called on a merged one.

@@ -4,6 +4,7 @@ import importlib.abc
 import importlib.util
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,36 +38,57 @@ def register_tools(library: torch.library.Library) -> None:
     )
     # The older kind of vmap: is_grads_batched, and functional.jacobian and hessian where they are vectorized.
     library.impl("lora_backward", _backward_of_a_batch, "Batched")
+    formulas: dict[str, Callable[..., int]] = {
+        "lora_forward": _forward_flops,
+        "lora_backward": _backward_flops,
+        "lora_forward_quantised": _quantised_forward_flops,
+        "lora_backward_quantised": _quantised_backward_flops,
+    }
+    register_flops(formulas)
+
+
+def register_flops(formulas: dict[str, Callable[..., int]]) -> None:
+    """Registers formulas by the name of a fastlora op: functions of its arguments, with shapes for tensors."""
     if _COUNTER in sys.modules:
-        _register_flops(sys.modules[_COUNTER])
+        _register(sys.modules[_COUNTER], formulas)
     else:
-        sys.meta_path.insert(0, _AfterImport())
+        sys.meta_path.insert(0, _AfterImport(formulas))
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Registers the FLOPs as soon as torch's counter is imported, and does not import it, since it imports Triton."""
 
+    def __init__(self, formulas: dict[str, Callable[..., int]]):
+        self.formulas = formulas
+
     def find_spec(self, name, path, target=None):
         if name != _COUNTER:
             return None
         sys.meta_path.remove(self)
-        spec: Any = importlib.util.find_spec(name)
+        spec: Any = importlib.util.find_spec(name)  # by the next of these, where there is one
         execute = spec.loader.exec_module
 
         def exec_module(module):
             execute(module)
-            _register_flops(module)
+            _register(module, self.formulas)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
-def _register_flops(counter) -> None:
-    ops = torch.ops.fastlora
-    counter.register_flop_formula(ops.lora_forward)(_forward_flops)
-    counter.register_flop_formula(ops.lora_backward)(_backward_flops)
-    counter.register_flop_formula(ops.lora_forward_quantised)(_quantised_forward_flops)
-    counter.register_flop_formula(ops.lora_backward_quantised)(_quantised_backward_flops)
+def _register(counter, formulas) -> None:
+    for name, formula in formulas.items():
+        counter.register_flop_formula(getattr(torch.ops.fastlora, name))(formula)
+
+
+def grouped_forward_flops(x_shape, _, a_shape, b_shape, *rest, **__) -> int:
+    """As if each row had a segment with a weight and an adapter: which do is known on the device alone."""
+    return _forward_flops(x_shape, (b_shape[1], x_shape[1]), a_shape[1:], *rest)
+
+
+def grouped_backward_flops(dy_shape, x_shape, _, a_shape, b_shape, *rest, **__) -> int:
+    """Likewise."""
+    return _backward_flops(dy_shape, x_shape, (dy_shape[1], a_shape[2]), a_shape[1:], b_shape, *rest)
 
 
 def _forward_flops(x_shape, weight_shape, a_shape, *_, **__) -> int:

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from fastlora import quantised_operands
 from fastlora.backends.configs import FEW_ROWS
 from fastlora.dispatch import compile_ahead, decodes_in_launch, environment_backend
-from fastlora.experts_module import ExpertsBranch
+from fastlora.experts import layers_ahead
+from fastlora.experts_module import LoRAExperts
+from fastlora.grouped import ahead
+from fastlora.grouped.ahead import GroupedLayer
 from fastlora.module import LoRALinear
 from fastlora.operands import as_stored, describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
@@ -52,6 +55,7 @@ def warmup(
     *,
     training: bool = True,
     evaluation: bool = True,
+    adapter_names: Sequence[str] | None = None,
     backend: str | None = None,
     workers: int | None = None,
 ) -> Warmed:
@@ -61,14 +65,17 @@ def warmup(
     first steps or within the capture of a CUDA graph. Compiled kernels stay in Triton's cache on disk. Call it where
     the model is on its device, has the dtypes that it will be used in, and, if it will be used under
     ``torch.autocast``, under that. Layers on the CPU, and calls that the CUDA backend or the reference serves, have
-    nothing to compile; neither have FSDP units of single layers here. Experts compile at their first call.
+    nothing to compile; neither have FSDP units of single layers here.
 
     Args:
         model: any module with LoRALinear layers, or a PEFT model that ``fastlora.integrations.peft.patch`` has turned.
         tokens: numbers of rows of a call (batch x sequence), each at least 1. By default any number from 65 to
-            16384, which is 12 kernels at most for all layers of one dtype and rank.
+            16384, which is 12 kernels at most for all linear layers of one dtype and rank, and 14 for all experts.
+            Experts have as many rows as their tokens choose experts: ``num_experts_per_tok`` of their config.
         training: compile for steps of training: the forward with dropout, and the backward.
         evaluation: compile for forwards without dropout.
+        adapter_names: of a PEFT model, as a batch will be given them, one for each sample: compile for such batches,
+            whose samples are tokens / len(adapter_names) long, in layers that serve them in one launch.
         backend: "cuda", "triton" or "reference" to insist on one; None for the best that serves a call.
         workers: threads that compile; by default one for each CPU, 8 at most.
 
@@ -76,42 +83,71 @@ def warmup(
         The numbers of layers and kernels, and how long it took.
 
     Raises:
-        ValueError: a number of tokens below 1, no LoRA layer that is ever fused, or ``backend`` cannot serve a call.
+        ValueError: a number of tokens below 1, or one that ``adapter_names`` do not share evenly; no LoRA layer that is
+            ever fused; or ``backend`` cannot serve a call.
     """
     started = time.perf_counter()
     rows = _ANY_TOKENS if tokens is None else (tokens,) if isinstance(tokens, int) else tuple(tokens)
     if any(m < 1 for m in rows):
         raise ValueError(f"tokens must be at least 1, got {min(rows)}")
-    found = [module for module in model.modules() if _is_fused(module)]
+    samples = 1 if adapter_names is None else len(adapter_names)
+    if tokens is None:
+        rows = tuple({-(-m // samples) * samples for m in rows})
+    elif any(m % samples for m in rows):
+        raise ValueError(f"tokens {rows} are to be multiples of the {samples} samples that adapter_names has")
+    found = _fused(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no LoRA layer of fastlora's; inject or patch it first")
-    layers = [layer for module in found if (layer := _layer_of(module)) is not None]
-    distinct = {_kind(layer): layer for layer in layers}
+    by_module = [_layers_of(module, adapter_names) for module in found]
+    distinct = {_kind(layer): layer for _, layers in by_module for layer in layers}
     backend = backend or environment_backend()
     calls = (
-        (operands, spec)
+        call
         for layer in distinct.values()
         for m in rows
-        for given, needs in _calls(layer, m, training, evaluation)
-        for operands, spec in (_described(layer, given, needs, backend),)
+        for call in (
+            ahead.calls(layer, m, training, evaluation)
+            if isinstance(layer, GroupedLayer)
+            else _calls(layer, m, training, evaluation, backend)
+        )
     )
     workers = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     kernels = compile_ahead(calls, backend, workers)
-    return Warmed(len(layers), kernels, time.perf_counter() - started)
+    return Warmed(sum(count for count, _ in by_module), kernels, time.perf_counter() - started)
 
 
-def _is_fused(module: nn.Module) -> bool:
-    if "peft" not in sys.modules:
-        return isinstance(module, LoRALinear | ExpertsBranch)
-    from fastlora.integrations.peft_layer import FusedForward
+def _fused(model: nn.Module) -> list[nn.Module]:
+    """Modules whose calls may be fused; of PEFT's wrappers around one experts module, the outermost."""
+    kinds: tuple[type, ...] = (LoRALinear, LoRAExperts)
+    inner: set[nn.Module] = set()
+    if "peft" in sys.modules:
+        from fastlora.integrations.peft_experts import FusedParamWrapper
+        from fastlora.integrations.peft_layer import FusedForward
 
-    return isinstance(module, LoRALinear | ExpertsBranch | FusedForward)
+        kinds = (*kinds, FusedForward, FusedParamWrapper)
+        inner = {module.base_layer for module in model.modules() if isinstance(module, FusedParamWrapper)}
+    return [module for module in model.modules() if isinstance(module, kinds) and module not in inner]
+
+
+def _layers_of(module: Any, names: Sequence[str] | None) -> tuple[int, Sequence[_Layer | GroupedLayer]]:
+    """How many LoRA layers a module is, and what their fused calls would be made of, as it is now."""
+    if isinstance(module, LoRAExperts):
+        factors = module.factors()
+        return len(factors), layers_ahead(module, factors) if factors else []
+    if not isinstance(module, LoRALinear):
+        from fastlora.integrations import peft_experts, peft_mixed
+
+        if isinstance(module, peft_experts.FusedParamWrapper):
+            return peft_experts.wrappers_ahead(module, names)
+        if names is not None:
+            mixed = peft_mixed.layer_ahead(module, names)
+            return (0, []) if mixed is None else (1, [mixed])
+    layer = _layer_of(module)
+    return (0, []) if layer is None else (1, [layer])
 
 
 def _layer_of(module: Any) -> _Layer | None:
-    """What a fused call of the module would be made of, as it is now, or None."""
-    if isinstance(module, ExpertsBranch):  # rows in segments are compiled for by their first call
-        return None
+    """Of a layer whose calls have one adapter for all rows; None where a call would not be fused."""
     if isinstance(module, LoRALinear):
         if module.merged:
             return None
@@ -129,16 +165,17 @@ def _layer_of(module: Any) -> _Layer | None:
     return _Layer(parts.weight, bias, parts.lora_a, parts.lora_b, scaling, parts.dropout_p)
 
 
-def _kind(layer: _Layer) -> tuple:
+def _kind(layer: _Layer | GroupedLayer) -> tuple:
     """Layers of one kind have the same calls."""
-    return tuple(
-        (each.shape, each.stride(), each.dtype, each.device, each.requires_grad)
-        if isinstance(each, Tensor)
-        else (each.format, each.shape, each.dtype, each.block, *((t.dtype, t.device) for t in each.tensors))
-        if isinstance(each, QuantisedWeight)
-        else each
-        for each in layer
-    )
+    return (type(layer), *map(_kind_of, layer))
+
+
+def _kind_of(field: Any) -> Any:
+    if isinstance(field, Tensor):
+        return field.shape, field.stride(), field.dtype, field.device, field.requires_grad
+    if isinstance(field, QuantisedWeight):
+        return field.format, field.shape, field.dtype, field.block, *((t.dtype, t.device) for t in field.tensors)
+    return tuple(map(_kind_of, field)) if isinstance(field, tuple) else field
 
 
 def _described(layer: _Layer, given: Any, needs: Needs | None, backend: str | None) -> tuple[tuple, LaunchSpec]:
@@ -162,9 +199,9 @@ def _described(layer: _Layer, given: Any, needs: Needs | None, backend: str | No
 
 
 def _calls(
-    layer: _Layer, m: int, training: bool, evaluation: bool
-) -> Iterator[tuple[ForwardOperands | BackwardOperands, Needs | None]]:
-    """Operands on the "meta" device of a layer's calls with m rows over the dense weight, and what a backward needs."""
+    layer: _Layer, m: int, training: bool, evaluation: bool, backend: str | None
+) -> Iterator[tuple[tuple, LaunchSpec]]:
+    """Operands on the "meta" device of a layer's calls with m rows, and their descriptions on its own."""
     device = layer.weight.device
     dtype = layer.weight.dtype
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and dtype != torch.float64:
@@ -185,7 +222,9 @@ def _calls(
     probabilities = {layer.dropout_p} if training else set()
     for p in probabilities | ({0.0} if evaluation else set()):
         seed = meta((), torch.int64) if p > 0.0 else None
-        yield ForwardOperands(x, weight, lora_a, lora_b, bias, layer.scaling, p, seed), None
+        operands = ForwardOperands(x, weight, lora_a, lora_b, bias, layer.scaling, p, seed)
+        yield _described(layer, operands, None, backend)
         if training and p == layer.dropout_p:
             dy, s = meta((m, n)), meta((m, r))
-            yield BackwardOperands(dy, x, weight, lora_a, lora_b, s, layer.scaling, p, seed), needs
+            saved = BackwardOperands(dy, x, weight, lora_a, lora_b, s, layer.scaling, p, seed)
+            yield _described(layer, saved, needs, backend)

@@ -10,6 +10,7 @@ from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.grouped.checks import check_dtypes, check_grouped
 from fastlora.grouped.differentiable import gradients as differentiable_gradients
 from fastlora.grouped.differentiable import layer as differentiable_layer
+from fastlora.op_tools import grouped_backward_flops, grouped_forward_flops, register_flops
 from fastlora.philox import draw_seed
 from fastlora.problem import Gradients, Needs
 from fastlora.segments import GroupedBackward, GroupedForward, Segments, as_gradients, describe_segments
@@ -160,6 +161,7 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastlora::{_name}", _fake, lib=_library)
+register_flops({"grouped_forward": grouped_forward_flops, "grouped_backward": grouped_backward_flops})
 torch.library.register_autograd("fastlora::grouped_forward", _op_gradients, setup_context=_setup, lib=_library)
 
 
@@ -198,7 +200,8 @@ def grouped_lora_linear(
         experts: int32 or int64 [G]: the weight of each segment; by default its own number, or the only weight.
         adapters: int32 or int64 [G]: the adapter of each segment, -1 for none; by default its own number. Without an
             adapter no branch is computed, and nothing of any factor gets into the segment's rows. By Triton's kernels,
-            rows whose weight or adapter does not exist are NaN, and offsets that decrease or pass M are clamped.
+            rows whose weight or adapter does not exist are NaN, and offsets that decrease or pass M are clamped;
+            under ``TRITON_DEBUG=1`` either traps.
         transposed: each weight lies as [in_features, out_features].
         dropout_p: probability of dropping an element of x in front of the branch; the mask depends on an element's
             place in all of x and on the seed, as ``lora_linear``'s does.

@@ -101,7 +101,7 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
     for home in _homes(model):
         _remove_watches(home)
         home.register_forward_pre_hook(_Watch(home, copy_input))
-    if warmup and any(found.name not in refused and isinstance(found.layer, FusedLinear) for found in layers):
+    if warmup and len(refused) < len(layers):
         warm_up(model)
     return Patched([found.name for found in layers if found.name not in refused], refused)
 

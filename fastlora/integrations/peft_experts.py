@@ -15,7 +15,17 @@ from torch.nn.utils import parametrize
 
 from fastlora.differentiable import transform_reason
 from fastlora.dispatch import count_fallback
-from fastlora.experts import Factors, Tenants, is_experts, is_serving, per_expert, projections, serving
+from fastlora.experts import (
+    Factors,
+    Tenants,
+    is_experts,
+    is_serving,
+    layers_ahead,
+    per_expert,
+    projections,
+    serving,
+)
+from fastlora.grouped.ahead import GroupedLayer
 from fastlora.integrations.peft_parts import scaled, split_scalings
 from fastlora.integrations.peft_reasons import BASE, dtype_reason, is_plain, segments_reason
 from fastlora.segments import NO_ADAPTER
@@ -62,6 +72,20 @@ def experts_reason(layer: ParamWrapper) -> str | None:
     """Why this wrapper's next call would not be served, or None, for an input of the weights' dtype."""
     found = inspect_experts(layer, None)
     return found if isinstance(found, str) else None
+
+
+def wrappers_ahead(layer: ParamWrapper, names: Sequence[str] | None) -> tuple[int, list[GroupedLayer]]:
+    """How many wrappers an experts module has, and its two calls, before it is called, for tokens of one sample each of
+    a batch with these adapter_names. Of a wrapper within another: nothing.
+    """
+    x = None
+    if names is not None:
+        x = getattr(layer.get_base_layer(), layer.parameter_name).new_empty(len(names), 1)
+    served = inspect_experts(layer, x, names)
+    if isinstance(served, str):
+        return 0, []
+    n_tenants = None if names is None else len(_used(layer, names))
+    return len(served), layers_ahead(layer.get_base_layer(), served, n_tenants)
 
 
 def inspect_experts(

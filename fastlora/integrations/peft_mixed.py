@@ -20,9 +20,10 @@ from torch.nn import functional as F
 
 from fastlora.differentiable import transform_reason
 from fastlora.grouped import grouped_lora_linear
+from fastlora.grouped.ahead import GroupedLayer
 from fastlora.integrations.peft_reasons import BASE, base_reason, dropout_of, dtype_reason, is_plain, segments_reason
 from fastlora.rows import flat
-from fastlora.segments import NO_ADAPTER
+from fastlora.segments import NO_ADAPTER, Segments
 
 ACTIVATED = ALoraLinearVariant.__name__  # what ``inspect`` says of a layer whose adapter begins late in a sample
 _replaying: ContextVar[bool] = ContextVar("replaying", default=False)
@@ -129,20 +130,34 @@ def _inspect_rows(layer: Linear, x: Tensor, used: list[str], runs: tuple[tuple[i
 
 def mixed_forward(parts: Mixed, x: Tensor) -> Tensor:
     """Y [B, ..., N] of samples x [B, ..., K]."""
+    lora_a, lora_b, scaling, where = _stacked(parts, x.device)
+    options: dict[str, Any] = {"adapters": where.adapters, "dropout_p": parts.dropout_p, "training": parts.training}
+    y = grouped_lora_linear(flat(x), parts.weight, lora_a, lora_b, scaling, where.ends, parts.bias, **options)
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def layer_ahead(layer: Linear, names: Sequence[str]) -> GroupedLayer | None:
+    """The call of a layer by a batch whose samples have these adapters, before there is one, or None where it would not
+    be served."""
+    parts = inspect_mixed(layer, layer.base_layer.weight.new_empty(len(names), 1, layer.in_features), names)
+    if isinstance(parts, str):
+        return None
+    lora_a, lora_b, scaling, where = _stacked(parts, parts.weight.device)
+    number, scalings = (1.0, scaling) if isinstance(scaling, Tensor) else (scaling, None)
+    p = parts.dropout_p if parts.training else 0.0
+    return GroupedLayer(parts.weight[None], parts.bias, lora_a, lora_b, number, scalings, where, dropout_p=p)
+
+
+def _stacked(parts: Mixed, device: torch.device) -> tuple[Tensor, Tensor, float | Tensor, Segments]:
+    """A [T, R, K], B [T, N, R], their scaling or scalings, and the segments."""
     rank = max(a.shape[0] for a, _ in parts.factors)
     lora_a = torch.stack([F.pad(a, (0, 0, 0, rank - a.shape[0])) for a, _ in parts.factors])
     lora_b = torch.stack([F.pad(b, (0, rank - b.shape[1])) for _, b in parts.factors])
-    find = _segments.__wrapped__ if _is_traced() else _segments
-    ends, adapters = find(parts.runs, x.device)
+    find, numbers = (_segments.__wrapped__, _numbers.__wrapped__) if _is_traced() else (_segments, _numbers)
     same = len(set(parts.scalings)) == 1
-    scaling = (
-        parts.scalings[0] if same else (_numbers.__wrapped__ if _is_traced() else _numbers)(parts.scalings, x.device)
-    )
-    options: dict[str, Any] = {"dropout_p": parts.dropout_p, "training": parts.training}
-    y = grouped_lora_linear(
-        flat(x), parts.weight, lora_a, lora_b, scaling, ends, parts.bias, adapters=adapters, **options
-    )
-    return y.view(*x.shape[:-1], y.shape[1])
+    scaling = parts.scalings[0] if same else numbers(parts.scalings, device)
+    ends, adapters = find(parts.runs, device)
+    return lora_a, lora_b, scaling, Segments(ends, None, adapters)
 
 
 def _is_traced() -> bool:

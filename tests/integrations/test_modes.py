@@ -15,6 +15,7 @@ import fastlora
 from fastlora import LoRALinear, lora_linear
 from fastlora.backends import reference
 from tests.support import numerics
+from tests.support.segments import by_loop, compute, draw_case
 
 FORWARD = torch.ops.fastlora.lora_forward.default
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
@@ -133,6 +134,12 @@ def test_flops_of_an_exported_program():
     assert flops(lambda: program(INPUT).sum().backward()) == flops(lambda: stock(INPUT).sum().backward())
 
 
+@pytest.mark.parametrize("options", [{}, {"transposed": True, "bias": "each"}, {"n_weights": 1}], ids=str)
+def test_flops_of_rows_in_segments_are_those_of_the_loop(options):
+    case = draw_case([3, 0, 7], 5, 9, 2, **options)
+    assert flops(lambda: compute(case)) == flops(lambda: by_loop(case)) == 2 * 10 * (2 * 5 * 9 + 3 * 2 * (5 + 9))
+
+
 @pytest.mark.parametrize(
     "imports", ["import fastlora, torch.utils.flop_counter", "import torch.utils.flop_counter, fastlora"]
 )
@@ -143,6 +150,10 @@ import sys, torch
 op = torch.ops.fastlora.lora_forward
 with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
     op(torch.ones(5, 7), torch.ones(3, 7), torch.ones(2, 7), torch.ones(3, 2), None, 1.0, 0.0, None, None)
+assert counter.get_total_flops() == 2 * 5 * (3 * 7 + 2 * (3 + 7)), counter.get_total_flops()
+op, given = torch.ops.fastlora.grouped_forward, [torch.ones(*s) for s in ((5, 7), (1, 3, 7), (1, 2, 7), (1, 3, 2))]
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    op(*given, None, 1.0, None, torch.tensor([5], dtype=torch.int32), None, None, False, 0.0, None, None)
 assert counter.get_total_flops() == 2 * 5 * (3 * 7 + 2 * (3 + 7)), counter.get_total_flops()
 """
     subprocess.run([sys.executable, "-c", code], check=True)

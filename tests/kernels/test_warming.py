@@ -14,7 +14,11 @@ from fastlora.backends.triton import launch as triton_lora
 from fastlora.backends.triton import masked
 from fastlora.bench.cases import LLAMA_8B
 from tests.support.compile_target import compile_for
+from tests.support.injected_experts import make_injected
 from tests.support.specialisations import DROPOUT, RANK, Step, asked_for, walk
+from tests.support.tiny_moe import make_peft, peft, randomise
+
+from fastlora.integrations.peft import patch  # isort: skip
 
 needs_compiler = pytest.mark.skipif(
     triton_lora.triton.knobs.runtime.interpret, reason="the interpreter compiles nothing"
@@ -131,3 +135,88 @@ def test_on_a_cpu_there_is_nothing_to_compile():
 def test_what_cannot_be_warmed_up_is_refused(model, tokens, reason):
     with pytest.raises(ValueError, match=reason):
         fastlora.warmup(model, tokens)
+
+
+@pytest.fixture
+def triton_alone(on_triton, monkeypatch):
+    """A layer's own calls are Triton's, by way of its op."""
+    monkeypatch.setenv("FASTLORA_BACKEND", "triton")
+    monkeypatch.setattr("fastlora.ops._skips_ops", lambda tensor: False)
+    monkeypatch.setattr(workspace, "_by_stream", {})
+
+
+def step(call) -> None:
+    """A step of training, and a forward without gradients."""
+    call().sum().backward()
+    with torch.no_grad():
+        call()
+
+
+def experts_call(module, tokens, **options):
+    """A call of an experts module of ``tiny_moe``, in which each token chooses two of four experts."""
+    x = torch.randn(tokens, 16, dtype=torch.bfloat16, requires_grad=True)
+    chosen = torch.arange(2 * tokens).view(tokens, 2) % 4
+    return lambda: module(x, chosen, torch.ones(tokens, 2, dtype=torch.bfloat16), **options)
+
+
+def made(kind, library, targets):
+    """Experts in bfloat16 with LoRA on them; the module, and what holds it."""
+    if library == "PEFT":
+        model = make_peft(kind, torch.bfloat16, autocast_adapter_dtype=False, target_parameters=targets)
+        patch(model)
+        return model, model.base_model.model.model.layers[0].mlp.experts
+    model = make_injected(kind, target_parameters=targets).bfloat16()
+    return model, model.model.layers[0].mlp.experts
+
+
+EXPERTS = (
+    (80, "Qwen3Moe", "fastlora", ["experts.gate_up_proj", "experts.down_proj"]),
+    (90, "GptOss", "PEFT", ["experts.gate_up_proj", "experts.down_proj"]),
+    (90, "Mixtral", "PEFT", ["experts.gate_up_proj"]),
+)
+
+
+@needs_compiler
+@pytest.mark.parametrize("arch, kind, library, targets", EXPERTS)
+def test_experts_compile_nothing_after_a_warm_up(triton_alone, arch, kind, library, targets):
+    """A projection without LoRA is a call as well, and another kernel. Numbers of tokens are those of a sequence."""
+    model, experts = made(kind, library, targets)
+    by_tokens = []
+    for tokens in (None, (70, 3000)):
+        with asked_for(arch) as found:
+            warmed = fastlora.warmup(model, tokens, backend="triton")
+            foreseen = {each for each in found if each[0].startswith("segments_")}
+            found.clear()
+            dispatch.forget_routes()
+            for each in tokens or (65, 127, 500, 3001, 16384):
+                step(experts_call(experts, each))
+        assert warmed.layers == len(targets) + 2 and found <= foreseen
+        by_tokens.append(len(foreseen))
+    assert found == foreseen and 2 <= by_tokens[1] < by_tokens[0] <= 14
+
+
+@needs_compiler
+def test_batches_of_several_adapters_compile_nothing_after_a_warm_up(triton_alone):
+    """Of layers and of experts. Adapters of different scalings have another kernel than those of one."""
+    model = make_peft("Mixtral", torch.bfloat16, autocast_adapter_dtype=False, r=4)
+    config = model.peft_config["default"]
+    other = peft.LoraConfig(r=2, lora_alpha=3, target_modules=["q_proj"], target_parameters=config.target_parameters)
+    model.add_adapter("other", other, autocast_adapter_dtype=False)
+    randomise(model, "other").set_requires_grad(["default", "other"])
+    patch(model)
+    names = ["other", "__base__", "default", "default"]
+    block = model.base_model.model.model.layers[0]
+    with asked_for(90) as found:
+        warmed = fastlora.warmup(model, 400, adapter_names=names, backend="triton")
+        foreseen = set(found)
+        found.clear()
+        x = torch.randn(4, 100, 16, dtype=torch.bfloat16, requires_grad=True)
+        for layer in (block.self_attn.q_proj, block.self_attn.o_proj):
+            step(lambda layer=layer: layer(x, adapter_names=names))
+        step(experts_call(block.mlp.experts, 400, adapter_names=names))
+    assert warmed.layers == 4 and found == foreseen and len(found) >= 6
+    with asked_for(90) as found:
+        assert fastlora.warmup(model, adapter_names=names, backend="triton").layers == 4
+    assert foreseen <= found
+    with pytest.raises(ValueError, match="multiples of the 4 samples"):
+        fastlora.warmup(model, (400, 402), adapter_names=names)

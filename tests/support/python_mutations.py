@@ -94,8 +94,8 @@ class _Finder(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_Expr(self, node: ast.Expr) -> None:
-        if isinstance(node.value, ast.Constant):
-            return
+        if isinstance(node.value, ast.Constant) or self._source(node).startswith("tl.device_assert("):
+            return  # assertions are compiled where Triton debugs alone
         if _SYNCHRONISES.match(self._source(node)):
             self._replace("removed", node, "pass")
         self.generic_visit(node)

@@ -9,7 +9,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from fastlora.backends.target import Target
-from fastlora.backends.triton import launch
+from fastlora.backends.triton import launch, segment_launch
 from fastlora.bench.cases import LLAMA_8B
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
@@ -37,8 +37,11 @@ def asked_for(arch: int) -> Iterator[set]:
     def do_compile(kernel, key, *rest, **options):
         found.add((kernel.__name__, key))  # and returns None: nothing is kept
 
-    device = mock.patch.object(launch, "target_of", lambda device: Target(arch, N_SMS[arch]))
-    with compile_for(arch), device, mock.patch.object(JITFunction, "_do_compile", do_compile):
+    def target(device):
+        return Target(arch, N_SMS[arch])
+
+    single, segments = (mock.patch.object(module, "target_of", target) for module in (launch, segment_launch))
+    with compile_for(arch), single, segments, mock.patch.object(JITFunction, "_do_compile", do_compile):
         yield found
 
 

@@ -5,6 +5,8 @@ Where segments end is known on the device alone. Each holds its own row blocks, 
 queue, the flags and the tiles are those of one product; the rows past the last end are a segment more, whose tiles
 store zeros. Ends that decrease or pass M are taken for the largest before them, or for M: nothing outside of the
 operands is touched, whatever they say. Every program reads all ends, block_g at a time.
+
+The assertions are compiled where Triton debugs (TRITON_DEBUG=1): what else is clamped, or NaN, then ends the launch.
 """
 
 import triton
@@ -42,6 +44,7 @@ def _bounds(segments, first, before, variant: tl.constexpr):
     start = tl.where(g > segments.count, segments.M, tl.minimum(start, segments.M))
     start = tl.associative_scan(tl.maximum(start, before), 0, _larger)
     end = tl.load(segments.ends_ptr + g, mask=g < segments.count, other=segments.M)
+    tl.device_assert((start <= end) & (end <= segments.M), "offsets decrease, begin below 0 or pass the rows of x")
     return start, tl.maximum(tl.minimum(end, segments.M), start)
 
 
@@ -136,6 +139,7 @@ def segment_tile(
             )  # fmt: skip
         exist = _given(segments.experts, segment.index, segments.count) == expert
         exist &= _given(segments.adapters, segment.index, segments.count) == adapter
+        tl.device_assert(exist, "a segment's weight or adapter does not exist")
         if not exist:
             tl.debug_barrier()  # other threads may have stored what is written over
             _fill(product.out, float("nan"), block, column, shape, segment, variant)
