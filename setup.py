@@ -36,7 +36,7 @@ def debug_flags() -> str:
 
 def tiles() -> list[tuple[int, int]]:
     """(block_m, block_n) of csrc/variants.def, in its order."""
-    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), \d+, \w+\)$", (CSRC / "variants.def").read_text(), re.M)
+    lines = re.findall(r"^FASTLORA_SM90\w*\((\d+), (\d+), \d+, \w+\)$", (CSRC / "variants.def").read_text(), re.M)
     return list(dict.fromkeys((int(m), int(n)) for m, n in lines))
 
 

@@ -34,6 +34,10 @@ def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
         from fastlora.backends.triton import quantised_launch
 
         return quantised_launch
+    if spec.branch == "segments" and name == "cuda":
+        from fastlora.backends.cuda import segment_launch as cuda_segments
+
+        return cuda_segments
     if spec.branch == "segments" and name == "triton":
         from fastlora.backends.triton import segment_launch
 

@@ -16,15 +16,16 @@ const Variant* find_variant(const Problem& problem) {
   const Variant* best = nullptr;
   for (const Variant& v : variants()) {
     const bool fits = v.backward == problem.backward && v.fp16 == problem.fp16 && v.transposed == problem.transposed &&
-                      v.dropout == problem.dropout && v.block_m == problem.block_m && v.block_n == problem.block_n &&
-                      v.rank >= problem.r;
+                      v.segments == (problem.n_segments != 0) && v.dropout == problem.dropout &&
+                      v.block_m == problem.block_m && v.block_n == problem.block_n && v.rank >= problem.r;
     if (fits && (!best || v.rank < best->rank)) best = &v;
   }
   return best;
 }
 
 std::string describe_problem(const Problem& p) {
-  return std::string(p.backward ? "backward" : "forward") + (p.transposed ? ", transposed weight" : "") + ", tile " +
+  return std::string(p.backward ? "backward" : "forward") + (p.transposed ? ", transposed weight" : "") +
+         (p.n_segments ? ", " + std::to_string(p.n_segments) + " segments" : "") + ", tile " +
          std::to_string(p.block_m) + "x" + std::to_string(p.block_n) + ", M=" + std::to_string(p.m) +
          " N=" + std::to_string(p.n) + " K=" + std::to_string(p.k) + " R=" + std::to_string(p.r);
 }
@@ -52,6 +53,18 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   require(!problem.fused || (variant.fuses && problem.makes_out), "S cannot be fused");
   require(problem.backward || !(problem.grad_a || problem.grad_b || problem.grad_bias), "a forward makes no gradients");
 
+  const int64_t segments = problem.n_segments;
+  const auto counts = std::array{problem.n_segments, problem.n_weights, problem.n_adapters, problem.n_biases};
+  if (variant.segments) {
+    require(segments > 0 && segments <= kMaxSegments && problem.n_weights > 0 && problem.n_adapters > 0,
+            "a kernel takes 1 to " + std::to_string(kMaxSegments) + " segments, and one weight and adapter at least");
+    require(problem.n_biases == 0 || problem.n_biases == 1 || problem.n_biases == problem.n_weights,
+            "there is one bias, or one for each weight");
+    require(!problem.grad_bias, "no kernel for rows in segments makes the bias's gradient");
+  } else {
+    require(counts == std::array{0, 0, 0, 0}, "there are no stacks without segments");
+  }
+
   const bool makes_s = problem.makes_out || problem.grad_a;
   const int out_columns = problem.makes_out ? ceil_div(int(n), variant.block_n) : 0;
   const int gradient_columns = variant.gradient_columns * variant.cluster;
@@ -63,24 +76,35 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   p.fused_shrink = problem.fused;
   p.grad_b_tiles = problem.grad_b || problem.grad_bias ? ceil_div(int(k), gradient_columns) : 0;
   Schedule& s = p.schedule;
-  s.rows = ceil_div(int(m), variant.block_m * variant.cluster);
+  // Of segments, all but one row may each begin a row block more; rows past the last end are a segment.
+  s.rows = variant.segments ? int(std::min(m, (m + (segments + 1) * (variant.block_m - 1)) / variant.block_m))
+                            : ceil_div(int(m), variant.block_m * variant.cluster);
   s.columns = out_columns + (makes_s && !problem.fused);
   s.group_m = ceil_div(problem.group_m, variant.cluster);
   s.gradient_tiles = p.grad_b_tiles + (problem.grad_a ? ceil_div(int(n), gradient_columns) : 0);
-  s.gradients_last = problem.gradients_last;
+  s.gradients_last = problem.gradients_last || variant.segments;
   s.splits = problem.splits;
 
-  const int64_t column_tiles = int64_t(s.rows) * s.columns, groups = count_groups(s);
+  // Of segments, a gradient tile has a column of a chunk, of which each segment may begin one more, or zeroes that of
+  // some adapters.
+  const int64_t column_tiles = int64_t(s.rows) * s.columns;
+  const int64_t groups =
+      count_groups(s) + segments + (problem.n_adapters + kAdaptersOfZeroTile - 1) / kAdaptersOfZeroTile;
   const int64_t tiles = column_tiles * s.splits + groups * s.gradient_tiles;
   require(tiles <= kLimit, "more tiles than a 32-bit ticket counts");
-  const int64_t reductions = s.gradient_tiles + (s.splits > 1 ? column_tiles : 0);
+  const int64_t owners = std::max(problem.n_adapters, 1);  // of a gradient each
+  const int64_t reductions = owners * s.gradient_tiles + (s.splits > 1 ? column_tiles : 0);
   constexpr int kFlagsOfReduction = 2;  // one for each warpgroup that computes
   const int64_t words = kFlagsWord + (s.rows + kFlagsOfReduction * reductions) * variant.cluster;
   require(words <= kLimit, "more flags than a 32-bit index counts");
   p.workspace_words = int(words);
   gradient_partial_floats_ =
-      groups > 1 ? int64_t(s.gradient_tiles) * variant.cluster * variant.gradient_partial_floats : 0;
+      groups > 1 ? owners * s.gradient_tiles * variant.cluster * variant.gradient_partial_floats : 0;
   split_partial_floats_ = column_tiles * (s.splits - 1) * variant.split_partial_floats;
+  p.segments.count = problem.n_segments;
+  p.segments.n_weights = problem.n_weights;
+  p.segments.n_adapters = problem.n_adapters;
+  p.segments.n_biases = problem.n_biases;
   ctas_ = int(std::min<int64_t>(tiles, std::max(problem.ctas / variant.cluster, 1))) * variant.cluster;
 }
 

@@ -18,6 +18,8 @@ struct Problem {
   bool backward = false, fp16 = false;
   bool transposed = false;  // the base weight lies as [in_features, out_features]
   bool dropout = false;
+  // Rows in segments, where there are any: segments, and matrices of the stacks of weights, adapters and biases.
+  int n_segments = 0, n_weights = 0, n_adapters = 0, n_biases = 0;
   int block_m = 0, block_n = 0;
   int64_t m = 0, n = 0, k = 0, r = 0;
   int group_m = 0;              // row blocks of a group
@@ -39,6 +41,10 @@ struct Operands {
   Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;
   uintptr_t bias = 0, s = 0, grad_a = 0, grad_b = 0, grad_bias = 0;
   uintptr_t workspace = 0, gradient_partials = 0, split_partials = 0;
+  // Of rows in segments, whose `s` has rows for whole row blocks; a forward keeps S [M, R] for the backward besides.
+  uintptr_t ends = 0, experts = 0, adapters = 0, scalings = 0, kept_s = 0;
+  bool wide_experts = false, wide_adapters = false;  // 64-bit numbers
+  int64_t weight_stride = 0;                         // elements from one weight to the next
   uintptr_t seed_address = 0;
   uint64_t seed = 0;
   double scale_in_s = 0,
@@ -63,8 +69,11 @@ class Plan {
   int64_t workspace_words() const { return base_.workspace_words; }
   int64_t gradient_partial_floats() const { return gradient_partial_floats_; }
   int64_t split_partial_floats() const { return split_partial_floats_; }
+  // Rows of the S that a launch makes.
+  int64_t s_rows() const { return is_segmented() ? int64_t(base_.schedule.rows) * variant_->block_m : base_.m; }
 
-  // The cluster's tiles in the order in which they are claimed.
+  // The cluster's tiles in the order in which they are claimed; of rows in segments, as if there were as many row
+  // blocks as there may be.
   std::vector<Tile> queue() const;
 
   // The kernel's parameters but for its tensor maps, which `maps` describes. Throws std::invalid_argument where an
@@ -74,6 +83,7 @@ class Plan {
   std::string describe() const;
 
  private:
+  bool is_segmented() const { return variant_->segments; }
   std::pair<int64_t, int64_t> weight_sizes() const;  // rows and columns, as it lies in memory
   void check_operands(const Operands& operands) const;
 

@@ -19,17 +19,17 @@ struct DenseWeight {
   static constexpr int kStageBytes = kBlockN * kSwizzleSpan;
   static constexpr int kAdvance = kTransposed ? kAdvanceStrided<kSwizzleSpan> : kAdvanceContiguous;
 
-  // Copies columns n to n + kBlockN, contracted elements k to k + kBlockK.
-  template <class Producer>
-  __device__ __forceinline__ static void load(Producer& producer, uint32_t address, int n, int k) {
+  // Copies columns n to n + kBlockN, contracted elements k to k + kBlockK, of `matrix` in a stack of weights.
+  template <class Producer, class Matrix>
+  __device__ __forceinline__ static void load(Producer& producer, uint32_t address, Matrix matrix, int n, int k) {
     constexpr int kColumns = kTransposed ? kBox : kTallBox;  // of the output, in a box
     producer.template share_boxes<kBlockN / kColumns>(0, [&](int i) {
       const int column = i * kColumns;
       const uint32_t box = address + column * kSwizzleSpan;
       if constexpr (kTransposed) {
-        producer.copy_to_cluster(box, &producer.params.weight, n + column, k);
+        producer.copy_to_cluster(box, &producer.params.weight, matrix, n + column, k);
       } else {
-        producer.copy_to_cluster(box, &producer.params.weight, k, n + column);
+        producer.copy_to_cluster(box, &producer.params.weight, matrix, k, n + column);
       }
     });
   }

@@ -7,6 +7,18 @@
 
 namespace fastlora::sm90 {
 
+// A tile that nothing need be read for.
+template <class Traits>
+__device__ __forceinline__ void store_constants(Consumer<Traits>& consumer, typename Traits::Tile tile) {
+  if constexpr (Traits::RowMap::kSegmented) {
+    if (tile.kind == kFillTile) {
+      fill_tile(consumer, tile);
+    } else if constexpr (Traits::kBackward) {
+      zero_gradients(consumer, tile);
+    }
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void consume(const Params& params, SharedMemory<Traits> shared) {
   Consumer<Traits> consumer(params, shared);
@@ -18,11 +30,13 @@ __device__ __forceinline__ void consume(const Params& params, SharedMemory<Trait
   for (float& value : extra_acc) value = 0.f;
   for (int i = 0;; ++i) {
     const int slot = i & 1;
-    const TileInfo tile = own_tile<Traits>(wait_tile(shared, i));
+    const typename Traits::Tile tile = own_tile<Traits>(wait_tile(shared, i));
     if (tile.kind == kExit) break;
     if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
     if (tile.kind == kGradATile || tile.kind == kGradBTile) {
       if constexpr (Traits::kBackward) compute_gradient_tile(consumer, tile, acc, extra_acc);
+    } else if (Traits::RowMap::is_constant(tile)) {
+      store_constants(consumer, tile);
     } else {
       compute_output_tile(consumer, tile, slot, acc, extra_acc);
     }
@@ -76,6 +90,7 @@ __device__ __forceinline__ void run(const Params& params) {
     store_shared(shared.ones() + threadIdx.x * 4, pack<typename Traits::Element>(1.f, 1.f));
     fence_async_shared();
   }
+  if (warp_id() == 0) Traits::RowMap::fill_table(params, shared.segment_table());
   sync_cluster<Traits>();
   if (warp_id() < kWarpgroupWarps) {
     shrink_registers<kProducerRegisters>();
@@ -97,6 +112,7 @@ Variant variant_of(const char* name, const void* kernel) {
   v.backward = Traits::kBackward;
   v.fp16 = kIsFp16<typename Traits::Element>;
   v.transposed = Traits::kStoredTransposed;
+  v.segments = Traits::RowMap::kSegmented;
   v.dropout = Traits::kDropout;
   v.splits = Traits::kSplits;
   v.fuses = Traits::kFuses;

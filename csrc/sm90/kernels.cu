@@ -21,13 +21,20 @@ using fp16 = __half;
 #define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
 #define FL_PAIR(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                            \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R,  \
-            fastlora::sm90::WEIGHT, false)                                                                            \
+            fastlora::sm90::WEIGHT, false, false)                                                                     \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
-            M, N, R, fastlora::sm90::WEIGHT, true)
-#define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)  // expands the object's direction and element type, and the name's rest
+            M, N, R, fastlora::sm90::WEIGHT, true, false)
+#define FL_OF_SEGMENTS(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                      \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_segments), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
+            M, N, R, fastlora::sm90::WEIGHT, false, true)
+// They expand the object's direction and element type, and the name's rest.
+#define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)
+#define FL_EXPAND_OF_SEGMENTS(...) FL_OF_SEGMENTS(__VA_ARGS__)
 
 #define FL_REST_dense
 #define FL_REST_transposed _transposed
 #define FASTLORA_SM90(M, N, R, WEIGHT) \
   FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
+#define FASTLORA_SM90_SEGMENTS(M, N, R, WEIGHT) \
+  FL_EXPAND_OF_SEGMENTS(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
 #include "../variants.def"

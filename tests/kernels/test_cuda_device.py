@@ -8,10 +8,15 @@ import torch
 
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.cuda import segment_launch
 from fastlora.ops import lora_linear
 from fastlora.problem import Needs
-from tests.support import launches, numerics
+from tests.support import launches, numerics, segments
+from tests.support.cuda_checks import lying_transposed
 from tests.support.cuda_emulation import run_layer
+from tests.support.cuda_segment_checks import NEEDS as SEGMENT_NEEDS
+from tests.support.cuda_segment_checks import SHORT, TALL
+from tests.support.segment_checks import LAYOUTS, draw, launch
 
 pytestmark = pytest.mark.skipif(cuda.unusable() is not None, reason=f"CUDA kernels: {cuda.unusable()}")
 
@@ -47,6 +52,29 @@ def test_integers_are_exact(poisoned, tile, m, n, k, r):
     case = numerics.draw_integer_case(m, n, k, r, torch.bfloat16)
     results, _ = run_layer(on_device(case), tile, ctas=n_sms())
     numerics.assert_exact({name: result.cpu() for name, result in results.items()}, case)
+
+
+@pytest.mark.parametrize("dropout_p", (0.0, 0.1))
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("r", (16, 64))
+def test_a_base_weight_that_lies_transposed(poisoned, tile, r, dropout_p):
+    case = lying_transposed(on_device(numerics.draw_case(1000, 1032, 520, r, torch.bfloat16, dropout_p=dropout_p)))
+    results, _ = run_layer(case, tile, ctas=n_sms())
+    numerics.assert_accurate(results, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tile", (SHORT, TALL), ids=str)
+@pytest.mark.parametrize("transposed", (False, True))
+def test_rows_in_segments(poisoned, layout, tile, transposed):
+    case = draw(layout, 520, 264, 24, torch.bfloat16, integers=True, bias="each", scaling="each", transposed=transposed)
+    tensors = {name: value.cuda() for name, value in vars(case).items() if isinstance(value, torch.Tensor)}
+    moved = segments.changed(case, **tensors)
+    first = launch(moved, tile, SEGMENT_NEEDS, segment_launch)
+    segments.assert_exact({name: result.cpu() for name, result in first.items()}, case)
+    for _ in range(10):
+        again = launch(moved, tile, SEGMENT_NEEDS, segment_launch)
+        assert all(torch.equal(again[name], result) for name, result in first.items())
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

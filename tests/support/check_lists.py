@@ -13,6 +13,7 @@ import torch
 from tests.emulator import LaunchOptions
 from tests.support import cuda_checks as cuda
 from tests.support import cuda_range
+from tests.support import cuda_segment_checks as cuda_segments
 from tests.support import quantised_checks as quantised
 from tests.support import segment_checks as segments
 from tests.support import triton_checks as triton
@@ -217,6 +218,38 @@ def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16, transposed
     return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, transposed)}
 
 
+def cuda_segment_checks() -> Iterator[tuple[str, set[str], Callable]]:
+    """Those of rows in segments, as cuda_checks has them; the schedules take turns."""
+    options = itertools.cycle(limited(cuda.SCHEDULES))
+    for title, tile, layouts in (
+        ("64x128", cuda_segments.SHORT, cuda_segments.LAYOUTS),
+        ("128x128", cuda_segments.TALL, cuda_segments.TESTED_TALL),
+    ):
+        kernels = cuda_segments.kernels_of(tile, cuda_segments.SIZES[2])
+        checks = {
+            **{each: functools.partial(cuda_segments.check_layout, each) for each in layouts},
+            "what does not exist": cuda_segments.check_missing,
+            "bad ends": cuda_segments.check_bad_ends,
+        }
+        for what, check in checks.items():
+            yield f"segments {title}, {what}", kernels, functools.partial(check, tile, options=next(options))
+        for transposed in (False, True):
+            read = cuda_segments.kernels_of(tile, cuda_segments.rank_of_neighbours(transposed), transposed=transposed)
+            check = functools.partial(cuda_segments.check_neighbours, tile, transposed, next(options))
+            yield f"segments {title}, a neighbour's NaN{', transposed' * transposed}", read, check
+        check = functools.partial(cuda_segments.check_schedules, tile)
+        for name, one in _each([(f"segments {title}, bits", check, cuda.SCHEDULES)], cuda.SCHEDULES):
+            yield name, kernels, one
+    for way in cuda_segments.WAYS:
+        check = functools.partial(cuda_segments.check_way, way, next(options))
+        yield f"segments, {way}", cuda_segments.kernels_of_way(way), check
+    for needs in cuda_segments.SUBSETS:
+        name = "+".join(name for name, wanted in needs._asdict().items() if wanted)
+        check = functools.partial(cuda_segments.check_needs, needs, next(options))
+        kernels = cuda_segments.kernels_of(cuda_segments.SHORT, cuda_segments.SIZES[2])
+        yield f"segments, gradients {name}", kernels, check
+
+
 def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
     """(name, kernels that run, check). Rank 40, whose kernels hold most statements, goes first, and small tiles do."""
 
@@ -238,7 +271,7 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         kernels = _kernels_of(tile, dropout_p > 0, sizes[3], transposed=True)
         check = functools.partial(cuda.check_schedules, tile, sizes, dropout_p, transposed=True)
         title = f"transposed schedules {cuda.describe(tile)} {sizes} p={dropout_p}"
-        for name, one in _each([(title, check, cuda.SCHEDULES[2:])], cuda.SCHEDULES):
+        for name, one in _each([(title, check, cuda.SCHEDULES[3:])], cuda.SCHEDULES):
             yield name, kernels, one
     for needs in cuda.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
@@ -271,3 +304,4 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         check = functools.partial(cuda_range.check_infinities, tile, rank, dtype, dropout_p)
         name = f"infinities {cuda.describe(tile)} R={rank} p={dropout_p} {dtype}"
         yield name, _kernels_of(tile, dropout_p > 0, rank, dtype), check
+    yield from cuda_segment_checks()

@@ -36,7 +36,7 @@ SCHEDULES = (
     LaunchOptions(seed=4, async_policy="late", shuffle_ctas=True, proxy_fence="both"),
 )
 STREAM = 0x5712EA  # a handle that a launch must be given
-_WRITTEN = ("out", "s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "split_partials")
+_WRITTEN = ("out", "s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "split_partials", "kept_s")
 
 
 def tool(name: str) -> str | None:

@@ -29,6 +29,7 @@ class CudaTile:
 
 
 SPLITS = (1, 2, 4, 8)
+_TALL_SEGMENT = 256  # rows on average
 GROUP_ROWS = 16 * 128  # of a group of sixteen row blocks
 
 # What choose_tile computes with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
@@ -117,11 +118,23 @@ def fuses_drawn(shrink_tiles: int, n_tiles: int, n_sms: int) -> bool:
     return shrink_tiles > -n_tiles % n_sms
 
 
+def choose_segment_tile(m: int, n_segments: int) -> CudaTile:
+    """The tile for m rows in so many segments: the last row block of a segment is half empty on average, so that only
+    long segments have tall ones. By no measurement."""
+    return CudaTile(128 if m >= _TALL_SEGMENT * n_segments else 64, 128, group_m=8)
+
+
 def kernels(
-    r: int, *, dropout: bool, backward: bool, transposed: bool = False, dtype: str = "bfloat16"
+    r: int,
+    *,
+    dropout: bool,
+    backward: bool,
+    transposed: bool = False,
+    segments: bool = False,
+    dtype: str = "bfloat16",
 ) -> list[dict[str, Any]]:
     """For each tile that is compiled for rank r, its kernel: that of the least rank that is enough."""
-    wanted = {"transposed": transposed, "dropout": dropout, "backward": backward, "dtype": dtype}
+    wanted = {"segments": segments, "transposed": transposed, "dropout": dropout, "backward": backward, "dtype": dtype}
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for variant in variants():
         if variant.items() >= wanted.items() and variant["rank"] >= r:

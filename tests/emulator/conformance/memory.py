@@ -73,8 +73,8 @@ def _widths():
                 f"st.relaxed.{scope}.global.u{width} [%rd1], {register};",
             ]
             yield _copy(f"relaxed.{scope}.u{width}", width // 8, pair)
-    for kind, family in (("u16", "%h"), ("s32", "%r"), ("u64", "%rd"), ("f32", "%f")):
-        for count in (2, 4) if kind in ("u16", "f32") else (1, 2):
+    for kind, family in (("u16", "%h"), ("s32", "%r"), ("u32", "%r"), ("u64", "%rd"), ("f32", "%f")):
+        for count in (2, 4) if kind in ("u16", "u32", "f32") else (1, 2):
             names = [f"{family}{10 + i}" for i in range(count)]
             suffix, operand = (f".v{count}", "{" + ", ".join(names) + "}") if count > 1 else ("", names[0])
             pair = [f"ld.global{suffix}.{kind} {operand}, [%rd0];", f"st.global{suffix}.{kind} [%rd1], {operand};"]
