@@ -4,14 +4,14 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora import quantised_operands, selection
+from fastlora import quantised_operands, scaled_operands, selection
 from fastlora.backends import reference, tuning
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
 from fastlora.problem import (
@@ -23,6 +23,8 @@ from fastlora.problem import (
     LaunchSpec,
     Needs,
     PassingReason,
+    ScaledBackward,
+    ScaledForward,
 )
 
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
@@ -55,7 +57,7 @@ def forget_routes() -> None:
     """Has every route found anew."""
     _by_key.clear()
     _route.cache_clear()
-    _packed_route.cache_clear()
+    _route_to_triton.cache_clear()
 
 
 tuning.on_change(forget_routes)
@@ -147,48 +149,88 @@ def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor
         operands: the fields of ForwardOperands in order, with a QuantisedWeight.
         requested: a backend's name to insist on, or None.
     """
-    if not _may_decode(operands[0].device, requested):
+    if not may_ask_triton(operands[0].device, requested):
         return None
     key = ("packed", quantised_operands.forward_key(operands))
-    return _packed(operands, key, lambda: quantised_operands.describe_forward(operands))
+    launch = _by_triton(operands, key, lambda: quantised_operands.describe_forward(operands))
+    return launch and launch()
 
 
 def packed_backward(operands: Any, needs: Needs, requested: str | None) -> Gradients | None:
     """The gradients that ``needs`` names, likewise."""
-    if not _may_decode(operands[0].device, requested):
+    if not may_ask_triton(operands[0].device, requested):
         return None
     key = ("packed", quantised_operands.backward_key(operands, needs))
-    return _packed(operands, key, lambda: quantised_operands.describe_backward(operands, needs))
+    launch = _by_triton(operands, key, lambda: quantised_operands.describe_backward(operands, needs))
+    return launch and launch()
 
 
 def decodes_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
     """Whether a call over a quantised weight is served by a launch that decodes it."""
-    usable = _may_decode(spec.device, requested) and not spec.is_empty
+    usable = may_ask_triton(spec.device, requested) and not spec.is_empty
     return usable and selection.why_unsupported("triton", spec) is None
 
 
-def _may_decode(device: torch.device, requested: str | None) -> bool:
-    """Triton's kernels alone decode a weight, and they run on a GPU, or where they are asked for."""
+def scaled_forward(operands: ScaledForward, requested: str | None) -> Callable[[], Any] | None:
+    """The one launch of a DoRA layer's forward, which returns Y, S and Z or None. None where none serves the call: then
+    the reason is counted as a fallback, and the columns are to be scaled behind a launch without a scale.
+
+    Where the composed layer is preferred (``selection.preference``), it is to be scaled likewise, and nothing is
+    counted here.
+
+    Args:
+        operands: of the call.
+        requested: a backend's name to insist on, or None.
+    """
+    if not may_ask_triton(operands.x.device, requested):
+        return None
+    key = (requested, scaled_operands.forward_key(operands))
+    return _by_triton(operands, key, lambda: scaled_operands.describe_forward(operands), requested)
+
+
+def scaled_backward(operands: ScaledBackward, needs: Needs, requested: str | None) -> Callable[[], Any] | None:
+    """Likewise of its backward, which returns Gradients and the magnitude's or None."""
+    if not may_ask_triton(operands.dy.device, requested):
+        return None
+    key = (requested, scaled_operands.backward_key(operands, needs))
+    return _by_triton(operands, key, lambda: scaled_operands.describe_backward(operands, needs), requested)
+
+
+def scales_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
+    """Whether a call of a DoRA layer is served by a launch that scales columns."""
+    return decodes_in_launch(spec, requested) and not _prefers_composed(spec, requested)
+
+
+def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
+    order = selection.preference(spec)
+    return requested is None and order.index("composed") < order.index("triton")
+
+
+def may_ask_triton(device: torch.device, requested: str | None) -> bool:
+    """Triton's kernels alone decode a weight or scale columns, and they run on a GPU, or where they are asked for."""
     return requested == "triton" or (requested is None and device.type == "cuda")
 
 
-def _packed(given: tuple, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]) -> Any:
+def _by_triton(
+    given: tuple, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]], requested: str | None = "triton"
+) -> Callable[[], Any] | None:
+    """A call as Triton's kernels serve it, counted, or None."""
     operands, route = given, _by_key.get(key)
     if route is None:
         operands, spec = describe()
-        if spec.is_empty:
+        if spec.is_empty or _prefers_composed(spec, requested):
             return None
         reason = selection.why_unsupported("triton", spec)
         if reason is not None:
             count_fallback(reason)
             return None
-        route = _packed_route(spec)
+        route = _route_to_triton(spec)
         _remember(key, route, given, operands)
-    return _counted(route)(operands)
+    return partial(_counted(route), operands)
 
 
 @lru_cache(maxsize=4096)
-def _packed_route(spec: LaunchSpec) -> _Route:
+def _route_to_triton(spec: LaunchSpec) -> _Route:
     return _Route("triton", (), selection.serving_module("triton", spec).prepare(spec))
 
 

@@ -34,6 +34,10 @@ def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
         from fastlora.backends.triton import quantised_launch
 
         return quantised_launch
+    if spec.column_scale is not None and name == "triton":
+        from fastlora.backends.triton import scaled_launch
+
+        return scaled_launch
     if spec.branch == "segments" and name == "triton":
         from fastlora.backends.triton import segment_launch
 

@@ -86,7 +86,7 @@ def test_a_layer_asks_for_the_launch_that_decodes(monkeypatch):
     """From the public function on: one launch each way, counted as Triton's, and no fallback."""
     case, packed = checks.draw("nf4 nested", (50, 48, 64, 8), torch.bfloat16)
     given = {name: getattr(case, name).requires_grad_() for name in ("x", "lora_a", "lora_b", "bias")}
-    monkeypatch.setattr(dispatch, "_may_decode", lambda device, requested: True)
+    monkeypatch.setattr(dispatch, "may_ask_triton", lambda device, requested: True)
     monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     monkeypatch.setattr(quantised_launch, "target_of", lambda device: Target(80, n_sms=3))
     dispatch.forget_routes()

@@ -69,6 +69,8 @@ def why_not_compiled(spec: LaunchSpec) -> str | None:
         return f"a dimension of {max(m, n, k)} does not fit 32 bits"
     if spec.base_format != "dense" or spec.branch != "single":
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
+    if spec.column_scale is not None:
+        return "no kernel scales the columns of Y"
     return None
 
 

@@ -41,6 +41,8 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         return f"A's gradient has {spec.sizes.r} x {spec.sizes.k} elements, which 32-bit offsets do not reach"
     if spec.base_format not in BASE_FORMATS or spec.branch != "single":
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
+    if spec.column_scale is not None:
+        return "no kernel scales the columns of Y"
     return None
 
 

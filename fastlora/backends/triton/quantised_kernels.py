@@ -31,7 +31,7 @@ def quantised_forward_kernel(
     if variant.packed.in_loop:
         forward_tile(
             ticket, x, packed, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave, stride_xm,
-            stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, variant,
+            stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, None, variant,
         )  # fmt: skip
     elif ticket < decoding:
         panel = ticket // parts
@@ -43,7 +43,7 @@ def quantised_forward_kernel(
         forward_tile(
             ticket - decoding, x, DecodedWeight(scratch_ptr, panels_ptr, parts), lora_a, lora_b_ptr, bias_ptr, y_ptr,
             s_ptr, workspace_ptr, M, N, K, R, wave, stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s,
-            on_branch, seed_ptr, seed, threshold, variant,
+            on_branch, seed_ptr, seed, threshold, None, variant,
         )  # fmt: skip
     reset_if_last(workspace_ptr, n_words, 1024)
 
