@@ -184,11 +184,12 @@ class Packed(NamedTuple):
 class ColumnScale(NamedTuple):
     """A factor for each column of Y: a magnitude over a norm.
 
-    magnitude: its dtype.
+    magnitude, norm: their dtypes.
     trains: whether it gets a gradient: a forward keeps Y as it is before the scale, a backward reads that.
     """
 
     magnitude: torch.dtype
+    norm: torch.dtype
     trains: bool
 
 

@@ -15,7 +15,7 @@ def describe_forward(given: ScaledForward) -> tuple[ScaledForward, LaunchSpec]:
     """The operands of a forward as kernels take them, and their description."""
     layer, spec = operands.describe_forward(given.of_layer)
     factors = as_vector(given.magnitude), as_vector(given.norm)
-    scale = ColumnScale(given.magnitude.dtype, given.keeps_unscaled)
+    scale = ColumnScale(given.magnitude.dtype, given.norm.dtype, given.keeps_unscaled)
     return ScaledForward(*layer, *factors, given.keeps_unscaled), spec._replace(column_scale=scale)
 
 
@@ -24,7 +24,7 @@ def describe_backward(given: ScaledBackward, needs: Needs) -> tuple[ScaledBackwa
     layer, spec = operands.describe_backward(given.of_layer, needs)
     factors = as_vector(given.magnitude), as_vector(given.norm)
     unscaled = None if given.unscaled is None else as_vector(given.unscaled)
-    scale = ColumnScale(given.magnitude.dtype, unscaled is not None)
+    scale = ColumnScale(given.magnitude.dtype, given.norm.dtype, unscaled is not None)
     return ScaledBackward(*layer, *factors, unscaled), spec._replace(column_scale=scale)
 
 

@@ -26,6 +26,8 @@ LAYERS = (
         "segments",
         "quantised_weight",
         "quantised_operands",
+        "scaled_operands",
+        "column_scale",
     ),  # fmt: skip
     ("backends",),
     ("selection",),
@@ -33,6 +35,7 @@ LAYERS = (
     ("differentiable",),
     ("op_tools", "quantised_layer"),
     ("ops",),
+    ("scaled_layer",),
     ("dora",),
     ("sharding",),
     ("grouped",),

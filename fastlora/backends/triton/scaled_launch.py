@@ -31,6 +31,8 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         return "no kernel scales columns with dropout"
     if scale.magnitude not in _MAGNITUDES:
         return f"a magnitude of {scale.magnitude} is not float16, bfloat16 or float32"
+    if scale.norm != torch.float32:
+        return f"a norm of {scale.norm} is not float32"
     return why_unscaled_unsupported(spec._replace(column_scale=None))
 
 
