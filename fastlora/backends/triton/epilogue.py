@@ -30,7 +30,7 @@ def finish_tile(acc, product, row, first_n, shape, on_branch, dropout, variant: 
             branch = acc + tl.where(keep, branch * dropout.inverse_keep, 0.0)
         if on_branch is not None:
             branch *= on_branch
-        if product.column_scale is not None:
+        if product.column_scale.magnitude_ptr is not None:
             if product.column_scale.unscaled_ptr is not None:
                 _store(branch, Matrix(product.column_scale.unscaled_ptr, product.out.stride), offs_m, offs_n, shape)
             branch *= column_factors(product.column_scale, offs_n, shape.N)[None, :]

@@ -8,7 +8,7 @@ from fastlora.backends.triton.gradients import gradient_tile
 from fastlora.backends.triton.memory import dropout_of
 from fastlora.backends.triton.row_map import count_chunks, row_chunk
 from fastlora.backends.triton.schedule import N_COUNTERS, claim, locate, reset_if_last, wait_for
-from fastlora.backends.triton.structs import BranchScales, Gradient, Matrix, Product, RowSum, Shape
+from fastlora.backends.triton.structs import BranchScales, ColumnScale, Gradient, Matrix, Product, RowSum, Shape
 from fastlora.backends.triton.tiles import product_tile
 from fastlora.backends.triton.variant import variant_of
 
@@ -26,8 +26,8 @@ def lora_forward_kernel(
     """Y = X·W0ᵀ + on_branch·S·Bᵀ + bias and S = scale_s·in_s·drop(X)·Aᵀ; the two are None where they are 1."""
     forward_tile(
         None, x, weight, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave,
-        stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, None,
-        variant_of(plain_variant),
+        stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
+        ColumnScale(None, None, None), variant_of(plain_variant),
     )  # fmt: skip
     reset_if_last(workspace_ptr, n_words, 1024)
 
@@ -119,6 +119,7 @@ def backward_tile(
                 bias_ptr=None,
                 out=Matrix(dx_ptr, K),
                 s=Matrix(ds_ptr, R),
+                column_scale=ColumnScale(None, None, None),
             )
             scales = BranchScales(scaling, None, None)
             product_tile(product, flags_ptr, row, column, Shape(M, K, N, R), scales, dropout, variant)

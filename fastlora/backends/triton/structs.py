@@ -31,8 +31,8 @@ class ScaledRows(NamedTuple):
 
 
 class ColumnScale(NamedTuple):
-    """A factor for each column of Y, magnitude / norm. ``unscaled_ptr``: where Y before factor and bias goes, with the
-    row stride of Y; None: nowhere."""
+    """A factor for each column of Y, magnitude / norm; without ``magnitude_ptr`` 1. ``unscaled_ptr``: where Y before
+    factor and bias goes, with the row stride of Y; None: nowhere."""
 
     magnitude_ptr: Any
     norm_ptr: Any
@@ -49,8 +49,7 @@ class Shape(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Operands of out = scale∘(act·weightᵀ + s·upᵀ) + bias, s = act·downᵀ, by role. The factors of the columns are a
-    ColumnScale; None: 1.
+    """Operands of out = column_scale∘(act·weightᵀ + s·upᵀ) + bias, s = act·downᵀ, by role.
 
     |        | forward          | dX, which contracts N: memory as the forward's |
     |--------|------------------|-----------------------------------------------|
@@ -69,7 +68,7 @@ class Product(NamedTuple):
     bias_ptr: Any
     out: Matrix
     s: Matrix
-    column_scale: Any = None
+    column_scale: ColumnScale
 
 
 class BranchScales(NamedTuple):
