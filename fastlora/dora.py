@@ -1,9 +1,9 @@
 """DoRA: the columns of base product and branch scaled by a trained magnitude over a weight's norm.
 
 ``Y = g∘(X·W0ᵀ + s·X·Aᵀ·Bᵀ) + bias`` with ``g = m / ‖W0 + s·B·A‖`` by output row, the norm a constant to autograd. On a
-GPU that is one launch each way (``fastlora.scaled_layer``). Where Triton does not serve it, on the CPU, and where torch's
-operators alone can be followed, the term in brackets is the fused layer without a bias, and the scale a pass over it
-(``fastlora.column_scale``). The norm needs no N x K temporary:
+GPU that is one launch each way (``fastlora.scaled_layer``). Where Triton does not serve it, on the CPU, and where
+torch's operators alone can be followed, the term in brackets is the fused layer without a bias, and the scale a pass over
+it (``fastlora.column_scale``). The norm needs no N x K temporary:
 ``‖W0 + s·B·A‖² = ‖W0‖² + 2s·Σ_r (W0·Aᵀ)∘B + s²·Σ_r (B·(A·Aᵀ))∘B``.
 
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), with its section 4.3.
@@ -153,8 +153,8 @@ def dora_linear(
     """A DoRA layer: ``m/‖W0 + s·B·A‖ ∘ (x·W0ᵀ + s·x·Aᵀ·Bᵀ) + bias``, by output column; the norm is a constant.
 
     With dropout in training it computes what PEFT does, which drops the base product's input as well, by torch's own
-    products; counted as a fallback. Where m trains, the bracket is kept for its gradient, as many elements as the output
-    has.
+    products; counted as a fallback. Where m trains, the term in brackets is kept for its gradient: as many elements as
+    the output has.
 
     Args:
         x: input [..., in_features], as for ``fastlora.lora_linear``.

@@ -1,10 +1,10 @@
 """A DoRA layer in one launch each way, as one autograd node.
 
 The forward's epilogue scales Y's columns and, where the magnitude trains, stores Z = X·W0ᵀ + s·X·Aᵀ·Bᵀ as well: M·N
-elements that are written once and kept. dm[n] = Σ_m dY∘Z / norm reads them. Nothing cheaper is exact: Z = (Y - bias) / g
-fails where g is 0 or small against the bias, Σ_m dY∘Z in terms of X needs dYᵀ·X, which is as large as W0 and as dear as
-dX, and so does Z made anew. The backward's first tiles read dY and Z once: they store g∘dY, rounded once, in scratch of
-M·N elements that the launch's products read, and sum dm and dbias, in an order that never changes.
+elements that are written once and kept. dm[n] = Σ_m dY∘Z / norm reads them. Nothing cheaper is exact: Z out of Y, as
+(Y - bias) / g, fails where g is 0 or small against the bias; Σ_m dY∘Z without Z takes dYᵀ·X, which is as large as W0 and
+as dear as dX, and Z made anew is no cheaper. The backward's first tiles read dY and Z once: they store g∘dY, rounded
+once, in scratch of M·N elements that the launch's products read, and sum dm and dbias, in an order that never changes.
 """
 
 from typing import Any
@@ -107,8 +107,8 @@ class _ScaledLoRAFunction(torch.autograd.Function):
 
 
 def _gradients(operands: ScaledBackward, needs: Needs, backend: str | None) -> tuple[Gradients, Tensor | None]:
-    """By one launch; or of torch's operators where they are to be differentiated; or with dY scaled in front of a launch
-    without a scale, where none scales it."""
+    """By one launch; where they are to be differentiated, by torch's operators; and where no launch scales dY, by one
+    without a scale behind a pass that does."""
     reason = backward_reason()
     if reason is not None:
         dispatch.count_fallback(reason)

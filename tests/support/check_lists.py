@@ -14,6 +14,7 @@ from tests.emulator import LaunchOptions
 from tests.support import cuda_checks as cuda
 from tests.support import cuda_range
 from tests.support import quantised_checks as quantised
+from tests.support import scaled_checks as scaled
 from tests.support import segment_checks as segments
 from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import variants_for
@@ -115,6 +116,19 @@ def triton_packed_integers() -> Iterator[Check]:
     return _each(checks, triton.SCHEDULES)
 
 
+def triton_scaled() -> Iterator[Check]:
+    """DoRA layers."""
+    checks = (
+        (
+            f"sm_{arch} scaled columns {sizes}",
+            functools.partial(scaled.check_integers, sizes, arch),
+            triton.SCHEDULES,
+        )
+        for arch, sizes in scaled.INTEGERS
+    )
+    return _each(checks, triton.SCHEDULES)
+
+
 def triton_segments(arch: int) -> Iterator[Check]:
     """Rows in segments, the ragged ones first."""
     layouts = sorted(segments.LAYOUTS, key=lambda layout: layout != "ragged")
@@ -170,8 +184,10 @@ def triton_bad_ends(arch: int) -> Iterator[Check]:
 
 
 def _family(module: str) -> str:
-    """Whose kernels a module is part of: those over packed weights, those of segments, or all."""
+    """Whose kernels a module is part of: those over packed weights, those of segments, those that scale columns, or
+    all."""
     families = {"packed": "packed", "quantised": "packed", "segment": "segments", "segments": "segments"}
+    families |= {"column": "scaled", "scaled": "scaled"}
     return families.get(module.partition("_")[0], "all")
 
 
@@ -202,6 +218,7 @@ def triton_kinds(module: str) -> list[list[Check]]:
     # Of what decodes, each format is a kind.
     of_formats = [[each] for each in formats] if family == "packed" else [formats]
     by_family["packed"] = [*of_formats, [*triton_packed_integers()]]
+    by_family["scaled"] = [[*triton_scaled()]]
     return [kind for name, each in by_family.items() if family in (name, "all") for kind in each if kind]
 
 

@@ -105,6 +105,7 @@ def triton_planted() -> list[Defect]:
         )
     }
     checks["packed values"] = [*check_lists.triton_packed_formats()]
+    checks["scaled"] = [*check_lists.triton_scaled()]
     checks["quantised"] = [*check_lists.triton_packed_integers()]
     return [_with_mutant(mutant, f"{mutant.module}.py", checks[mutant.shows]) for mutant in mutants.MUTANTS]
 

@@ -1,10 +1,13 @@
 """DoRA layers run by the Triton kernels, and checked: values, scratch, the protocol."""
 
 import dataclasses
+import functools
 import importlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 from unittest import mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -16,7 +19,8 @@ from fastlora.backends.target import Target
 from fastlora.backends.triton import scaled_launch
 from fastlora.problem import Needs, ScaledBackward, ScaledForward
 from tests.emulator import LaunchOptions
-from tests.support import numerics
+from tests.support import numerics, triton_checks
+from tests.support.compile_gate import assert_fits, expected_instruction
 from tests.support.triton_checks import ALL, SCHEDULES, SMALL
 from tests.support.triton_emulation import emulated
 
@@ -33,7 +37,9 @@ class Case:
         return Case(self.layer.to(torch.float64), self.magnitude.double(), self.norm.double())
 
 
-def draw(m: int, n: int, k: int, r: int, dtype: torch.dtype, *, magnitude: torch.dtype = torch.float32, **options) -> Case:
+def draw(
+    m: int, n: int, k: int, r: int, dtype: torch.dtype, *, magnitude: torch.dtype = torch.float32, **options
+) -> Case:
     """Factors of both signs, from tiny ones to 2, one that is 0, and no two neighbours alike."""
     layer = numerics.draw_case(m, n, k, r, dtype, **options)
     generator = torch.Generator().manual_seed(1)
@@ -160,10 +166,49 @@ def of(kernels: Any) -> Any:
     return importlib.import_module(f"{kernels.__package__}.scaled_launch")
 
 
-# [M, N, K, R]: several row groups, column blocks of a ragged last; ragged rows; S with tiles of its own above a rank
-# of 64.
-SIZES = ((264, 136, 72, 8), (208, 224, 160, 16), (97, 33, 47, 3), (136, 72, 80, 72))
-INTEGERS = ((80, SIZES[0]), (90, SIZES[1]), (80, SIZES[3]), (90, SIZES[2]))
+# [M, N, K, R]: several row groups and column blocks, a ragged last one of each; S with tiles of its own above a rank of
+# 64.
+SIZES = ((264, 136, 72, 8), (97, 33, 47, 3), (136, 72, 80, 72))
+INTEGERS = ((80, SIZES[0]), (90, SIZES[2]), (90, SIZES[1]))
+
+
+class Shipped(NamedTuple):
+    """A tile of the tables."""
+
+    arch: int
+    config: TileConfig
+    rank: int
+    dtype: torch.dtype
+    aligned: bool
+    forward_only: bool
+
+
+def shipped() -> Iterator[Any]:
+    """Each tile of the tables of sm_80 and sm_90, by both ways to make S where either may be chosen; all but the largest
+    of 16 bits are for the sweep."""
+    for each in triton_checks.shipped():
+        (tile,) = each.values
+        if tile.multiple == 8:
+            continue
+        found = Shipped(tile.arch, tile.config, tile.rank, tile.dtype, tile.multiple == 16, tile.forward_only)
+        largest = tile.config.block_n == (256 if tile.arch == 90 else 128) and tile.config.fused
+        yield pytest.param(found, id=each.id, marks=() if largest else (pytest.mark.sweep,))
+
+
+def check_shipped(tile: Shipped, options: LaunchOptions = SCHEDULES[3], **altered: Any) -> None:
+    """Several row groups of the size that is shipped, more steps than the pipeline has stages, the tile's instruction."""
+    config = tile.config
+    m = (config.group_m + 1) * config.block_m + 13
+    n = k = max(config.num_stages + 1, config.block_n // config.block_k + 1) * config.block_k
+    if not tile.aligned:
+        n, k = n + 1, k + 3
+    case = draw(m, n, k, tile.rank, tile.dtype)
+    gate = functools.partial(
+        assert_fits, arch=tile.arch, instruction=expected_instruction(tile.arch, config, tile.dtype)
+    )
+    altered.setdefault("on_kernel", gate)
+    results, _ = emulate(case, tile.arch, options, None if tile.forward_only else ALL, config=config, **altered)
+    assert_accurate(results, case, against_eager=tile.dtype != torch.float32)
 
 
 def check_integers(sizes, arch: int, schedules=SCHEDULES, kernels: Any = scaled_launch, **altered: Any) -> None:

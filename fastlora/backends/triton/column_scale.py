@@ -27,9 +27,9 @@ def scale_tile(dy, column_scale, scaled_ptr, flags_ptr, counts_ptr, column, chun
     """Column block ``column`` of the rows of one chunk: dY scaled and rounded once, where products read it
     (``scaled_ptr``, rows of N elements); dm = Σ_m dY∘Y_unscaled / norm and dbias = Σ_m dY (structs.Gradient).
 
-    It is a pass of its own because wgmma takes an operand that was scaled in registers only with a wait for every single
-    instruction (ptxas: C7515), and dX's tiles would scale each row once a column block. dm and dbias are its by-product:
-    dY is here. They are summed by the serial reduction of gradients.gradient_tile.
+    It is a pass of its own because with an operand that was scaled in registers ptxas waits for every single wgmma of
+    the kernel (C7515), and dX's tiles would scale each row once a column block. dm and dbias are its by-product, for dY
+    is here; they are summed by the serial reduction of gradients.gradient_tile.
     """
     BLOCK_M: tl.constexpr = variant.tile.gradient_m
     BLOCK_N: tl.constexpr = variant.tile.gradient_n
@@ -59,7 +59,7 @@ def scale_tile(dy, column_scale, scaled_ptr, flags_ptr, counts_ptr, column, chun
                 sum_m += tl.load(dm.partial_ptr + offs_n, mask=mask_n, other=0.0)
             if dbias.ptr is not None:
                 sum_bias += tl.load(dbias.partial_ptr + offs_n, mask=mask_n, other=0.0)
-            # A value that several threads hold is loaded by each and stored by one, which may not be ahead of the others.
+            # A value that several threads hold is loaded by each and stored by one, not ahead of the others.
             tl.debug_barrier()
         if chunk.index < chunk.count - 1:
             if dm.ptr is not None:

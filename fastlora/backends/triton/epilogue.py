@@ -13,7 +13,8 @@ from fastlora.backends.triton.structs import Matrix
 @triton.jit
 def finish_tile(acc, product, row, first_n, shape, on_branch, dropout, variant: tl.constexpr):
     """Adds the branch to the columns of out from ``first_n`` on, scales them, adds the bias and stores them. The branch
-    of dX, which dropout masks before it may be added, is made slice_n columns at a time: it needs registers of its own."""
+    of dX, which dropout masks before it may be added, is made slice_n columns at a time: it needs registers of its own.
+    """
     BLOCK_N: tl.constexpr = acc.shape[1]
     MASKED: tl.constexpr = variant.dropout and not variant.forward
     if MASKED and variant.tile.slice_n < BLOCK_N:

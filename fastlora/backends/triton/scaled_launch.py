@@ -1,8 +1,8 @@
 """The Triton backend of a DoRA layer, host side: which calls its kernels serve, and the two launches.
 
-The forward scales Y's columns in its epilogue. The backward scales dY's once, into scratch of its size, which is freed
-when the launch has been made: tiles ahead of all others, which make dm and dbias of the same pass. Products read scratch
-by ordinary loads, as they read S: Triton has no proxy fence between other programs' stores and TMA.
+The forward scales Y's columns in its epilogue. The backward scales dY's once, by tiles ahead of all others, which make
+dm and dbias of the same pass: into scratch of its size, which is freed when the launch has been made. Products read it by
+ordinary loads, as they read S: Triton has no proxy fence between other programs' stores and TMA.
 """
 
 from dataclasses import replace
@@ -94,7 +94,9 @@ class _Backward(BackwardLaunch):
         made[_DBIAS], made[_PARTIAL_BIAS] = dbias, part_bias
         self.outputs = (*made, dm, part_m)
         compiled_as = dict(self.launch.compiled_as)
-        compiled_as |= {index: torch.float32 for index, sum_ in ((_PARTIAL_BIAS_ARGUMENT, dbias), (_PARTIAL_M, dm)) if sum_}
+        compiled_as |= {
+            index: torch.float32 for index, sum_ in ((_PARTIAL_BIAS_ARGUMENT, dbias), (_PARTIAL_M, dm)) if sum_
+        }
         self.launch = self.prepare_launch(
             scaled_backward_kernel, self.launch.grid + n_groups * parts, ([], [], []), compiled_as
         )
