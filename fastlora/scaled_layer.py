@@ -2,9 +2,9 @@
 
 The forward's epilogue scales Y's columns and, where the magnitude trains, stores Z = X·W0ᵀ + s·X·Aᵀ·Bᵀ as well: M·N
 elements that are written once and kept. dm[n] = Σ_m dY∘Z / norm reads them. Nothing cheaper is exact: Z out of Y, as
-(Y - bias) / g, fails where g is 0 or small against the bias; Σ_m dY∘Z without Z takes dYᵀ·X, which is as large as W0 and
-as dear as dX, and Z made anew is no cheaper. The backward's first tiles read dY and Z once: they store g∘dY, rounded
-once, in scratch of M·N elements that the launch's products read, and sum dm and dbias, in an order that never changes.
+(Y - bias) / g, fails where g is 0 or small against the bias; Σ_m dY∘Z without Z takes dYᵀ·X, which is as large as W0
+and as dear as dX, and Z made anew is no cheaper. The backward's first tiles read dY and Z once: they store g∘dY,
+rounded once, in scratch of M·N elements that the launch's products read, and sum dm and dbias, in one order always.
 """
 
 from typing import Any

@@ -171,8 +171,8 @@ def _described(layer: _Layer, given: Any, needs: Needs | None, backend: str | No
 
 
 def _modes(layer: _Layer, training: bool, evaluation: bool) -> Iterator[tuple[_Layer, bool, bool]]:
-    """The layer as it trains and as it is evaluated. DoRA keeps more where its magnitude trains, by a kernel of its own;
-    with dropout it is torch's."""
+    """The layer as it trains and as it is evaluated. DoRA keeps more where its magnitude trains, by a kernel of its
+    own; with dropout it is torch's."""
     if layer.magnitude is None:
         yield layer, training, evaluation
         return

@@ -1,4 +1,4 @@
-"""The Triton kernels of DoRA layers, proven on their own PTX, as test_triton_ptx.py does it for layers without a scale."""
+"""The Triton kernels of DoRA layers, proven on their own PTX, as test_triton_ptx.py does it for others."""
 
 import pytest
 import torch
@@ -29,9 +29,9 @@ def test_shipped_tiles(tile):
 
 
 def test_bytes_of_both_launches():
-    """Beyond a layer without a scale: forward Z is written, backward dY and Z are read once and dY is written, scaled. A
-    pass over Y and one over dY behind and before such a layer read and write two of these sizes each, and the sums dm
-    and dbias read three."""
+    """Beyond a layer without a scale: forward Z is written, backward dY and Z are read once and dY is written, scaled.
+    A pass over Y behind such a layer and one over dY in front of it read and write two of these sizes each, and the
+    sums dm and dbias read three."""
     m, n, k, r = 136, 72, 80, 8
     case, alone = checks.draw(m, n, k, r, torch.bfloat16), LaunchOptions(resident=1)  # no wait polls
     of_y = m * n * 2

@@ -1,8 +1,8 @@
 """The Triton backend of a DoRA layer, host side: which calls its kernels serve, and the two launches.
 
 The forward scales Y's columns in its epilogue. The backward scales dY's once, by tiles ahead of all others, which make
-dm and dbias of the same pass: into scratch of its size, which is freed when the launch has been made. Products read it by
-ordinary loads, as they read S: Triton has no proxy fence between other programs' stores and TMA.
+dm and dbias of the same pass: into scratch of its size, which is freed when the launch has been made. Products read it
+by ordinary loads, as they read S: Triton has no proxy fence between other programs' stores and TMA.
 """
 
 from dataclasses import replace
