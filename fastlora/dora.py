@@ -1,8 +1,8 @@
 """DoRA: the columns of base product and branch scaled by a trained magnitude over a weight's norm.
 
 ``Y = g∘(X·W0ᵀ + s·X·Aᵀ·Bᵀ) + bias`` with ``g = m / ‖W0 + s·B·A‖`` by output row, the norm a constant to autograd. On a
-GPU that is one launch each way (``fastlora.scaled_layer``). Where Triton does not serve it, on the CPU, and where
-torch's own operators are asked for, the term in brackets is the fused layer without a bias, and the scale a pass over it
+GPU that is one launch each way (``fastlora.scaled_layer``). Where Triton does not serve it, on the CPU, and where the
+call must be of torch's operators, the term in brackets is the fused layer without a bias, and the scale a pass over it
 (``fastlora.column_scale``). The norm needs no N x K temporary:
 ``‖W0 + s·B·A‖² = ‖W0‖² + 2s·Σ_r (W0·Aᵀ)∘B + s²·Σ_r (B·(A·Aᵀ))∘B``.
 

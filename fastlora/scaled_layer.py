@@ -93,7 +93,8 @@ class _ScaledLoRAFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
-        x, weight, lora_a, lora_b, s, magnitude, norm, unscaled = saved_tensors(ctx)
+        saved: Any = saved_tensors(ctx)
+        x, weight, lora_a, lora_b, s, magnitude, norm, unscaled = saved
         if ctx.norms is not None and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
             ctx.norms.forget_branch()
         needs = Needs(*ctx.needs_input_grad[:4])

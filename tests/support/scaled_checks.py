@@ -184,8 +184,8 @@ class Shipped(NamedTuple):
 
 
 def shipped() -> Iterator[Any]:
-    """Each tile of the tables of sm_80 and sm_90, by both ways to make S where either may be chosen. All but the largest
-    of 16 bits are the sweep's."""
+    """Each tile of the tables of sm_80 and sm_90, by both ways to make S where either may be chosen. All but the
+    largest of 16 bits are the sweep's."""
     seen = set()
     for each in triton_checks.shipped():
         (tile,) = each.values

@@ -19,6 +19,7 @@ from fastlora.backends.triton.scaled_kernels import scaled_backward_kernel, scal
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import ColumnScale, Gradients, Launcher, LaunchSpec
 
+_SHORT = {2: 32, 4: 16}  # rows, by the bytes of an element
 _MAGNITUDES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -40,8 +41,14 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     """What serves every call of this description, with ScaledForward or ScaledBackward; ``config`` overrides the tables
     and what was tuned."""
     target = target_of(spec.device)
-    config = config or choose_tile(spec, target)
+    config = without_spill(config or choose_tile(spec, target), spec.dtype.itemsize)
     return (_Forward if spec.direction == "forward" else _Backward)(spec, config, target)
+
+
+def without_spill(config: TileConfig, element_size: int) -> TileConfig:
+    """A tile of the tables. A short one leaves S to tiles of their own, since it would spill (in float32 on sm_80, in 16
+    bits on sm_120)."""
+    return replace(config, fused=config.fused and config.block_m > _SHORT[element_size])
 
 
 def _scale_of(spec: LaunchSpec) -> ColumnScale:
@@ -54,8 +61,8 @@ class _Forward(ForwardLaunch):
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
         super().__init__(spec, config, target)
-        dense = self.launch
-        self.launch = self.prepare_launch(scaled_forward_kernel, dense.grid, dense.blocks, dense.compiled_as)
+        blocks = tuple(block or [] for block in self.launch.blocks)
+        self.launch = self.prepare_launch(scaled_forward_kernel, self.launch.grid, blocks, self.launch.compiled_as)
 
     def __call__(self, operands: Any) -> Any:
         x = operands.x
