@@ -1,5 +1,6 @@
 """The launcher of DoRA layers: which calls it serves and why not others, and what it compiles where."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ import fastlora
 from fastlora import dispatch, scaled_operands, selection
 from fastlora.backends import composed, reference
 from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, table_for
+from fastlora.backends.cuda import extension
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
@@ -49,7 +51,7 @@ def test_no_other_backend_takes_a_layer_whose_columns_are_scaled():
             selection.select_backend(spec, "reference")
 
 
-@pytest.mark.skipif(cuda.extension.unusable() is not None, reason="the extension is not built")
+@pytest.mark.skipif(extension.load()[0] is None, reason=f"CUDA extension: {extension.load()[1]}")
 def test_the_cuda_backend_refuses_it():
     spec = described()[1]
     assert cuda.why_not_compiled(spec) == "no kernel scales the columns of Y"
@@ -91,18 +93,19 @@ def test_a_key_says_all_that_a_description_reads():
 @needs_compiler
 def test_one_kernel_for_any_number_of_rows(monkeypatch):
     """Where sums are of one step as of several, with dX and without."""
+    config = dataclasses.replace(TILE_TABLES["hopper"][1], fused=False)  # without dX nothing is fused
     monkeypatch.setattr(scaled_launch, "target_of", lambda device: Target(90, n_sms=132))
     with asked_for(90) as found:
         for m, dx in itertools.product((600, 2048, 9000), (True, False)):
             for needs in (None, Needs(dx, True, True, True)):
                 operands, spec = described(needs, m=m, n=512, k=512)
-                scaled_launch.prepare(spec, TILE_TABLES["hopper"][1]).compile(operands)
+                scaled_launch.prepare(spec, config).compile(operands)
     assert sorted(name for name, _ in found) == ["scaled_backward_kernel", "scaled_forward_kernel"]
 
 
 @needs_compiler
 def test_what_a_warm_up_compiles(monkeypatch):
-    """Of a layer that trains: a forward that keeps Z, one that does not, a backward; with dropout, what is evaluated."""
+    """Of a layer that trains: forwards that keep Z and that do not, a backward; with dropout, what is evaluated."""
     monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: None)
     monkeypatch.setattr(scaled_launch, "target_of", lambda device: Target(90, n_sms=132))
     found = {}

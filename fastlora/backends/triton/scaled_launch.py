@@ -46,8 +46,8 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
 
 
 def without_spill(config: TileConfig, element_size: int) -> TileConfig:
-    """A tile of the tables. A short one leaves S to tiles of their own, since it would spill (in float32 on sm_80, in 16
-    bits on sm_120)."""
+    """A tile of the tables. A short one leaves S to tiles of their own, since it would spill (in float32 on sm_80, in
+    16 bits on sm_120)."""
     return replace(config, fused=config.fused and config.block_m > _SHORT[element_size])
 
 
