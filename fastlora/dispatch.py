@@ -167,8 +167,7 @@ def packed_backward(operands: Any, needs: Needs, requested: str | None) -> Gradi
 
 def decodes_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
     """Whether a call over a quantised weight is served by a launch that decodes it."""
-    usable = may_ask_triton(spec.device, requested) and not spec.is_empty
-    return usable and selection.why_unsupported("triton", spec) is None
+    return _is_tritons(spec, requested)
 
 
 def scaled_forward(operands: ScaledForward, requested: str | None) -> Callable[[], Any] | None:
@@ -198,12 +197,19 @@ def scaled_backward(operands: ScaledBackward, needs: Needs, requested: str | Non
 
 def scales_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
     """Whether a call of a DoRA layer is served by a launch that scales columns."""
-    return decodes_in_launch(spec, requested) and not _prefers_composed(spec, requested)
+    return _is_tritons(spec, requested) and not _prefers_composed(spec, requested)
+
+
+def _is_tritons(spec: LaunchSpec, requested: str | None) -> bool:
+    usable = may_ask_triton(spec.device, requested) and not spec.is_empty
+    return usable and selection.why_unsupported("triton", spec) is None
 
 
 def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
+    if requested is not None:
+        return False
     order = selection.preference(spec)
-    return requested is None and order.index("composed") < order.index("triton")
+    return order.index("composed") < order.index("triton")
 
 
 def may_ask_triton(device: torch.device, requested: str | None) -> bool:

@@ -75,11 +75,12 @@ model.save_pretrained(directory)  # each adapter in a folder of its name
 ```
 
 Several active adapters without dropout are one fused call, their ranks stacked; with dropout each has a mask of its
-own, and PEFT's forward serves them. DoRA is a fused launch and one pass that scales its columns; the norms of its
-weights are kept until a weight, a factor or the scaling changes, or a backward has trained the factors. A write through
-``.data`` between two calls without a backward is not seen. With dropout in training DoRA drops the base product's
-input, too: PEFT's forward, counted, as is aLoRA. ``benchmarks/results/recipes.md`` in the repository lists 22 recipes,
-what serves each, and why not.
+own, and PEFT's forward serves them. DoRA is one launch each way on a GPU, and elsewhere a fused layer and a pass that
+scales its columns; where its magnitude trains it keeps one tensor of the output's size. The norms of its weights are
+kept until a weight, a factor or the scaling changes, or a backward has trained the factors. A write through ``.data``
+between two calls without a backward is not seen. With dropout in training DoRA drops the base product's input, too:
+PEFT's forward, counted, as is aLoRA. ``benchmarks/results/recipes.md`` in the repository lists 22 recipes, what serves
+each, and why not.
 
 Embeddings (``lora.Embedding``, tied to a head or not) stay PEFT's own forward, counted. There is no base product whose
 reads a fused kernel could share: both terms are gathers, one of N and one of r numbers a token, and what is left is one

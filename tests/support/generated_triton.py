@@ -59,6 +59,6 @@ _TESTS = (
     ((), ("tests/kernels/test_triton_ptx.py", "-k", " and ".join(f"not {name}" for name in _DONE))),
     ((), ("tests/kernels/test_triton_compile.py", "tests/kernels/test_warming.py", "tests/kernels/test_traffic.py",
           "tests/kernels/test_triton_driver.py", "tests/kernels/test_far_addresses.py",
-          "tests/kernels/test_quantised_ptx.py", "tests/kernels/test_scaled_ptx.py", "tests/kernels/test_segments_ptx.py",
-          "tests/kernels/test_segments_compile.py")),
+          "tests/kernels/test_quantised_ptx.py", "tests/kernels/test_scaled_ptx.py",
+          "tests/kernels/test_segments_ptx.py", "tests/kernels/test_segments_compile.py")),
 )  # fmt: skip
