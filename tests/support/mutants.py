@@ -381,24 +381,10 @@ MUTANTS = (
         shows="scaled",
     ),
     Mutant(
-        "no wait for dm of the rows before",
-        "column_scale",
-        "wait_for(counts_ptr + column, chunk.index)",
-        "wait_for(counts_ptr + column, 0)",
-        shows="scaled",
-    ),
-    Mutant(
         "counts of dm not reset",
         "scaled_launch",
         "self.n_words += n_groups + parts",
         "self.n_words += n_groups",
-        shows="scaled",
-    ),
-    Mutant(
-        "scaled rows of the first group awaited",
-        "tiles",
-        "row // variant.tile.group_m, variant)",
-        "0 * row, variant)",
         shows="scaled",
     ),
     Mutant(

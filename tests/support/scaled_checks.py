@@ -168,8 +168,8 @@ def of(kernels: Any) -> Any:
 
 # [M, N, K, R]: several row groups and column blocks, a ragged last one of each; S with tiles of its own above a rank of
 # 64.
-SIZES = ((264, 136, 72, 8), (97, 33, 47, 3), (136, 72, 80, 72))
-INTEGERS = ((80, SIZES[0]), (90, SIZES[2]), (90, SIZES[1]))
+SIZES = ((264, 136, 72, 8), (136, 72, 80, 72))
+INTEGERS = ((80, SIZES[0]), (90, SIZES[1]))
 
 
 class Shipped(NamedTuple):

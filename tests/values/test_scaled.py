@@ -29,7 +29,7 @@ def small_gpu(monkeypatch, device):
         monkeypatch.setattr(scaled_launch, "target_of", lambda device: Target(80, n_sms=2))
 
 
-@pytest.mark.parametrize("sizes", [(97, 40, 48, 5), (33, 37, 46, 3), (70, 36, 40, 72), (1, 16, 16, 1)], ids=str)
+@pytest.mark.parametrize("sizes", [(33, 37, 46, 3), (70, 36, 40, 72), (1, 16, 16, 1)], ids=str)
 def test_float32(sizes, device):
     case = checks.draw(*sizes, torch.float32, device=device)
     checks.assert_accurate(checks.run(case, SMALL), case)
