@@ -41,14 +41,17 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     """What serves every call of this description, with ScaledForward or ScaledBackward; ``config`` overrides the tables
     and what was tuned."""
     target = target_of(spec.device)
-    config = without_spill(config or choose_tile(spec, target), spec.dtype.itemsize)
+    config = without_spill(config or choose_tile(spec, target), spec, target)
     return (_Forward if spec.direction == "forward" else _Backward)(spec, config, target)
 
 
-def without_spill(config: TileConfig, element_size: int) -> TileConfig:
-    """A tile of the tables. A short one leaves S to tiles of their own, since it would spill (in float32 on sm_80, in
-    16 bits on sm_120)."""
-    return replace(config, fused=config.fused and config.block_m > _SHORT[element_size])
+def without_spill(config: TileConfig, spec: LaunchSpec, target: Target) -> TileConfig:
+    """A tile of the tables, where it would spill as one that does not. A short one leaves S to tiles of their own (in
+    float32 it spills on sm_80, in 16 bits on sm_120); a forward's on sm_100 has 128 columns at most."""
+    config = replace(config, fused=config.fused and config.block_m > _SHORT[spec.dtype.itemsize])
+    if spec.direction == "forward" and target.arch >= 100:
+        config = replace(config, block_n=min(config.block_n, 128))
+    return config
 
 
 def _scale_of(spec: LaunchSpec) -> ColumnScale:
