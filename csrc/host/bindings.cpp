@@ -60,11 +60,11 @@ Ref list_of(const Range& range, Convert convert) {
 }
 
 PyObject* as_dict(const Variant& v) {
-  return Py_BuildValue("{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
+  return Py_BuildValue("{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
                        "name", v.name, "arch", v.arch, "backward", PyBool_FromLong(v.backward), "dtype",
                        v.fp16 ? "float16" : "bfloat16", "dropout", PyBool_FromLong(v.dropout), "splits",
-                       PyBool_FromLong(v.splits), "fuses", PyBool_FromLong(v.fuses), "cluster", v.cluster, "threads",
-                       v.threads, "block_m", v.block_m, "block_n", v.block_n, "block_k", v.block_k, "rank", v.rank,
+                       PyBool_FromLong(v.splits), "fuses", PyBool_FromLong(v.fuses), "decodes",
+                       PyBool_FromLong(v.decodes), "cluster", v.cluster, "threads", v.threads, "block_m", v.block_m, "block_n", v.block_n, "block_k", v.block_k, "rank", v.rank,
                        "shared_bytes", v.shared_bytes, "gradient_columns", v.gradient_columns, "split_partial_floats",
                        v.split_partial_floats, "gradient_partial_floats", v.gradient_partial_floats);
 }
@@ -181,6 +181,7 @@ PyTypeObject* make_plan_type() {
       {"workspace_words", number<&Plan::workspace_words>, nullptr, nullptr, nullptr},
       {"gradient_partial_floats", number<&Plan::gradient_partial_floats>, nullptr, nullptr, nullptr},
       {"split_partial_floats", number<&Plan::split_partial_floats>, nullptr, nullptr, nullptr},
+      {"decode_tiles", number<&Plan::decode_tiles>, nullptr, "The cluster's tiles in front of the queue", nullptr},
       {}};
   static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(new_plan)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(deallocate<Plan>)},

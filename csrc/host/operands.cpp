@@ -67,12 +67,30 @@ class Maps {
 
 }  // namespace
 
+// What a packed weight is decoded from.
+void Plan::check_packed(const Operands& o) const {
+  const bool packed = variant_->decodes, nested = problem_.scale_format == ScaleFormat::kNested;
+  const uintptr_t scale_bytes = nested ? 1 : problem_.scale_format == ScaleFormat::kFloat32 ? sizeof(float) : 2;
+  check_vector("codes", o.codes, packed, kCopyAlignment);
+  check_vector("scales", o.scales, packed, scale_bytes);
+  check_given("zeros", o.zeros, o.zeros && packed && !is_four_bit(problem_.code_format));
+  for (const auto& [name, address] : {std::pair{"absmax2", o.absmax2}, {"code2", o.code2}, {"offset", o.offset}}) {
+    check_vector(name, address, nested, sizeof(float));
+  }
+  const int64_t in_features = variant_->backward ? base_.n : base_.k;
+  require(!packed || o.weight.stride == in_features, [&] {
+    return "a packed weight is decoded into rows without gaps of " + std::to_string(in_features) + " elements, not " +
+           std::to_string(o.weight.stride) + " apart";
+  });
+}
+
 void Plan::check_operands(const Operands& o) const {
   const Params& p = base_;
   const bool backward = variant_->backward, makes_s = problem_.makes_out || problem_.grad_a;
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
   check_matrix("act", o.act, true, p.m, p.k);
   check_matrix("weight", o.weight, true, out_features, in_features);
+  check_packed(o);
   check_matrix("lora_a", o.lora_a, true, p.r, in_features);
   check_matrix("lora_b", o.lora_b, true, out_features, p.r);
   check_matrix("out", o.out, problem_.makes_out, p.m, p.n);
@@ -135,6 +153,13 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   p.last_dropped = (o.drop_threshold << 16) - 1;
   p.scale_on_branch = float(o.scale_on_branch);
   p.inverse_scale_on_branch = float(1 / o.scale_on_branch);
+  p.packed.codes = reinterpret_cast<const void*>(o.codes);
+  p.packed.scales = reinterpret_cast<const void*>(o.scales);
+  p.packed.zeros = reinterpret_cast<const int8_t*>(o.zeros);
+  p.packed.absmax2 = reinterpret_cast<const float*>(o.absmax2);
+  p.packed.code2 = reinterpret_cast<const float*>(o.code2);
+  p.packed.offset = reinterpret_cast<const float*>(o.offset);
+  p.packed.decoded = variant_->decodes ? reinterpret_cast<void*>(o.weight.address) : nullptr;
   return p;
 }
 

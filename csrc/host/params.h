@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../schedule.h"
+#include "packed_weight.h"
 
 namespace fastlora {
 
@@ -19,7 +20,8 @@ namespace fastlora {
 constexpr int kTicketWord = 0;  // next tile to claim
 constexpr int kExitedWord = 1;  // CTAs that have finished
 constexpr int kFlagsWord = 2;   // one for each row block: warpgroups that have stored their rows of S; then one for
-                                // each serial reduction and warpgroup: partial sums that have been stored
+                                // each serial reduction and warpgroup: partial sums that have been stored; the last
+                                // ones for each panel of a packed weight: warpgroups that have stored their elements
 
 // Matrices are copied in boxes of 64 x 64 elements of 16 bits: a box's row is one span of the widest swizzle. S and the
 // factor that expands it are copied in boxes of 64 x the ranks of a step. An operand that is contiguous along the
@@ -56,6 +58,7 @@ struct Params {
   float scale_in_s, inverse_keep;
   uint32_t last_dropped;                           // see sm90/dropout.cuh
   float scale_on_branch, inverse_scale_on_branch;  // a power of two and its inverse; see KernelTraits::kSplitsScaling
+  PackedWeight packed;                             // where the base weight is packed: `weight` maps its decoded form
 };
 
 }  // namespace fastlora

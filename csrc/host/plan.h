@@ -23,6 +23,10 @@ struct Problem {
   bool gradients_last = false;  // gradient tiles follow all others, not their own group's
   int ctas = 0;                 // that run at once
   bool makes_out = true, grad_a = false, grad_b = false, grad_bias = false;
+  // A packed base weight: what its codes and scales are, and how many of them share a scale, and a nested one.
+  CodeFormat code_format = CodeFormat::kNone;
+  ScaleFormat scale_format = ScaleFormat::kFloat32;
+  int64_t block = 0, nested_block = 0;
 };
 
 // A matrix of 16-bit elements in device memory; a null address stands for "not given".
@@ -33,9 +37,10 @@ struct Matrix {
 
 // Everything a launch reads and writes, by its name in Params.
 struct Operands {
-  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;
+  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;  // of a packed weight, `weight` is where it is decoded
   uintptr_t bias = 0, s = 0, grad_a = 0, grad_b = 0, grad_bias = 0;
   uintptr_t workspace = 0, gradient_partials = 0, split_partials = 0;
+  uintptr_t codes = 0, scales = 0, zeros = 0, absmax2 = 0, code2 = 0, offset = 0;
   uintptr_t seed_address = 0;
   uint64_t seed = 0;
   double scale_in_s = 0,
@@ -60,8 +65,9 @@ class Plan {
   int64_t workspace_words() const { return base_.workspace_words; }
   int64_t gradient_partial_floats() const { return gradient_partial_floats_; }
   int64_t split_partial_floats() const { return split_partial_floats_; }
+  int64_t decode_tiles() const { return count_decode_tiles(base_.schedule); }
 
-  // The cluster's tiles in the order in which they are claimed.
+  // The cluster's tiles in the order in which they are claimed, behind those that decode a packed weight.
   std::vector<Tile> queue() const;
 
   // The kernel's parameters but for its tensor maps, which `maps` describes. Throws std::invalid_argument where an
@@ -71,7 +77,9 @@ class Plan {
   std::string describe() const;
 
  private:
+  void cut_panels();
   void check_operands(const Operands& operands) const;
+  void check_packed(const Operands& operands) const;
 
   Problem problem_;
   const Variant* variant_;

@@ -12,6 +12,7 @@ struct Variant {
   bool backward, fp16, dropout;
   bool splits;  // the contraction of a tile may be split
   bool fuses;   // column 0 may make S fused with its own tile of the output
+  bool decodes;  // a packed base weight, in tiles of their own
   int cluster, threads;
   int block_m, block_n, block_k, rank;
   int shared_bytes;

@@ -1,9 +1,10 @@
 // Policy: the base weight. It defines how many bytes of a stage a tile's columns occupy, how a step of them is copied
 // there, and by which descriptor the base product reads them.
 //
-// Today's one: 16-bit elements, as they lie in memory. The next one (packed 4 bit, int8 or fp8 with scales) goes here:
-// a struct with the same members, whose kConverts is true and whose convert() the consumers run between wait_stage()
-// and the base product; KernelTraits::BaseWeight names it.
+// Today's two: 16-bit elements, as they lie in memory, and packed ones, which tiles at the head of the queue have decoded
+// to such (decode.cuh). The next one (decoded in a stage) goes here: a struct with the same members, whose kConverts is
+// true and whose convert() the consumers run between wait_stage() and the base product; a template argument of
+// KernelTraits names it.
 #pragma once
 #include "layout.cuh"
 
@@ -13,7 +14,7 @@ template <bool kBackward, int kBlockN>
 struct DenseWeight {
   // W0 is [out_features, in_features]: dX contracts its rows, so that the operand is not contiguous along K.
   static constexpr bool kTransposed = kBackward;
-  static constexpr bool kConverts = false;
+  static constexpr bool kConverts = false, kDecodes = false;
   static constexpr int kStageBytes = kBlockN * kSwizzleSpan;
   static constexpr int kAdvance = kTransposed ? kAdvanceStrided<kSwizzleSpan> : kAdvanceContiguous;
 
@@ -32,8 +33,23 @@ struct DenseWeight {
     });
   }
 
+  // Returns once a column of tiles may load its columns.
+  template <class Producer>
+  __device__ __forceinline__ static void await(Producer&, int) {}
+
   __device__ __forceinline__ static uint64_t operand(uint32_t address, int column) {
     return swizzled_operand<kSwizzleSpan>(address + column * kSwizzleSpan, kBoxBytes);
+  }
+};
+
+template <bool kBackward, int kBlockN>
+struct DecodedWeight : DenseWeight<kBackward, kBlockN> {
+  static constexpr bool kDecodes = true;
+
+  // A panel is the rows of W0 that a column of tiles reads. Tiles of dX read all rows: there is one.
+  template <class Producer>
+  __device__ __forceinline__ static void await(Producer& producer, int column) {
+    producer.wait_panel(kBackward ? 0 : column);
   }
 };
 

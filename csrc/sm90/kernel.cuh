@@ -1,6 +1,7 @@
 // The kernel: one producer warpgroup, two consumer warpgroups, tiles until the queue is empty.
 #pragma once
 #include "../host/variant.h"
+#include "decode.cuh"
 #include "gradient.cuh"
 #include "producer.cuh"
 #include "product.cuh"
@@ -21,7 +22,9 @@ __device__ __forceinline__ void consume(const Params& params, SharedMemory<Trait
     const TileInfo tile = own_tile<Traits>(wait_tile(shared, i));
     if (tile.kind == kExit) break;
     if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
-    if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+    if (Traits::BaseWeight::kDecodes && tile.kind == kDecodeTile) {
+      decode_tile(consumer, tile);
+    } else if (tile.kind == kGradATile || tile.kind == kGradBTile) {
       if constexpr (Traits::kBackward) compute_gradient_tile(consumer, tile, acc, extra_acc);
     } else {
       compute_output_tile(consumer, tile, slot, acc, extra_acc);
@@ -99,6 +102,7 @@ Variant variant_of(const char* name, const void* kernel) {
   v.dropout = Traits::kDropout;
   v.splits = Traits::kSplits;
   v.fuses = Traits::kFuses;
+  v.decodes = Traits::BaseWeight::kDecodes;
   v.cluster = Traits::kCluster;
   v.threads = kThreads;
   v.block_m = Traits::kBlockM;

@@ -19,11 +19,13 @@ using fp16 = __half;
                                                                             reinterpret_cast<const void*>(&NAME)));
 #define FL_NAME(DIRECTION, ELEMENT, M, N, R) lora_sm90_##DIRECTION##_##ELEMENT##_##M##x##N##_r##R
 #define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
-#define FL_PAIR(DIRECTION, ELEMENT, M, N, R)                                                                          \
-  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R, false) \
-  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, \
-            R, true)
+#define FL_PAIR(DIRECTION, ELEMENT, M, N, R, SUFFIX, WEIGHT)                                                         \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##SUFFIX), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R, \
+            false, fastlora::sm90::WEIGHT)                                                                           \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##SUFFIX##_dropout), fastlora::sm90::ELEMENT,                          \
+            fastlora::sm90::DIRECTION, M, N, R, true, fastlora::sm90::WEIGHT)
 #define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)  // expands the object's direction and element type
 
-#define FASTLORA_SM90(M, N, R) FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R)
+#define FASTLORA_SM90(M, N, R) FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, , DenseWeight)
+#define FASTLORA_SM90_DECODED(M, N, R) FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, _decoded, DecodedWeight)
 #include "../variants.def"

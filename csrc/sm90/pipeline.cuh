@@ -8,10 +8,10 @@
 
 namespace fastlora::sm90 {
 
-enum TileKind { kBaseTile, kFusedTile, kShrinkTile, kGradBTile, kGradATile, kExit };
+enum TileKind { kBaseTile, kFusedTile, kShrinkTile, kGradBTile, kGradATile, kExit, kDecodeTile };
 
 // A tile as the producer hands it to the consumers; 16 bytes. In units of the cluster's tiles. A gradient tile's row is
-// its group, its split is unused.
+// its group, its split is unused; a decode tile's row is its panel, its column its part.
 struct TileInfo {
   int kind, row, column, split;
 };
@@ -21,7 +21,7 @@ template <class Traits>
 __device__ __forceinline__ TileInfo own_tile(TileInfo tile) {
   if (Traits::kCluster == 1) return tile;
   const int cta = int(cta_in_cluster());
-  if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+  if (tile.kind == kGradATile || tile.kind == kGradBTile || tile.kind == kDecodeTile) {
     tile.column = tile.column * Traits::kCluster + cta;
   } else {
     tile.row = tile.row * Traits::kCluster + cta;

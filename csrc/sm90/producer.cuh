@@ -15,7 +15,8 @@ struct Producer {
   SharedMemory<Traits> shared;
   PipelineState<Traits::kStages> pipeline;
   int ticket;
-  uint32_t cta;  // in the cluster; CTA 0 claims tiles for all
+  uint32_t cta;            // in the cluster; CTA 0 claims tiles for all
+  int awaited_panel = -1;  // of a packed weight, the last one that was waited for
 
   __device__ __forceinline__ Producer(const Params& kernel_params, SharedMemory<Traits> shared_memory)
       : params(kernel_params), shared(shared_memory), cta(Traits::kCluster == 1 ? 0 : cta_in_cluster()) {}
@@ -30,7 +31,7 @@ struct Producer {
       TileInfo tile;
       if (cta == 0) {
         tile = describe(count_tiles(params.schedule));
-        mbarrier_wait(shared.tile_empty(slot), (i >> 1 & 1) ^ 1);
+        wait_slot(i);
         publish_tile(tile, slot);
       } else {
         tile = wait_tile(shared, i);
@@ -39,7 +40,12 @@ struct Producer {
       if (tile.kind == kExit) return;
       tile = own_tile<Traits>(tile);
       note_tile(tile.kind, tile.row, tile.column, tile.split);
-      if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+      if (BaseWeight::kDecodes && tile.kind == kDecodeTile) {
+        if (cta == 0) {
+          wait_slot(i + 1);  // the consumers are at this tile: not earlier, for another CTA may take the next one sooner
+          ticket = claim();
+        }
+      } else if (tile.kind == kGradATile || tile.kind == kGradBTile) {
         if constexpr (Traits::kBackward) load_gradient(tile);
       } else if (tile.kind == kShrinkTile) {
         load_shrink(tile);
@@ -48,6 +54,9 @@ struct Producer {
       }
     }
   }
+
+  // Waits until the slot of the cluster's i-th tile is free.
+  __device__ __forceinline__ void wait_slot(int i) { mbarrier_wait(shared.tile_empty(i & 1), (i >> 1 & 1) ^ 1); }
 
   __device__ __forceinline__ void publish_tile(TileInfo tile, int slot) {
     const uint4 words = make_uint4(tile.kind, tile.row, tile.column, tile.split);
@@ -62,8 +71,14 @@ struct Producer {
   }
 
   __device__ __forceinline__ TileInfo describe(int tiles) {
-    if (ticket >= tiles) return {kExit, 0, 0, 0};
-    const Tile tile = locate(params.schedule, ticket, gridDim.x / Traits::kCluster);
+    int number = ticket;
+    if constexpr (BaseWeight::kDecodes) {
+      const Schedule& s = params.schedule;
+      number -= count_decode_tiles(s);
+      if (number < 0) return {kDecodeTile, ticket / s.parts, ticket % s.parts, 0};
+    }
+    if (number >= tiles) return {kExit, 0, 0, 0};
+    const Tile tile = locate(params.schedule, number, gridDim.x / Traits::kCluster);
     if (tile.gradient >= params.grad_b_tiles) return {kGradATile, tile.row, tile.gradient - params.grad_b_tiles, 0};
     if (tile.gradient >= 0) return {kGradBTile, tile.row, tile.gradient, 0};
     const bool fused = Traits::kFuses && params.fused_shrink;
@@ -115,6 +130,14 @@ struct Producer {
     fence_async_global();
   }
 
+  // Waits until a panel of a packed weight is decoded, likewise. Tiles of dX have one for all, and wait once.
+  __device__ __forceinline__ void wait_panel(int panel) {
+    if (panel == awaited_panel) return;
+    wait_for(panel_flag(params, panel), params.schedule.parts * Traits::kCluster * kConsumerWarpgroups);
+    fence_async_global();
+    awaited_panel = panel;
+  }
+
   __device__ __forceinline__ void load_act(uint32_t address, int m, int k) { copy(address, &params.act, k, m); }
 
   __device__ __forceinline__ void load_shrink(TileInfo tile) {
@@ -140,6 +163,7 @@ struct Producer {
     const bool loads_bias = expands && params.has_bias;
     const uint32_t bytes = Traits::kActBytes + BaseWeight::kStageBytes + (makes_s ? Traits::kDownBytes : 0);
     const Steps steps = steps_of<Traits>(params, tile.split);
+    BaseWeight::await(*this, tile.column);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
       const bool bias_now = loads_bias && step == steps.first;

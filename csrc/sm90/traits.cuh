@@ -28,7 +28,8 @@ struct MaskedBranchEpilogue;
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // kRank: the rank rounded up to one that is compiled.
-template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kDropout_>
+template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kDropout_,
+          template <bool, int> class BaseWeight_ = DenseWeight>
 struct KernelTraits {
   using Element = Element_;
   static constexpr bool kBackward = kBackward_, kDropout = kDropout_;
@@ -47,7 +48,7 @@ struct KernelTraits {
   static constexpr bool kSplits = kCluster == 1;
 
   // ---- policies
-  using BaseWeight = DenseWeight<kBackward, kBlockN>;
+  using BaseWeight = BaseWeight_<kBackward, kBlockN>;
   using Branch = SingleAdapter<kBackward, kRank, kSplitsScaling>;
   using RowMap = OneSegment<kBlockM, kCluster>;
   using Epilogue =
@@ -117,6 +118,11 @@ struct KernelTraits {
 template <class Traits>
 __device__ __forceinline__ int* row_flag(const Params& params, int row_block) {
   return params.workspace + kFlagsWord + row_block;
+}
+
+// The flag of a panel of a packed weight: the last words.
+__device__ __forceinline__ int* panel_flag(const Params& params, int panel) {
+  return params.workspace + params.workspace_words - params.schedule.panels + panel;
 }
 
 }  // namespace fastlora::sm90

@@ -148,6 +148,11 @@ def gradients_last(m: int, columns: int, contracted: int, block_m: int, block_n:
     return 2 * m * (columns + contracted) < contracted * block_m * block_n
 
 
+def has_few_rows(direction: Direction, m: int, dropout: bool) -> bool:
+    """Whether a call is a forward without dropout of FEW_ROWS rows at most, as of a decode step."""
+    return m <= FEW_ROWS and direction == "forward" and not dropout
+
+
 def table_for(arch: int, rank: int, element_size: int, aligned: bool, few_rows: bool = False) -> str:
     """The name of the table of tiles for a GPU of compute capability ``arch`` (90 for 9.0).
 
@@ -197,7 +202,7 @@ def choose_config(
     """
     columns = n if direction == "forward" else k
     m = -(-m // n_segments)
-    few_rows = m <= FEW_ROWS and direction == "forward" and not dropout
+    few_rows = has_few_rows(direction, m, dropout)
     table = TILE_TABLES[table_for(arch, r, element_size, aligned, few_rows)]
 
     def n_tiles(config: TileConfig) -> int:

@@ -135,6 +135,7 @@ class EmulatedLaunch:
         if self._ptx is ptx_of:  # the kernel as it is: every instruction must have a conformance case
             coverage.check(ptx_of(asked.kernel))
         module, tensors = _module(self._ptx(asked.kernel)), self.operands
+        written = (*_WRITTEN, "weight") if "codes" in tensors else _WRITTEN  # where a launch decodes the weight
         raw = ctypes.string_at(asked.parameters, module.param_bytes(asked.kernel))
         self.stats.append(
             module.launch(
@@ -145,8 +146,8 @@ class EmulatedLaunch:
                 args=[_parameters(raw, {t.data_ptr(): t for t in tensors.values()})],
                 shared_bytes=asked.shared_bytes,
                 buffers=tensors,
-                read_only=[name for name in tensors if name not in _WRITTEN and name != "workspace"],
-                uninitialised=[name for name in tensors if name in _WRITTEN],
+                read_only=[name for name in tensors if name not in written and name != "workspace"],
+                uninitialised=[name for name in tensors if name in written],
                 options=self.options,
             )
         )

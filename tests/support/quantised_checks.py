@@ -85,6 +85,29 @@ def allocated(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[list[Tenso
         yield found
 
 
+def run_layer(
+    case: numerics.Case, packed: QuantisedWeight, needs: Needs | None, prepare: Callable, in_loop: bool = False
+) -> dict[str, Tensor]:
+    """Forward and backward of one layer by the launchers that ``prepare`` makes of their descriptions; its results.
+    Each launch that reads the weight decodes it, bit for bit, and no other does; where the forward does it ``in_loop``,
+    without scratch. (M is neither N nor K.)"""
+    c = case
+    needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
+    shared = (c.scaling, c.dropout_p, c.seed)
+    with allocated(packed.shape, packed.dtype) as scratch:
+        operands, spec = quantised_operands.describe_forward((c.x, packed, c.lora_a, c.lora_b, c.bias, *shared))
+        y, s = prepare(spec)(operands)
+        results = {"y": y}
+        if needs:
+            given = (c.dy, c.x, packed, c.lora_a, c.lora_b, s, *shared)
+            operands, spec = quantised_operands.describe_backward(given, needs)
+            results |= {n: g for n, g in prepare(spec)(operands)._asdict().items() if g is not None}
+    assert len(scratch) == (not in_loop) + bool(needs and needs.dx), "scratch where tiles decode the weight"
+    assert all(same_bits(each, c.weight) for each in scratch), "the scratch is not the library's own weight"
+    assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
+    return results
+
+
 def run(
     case: numerics.Case,
     packed: QuantisedWeight,
@@ -93,25 +116,9 @@ def run(
     kernels: Any = quantised_launch,
     **choice: Any,
 ) -> dict[str, Tensor]:
-    """Forward and backward of one layer by ``kernels``; its results. Each launch that reads the weight decodes it, bit
-    for bit, and no other does; where the forward does it ``in_loop``, without scratch. (M is neither N nor K.)"""
-    c = case
-    needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
-    shared = (c.scaling, c.dropout_p, c.seed)
+    """``run_layer`` by ``kernels``."""
     choice = {"part": PART, "in_loop": False, **choice}
-    with allocated(packed.shape, packed.dtype) as scratch:
-        operands, spec = quantised_operands.describe_forward((c.x, packed, c.lora_a, c.lora_b, c.bias, *shared))
-        y, s = kernels.prepare(spec, config, **choice)(operands)
-        results = {"y": y}
-        if needs:
-            given = (c.dy, c.x, packed, c.lora_a, c.lora_b, s, *shared)
-            operands, spec = quantised_operands.describe_backward(given, needs)
-            gradients = kernels.prepare(spec, config, **choice)(operands)
-            results |= {n: g for n, g in gradients._asdict().items() if g is not None}
-    assert len(scratch) == (not choice["in_loop"]) + bool(needs and needs.dx), "scratch where tiles decode the weight"
-    assert all(same_bits(each, c.weight) for each in scratch), "the scratch is not the library's own weight"
-    assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
-    return results
+    return run_layer(case, packed, needs, lambda spec: kernels.prepare(spec, config, **choice), choice["in_loop"])
 
 
 def emulate(

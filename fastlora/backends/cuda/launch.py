@@ -89,7 +89,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _Prepared:
+class PreparedLaunch:
     """What the calls of one description share: the plan with all that does not change, and scratch memory."""
 
     operands: tuple[str, ...]  # of `launch`, by their names in a plan
@@ -135,7 +135,7 @@ def _by_address_or_value(seed: Tensor) -> tuple[Tensor | None, int]:
     return (None, int(seed)) if seed.device.type == "cpu" else (seed, 0)
 
 
-def _launch(prepared: _Prepared, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+def _launch(prepared: PreparedLaunch, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
     """Launches on the current stream of the operands' device, which need not be current itself. ``numbers``: those of
     _NUMBERS, and with dropout the seed."""
     device = prepared.device.index or 0
@@ -157,23 +157,30 @@ def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: boo
 def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = None) -> Launcher:
     """What serves every call of this description. ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for
     each multiprocessor."""
+    plan = make_plan(spec, tile, ctas)
+    return BackwardLaunch(spec, plan) if spec.direction == "backward" else ForwardLaunch(spec, plan)
+
+
+def make_plan(spec: LaunchSpec, tile: CudaTile | None, ctas: int | None, **packed: Any) -> Any:
+    """The fastlora._C.Plan of a description; ``packed``: its fields of a base weight that the launch decodes."""
     m, n, k, r = spec.sizes
     backward = spec.direction == "backward"
     out_columns, contracted = (k, n) if backward else (n, k)
     ctas = ctas or _multiprocessors(spec.device)
-    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, dropout=spec.dropout, backward=backward)
+    tile = tile or choose_tile(
+        m, out_columns, contracted, r, ctas, dropout=spec.dropout, backward=backward, decodes=bool(packed)
+    )
     needs = spec.needs
     makes = {"makes_out": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
-    plan = extension.loaded().Plan(
+    return extension.loaded().Plan(
         backward=backward, fp16=spec.dtype == torch.float16, dropout=spec.dropout, m=m, n=out_columns, k=contracted,
         r=r, block_m=tile.block_m, block_n=tile.block_n, group_m=tile.group_m, splits=tile.splits,
         fused=tile.fused and (needs.dx or not backward), gradients_last=tile.gradients_last and needs.dx, ctas=ctas,
-        **(makes if backward else {}),
+        **(makes if backward else {}), **packed,
     )  # fmt: skip
-    return (_Backward if backward else _Forward)(spec, plan)
 
 
-class _Forward(_Prepared):
+class ForwardLaunch(PreparedLaunch):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
 
     operands = ("act", "weight", "lora_a", "lora_b", "bias", "out", "s")
@@ -188,7 +195,7 @@ class _Forward(_Prepared):
         return y, s
 
 
-class _Backward(_Prepared):
+class BackwardLaunch(PreparedLaunch):
     """The gradients that the description needs in one launch; see backends.reference."""
 
     operands = (

@@ -59,18 +59,20 @@ def group_size(cluster: int, m: int, *, draws_over: int | None = None) -> int:
 
 @lru_cache(maxsize=4096)
 def choose_tile(
-    m: int, n: int, k: int, r: int, n_sms: int, *, dropout: bool = False, backward: bool = False
+    m: int, n: int, k: int, r: int, n_sms: int, *, dropout: bool = False, backward: bool = False, decodes: bool = False
 ) -> CudaTile:
     """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
 
-    S is fused where that is faster and the kernel of this direction, with or without dropout, can do it.
+    S is fused where that is faster and the kernel of this direction, with or without dropout, can do it. Where the
+    launch ``decodes`` a packed weight first, S has tiles of its own: they need no weight, and fill the wave that the
+    last parts of it leave.
 
     Raises:
         RuntimeError: the extension is not built.
         ValueError: no kernel is compiled for the rank.
     """
     candidates = []
-    for kernel in kernels(r, dropout=dropout, backward=backward):
+    for kernel in kernels(r, dropout=dropout, backward=backward, decodes=decodes):
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
         group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
@@ -89,7 +91,7 @@ def choose_tile(
         fused = fuses_shrink(r, tile.block_n, n_tiles, n_sms)
     return replace(
         tile,
-        fused=kernel["fuses"] and fused,
+        fused=kernel["fuses"] and fused and not decodes,
         # Between dX's tiles, these hide most of what the generator costs a gradient tile; behind them, nothing does.
         gradients_last=backward and not dropout and gradients_last(m, n, k, tile.block_m, tile.block_n),
     )
@@ -107,9 +109,11 @@ def fuses_drawn(shrink_tiles: int, n_tiles: int, n_sms: int) -> bool:
     return shrink_tiles > -n_tiles % n_sms
 
 
-def kernels(r: int, *, dropout: bool, backward: bool, dtype: str = "bfloat16") -> list[dict[str, Any]]:
+def kernels(
+    r: int, *, dropout: bool, backward: bool, dtype: str = "bfloat16", decodes: bool = False
+) -> list[dict[str, Any]]:
     """For each tile that is compiled for rank r, its kernel: that of the least rank that is enough."""
-    wanted = {"dropout": dropout, "backward": backward, "dtype": dtype}
+    wanted = {"dropout": dropout, "backward": backward, "dtype": dtype, "decodes": decodes}
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for variant in variants():
         if variant.items() >= wanted.items() and variant["rank"] >= r:
