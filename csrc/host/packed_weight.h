@@ -2,6 +2,8 @@
 #pragma once
 #include <cstdint>
 
+#include "../schedule.h"
+
 namespace fastlora {
 
 // 4-bit codes (two a byte, the first in its high half) index a table; others are bytes: whole numbers or float8.
@@ -10,19 +12,19 @@ enum class CodeFormat { kNone, kNf4, kFp4, kInt8, kFloat8E4M3, kFloat8E5M2 };
 // A nested scale is a byte that stands for code2[byte] * absmax2[its block of scales] + offset.
 enum class ScaleFormat { kFloat32, kFloat16, kBfloat16, kNested };
 
-constexpr bool is_four_bit(CodeFormat format) { return format == CodeFormat::kNf4 || format == CodeFormat::kFp4; }
+FL_HOST_DEVICE bool is_four_bit(CodeFormat format) { return format == CodeFormat::kNf4 || format == CodeFormat::kFp4; }
 
 // Consecutive elements that share a scale: the weight is one row of them, so that blocks may run over the end of a row.
-constexpr int kDecodedTogether = 8;   // by one thread, which reads one scale for them
+constexpr int kDecodedTogether = 8;     // by one thread, which reads one scale for them
 constexpr int kPartElements = 1 << 15;  // that a CTA decodes in a tile: few enough to spread a panel over many
 
 struct PackedWeight {
   const void *codes, *scales;
-  const int8_t* zeros;                           // one for each scale, subtracted from the codes; or null
-  const float *absmax2, *code2, *offset;         // of nested scales: [scales / nested block], [256], one number
-  void* decoded;                                 // [out_features, in_features], in the operands' type
-  int64_t elements, panel_elements;              // of the whole, of a panel
-  uint32_t block, block_shift, nested_shift;     // elements that share a scale; base-2 logarithms of 4-bit codes' blocks
+  const int8_t* zeros;                        // one for each scale, subtracted from the codes; or null
+  const float *absmax2, *code2, *offset;      // of nested scales: [scales / nested block], [256], one number
+  void* decoded;                              // [out_features, in_features], in the operands' type
+  int64_t elements, panel_elements;           // of the whole, of a panel
+  uint32_t block, block_shift, nested_shift;  // elements that share a scale; base-2 logarithms of 4-bit codes' blocks
   CodeFormat code_format;
   ScaleFormat scale_format;
 };

@@ -85,8 +85,8 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   ctas_ = int(std::min<int64_t>(tiles, std::max(problem.ctas / variant.cluster, 1))) * variant.cluster;
 }
 
-// The panels of a packed weight and their parts. A panel is what a tile of the output waits for: a column of tiles reads
-// so many rows of W0 forward, and all of them in dX.
+// The panels of a packed weight and their parts. A panel is what a tile of the output waits for: a column of tiles
+// reads so many rows of W0 forward, and all of them in dX.
 void Plan::cut_panels() {
   const auto require = [&](bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(std::string("fastlora: ") + what + ": " + describe_problem(problem_));

@@ -10,8 +10,8 @@ struct Variant {
   const void* kernel;
   int arch;  // 90 for compute capability 9.0
   bool backward, fp16, dropout;
-  bool splits;  // the contraction of a tile may be split
-  bool fuses;   // column 0 may make S fused with its own tile of the output
+  bool splits;   // the contraction of a tile may be split
+  bool fuses;    // column 0 may make S fused with its own tile of the output
   bool decodes;  // a packed base weight, in tiles of their own
   int cluster, threads;
   int block_m, block_n, block_k, rank;

@@ -1,10 +1,10 @@
 // Policy: the base weight. It defines how many bytes of a stage a tile's columns occupy, how a step of them is copied
 // there, and by which descriptor the base product reads them.
 //
-// Today's two: 16-bit elements, as they lie in memory, and packed ones, which tiles at the head of the queue have decoded
-// to such (decode.cuh). The next one (decoded in a stage) goes here: a struct with the same members, whose kConverts is
-// true and whose convert() the consumers run between wait_stage() and the base product; a template argument of
-// KernelTraits names it.
+// Today's two: 16-bit elements, as they lie in memory, and packed ones, which tiles at the head of the queue have
+// decoded to such (decode.cuh). The next one (decoded in a stage) goes here: a struct with the same members, whose
+// kConverts is true and whose convert() the consumers run between wait_stage() and the base product; a template
+// argument of KernelTraits names it.
 #pragma once
 #include "layout.cuh"
 

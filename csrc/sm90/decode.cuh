@@ -28,8 +28,8 @@ __device__ __forceinline__ constexpr float number_of_code(int code) {
                               0.5626170039176941f,
                               0.7229568362236023f,
                               1.f};
-  constexpr float kFp4[8] = {0.f,                 0.0052083334885537624f, 0.6666666865348816f, 1.f,
-                             0.3333333432674408f, 0.5f,                   0.1666666716337204f, 0.25f};
+  constexpr float kFp4[8] = {
+      0.f, 0.0052083334885537624f, 0.6666666865348816f, 1.f, 0.3333333432674408f, 0.5f, 0.1666666716337204f, 0.25f};
   if (kFormat == CodeFormat::kNf4) return kNf4[code];
   return code < 8 ? kFp4[code] : -kFp4[code - 8];
 }
@@ -44,12 +44,13 @@ __device__ __forceinline__ void store_table(uint32_t table) {
   }
 }
 
-// The numbers of kDecodedTogether codes. `table`: a warpgroup's table of 4-bit ones in shared memory.
+// A group of kDecodedTogether codes, and the numbers that they stand for. `table`: of 4-bit ones, in shared memory.
 struct FourBitCodes {
+  static constexpr bool kPowersOfTwo = true;  // block sizes are
   uint32_t word;
 
-  __device__ __forceinline__ void load(const void* codes, int64_t first) {
-    word = __ldg(reinterpret_cast<const uint32_t*>(static_cast<const uint8_t*>(codes) + first / 2));
+  __device__ __forceinline__ void load(const PackedWeight& w, int64_t group) {
+    word = __ldg(static_cast<const uint32_t*>(w.codes) + group);
   }
   __device__ __forceinline__ float number(int i, uint32_t table) const {
     const uint32_t code = word >> 4 * (i ^ 1) & 15;  // the first of two in the high half
@@ -59,10 +60,11 @@ struct FourBitCodes {
 
 template <CodeFormat kFormat>
 struct ByteCodes {
+  static constexpr bool kPowersOfTwo = false;
   uint2 words;
 
-  __device__ __forceinline__ void load(const void* codes, int64_t first) {
-    words = __ldg(reinterpret_cast<const uint2*>(static_cast<const uint8_t*>(codes) + first));
+  __device__ __forceinline__ void load(const PackedWeight& w, int64_t group) {
+    words = __ldg(static_cast<const uint2*>(w.codes) + group);
   }
   __device__ __forceinline__ float number(int i, uint32_t) const {
     const uint32_t byte = (i < 4 ? words.x : words.y) >> 8 * (i % 4) & 0xff;
@@ -74,64 +76,88 @@ struct ByteCodes {
   }
 };
 
-__device__ __forceinline__ float load_scale(const PackedWeight& w, uint32_t block) {
-  switch (w.scale_format) {
-    case ScaleFormat::kFloat32:
-      return __ldg(static_cast<const float*>(w.scales) + block);
-    case ScaleFormat::kFloat16:
-      return unpack<__half>(__ldg(static_cast<const uint16_t*>(w.scales) + block)).x;
-    case ScaleFormat::kBfloat16:
-      return unpack<__nv_bfloat16>(__ldg(static_cast<const uint16_t*>(w.scales) + block)).x;
-    case ScaleFormat::kNested:
-      break;
+// The scale of a block, as it is loaded and then as a number: all loads of the first kind are in flight at once. `zero`
+// is what is subtracted from a code first.
+struct FloatScale {
+  float scale;
+
+  __device__ __forceinline__ void load(const PackedWeight& w, uint32_t block) {
+    scale = __ldg(static_cast<const float*>(w.scales) + block);
   }
-  const float inner = __ldg(w.code2 + __ldg(static_cast<const uint8_t*>(w.scales) + block));
-  const float outer = __ldg(w.absmax2 + (block >> w.nested_shift));
-  return __fadd_rn(__fmul_rn(inner, outer), __ldg(w.offset));
-}
+  __device__ __forceinline__ float value(const PackedWeight&) const { return scale; }
+  __device__ __forceinline__ float zero() const { return 0.f; }
+};
+
+struct NestedScale {
+  uint8_t inner;
+  float outer;
+
+  __device__ __forceinline__ void load(const PackedWeight& w, uint32_t block) {
+    inner = __ldg(static_cast<const uint8_t*>(w.scales) + block);
+    outer = __ldg(w.absmax2 + (block >> w.nested_shift));
+  }
+  __device__ __forceinline__ float value(const PackedWeight& w) const {
+    return __fadd_rn(__fmul_rn(__ldg(w.code2 + inner), outer), __ldg(w.offset));
+  }
+  __device__ __forceinline__ float zero() const { return 0.f; }
+};
+
+// fp32, fp16 or bf16, with a zero point where there are any.
+struct AnyScale {
+  uint32_t bits;
+  int8_t zero_point;
+
+  __device__ __forceinline__ void load(const PackedWeight& w, uint32_t block) {
+    bits = w.scale_format == ScaleFormat::kFloat32 ? __ldg(static_cast<const uint32_t*>(w.scales) + block)
+                                                   : __ldg(static_cast<const uint16_t*>(w.scales) + block);
+    zero_point = w.zeros ? __ldg(w.zeros + block) : int8_t(0);
+  }
+  __device__ __forceinline__ float value(const PackedWeight& w) const {
+    if (w.scale_format == ScaleFormat::kFloat16) return unpack<__half>(bits).x;
+    return __uint_as_float(w.scale_format == ScaleFormat::kFloat32 ? bits : bits << 16);
+  }
+  __device__ __forceinline__ float zero() const { return zero_point; }
+};
 
 // Decodes `count` elements from `first` on.
-template <class Codes, bool kFourBit, class Traits>
+template <class Codes, class Scale, class Traits>
 __device__ __forceinline__ void decode_part(const Consumer<Traits>& c, int64_t first, int count, uint32_t table) {
   using Element = typename Traits::Element;
-  constexpr int kAtOnce = 4;  // groups that a thread loads before it decodes them
+  constexpr int kAtOnce = 8;  // groups of a thread whose loads are in flight together
   constexpr int kStride = kConsumerWarpgroups * kWarpgroupThreads * kDecodedTogether;
   const PackedWeight& w = c.params.packed;
-  // A long division for the part, which has the block size as a power of two where codes have 4 bits; short ones within.
-  const uint32_t first_block = uint32_t(kFourBit ? first >> w.block_shift : first / w.block);
-  const uint32_t in_block = uint32_t(kFourBit ? first & (w.block - 1) : first % w.block);
+  // One long division for the part, short ones within it; shifts where they do.
+  const auto first_block = uint32_t(Codes::kPowersOfTwo ? first >> w.block_shift : first / w.block);
+  const auto in_block = uint32_t(Codes::kPowersOfTwo ? first & (w.block - 1) : first % w.block);
+  const int64_t first_group = first / kDecodedTogether;
   auto* out = static_cast<Element*>(w.decoded) + first;
 #pragma unroll 1
   for (int base = int(c.warpgroup * kWarpgroupThreads + c.thread) * kDecodedTogether; base < count;
        base += kAtOnce * kStride) {
     Codes codes[kAtOnce];
-    float scales[kAtOnce], zeros[kAtOnce];
+    Scale scales[kAtOnce];
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = base + j * kStride;
-      if (i >= count) break;
-      const uint32_t from_block = in_block + i;
-      const uint32_t block = first_block + (kFourBit ? from_block >> w.block_shift : from_block / w.block);
-      codes[j].load(w.codes, first + i);
-      scales[j] = load_scale(w, block);
-      zeros[j] = !kFourBit && w.zeros ? float(__ldg(w.zeros + block)) : 0.f;
+      if (i < count) {
+        const uint32_t from_block = in_block + i;
+        codes[j].load(w, first_group + uint32_t(i) / kDecodedTogether);
+        scales[j].load(w, first_block + (Codes::kPowersOfTwo ? from_block >> w.block_shift : from_block / w.block));
+      }
     }
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
       const int i = base + j * kStride;
-      if (i >= count) break;
-      uint32_t pairs[kDecodedTogether / 2];
+      if (i < count) {
+        const float scale = scales[j].value(w), zero = scales[j].zero();
+        uint32_t pairs[kDecodedTogether / 2];
 #pragma unroll
-      for (int pair = 0; pair < kDecodedTogether / 2; ++pair) {
-        float values[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float number = codes[j].number(2 * pair + half, table);
-          values[half] = (kFourBit ? number : number - zeros[j]) * scales[j];
+        for (int pair = 0; pair < kDecodedTogether / 2; ++pair) {
+          pairs[pair] = pack<Element>((codes[j].number(2 * pair, table) - zero) * scale,
+                                      (codes[j].number(2 * pair + 1, table) - zero) * scale);
         }
-        pairs[pair] = pack<Element>(values[0], values[1]);
+        *reinterpret_cast<uint4*>(out + i) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
       }
-      *reinterpret_cast<uint4*>(out + i) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
     }
   }
 }
@@ -147,26 +173,22 @@ __device__ __forceinline__ void decode_tile(Consumer<Traits>& c, TileInfo tile) 
   const int count = int(left < kPartElements ? left : kPartElements);
   // The table lies in a staging buffer: no tile of the output, which would store through it, comes before this one.
   const uint32_t table = c.shared.staging(c.warpgroup, 0);
-  switch (w.code_format) {
-    case CodeFormat::kNone:
-      break;
-    case CodeFormat::kNf4:
-    case CodeFormat::kFp4:
-      if (c.thread == 0) {
-        w.code_format == CodeFormat::kNf4 ? store_table<CodeFormat::kNf4>(table) : store_table<CodeFormat::kFp4>(table);
-      }
-      c.sync_warpgroup();
-      decode_part<FourBitCodes, true>(c, first, count, table);
-      break;
-    case CodeFormat::kInt8:
-      decode_part<ByteCodes<CodeFormat::kInt8>, false>(c, first, count, table);
-      break;
-    case CodeFormat::kFloat8E4M3:
-      decode_part<ByteCodes<CodeFormat::kFloat8E4M3>, false>(c, first, count, table);
-      break;
-    case CodeFormat::kFloat8E5M2:
-      decode_part<ByteCodes<CodeFormat::kFloat8E5M2>, false>(c, first, count, table);
-      break;
+  if (is_four_bit(w.code_format)) {
+    if (c.thread == 0) {
+      w.code_format == CodeFormat::kNf4 ? store_table<CodeFormat::kNf4>(table) : store_table<CodeFormat::kFp4>(table);
+    }
+    c.sync_warpgroup();
+    if (w.scale_format == ScaleFormat::kNested) {
+      decode_part<FourBitCodes, NestedScale>(c, first, count, table);
+    } else {
+      decode_part<FourBitCodes, FloatScale>(c, first, count, table);
+    }
+  } else if (w.code_format == CodeFormat::kInt8) {
+    decode_part<ByteCodes<CodeFormat::kInt8>, AnyScale>(c, first, count, table);
+  } else if (w.code_format == CodeFormat::kFloat8E4M3) {
+    decode_part<ByteCodes<CodeFormat::kFloat8E4M3>, AnyScale>(c, first, count, table);
+  } else {
+    decode_part<ByteCodes<CodeFormat::kFloat8E5M2>, AnyScale>(c, first, count, table);
   }
   fence_async_global();
   c.release_flag(panel_flag(c.params, tile.row));

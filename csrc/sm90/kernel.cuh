@@ -8,23 +8,37 @@
 
 namespace fastlora::sm90 {
 
+// Decodes until the first tile of another kind, and returns its number. A loop of its own, in which no accumulators are
+// alive: they would leave too few registers for the loads in flight.
+template <class Traits>
+__device__ __forceinline__ int decode_tiles(Consumer<Traits>& consumer) {
+  for (int i = 0;; ++i) {
+    const TileInfo tile = own_tile<Traits>(wait_tile(consumer.shared, i));
+    if (tile.kind != kDecodeTile) return i;
+    if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
+    decode_tile(consumer, tile);
+    __syncwarp();  // every lane has read the slot
+    if (lane_id() == 0) release_tile(consumer.shared, i & 1);
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void consume(const Params& params, SharedMemory<Traits> shared) {
   Consumer<Traits> consumer(params, shared);
+  int first = 0;
+  if constexpr (Traits::BaseWeight::kDecodes) first = decode_tiles(consumer);
   // Declared once for all tiles: the assembler gives accumulators of separate variables separate registers.
   float acc[Traits::kAccumulators], extra_acc[Traits::kExtraAccumulators];
 #pragma unroll
   for (float& value : acc) value = 0.f;
 #pragma unroll
   for (float& value : extra_acc) value = 0.f;
-  for (int i = 0;; ++i) {
+  for (int i = first;; ++i) {
     const int slot = i & 1;
     const TileInfo tile = own_tile<Traits>(wait_tile(shared, i));
     if (tile.kind == kExit) break;
     if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
-    if (Traits::BaseWeight::kDecodes && tile.kind == kDecodeTile) {
-      decode_tile(consumer, tile);
-    } else if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+    if (tile.kind == kGradATile || tile.kind == kGradBTile) {
       if constexpr (Traits::kBackward) compute_gradient_tile(consumer, tile, acc, extra_acc);
     } else {
       compute_output_tile(consumer, tile, slot, acc, extra_acc);

@@ -19,10 +19,10 @@ using fp16 = __half;
                                                                             reinterpret_cast<const void*>(&NAME)));
 #define FL_NAME(DIRECTION, ELEMENT, M, N, R) lora_sm90_##DIRECTION##_##ELEMENT##_##M##x##N##_r##R
 #define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
-#define FL_PAIR(DIRECTION, ELEMENT, M, N, R, SUFFIX, WEIGHT)                                                         \
+#define FL_PAIR(DIRECTION, ELEMENT, M, N, R, SUFFIX, WEIGHT)                                                           \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##SUFFIX), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R, \
-            false, fastlora::sm90::WEIGHT)                                                                           \
-  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##SUFFIX##_dropout), fastlora::sm90::ELEMENT,                          \
+            false, fastlora::sm90::WEIGHT)                                                                             \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R##SUFFIX##_dropout), fastlora::sm90::ELEMENT,                           \
             fastlora::sm90::DIRECTION, M, N, R, true, fastlora::sm90::WEIGHT)
 #define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)  // expands the object's direction and element type
 

@@ -42,7 +42,8 @@ struct Producer {
       note_tile(tile.kind, tile.row, tile.column, tile.split);
       if (BaseWeight::kDecodes && tile.kind == kDecodeTile) {
         if (cta == 0) {
-          wait_slot(i + 1);  // the consumers are at this tile: not earlier, for another CTA may take the next one sooner
+          wait_slot(i +
+                    1);  // the consumers are at this tile: not earlier, for another CTA may take the next one sooner
           ticket = claim();
         }
       } else if (tile.kind == kGradATile || tile.kind == kGradBTile) {
