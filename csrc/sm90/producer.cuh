@@ -41,9 +41,9 @@ struct Producer {
       tile = own_tile<Traits>(tile);
       note_tile(tile.kind, tile.row, tile.column, tile.split);
       if (BaseWeight::kDecodes && tile.kind == kDecodeTile) {
+        // Not before the consumers are at this tile: another CTA may take the next one sooner.
         if (cta == 0) {
-          wait_slot(i +
-                    1);  // the consumers are at this tile: not earlier, for another CTA may take the next one sooner
+          wait_slot(i + 1);
           ticket = claim();
         }
       } else if (tile.kind == kGradATile || tile.kind == kGradBTile) {
