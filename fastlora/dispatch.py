@@ -149,47 +149,60 @@ def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor
     """
     if not _may_decode(operands[0].device, requested):
         return None
-    key = ("packed", quantised_operands.forward_key(operands))
-    return _packed(operands, key, lambda: quantised_operands.describe_forward(operands))
+    key = ("packed", requested, quantised_operands.forward_key(operands))
+    return _packed(operands, requested, key, lambda: quantised_operands.describe_forward(operands))
 
 
 def packed_backward(operands: Any, needs: Needs, requested: str | None) -> Gradients | None:
     """The gradients that ``needs`` names, likewise."""
     if not _may_decode(operands[0].device, requested):
         return None
-    key = ("packed", quantised_operands.backward_key(operands, needs))
-    return _packed(operands, key, lambda: quantised_operands.describe_backward(operands, needs))
+    key = ("packed", requested, quantised_operands.backward_key(operands, needs))
+    return _packed(operands, requested, key, lambda: quantised_operands.describe_backward(operands, needs))
+
+
+_DECODING = ("cuda", "triton")  # whose launches decode a quantised weight, in order of preference
 
 
 def decodes_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
     """Whether a call over a quantised weight is served by a launch that decodes it."""
-    usable = _may_decode(spec.device, requested) and not spec.is_empty
-    return usable and selection.why_unsupported("triton", spec) is None
+    return _may_decode(spec.device, requested) and not spec.is_empty and _decoder(spec, requested)[0] is not None
 
 
 def _may_decode(device: torch.device, requested: str | None) -> bool:
-    """Triton's kernels alone decode a weight, and they run on a GPU, or where they are asked for."""
-    return requested == "triton" or (requested is None and device.type == "cuda")
+    """These kernels run on a GPU, or where they are asked for."""
+    return requested in _DECODING or (requested is None and device.type == "cuda")
 
 
-def _packed(given: tuple, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]) -> Any:
+def _decoder(spec: LaunchSpec, requested: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """The backend whose launch decodes the weight of a call, if any, and why not one before it."""
+    passed_over: list[str] = []
+    for name in _DECODING if requested is None else (requested,):
+        reason = selection.why_unsupported(name, spec)
+        if reason is None:
+            return name, tuple(passed_over)
+        passed_over.append(reason)
+    return None, tuple(passed_over)
+
+
+def _packed(given: tuple, requested: str | None, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]) -> Any:
     operands, route = given, _by_key.get(key)
     if route is None:
         operands, spec = describe()
         if spec.is_empty:
             return None
-        reason = selection.why_unsupported("triton", spec)
-        if reason is not None:
-            count_fallback(reason)
+        name, passed_over = _decoder(spec, requested)
+        if name is None:
+            _fallbacks.update(passed_over)
             return None
-        route = _packed_route(spec)
+        route = _packed_route(spec, name, passed_over)
         _remember(key, route, given, operands)
     return _counted(route)(operands)
 
 
 @lru_cache(maxsize=4096)
-def _packed_route(spec: LaunchSpec) -> _Route:
-    return _Route("triton", (), selection.serving_module("triton", spec).prepare(spec))
+def _packed_route(spec: LaunchSpec, name: str, passed_over: tuple[str, ...]) -> _Route:
+    return _Route(name, passed_over, selection.serving_module(name, spec).prepare(spec))
 
 
 def segmented(operands: Any, spec: LaunchSpec, requested: str | None) -> Any:

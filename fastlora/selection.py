@@ -30,6 +30,10 @@ def backend_module(name: str) -> ModuleType:
 
 def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
     """The module of a backend for a call, whose branch two of them have a module of its own for."""
+    if spec.packed is not None and name == "cuda":
+        from fastlora.backends.cuda import quantised_launch as cuda
+
+        return cuda
     if spec.packed is not None and name == "triton":
         from fastlora.backends.triton import quantised_launch
 

@@ -77,16 +77,15 @@ def ptx_of(name: str) -> str:
     return _entries()[name]
 
 
-def variants_for(tile: tiles.CudaTile, dropout: bool, rank: int, dtype=torch.bfloat16) -> tuple[dict, dict]:
-    """The two compiled kernels, forward and backward, that serve a layer."""
+def variants_for(
+    tile: tiles.CudaTile, dropout: bool, rank: int, dtype=torch.bfloat16, decodes: bool = False
+) -> tuple[dict, dict]:
+    """The two compiled kernels, forward and backward, that serve a layer; ``decodes``: over a packed base weight."""
     size = {"block_m": tile.block_m, "block_n": tile.block_n}
+    wanted = {"dropout": dropout, "dtype": str(dtype).removeprefix("torch."), "decodes": decodes}
     found = (
-        [
-            kernel
-            for kernel in tiles.kernels(rank, dropout=dropout, backward=each, dtype=str(dtype).removeprefix("torch."))
-            if kernel.items() >= size.items()
-        ]
-        for each in (False, True)
+        [each for each in tiles.kernels(rank, backward=backward, **wanted) if each.items() >= size.items()]
+        for backward in (False, True)
     )
     (forward,), (backward,) = found
     return forward, backward

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends.configs import FEW_ROWS, TileConfig
+from fastlora.backends.configs import TileConfig, has_few_rows
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile
 from fastlora.backends.triton.launch import why_unsupported as why_dense_unsupported
@@ -90,7 +90,7 @@ def decodes_in_loop(spec: LaunchSpec) -> bool:
     of the weight is decoded once in either case, and here it is neither written nor read again. (By a model the loop
     pays up to some 128 rows; nothing is measured.) Rows of W0 must be whole groups of eight elements with one scale.
     """
-    few = spec.direction == "forward" and not spec.dropout and spec.sizes.m <= FEW_ROWS
+    few = has_few_rows(spec.direction, spec.sizes.m, spec.dropout)
     packed = _format(spec, PART, True)
     return few and spec.sizes.k % 8 == 0 and packed.whole and packed.grouped
 
