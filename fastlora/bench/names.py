@@ -1,4 +1,4 @@
 """Names that the command line offers; apart, so that its help does not wait for torch."""
 
-PRESETS = ("quick", "lorafusion", "llama8b", "llama70b", "full")
+PRESETS = ("quick", "qlora", "lorafusion", "llama8b", "llama70b", "full")
 SECTIONS = ("layer", "host", "decoder", "finetune")

@@ -172,15 +172,16 @@ def test_choices_of_tile():
 def test_what_is_compiled_is_what_the_list_says():
     """csrc/variants.def, for both directions and types, with and without dropout."""
     setup = toolkit.load_setup()
-    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), (\d+)\)$", (setup.CSRC / "variants.def").read_text(), re.M)
+    pattern = r"^FASTLORA_SM90(_DECODED)?\((\d+), (\d+), (\d+)\)$"
+    lines = re.findall(pattern, (setup.CSRC / "variants.def").read_text(), re.M)
     listed = {
-        (*map(int, line), backward, dtype, dropout)
-        for line in lines
+        (*map(int, line), bool(decodes), backward, dtype, dropout)
+        for decodes, *line in lines
         for backward in (False, True)
         for dtype in ("bfloat16", "float16")
         for dropout in (False, True)
     }
-    keys = ("block_m", "block_n", "rank", "backward", "dtype", "dropout")
+    keys = ("block_m", "block_n", "rank", "decodes", "backward", "dtype", "dropout")
     assert {tuple(variant[key] for key in keys) for variant in extension.variants()} == listed
     assert len(extension.variants()) == len(listed) == 8 * len(lines)
 

@@ -58,6 +58,86 @@ def test_the_smallest_and_the_largest_problems_are_planned(changes):
     _plan(**{**SIZES, **TILE, **changes})
 
 
+# A packed base weight of 64 x 64: scales of 64 elements each.
+DECODED_TILE = {"block_m": 128, "block_n": 128}
+NF4 = {"code_format": "nf4", "scale_format": "float32", "block": 64}
+NESTED, INT8 = {**NF4, "scale_format": "nested", "nested_block": 256}, {**NF4, "code_format": "int8"}
+
+
+@pytest.mark.parametrize(
+    "packed, reason",
+    (
+        ({**NF4, "block": 0}, "elements that are decoded together must have one scale"),
+        ({**INT8, "block": 12}, "elements that are decoded together must have one scale"),
+        ({**INT8, "block": (1 << 30) + 8}, "elements that are decoded together must have one scale"),
+        ({**NF4, "block": 96}, "no kernel decodes blocks or scales of this kind"),
+        ({**INT8, "scale_format": "nested", "nested_block": 256}, "no kernel decodes blocks or scales of this kind"),
+        ({**NESTED, "nested_block": 0}, "in blocks of a power of two"),
+        ({**NESTED, "nested_block": 96}, "in blocks of a power of two"),
+        ({**NF4, "nested_block": 256}, "in blocks of a power of two"),
+        ({**NF4, "makes_out": False, "backward": True, "grad_a": True}, "nothing reads the packed weight"),
+    ),
+    ids=str,
+)
+def test_a_packed_weight_that_no_kernel_decodes_is_refused(packed, reason):
+    with pytest.raises(ValueError, match=reason):
+        _plan(**{**SIZES, **DECODED_TILE, **packed})
+
+
+def test_formats_have_names():
+    with pytest.raises(TypeError, match=r"Plan\(\) cannot take 'nf5' as the argument 'code_format'"):
+        _plan(**{**SIZES, **DECODED_TILE, **NF4, "code_format": "nf5"})
+    with pytest.raises(TypeError, match=r"Plan\(\) cannot take 3 as the argument 'scale_format'"):
+        _plan(**{**SIZES, **DECODED_TILE, **NF4, "scale_format": 3})
+
+
+def test_more_parts_than_32_bits_count_are_refused():
+    wide = {"n": MOST, "k": MOST, "block": 1 << 30}
+    with pytest.raises(ValueError, match="more scales or parts of the packed weight than 32 bits count"):
+        _plan(**{**SIZES, **DECODED_TILE, **INT8, **wide, "backward": True})
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_what_a_launch_over_a_packed_weight_takes_of_memory(backward):
+    """Forward, three panels of 128 rows, each in three parts of 32 Ki elements; in dX one panel, in five."""
+    rows, columns = 304, 520
+    sizes = {"m": 257, "backward": backward, "n": columns if backward else rows, "k": rows if backward else columns}
+    plans = [_plan(**{**SIZES, **DECODED_TILE, **sizes, **packed}) for packed in ({}, NF4)]
+    panels, parts = (1, 5) if backward else (3, 3)
+    assert plans[1].workspace_words == plans[0].workspace_words + panels
+    assert [plan.decode_tiles for plan in plans] == [0, panels * parts]
+    assert plans[1].queue() == plans[0].queue() and not plans[0].variant["decodes"] and plans[1].variant["decodes"]
+
+
+def test_the_tensors_of_a_packed_weight_are_given_where_it_is_decoded():
+    plans = {name: _plan(**{**SIZES, **DECODED_TILE, **packed}) for name, packed in PACKED.items()}
+    tensors = {"dense": (), "nf4": ("codes", "scales"), "int8": ("codes", "scales"), "nested": NESTED_TENSORS}
+    for name, plan in plans.items():
+        given = arguments(plan, **dict.fromkeys(tensors[name], 1 << 20))
+        plan.parameters(**given)
+        for tensor in tensors[name]:
+            with pytest.raises(TypeError, match=f"operand {tensor} is missing"):
+                plan.parameters(**{**given, tensor: 0})
+        for tensor in {*NESTED_TENSORS} - {*tensors[name]}:
+            with pytest.raises(TypeError, match=f"operand {tensor} is given to a launch that does not use it"):
+                plan.parameters(**given, **{tensor: 1 << 20})
+    plans["int8"].parameters(**arguments(plans["int8"], codes=1 << 20, scales=1 << 20, zeros=1))
+    for name in ("nf4", "dense"):
+        with pytest.raises(TypeError, match="operand zeros is given"):
+            plans[name].parameters(**arguments(plans[name], **dict.fromkeys(tensors[name], 1 << 20), zeros=1))
+    for changes, reason in (
+        ({"codes": 8}, "codes does not start on 16 bytes"),
+        ({"scales": 2}, "scales does not start on 4 bytes"),
+        ({"weight": (1 << 20, 72)}, "a packed weight is decoded into rows without gaps of 64 elements, not 72 apart"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plans["nf4"].parameters(**arguments(plans["nf4"], **{"codes": 1 << 20, "scales": 1 << 20, **changes}))
+
+
+NESTED_TENSORS = ("codes", "scales", "absmax2", "code2", "offset")
+PACKED: dict[str, dict] = {"dense": {}, "nf4": NF4, "int8": INT8, "nested": NESTED}
+
+
 @pytest.mark.parametrize("splits", (1, 2))
 @pytest.mark.parametrize("fused", (False, True))
 @pytest.mark.parametrize("wanted", ((), ("grad_b",), ("grad_bias",), ("grad_a", "grad_b")), ids=str)

@@ -12,6 +12,7 @@ import torch
 
 from tests.emulator import LaunchOptions
 from tests.support import cuda_checks as cuda
+from tests.support import cuda_quantised_checks as cuda_quantised
 from tests.support import cuda_range
 from tests.support import quantised_checks as quantised
 from tests.support import segment_checks as segments
@@ -212,9 +213,9 @@ def triton_checks(module: str) -> list[Check]:
     return [*filter(None, itertools.chain(*turns)), *shipped]
 
 
-def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16) -> set[str]:
+def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16, decodes: bool = False) -> set[str]:
     """Names of the forward and the backward kernel."""
-    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype)}
+    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, decodes)}
 
 
 def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
@@ -260,3 +261,15 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         check = functools.partial(cuda_range.check_infinities, tile, rank, dtype, dropout_p)
         name = f"infinities {cuda.describe(tile)} R={rank} p={dropout_p} {dtype}"
         yield name, _kernels_of(tile, dropout_p > 0, rank, dtype), check
+    for sizes, tile in cuda_quantised.INTEGERS:
+        check = functools.partial(cuda_quantised.check_integers, sizes, tile)
+        title = f"packed integers {cuda.describe(tile)} {sizes}"
+        for name, one in _each([(title, check, cuda.SCHEDULES)], cuda.SCHEDULES):
+            yield name, _kernels_of(tile, False, sizes[3], decodes=True), one
+    for number, each in enumerate(cuda_quantised.EVERY_FORMAT):
+        options = limited([cuda.schedule_of_group(number)])[0]
+        kernels = _kernels_of(each.tile, each.dropout_p > 0, each.sizes[3], each.dtype, decodes=True)
+        yield f"packed {each.describe()}", kernels, functools.partial(each.check, options)
+    options = dataclasses.replace(cuda.SCHEDULES[1], timeout_s=2 * LAUNCH_LIMIT_S)
+    grouped = functools.partial(cuda_quantised.check_group, options)
+    yield "packed groups", _kernels_of(cuda_quantised.GROUPED, False, 16, decodes=True), grouped

@@ -13,7 +13,7 @@ from fastlora.problem import Needs
 from fastlora.quantised_weight import QuantisedWeight
 from tests.emulator import LaunchOptions
 from tests.support import numerics
-from tests.support.cuda_checks import ALL, LARGE, MEDIUM
+from tests.support.cuda_checks import ALL, LARGE, MEDIUM, describe
 from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of
 from tests.support.quantised_checks import draw, draw_integers, run_layer
 
@@ -45,6 +45,10 @@ class FormatCase(NamedTuple):
     dropout_p: float = 0.0
     block: int = 64
 
+    def describe(self) -> str:
+        dropout = f" p={self.dropout_p}" if self.dropout_p else ""
+        return f"{self.name} {describe(self.tile)} {self.sizes} {self.dtype}{dropout}"
+
     def check(self, options: LaunchOptions | None = None, ptx=ptx_of) -> None:
         case, packed = draw(self.name, self.sizes, self.dtype, block=self.block, dropout_p=self.dropout_p)
         results, _ = emulate(case, packed, self.tile, options, ptx)
@@ -72,3 +76,12 @@ def check_integers(sizes, tile: CudaTile, schedules=SCHEDULES, ptx=ptx_of) -> No
     case, packed = draw_integers(sizes, torch.bfloat16)
     for options in schedules:
         numerics.assert_exact(emulate(case, packed, tile, options, ptx)[0], case)
+
+
+GROUPED = replace(MEDIUM, group_m=8)  # as those that are shipped (fastlora.backends.cuda.tiles.group_size)
+
+
+def check_group(options: LaunchOptions | None = None, ptx=ptx_of) -> None:
+    """A whole group, and a ragged one behind it whose last row block has a tail."""
+    case, packed = draw_integers(((GROUPED.group_m + 2) * GROUPED.block_m + 13, 136, 264, 16), torch.bfloat16)
+    numerics.assert_exact(emulate(case, packed, GROUPED, options, ptx)[0], case)

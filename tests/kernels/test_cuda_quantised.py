@@ -1,0 +1,114 @@
+"""The CUDA kernels over packed base weights, proven on their own PTX. Every launch's scratch is compared with the
+library's own weight, bit for bit (quantised_checks.run_layer)."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import fastlora
+from fastlora import dispatch
+from fastlora.backends.cuda import extension, quantised_launch, tiles
+from fastlora.backends.cuda import launch as cuda
+from fastlora.problem import Needs
+from tests.emulator import LaunchOptions
+from tests.support import cuda_quantised_checks as checks
+from tests.support import numerics
+from tests.support.cuda_checks import LARGE, MEDIUM, needs_kernels
+from tests.support.cuda_emulation import SCHEDULES, emulated
+from tests.support.quantised_checks import allocated, draw, draw_integers
+from tests.support.quantised_models import bitsandbytes
+
+pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace", "poisoned")]
+
+
+@pytest.mark.parametrize("sizes, tile", checks.INTEGERS, ids=str)
+def test_integers_are_exact_under_every_schedule(sizes, tile):
+    checks.check_integers(sizes, tile)
+
+
+@pytest.mark.parametrize("number", range(len(checks.EVERY_FORMAT)), ids=lambda i: checks.EVERY_FORMAT[i].describe())
+def test_formats(number):
+    checks.EVERY_FORMAT[number].check(SCHEDULES[number % len(SCHEDULES)])
+
+
+def test_groups_as_long_as_those_that_are_shipped():
+    """A whole group, and a ragged one behind it whose last row block has a tail."""
+    checks.check_group()
+
+
+def test_a_backward_without_dx_decodes_nothing():
+    case, packed = draw_integers((264, 136, 264, 16), torch.bfloat16)
+    results, (forward, backward) = checks.emulate(case, packed, MEDIUM, needs=Needs(False, True, True, True))
+    numerics.assert_exact(results, case)
+    assert forward.buffers["codes"].bytes_read > 0 and "codes" not in backward.buffers
+
+
+def test_the_packed_weight_is_read_once_a_launch_and_scratch_written_once():
+    """Whatever the number of row blocks: one for each tile that reads the scratch."""
+    m, n, k, r = 264, 136, 264, 16
+    case, packed = draw("nf4", (m, n, k, r), torch.bfloat16)
+    _, launches = checks.emulate(case, packed, MEDIUM, LaunchOptions(resident=1))  # no wait polls
+    for launch in launches:
+        codes, scratch = launch.buffers["codes"], launch.buffers["weight"]
+        assert codes.bytes_read == codes.first_touch_read == n * k // 2 and codes.bytes_written == 0
+        assert scratch.bytes_written == scratch.first_touch_written == n * k * 2
+        assert scratch.bytes_read == math.ceil(m / MEDIUM.block_m) * n * k * 2
+
+
+def test_what_a_plan_decodes():
+    """Parts of 32 Ki elements, two a cluster's tile: a panel for each column forward, one for all of dX."""
+    sizes = {"fp16": False, "dropout": False, "m": 512, "r": 16, "group_m": 8, "splits": 1, "fused": False, "ctas": 132}
+    packed = {"code_format": "nf4", "scale_format": "float32", "block": 64}
+    n, k = 600, 400
+
+    def decode_tiles(backward: bool, block_n: int, **fields) -> int:
+        out, contracted = (k, n) if backward else (n, k)
+        tile = {"block_m": 128, "block_n": block_n, "backward": backward, "n": out, "k": contracted}
+        return extension.loaded().Plan(**sizes, **tile, **fields).decode_tiles
+
+    assert decode_tiles(False, 128, **packed) == 5 * 2 and decode_tiles(True, 128, **packed) == 8
+    assert decode_tiles(False, 256, **packed) == 3 * 2 and decode_tiles(True, 256, **packed) == 4
+    assert decode_tiles(False, 256) == 0, "a dense weight"
+
+
+def test_a_layer_asks_for_the_launch_that_decodes(monkeypatch):
+    """From the public function on: one launch each way, counted as the CUDA backend's, and no fallback; few rows are
+    left to the kernels that decode in the loop of their products."""
+    case, packed = draw("nf4 nested", (96, 64, 128, 8), torch.bfloat16)
+    given = {name: getattr(case, name).requires_grad_() for name in ("x", "lora_a", "lora_b", "bias")}
+    monkeypatch.setattr(dispatch, "_may_decode", lambda device, requested: True)
+    monkeypatch.setattr(quantised_launch, "why_unsupported", quantised_launch.why_not_compiled)
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda device: 4)
+    dispatch.forget_routes()
+    fastlora.reset_dispatch_counts()
+    with emulated() as launch, allocated(packed.shape, torch.bfloat16) as scratch:
+        for _ in range(2):  # the second finds its route by its key
+            y = fastlora.lora_linear(given["x"], packed, given["lora_a"], given["lora_b"], case.scaling, given["bias"])
+            gradients = torch.autograd.grad(y, list(given.values()), case.dy)
+    dispatch.forget_routes()
+    assert len(launch.stats) == len(scratch) == 4
+    assert fastlora.dispatch_counts() == {"cuda": 4, "triton": 0, "composed": 0, "reference": 0, "fallbacks": {}}
+    results = {"y": y.detach(), **dict(zip(("dx", "da", "db", "dbias"), gradients, strict=True))}
+    detached = {name: tensor.detach() for name, tensor in given.items()}
+    numerics.assert_accurate(results, dataclasses.replace(case, **detached))
+
+
+def test_tiles_that_decode():
+    """S has tiles of its own, and what is compiled for is chosen from."""
+    for m, r in ((8192, 16), (8192, 64), (512, 16)):
+        for backward in (False, True):
+            tile = tiles.choose_tile(m, 4096, 4096, r, 132, backward=backward, decodes=True)
+            assert (tile.block_m, tile.block_n) in ((128, 256), (128, 128)) and not tile.fused
+    assert tiles.choose_tile(8192, 4096, 4096, 16, 132, decodes=True).block_n == LARGE.block_n
+    assert tiles.choose_tile(512, 4096, 4096, 16, 132, decodes=True).block_n == MEDIUM.block_n
+    with pytest.raises(ValueError, match="no CUDA kernel is compiled for rank 72"):
+        tiles.choose_tile(8192, 4096, 4096, 72, 132, decodes=True)
+
+
+def test_a_weight_on_a_device_that_decodes_nothing_says_why():
+    bitsandbytes()
+    case, packed = draw("nf4", (96, 64, 128, 8), torch.bfloat16)
+    with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call"):
+        fastlora.lora_linear(case.x, packed, case.lora_a, case.lora_b, case.scaling, backend="cuda")
