@@ -1,6 +1,6 @@
 """A frozen base weight as bitsandbytes or torchao packs it, and its values as those libraries' own code decodes them.
 
-On a GPU, Triton's kernels make the same values in the launch that reads them.
+On a GPU, kernels make the same values in the launch that reads them.
 
 Formats: bitsandbytes' nf4 and fp4, of any block size, with plain or nested statistics; torchao's int8 and float8
 weight-only tensors. A value is code·scale in float32, rounded once to the dtype that is asked for; nested statistics

@@ -27,7 +27,8 @@ PART = 1024  # so small that a panel of a small tile has several
 
 
 def draw_packed(name: str, weight: Tensor, block: int = 64) -> QuantisedWeight:
-    """A weight in one of quantised_models.FORMATS, by the library itself; 4-bit ones hold every code."""
+    """A weight in one of quantised_models.FORMATS, by the library itself; 4-bit ones hold every code, nested ones a
+    scale of zero, which would be none if it were rounded once."""
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -39,6 +40,11 @@ def draw_packed(name: str, weight: Tensor, block: int = 64) -> QuantisedWeight:
         start = min(codes.numel(), 5)
         every = torch.arange(256, dtype=torch.uint8)[: codes.numel() - start]
         codes[start : start + every.numel()] = every
+    if packed.nested:
+        _, scales, absmax2, code2, offset = packed.tensors
+        products = code2[scales.int()].double() * absmax2.double().repeat_interleave(packed.block[1])[: scales.numel()]
+        rounded = products.float()
+        offset.fill_(-rounded[(rounded != products).nonzero()[0]].item())
     return packed
 
 
