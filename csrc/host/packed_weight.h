@@ -14,10 +14,10 @@ enum class ScaleFormat { kFloat32, kFloat16, kBfloat16, kNested };
 
 FL_HOST_DEVICE bool is_four_bit(CodeFormat format) { return format == CodeFormat::kNf4 || format == CodeFormat::kFp4; }
 
-// Consecutive elements that share a scale: the weight is one row of them, so that blocks may run over the end of a row.
-constexpr int kDecodedTogether = 8;     // by one thread, which reads one scale for them
+constexpr int kDecodedTogether = 8;     // elements of a thread, which have one scale
 constexpr int kPartElements = 1 << 15;  // that a CTA decodes in a tile: few enough to spread a panel over many
 
+// One row of out_features x in_features elements: blocks may run over the end of a row of the weight.
 struct PackedWeight {
   const void *codes, *scales;
   const int8_t* zeros;                        // one for each scale, subtracted from the codes; or null

@@ -69,8 +69,8 @@ struct ByteCodes {
   __device__ __forceinline__ float number(int i, uint32_t) const {
     const uint32_t byte = (i < 4 ? words.x : words.y) >> 8 * (i % 4) & 0xff;
     if constexpr (kFormat == CodeFormat::kInt8) return float(int8_t(byte));
-    // The bits of a float8 are those of an fp16 number whose exponent is too small by a constant.
     if constexpr (kFormat == CodeFormat::kFloat8E5M2) return unpack<__half>(byte << 8).x;
+    // The bits of an e4m3 are those of an fp16 number whose exponent is too small by 8.
     const float number = unpack<__half>((byte & 0x80) << 8 | (byte & 0x7f) << 7).x * 256.f;
     return (byte & 0x7f) == 0x7f ? NAN : number;
   }
@@ -170,7 +170,7 @@ __device__ __forceinline__ void decode_tile(Consumer<Traits>& c, TileInfo tile) 
   const int64_t panel = tile.row * w.panel_elements, end = panel + w.panel_elements;
   const int64_t first = panel + int64_t(tile.column) * kPartElements;
   const int64_t left = (end < w.elements ? end : w.elements) - first;
-  const int count = int(left < kPartElements ? left : kPartElements);
+  const int count = left < 0 ? 0 : int(left < kPartElements ? left : kPartElements);
   // The table lies in a staging buffer: no tile of the output, which would store through it, comes before this one.
   const uint32_t table = c.shared.staging(c.warpgroup, 0);
   if (is_four_bit(w.code_format)) {

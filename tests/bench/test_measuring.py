@@ -6,12 +6,11 @@ from torch.nn import functional as F
 
 from fastlora.bench import host, timing
 from fastlora.bench.cases import CPU_HEADLINE, RANKS, TOKENS, LayerCase, preset_cases
-from fastlora.bench.peers import preset_peers
 from fastlora.bench.cost import Cost, pass_cost
 from fastlora.bench.layer import input_sets, random_tensors
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
 from fastlora.bench.peaks import larger_peaks
-from fastlora.bench.peers import FASTLORA
+from fastlora.bench.peers import FASTLORA, preset_peers
 from fastlora.bench.timing import HostClock, Stage, summarise, time_calls, time_interleaved
 
 MIB = 2**20

@@ -67,7 +67,7 @@ EVERY_FORMAT = (
     FormatCase("int8 group", (264, 136, 272, 8), MEDIUM),
     FormatCase("float8", (264, 136, 264, 8), MEDIUM),
 )
-INTEGERS = (((520, 328, 264, 16), LARGE), ((264, 264, 392, 40), replace(MEDIUM, group_m=8, gradients_last=True)))
+INTEGERS = (((392, 328, 264, 16), LARGE), ((264, 264, 392, 40), replace(MEDIUM, group_m=8, gradients_last=True)))
 
 
 def check_integers(sizes, tile: CudaTile, schedules=SCHEDULES, ptx=ptx_of) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastlora.backends.configs import has_few_rows
 from fastlora.backends.cuda import extension
