@@ -14,7 +14,7 @@ def ratios(m: int) -> list[float]:
 
 
 def test_one_wave_by_hand():
-    """16 rows of 4096 x 4096: 128 tiles of 32 columns, each on a multiprocessor of its own; loads bound the products."""
+    """16 rows of 4096 x 4096: 128 tiles of 32 columns, each on a multiprocessor of its own; loads bound products."""
     machine = Machine()
     decoded = 32 * 4096 * DECODE_INSTRUCTIONS / 128 / CLOCK
     loads = 4096 * (2 * 16 + 32 * PACKED_BYTES) / machine.sm_bandwidth

@@ -1,5 +1,5 @@
-"""Layers over packed weights run by the compiled CUDA kernels' own PTX in the emulator, and checked: values, scratch bit
-for bit, the protocol."""
+"""Layers over packed weights run by the compiled CUDA kernels' own PTX in the emulator, and checked: values, scratch
+bit for bit, the protocol."""
 
 from dataclasses import replace
 from typing import NamedTuple

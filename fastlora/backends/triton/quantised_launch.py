@@ -90,8 +90,9 @@ def decodes_in_loop(spec: LaunchSpec) -> bool:
 
     A forward without dropout of FEW_ROWS rows at most, as of a decode step, has one row block: each block of the weight
     is decoded once in either case, and here it is neither written nor read again. Of more rows, nothing in the loop
-    hides what each row block decodes: by a model (python -m benchmarks.schedule --decoding) both ways take as long at 64
-    rows, on average over Llama's layers, and the loop takes longer in each from 96 on; nothing is measured. Rows of W0 must be whole groups of eight elements with one scale.
+    hides what each row block decodes: by a model (python -m benchmarks.schedule --decoding) both ways take as long at
+    64 rows, on average over Llama's layers, and the loop takes longer in each from 96 on; nothing is measured. Rows of
+    W0 must be whole groups of eight elements with one scale.
     """
     few = has_few_rows(spec.direction, spec.sizes.m, spec.dropout)
     packed = _format(spec, PART, True)
