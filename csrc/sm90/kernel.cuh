@@ -17,7 +17,7 @@ __device__ __forceinline__ int decode_tiles(Consumer<Traits>& consumer) {
     if (tile.kind != kDecodeTile) return i;
     if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
     decode_tile(consumer, tile);
-    __syncwarp();  // every lane has read the slot
+    // That ended with a barrier: every lane has read the slot.
     if (lane_id() == 0) release_tile(consumer.shared, i & 1);
   }
 }

@@ -249,6 +249,9 @@ REDUNDANT: dict[tuple[str, str], str] = {
         "frees registers, of which PTX has enough: without it ptxas serialises the products, which "
         "benchmarks.cuda_resources refuses; the planted bug shares the registers"
     ),
+    ("wait for an mbarrier", "wait_slot(i + 1);"): (
+        "keeps a CTA from claiming a tile that another may take sooner; the next turn waits for the slot all the same"
+    ),
 }
 
 
