@@ -11,14 +11,13 @@ import fastlora
 from fastlora import dispatch
 from fastlora.backends.cuda import extension, quantised_launch, tiles
 from fastlora.backends.cuda import launch as cuda
-from fastlora.problem import Needs
+from fastlora.problem import LaunchSpec, Needs, Packed, Sizes
 from tests.emulator import LaunchOptions
 from tests.support import cuda_quantised_checks as checks
 from tests.support import numerics
 from tests.support.cuda_checks import LARGE, MEDIUM, needs_kernels
 from tests.support.cuda_emulation import SCHEDULES, emulated
 from tests.support.quantised_checks import allocated, draw, draw_integers
-from tests.support.quantised_models import bitsandbytes
 
 pytestmark = [needs_kernels, pytest.mark.usefixtures("own_workspace", "poisoned")]
 
@@ -107,8 +106,62 @@ def test_tiles_that_decode():
         tiles.choose_tile(8192, 4096, 4096, 72, 132, decodes=True)
 
 
-def test_a_weight_on_a_device_that_decodes_nothing_says_why():
-    bitsandbytes()
-    case, packed = draw("nf4", (96, 64, 128, 8), torch.bfloat16)
-    with pytest.raises(ValueError, match="backend 'cuda' cannot serve this call"):
-        fastlora.lora_linear(case.x, packed, case.lora_a, case.lora_b, case.scaling, backend="cuda")
+def packed_spec(name: str = "nf4", m: int = 128, n: int = 64, k: int = 128, r: int = 16, **changes) -> LaunchSpec:
+    """Of a forward in bfloat16 over a packed weight."""
+    block = {"nf4": (64, 256), "fp4": (64, 0)}.get(name, (1, k))
+    float8 = torch.float8_e4m3fn
+    dtypes = {
+        "nf4": (torch.uint8, torch.uint8, *(torch.float32,) * 3),
+        "fp4": (torch.uint8, torch.float32),
+        "int8": (torch.int8, torch.bfloat16),
+        "float8": (float8, torch.float32),
+    }[name]
+    scales = n * k // 64 if name in ("nf4", "fp4") else n
+    counts = (n * k, scales, *(1 for _ in dtypes[2:]))
+    packed = Packed(block, dtypes, counts, (True,) * len(dtypes), True)._replace(**changes)
+    dtype = torch.bfloat16
+    device = torch.device("cuda", 0)
+    return LaunchSpec("forward", Sizes(m, n, k, r), dtype, (dtype, dtype), device, name, packed=packed)
+
+
+@pytest.mark.parametrize("name", ("nf4", "fp4", "int8", "float8"))
+def test_what_is_compiled_is_not_refused(name):
+    assert quantised_launch.why_not_compiled(packed_spec(name)) is None
+    assert quantised_launch.why_not_compiled(packed_spec(name)._replace(dtype=torch.float16)) is None
+
+
+@pytest.mark.parametrize(
+    "spec, reason",
+    (
+        (packed_spec(r=72), "rank 72 is above 64 over nf4 weights"),
+        (packed_spec(m=64), "64 rows over nf4 weights, which are better decoded in the loop of their product"),
+        (packed_spec(k=68, n=64), "must be multiples of 8"),
+        (packed_spec()._replace(packed=None, base_format="nf4"), "no kernel decodes a nf4 base weight"),
+        (packed_spec(starts=(False, True, True, True, True)), "do not start on 16 bytes"),
+        (packed_spec(contiguous=False), "one of its tensors is not contiguous"),
+        (packed_spec(counts=(1, 1 << 31)), "scales of the nf4 weight, which 32 bits do not count"),
+        (packed_spec(dtypes=(torch.uint8, torch.float32)), "scales of the nf4 weight are (torch.float32,)"),
+        (packed_spec(block=(96, 256)), "blocks of 96 elements and 256 scales"),
+        (packed_spec("int8", dtypes=(torch.int8, torch.float64)), "no kernel decodes int8 weights"),
+        (packed_spec("int8", dtypes=(torch.int8, torch.float32, torch.int32)), "no kernel decodes int8 weights"),
+        (packed_spec("float8", dtypes=(torch.float8_e4m3fnuz, torch.float32)), "no kernel decodes float8 weights"),
+        (packed_spec("int8", block=(32, 64), counts=(8192, 4)), "4 scales of 32 x 64 elements"),
+        (packed_spec("int8", block=(1, 4), counts=(8192, 2048)), "4 elements of the int8 weight have one scale"),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_not_served_says_why(spec, reason):
+    assert reason in quantised_launch.why_not_compiled(spec)
+
+
+def test_few_rows_with_dropout_or_backward_are_served():
+    """Nobody decodes those in the loop of a product."""
+    assert quantised_launch.why_not_compiled(packed_spec(m=16)._replace(dropout=True)) is None
+    assert quantised_launch.why_not_compiled(packed_spec(m=16)._replace(direction="backward")) is None
+
+
+def test_tensors_elsewhere_are_refused(monkeypatch):
+    monkeypatch.setattr(quantised_launch, "unusable", lambda device=None: None)
+    assert quantised_launch.why_unsupported(packed_spec()) is None
+    on_cpu = packed_spec()._replace(device=torch.device("cpu"))
+    assert quantised_launch.why_unsupported(on_cpu) == "the tensors are on cpu"

@@ -47,9 +47,9 @@ def why_not_compiled(spec: LaunchSpec) -> str | None:
     name, (_, n, k, r) = spec.base_format, spec.sizes
     ranks = [v["rank"] for v in extension.variants() if v["decodes"] and getattr(torch, v["dtype"]) == spec.dtype]
     if r > max(ranks, default=0):
-        return f"rank {r} is above {max(ranks, default=0)} over a {name} base weight"
+        return f"rank {r} is above {max(ranks, default=0)} over {name} weights"
     if has_few_rows(spec.direction, spec.sizes.m, spec.dropout):
-        return f"{spec.sizes.m} rows over a {name} base weight, which is better decoded in the loop of their products"
+        return f"{spec.sizes.m} rows over {name} weights, which are better decoded in the loop of their product"
     if not packed.contiguous or not packed.starts[0]:
         return f"codes of the {name} weight do not start on 16 bytes, or one of its tensors is not contiguous"
     if packed.counts[1] >= 1 << 31:
@@ -64,7 +64,7 @@ def why_not_compiled(spec: LaunchSpec) -> str | None:
             return f"blocks of {block} elements and {nested} scales of the {name} weight are no powers of two"
         return None
     if codes not in _BYTE_CODES or scales not in _SCALES or any(dtype != torch.int8 for dtype in rest):
-        return f"no kernel decodes a {name} weight of {packed.dtypes}"
+        return f"no kernel decodes {name} weights of {packed.dtypes}"
     rows, columns = packed.block
     if (rows > 1 and columns != k) or k % columns or n % rows or packed.counts[1] * rows * columns != n * k:
         return f"{packed.counts[1]} scales of {rows} x {columns} elements of the {name} weight [{n}, {k}]"
