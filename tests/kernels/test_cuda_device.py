@@ -8,9 +8,10 @@ import torch
 
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.cuda import quantised_launch
 from fastlora.ops import lora_linear
 from fastlora.problem import Needs
-from tests.support import launches, numerics
+from tests.support import launches, numerics, quantised_checks
 from tests.support.cuda_emulation import run_layer
 
 pytestmark = pytest.mark.skipif(cuda.unusable() is not None, reason=f"CUDA kernels: {cuda.unusable()}")
@@ -62,6 +63,18 @@ def test_results_are_as_accurate_as_eager_and_the_same_every_time(poisoned, dtyp
             assert torch.equal(result.view(torch.int16), first[name].view(torch.int16)), name
     torch.cuda.synchronize()
     assert not any(buffer.any() for buffer in workspace._by_stream.values())
+
+
+@pytest.mark.parametrize("tile", (LARGEST, cuda.CudaTile(128, 128, 8, 2)), ids=str)
+@pytest.mark.parametrize("name", ("nf4", "nf4 nested", "fp4", "int8", "float8"))
+def test_packed_weights_are_decoded_bit_for_bit(poisoned, name, tile):
+    case, packed = quantised_checks.draw(name, (1000, 1032, 1032, 64), torch.bfloat16)
+    case, packed = on_device(case), packed._replace(tensors=tuple(tensor.cuda() for tensor in packed.tensors))
+    for _ in range(3):
+        results = quantised_checks.run_layer(
+            case, packed, Needs(True, True, True, True), lambda spec: quantised_launch.prepare(spec, tile, n_sms())
+        )
+        numerics.assert_accurate(results, case)
 
 
 @pytest.mark.contact
