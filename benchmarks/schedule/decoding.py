@@ -11,7 +11,7 @@ from fastlora.backends.configs import FEW_ROWS, TILE_TABLES, TileConfig
 
 # Of nf4 with nested statistics, an element: in the loop of decode.cuh, eight groups of eight at once
 # (benchmarks/results/cuda_resources.json). The Triton kernels' are taken for as many.
-DECODE_INSTRUCTIONS = 539 / 64
+DECODE_INSTRUCTIONS = 576 / 64
 PACKED_BYTES = 1 / 2 + 1 / 64
 _LANES = 128  # of a multiprocessor: instructions of a thread that it issues in a clock
 LAYERS = ((1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))

@@ -4,9 +4,18 @@ import math
 
 import pytest
 
+from benchmarks import RESULTS
+from benchmarks.cuda_resources import table
 from benchmarks.schedule.decoding import DECODE_INSTRUCTIONS, LAYERS, PACKED_BYTES, as_text, model
 from benchmarks.schedule.machine import CLOCK, Machine
 from fastlora.backends.configs import FEW_ROWS
+
+
+def test_what_is_modelled_was_counted():
+    """Eight groups of eight elements."""
+    kernels = table.from_json((RESULTS / "cuda_resources.json").read_text())["kernels"]
+    rows = kernels["lora_sm90_forward_bf16_128x256_r16_decoded"]["rows"]
+    assert rows["consumer decode 4 bits, nested: rest"]["code"] == 64 * DECODE_INSTRUCTIONS
 
 
 def ratios(m: int) -> list[float]:
@@ -27,7 +36,7 @@ def test_one_wave_by_hand():
 def test_the_loop_pays_up_to_few_rows_and_not_beyond():
     """At the limit both take as long, on average over the layers."""
     assert all(math.prod(ratios(m)) < 1 for m in (1, 16, 32))
-    assert math.prod(ratios(FEW_ROWS)) ** (1 / len(LAYERS)) == pytest.approx(1, abs=0.02)
+    assert math.prod(ratios(FEW_ROWS)) ** (1 / len(LAYERS)) == pytest.approx(1, abs=0.05)
     assert all(min(ratios(m)) > 1 for m in (FEW_ROWS + 32, 128, 200, 256))
 
 
