@@ -14,7 +14,7 @@ from fastlora.backends.configs import FEW_ROWS
 def test_what_is_modelled_was_counted():
     """Eight groups of eight elements."""
     kernels = table.from_json((RESULTS / "cuda_resources.json").read_text())["kernels"]
-    rows = kernels["lora_sm90_forward_bf16_128x256_r16_decoded"]["rows"]
+    rows = kernels["lora_sm90_forward_bf16_128x256_r64_decoded"]["rows"]
     assert rows["consumer decode 4 bits, nested: rest"]["code"] == 64 * DECODE_INSTRUCTIONS
 
 
