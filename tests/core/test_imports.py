@@ -16,6 +16,7 @@ LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
     (
         "checks",
+        "own_forward",
         "layer_checks",
         "rows",
         "saved_tensors",
