@@ -22,6 +22,7 @@ from benchmarks import ROOT, dora, experts, quantised_memory, recipes, saved_byt
 from benchmarks.defects import report as defects
 from benchmarks.mutation import report as mutation
 from benchmarks.traffic import report as traffic_report
+from benchmarks.traffic import segments as segment_traffic
 from fastlora.bench.claims import claims_tables
 from fastlora.bench.tables import case_label, host_table, model_table, ratio_table
 from fastlora.study.results import amplification_table, budget_table, ranks_table, similarity_table
@@ -84,6 +85,7 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "dora": dora.results_table,
     "recipes": recipes.results_table,
     "segments": segments.segments_table,
+    "segment-traffic": segment_traffic.segment_table,
     "experts": experts.results_table,
     "mutation": mutation.readme_table,
     "defects": defects.readme_table,
