@@ -3,8 +3,8 @@ results/segment_traffic.*.
 
 As count.py has it for one adapter, by the sm_80 kernels of one tile: ours in one launch each way, without an adapter
 (the frozen layer) and with; a launch of ours for each segment; and PEFT's order from the plain kernels of
-peer_kernels.py. Over experts that is a copy W + ΔW of all of them (``baddbmm``), torch's grouped product, and backward a
-gradient of all weights; a product for all experts counts as one launch. For ``adapter_names``, at inference alone: one
+peer_kernels.py. Over experts that is a copy W + ΔW of all of them (``baddbmm``), torch's grouped product, and a
+gradient of all weights in the backward; a product for all experts counts as one launch. For ``adapter_names``, at inference alone: one
 base product, and for each adapter a gather of its rows, two products, a scaling and a sum into Y. Each Y and gradient
 is checked against float64 first.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import RESULTS
-from benchmarks.traffic.count import TRITON_NAMES, OPTIONS, own_workspace, PeerRun, square_tile, count_triton, summed
+from benchmarks.traffic.count import OPTIONS, TRITON_NAMES, PeerRun, count_triton, own_workspace, square_tile, summed
 from benchmarks.traffic.peer_kernels import elementwise, product
 from fastlora.backends.configs import TileConfig
 from fastlora.environment import package_versions
@@ -238,8 +238,13 @@ def segment_table(report: dict) -> Table:
 
 
 @click.command(help=__doc__)
-def main() -> None:
+@click.option("--check", is_flag=True, help="Write nothing; exit code 1 where the file is not what is counted now.")
+def main(check: bool) -> None:
     report = make_report()
+    if check:
+        if report != json.loads(RESULT.read_text()):
+            raise click.ClickException(f"{RESULT.name} is not what is counted now")
+        return
     RESULT.write_text(json.dumps(report, indent=1) + "\n")
     RESULT.with_suffix(".md").write_text(segment_table(report).to_markdown())
 
