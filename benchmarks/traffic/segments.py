@@ -4,9 +4,9 @@ results/segment_traffic.*.
 As count.py has it for one adapter, by the sm_80 kernels of one tile: ours in one launch each way, without an adapter
 (the frozen layer) and with; a launch of ours for each segment; and PEFT's order from the plain kernels of
 peer_kernels.py. Over experts that is a copy W + ΔW of all of them (``baddbmm``), torch's grouped product, and a
-gradient of all weights in the backward; a product for all experts counts as one launch. For ``adapter_names``, at inference alone: one
-base product, and for each adapter a gather of its rows, two products, a scaling and a sum into Y. Each Y and gradient
-is checked against float64 first.
+gradient of all weights in the backward; a product for all experts counts as one launch. For ``adapter_names``, at
+inference alone: one base product, and for each adapter a gather of its rows, two products, a scaling and a sum into Y.
+Each Y and gradient is checked against float64 first.
 """
 
 import json
