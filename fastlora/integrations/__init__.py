@@ -49,7 +49,8 @@ print(fastlora.dispatch_counts())
 **Several adapters in one batch.** A patched PEFT model takes ``adapter_names``, one for each sample, in training as
 well: several jobs share one base model and one base product a layer. Each adapter's gradients are those of its own
 rows, so that it ends where it would have ended alone, given the loss that it would have had alone. ``"__base__"``
-stands for no adapter; at inference the same call serves a batch of several users.
+stands for no adapter; at inference the same call serves a batch of several users. On a GPU
+``fastlora.warmup(model, adapter_names=names)`` compiles for such batches before the first.
 
 ```python
 import fastlora
