@@ -34,10 +34,9 @@ def debug_flags() -> str:
     return f"-D{SPIN_LIMIT}={int(limit)}" if limit else ""
 
 
-def tiles() -> list[tuple[int, int]]:
-    """(block_m, block_n) of csrc/variants.def, in its order."""
-    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), \d+, \w+\)$", (CSRC / "variants.def").read_text(), re.M)
-    return list(dict.fromkeys((int(m), int(n)) for m, n in lines))
+def tiles() -> list[str]:
+    """The groups of csrc/variants.def, each of one tile, in its order."""
+    return re.findall(r"^#ifdef FASTLORA_TILE_(\w+)$", (CSRC / "variants.def").read_text(), re.M)
 
 
 def objects():
@@ -46,9 +45,9 @@ def objects():
         yield f"{source.name}.o", f"host/{source.name}", ""
     for direction in ("backward", "forward"):  # the slower ones first
         for element in ("bf16", "fp16"):
-            for m, n in tiles():
-                defines = f"-DFASTLORA_DIRECTION={direction} -DFASTLORA_ELEMENT={element} -DFASTLORA_TILE_{m}x{n}"
-                yield f"sm90_{direction}_{element}_{m}x{n}.o", "sm90/kernels.cu", defines
+            for tile in tiles():
+                defines = f"-DFASTLORA_DIRECTION={direction} -DFASTLORA_ELEMENT={element} -DFASTLORA_TILE_{tile}"
+                yield f"sm90_{direction}_{element}_{tile}.o", "sm90/kernels.cu", defines
 
 
 def ninja_command() -> list[str]:

@@ -64,7 +64,7 @@ def _stand_in_for_cuda(directory: Path) -> None:
     runtime.on_launch(None)
     extension.load = lambda: (runtime.module, None)  # type: ignore[assignment]
     launch.raw_stream = lambda device: 0
-    launch._multiprocessors = lambda device: N_SMS  # type: ignore[assignment]
+    launch.multiprocessors = lambda device: N_SMS  # type: ignore[assignment]
 
 
 def make_calls(backend: str, dropout_p: float) -> dict[str, Callable[[], object]]:

@@ -14,11 +14,15 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
-from benchmarks import ROOT, dora, quantised_memory, recipes, saved_bytes
+from benchmarks import ROOT, dora, experts, quantised_memory, recipes, saved_bytes, segments
+from benchmarks.defects import report as defects
+from benchmarks.mutation import report as mutation
 from benchmarks.traffic import report as traffic_report
+from benchmarks.traffic import segments as segment_traffic
 from fastlora.bench.claims import claims_tables
 from fastlora.bench.tables import case_label, host_table, model_table, ratio_table
 from fastlora.study.results import amplification_table, budget_table, ranks_table, similarity_table
@@ -84,7 +88,14 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "quantised": quantised_memory.readme_table,
     "dora": dora.results_table,
     "recipes": recipes.results_table,
+    "segments": segments.segments_table,
+    "segment-traffic": segment_traffic.segment_table,
+    "experts": experts.results_table,
+    "mutation": mutation.readme_table,
+    "defects": defects.readme_table,
 }
+# What makes a report of a file that is none.
+READERS: dict[str, Callable[[Any], dict]] = {"mutation": mutation.readme_report, "defects": defects.readme_report}
 
 
 def block_text(kind: str, path: str, root: Path, folder: str = "") -> str:
@@ -99,15 +110,17 @@ def block_text(kind: str, path: str, root: Path, folder: str = "") -> str:
         report = json.loads((root / path).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(f"cannot read {path}: {error}") from error
+    report = READERS.get(kind, dict)(report)
     heading, body = TABLES[kind](report).to_markdown().split("\n", 1)
-    note = f"[{path}]({os.path.relpath(path, folder or '.')}), {made_with(report)}: `{report['command']}`"
+    source = ", ".join(filter(None, (f"[{path}]({os.path.relpath(path, folder or '.')})", made_with(report))))
+    note = f"{source}: `{report['command']}`"
     return f"**{heading.removeprefix('## ')}**\n{body}\n{note}\n"
 
 
 def made_with(report: dict) -> str:
     """The machine that was measured, or, of a report that counts and does not measure, the versions."""
     if "environment" not in report:
-        return ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+        return ", ".join(f"{name} {version}" for name, version in report.get("versions", {}).items())
     env = report["environment"]
     source = f"{env['device_name']}, {env['cpu_threads']} CPU threads" if env["device"] == "cpu" else env["device_name"]
     commit = env["commit"] or "not a checkout"

@@ -28,6 +28,8 @@ struct Schedule {
   int gradient_tiles;  // of each group
   int gradients_last;  // gradient tiles follow all other tiles, not their own group's
   int splits;          // of the contraction of each tile of a column
+  int panels;          // of a packed base weight, which tiles in front of this queue decode; 0 of a dense one
+  int parts;           // tiles that decode a panel
 };
 
 struct Tile {
@@ -43,7 +45,10 @@ FL_HOST_DEVICE int count_column_tiles(const Schedule& s) { return s.rows * s.col
 
 FL_HOST_DEVICE int count_tiles(const Schedule& s) { return count_column_tiles(s) + count_groups(s) * s.gradient_tiles; }
 
-// What ticket number `ticket` stands for, where `wave` clusters run at once.
+// Tiles that decode the base weight, panel by panel: the first tickets. Those of the queue follow.
+FL_HOST_DEVICE int count_decode_tiles(const Schedule& s) { return s.panels * s.parts; }
+
+// What ticket number `ticket`, counted from the queue's first tile, stands for, where `wave` clusters run at once.
 FL_HOST_DEVICE Tile locate(const Schedule& s, int ticket, int wave) {
   const int behind = ticket - count_column_tiles(s);
   if (s.gradients_last && behind >= 0) return {behind / s.gradient_tiles, 0, 0, behind % s.gradient_tiles};

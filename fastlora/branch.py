@@ -8,7 +8,7 @@ from torch import nn
 
 from fastlora.dora import weight_norm
 from fastlora.merging import Merging
-from fastlora.save_pretrained import NOT_IN_CHECKPOINT, plain_saver, resumed_names, warn_unmerged
+from fastlora.save_pretrained import NOT_IN_CHECKPOINT, plain_saver, resumed, warn_unmerged
 from fastlora.sharding import is_dtensor
 
 MERGED_MARK = "merged"  # key in the state dict of a merged layer
@@ -96,11 +96,16 @@ class Branch(Merging):
                 "lora_B would add it again; take the state dict after unmerge(), or load an adapter file"
             )
             return
-        if not given & {"lora_A", "lora_B"}:
-            names = resumed_names(state_dict)
-            if names is not None and prefix + "lora_A" not in names:
-                errors.append(f"{layer}: {NOT_IN_CHECKPOINT}")
-                return
+        lacking = {name: p for name, p in self.adapter_parameters().items() if name not in given}
+        if lacking and (checkpoint := resumed()) is not None:
+            for name, parameter in lacking.items():
+                saved = checkpoint.name_of(prefix + name, parameter)
+                if saved not in checkpoint.names:
+                    errors.append(f"{layer}: {NOT_IN_CHECKPOINT}")
+                    return
+                if saved in checkpoint.entries:  # of several files, another may have it
+                    state_dict[prefix + name] = checkpoint.entries[saved]
+                    given.add(name)
         if "weight" in given and not given & {"lora_A", "lora_B"} and self.branch_is_trained():
             warnings.warn(PLAIN_UNDER_BRANCH, stacklevel=2)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

@@ -4,14 +4,14 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora import quantised_operands, selection
+from fastlora import quantised_operands, scaled_operands, selection
 from fastlora.backends import reference, tuning
 from fastlora.operands import backward_key, describe_backward, describe_forward, forward_key
 from fastlora.problem import (
@@ -23,6 +23,8 @@ from fastlora.problem import (
     LaunchSpec,
     Needs,
     PassingReason,
+    ScaledBackward,
+    ScaledForward,
 )
 
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
@@ -55,7 +57,7 @@ def forget_routes() -> None:
     """Has every route found anew."""
     _by_key.clear()
     _route.cache_clear()
-    _packed_route.cache_clear()
+    _launching_route.cache_clear()
 
 
 tuning.on_change(forget_routes)
@@ -140,56 +142,109 @@ def backward(operands: Any, needs: Needs, requested: str | None) -> Gradients:
 
 
 def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor] | None:
-    """Y and S of one launch that decodes its quantised weight, or None where none serves the call: then the reason is
-    counted as a fallback, and the weight is to be decoded in front of a dense launch.
+    """Y and S of one launch that decodes its quantised weight, or None where none serves the call: then the reasons are
+    counted as fallbacks, and the weight is to be decoded in front of a dense launch.
 
     Args:
         operands: the fields of ForwardOperands in order, with a QuantisedWeight.
         requested: a backend's name to insist on, or None.
     """
-    if not _may_decode(operands[0].device, requested):
+    if not may_launch(operands[0].device, requested):
         return None
-    key = ("packed", quantised_operands.forward_key(operands))
-    return _packed(operands, key, lambda: quantised_operands.describe_forward(operands))
+    key = ("packed", requested, quantised_operands.forward_key(operands))
+    launch = _in_launch(operands, requested, key, lambda: quantised_operands.describe_forward(operands))
+    return launch and launch()
 
 
 def packed_backward(operands: Any, needs: Needs, requested: str | None) -> Gradients | None:
     """The gradients that ``needs`` names, likewise."""
-    if not _may_decode(operands[0].device, requested):
+    if not may_launch(operands[0].device, requested):
         return None
-    key = ("packed", quantised_operands.backward_key(operands, needs))
-    return _packed(operands, key, lambda: quantised_operands.describe_backward(operands, needs))
+    key = ("packed", requested, quantised_operands.backward_key(operands, needs))
+    launch = _in_launch(operands, requested, key, lambda: quantised_operands.describe_backward(operands, needs))
+    return launch and launch()
 
 
-def decodes_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
-    """Whether a call over a quantised weight is served by a launch that decodes it."""
-    usable = _may_decode(spec.device, requested) and not spec.is_empty
-    return usable and selection.why_unsupported("triton", spec) is None
+def scaled_forward(operands: ScaledForward, requested: str | None) -> Callable[[], Any] | None:
+    """The one launch of a DoRA layer's forward, which returns Y, S and Z or None. None where none serves the call: then
+    the reasons are counted as fallbacks, and the columns are to be scaled behind a launch without a scale.
+
+    Where the composed layer is preferred (``selection.preference``), it is to be scaled likewise, and nothing is
+    counted here.
+
+    Args:
+        operands: of the call.
+        requested: a backend's name to insist on, or None.
+    """
+    if not may_launch(operands.x.device, requested):
+        return None
+    key = (requested, scaled_operands.forward_key(operands))
+    return _in_launch(operands, requested, key, lambda: scaled_operands.describe_forward(operands))
 
 
-def _may_decode(device: torch.device, requested: str | None) -> bool:
-    """Triton's kernels alone decode a weight, and they run on a GPU, or where they are asked for."""
-    return requested == "triton" or (requested is None and device.type == "cuda")
+def scaled_backward(operands: ScaledBackward, needs: Needs, requested: str | None) -> Callable[[], Any] | None:
+    """Likewise of its backward, which returns Gradients and the magnitude's or None."""
+    if not may_launch(operands.dy.device, requested):
+        return None
+    key = (requested, scaled_operands.backward_key(operands, needs))
+    return _in_launch(operands, requested, key, lambda: scaled_operands.describe_backward(operands, needs))
 
 
-def _packed(given: tuple, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]) -> Any:
+_LAUNCHING = ("cuda", "triton")  # whose launches may decode a weight or scale columns, in order of preference
+
+
+def may_launch(device: torch.device, requested: str | None) -> bool:
+    """Whether to look for a launch that decodes a weight or scales columns: on a GPU, or where it is asked for."""
+    return requested in _LAUNCHING or (requested is None and device.type == "cuda")
+
+
+def served_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
+    """Whether a call over a quantised weight, or of a DoRA layer, is served by one launch."""
+    if not may_launch(spec.device, requested) or spec.is_empty or _prefers_composed(spec, requested):
+        return False
+    return _launching(spec, requested)[0] is not None
+
+
+def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
+    """Not over a quantised weight, which the composed layer would have decoded to memory at every call."""
+    if requested is not None or spec.packed is not None:
+        return False
+    order = selection.preference(spec)
+    return order.index("composed") < order.index("triton")
+
+
+def _launching(spec: LaunchSpec, requested: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """The backend whose launch serves such a call, if any, and why not one before it."""
+    passed_over: list[str] = []
+    for name in _LAUNCHING if requested is None else (requested,):
+        reason = selection.why_unsupported(name, spec)
+        if reason is None:
+            return name, tuple(passed_over)
+        passed_over.append(reason)
+    return None, tuple(passed_over)
+
+
+def _in_launch(
+    given: tuple, requested: str | None, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]
+) -> Callable[[], Any] | None:
+    """A call as one launch serves it, counted, or None."""
     operands, route = given, _by_key.get(key)
     if route is None:
         operands, spec = describe()
-        if spec.is_empty:
+        if spec.is_empty or _prefers_composed(spec, requested):
             return None
-        reason = selection.why_unsupported("triton", spec)
-        if reason is not None:
-            count_fallback(reason)
+        name, passed_over = _launching(spec, requested)
+        if name is None:
+            _fallbacks.update(passed_over)
             return None
-        route = _packed_route(spec)
+        route = _launching_route(spec, name, passed_over)
         _remember(key, route, given, operands)
-    return _counted(route)(operands)
+    return partial(_counted(route), operands)
 
 
 @lru_cache(maxsize=4096)
-def _packed_route(spec: LaunchSpec) -> _Route:
-    return _Route("triton", (), selection.serving_module("triton", spec).prepare(spec))
+def _launching_route(spec: LaunchSpec, name: str, passed_over: tuple[str, ...]) -> _Route:
+    return _Route(name, passed_over, selection.serving_module(name, spec).prepare(spec))
 
 
 def segmented(operands: Any, spec: LaunchSpec, requested: str | None) -> Any:

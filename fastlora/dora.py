@@ -1,13 +1,14 @@
-"""DoRA over a fused layer: the columns of base product and branch scaled by a trained magnitude over a weight's norm.
+"""DoRA: the columns of base product and branch scaled by a trained magnitude over a weight's norm.
 
-``Y = g∘(X·W0ᵀ + s·X·Aᵀ·Bᵀ) + bias`` with ``g = m / ‖W0 + s·B·A‖`` by output row, the norm a constant to autograd. The
-term in brackets is one fused launch without a bias; the scale is one pass over it. The norm needs no N x K temporary:
+``Y = g∘(X·W0ᵀ + s·X·Aᵀ·Bᵀ) + bias`` with ``g = m / ‖W0 + s·B·A‖`` by output row, the norm a constant to autograd. On a
+GPU that is one launch each way (``fastlora.scaled_layer``). Where Triton does not serve it, on the CPU, and where the
+call must be of torch's operators, the term in brackets is the fused layer without a bias, and the scale a pass over it
+(``fastlora.column_scale``). The norm needs no N x K temporary:
 ``‖W0 + s·B·A‖² = ‖W0‖² + 2s·Σ_r (W0·Aᵀ)∘B + s²·Σ_r (B·(A·Aᵀ))∘B``.
 
 Source: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation" (arXiv:2402.09353), with its section 4.3.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from torch.autograd import forward_ad
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
-from fastlora.dispatch import count_fallback
+from fastlora.column_scale import ScaledColumns, scaled, without_autocast
+from fastlora.dispatch import count_fallback, environment_backend, may_launch
 from fastlora.ops import lora_linear
 from fastlora.rows import on_jagged
+from fastlora.scaled_layer import scaled_linear
 
 WITH_DROPOUT = "DoRA with dropout, which drops the base product's input too"
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 24  # of a weight that are widened at once
-_ROWS_AT_A_TIME = 256  # of dY∘T that are summed at once
 
 
 class Norms:
@@ -108,17 +110,13 @@ def weight_norm(
     Args:
         base: ``squared_norm`` of W0, where it is known.
     """
-    with _without_autocast(rows):
+    with without_autocast(rows):
         base = squared_norm(rows) if base is None else base
         a, b = lora_a.to(base.dtype), lora_b.to(base.dtype)
         cross = torch.cat([part.to(base.dtype) @ a.t() for part in _parts(rows)])  # [N, R]
         branch = b @ (a @ a.t())
         squared = base + scaling * ((2 * cross + scaling * branch) * b).sum(1)
         return squared.clamp_(min=0.0).sqrt_()
-
-
-def _without_autocast(tensor: Tensor) -> AbstractContextManager:
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
 
 
 @torch.no_grad()
@@ -155,7 +153,8 @@ def dora_linear(
     """A DoRA layer: ``m/‖W0 + s·B·A‖ ∘ (x·W0ᵀ + s·x·Aᵀ·Bᵀ) + bias``, by output column; the norm is a constant.
 
     With dropout in training it computes what PEFT does, which drops the base product's input as well, by torch's own
-    products; counted as a fallback.
+    products; counted as a fallback. Where m trains, the term in brackets is kept for its gradient: as many elements as
+    the output has.
 
     Args:
         x: input [..., in_features], as for ``fastlora.lora_linear``.
@@ -188,13 +187,21 @@ def dora_linear(
         if not torch.compiler.is_compiling():
             count_fallback(WITH_DROPOUT)
         return _with_dropout(x, weight, lora_a, lora_b, scaling, magnitude / norm, bias, dropout_p)
+    torchs_own = _needs_torchs_own()
+    if not (torchs_own or torch._C._len_torch_dispatch_stack()):
+        backend = backend or environment_backend()
+        if may_launch(x.device, backend):
+            factors = (magnitude, norm, bias, norms)
+            fused = scaled_linear(x, weight, lora_a, lora_b, scaling, *factors, backend, copy_input)
+            if fused is not None:
+                return fused
     y = lora_linear(x, weight, lora_a, lora_b, scaling, backend=backend, copy_input=copy_input)
     if bias is not None and bias.dtype != y.dtype:  # by autocast
         bias = bias.to(y.dtype)
-    if _needs_torchs_own():
-        return _scaled(y, magnitude / norm, bias)
+    if torchs_own:
+        return scaled(y, magnitude / norm, bias)
     trains = lora_a.requires_grad or lora_b.requires_grad
-    return _ScaledColumns.apply(y, magnitude, norm, bias, norms if trains else None)
+    return ScaledColumns.apply(y, magnitude, norm, bias, norms if trains else None)
 
 
 def _needs_torchs_own() -> bool:
@@ -205,62 +212,6 @@ def _needs_torchs_own() -> bool:
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
     )
-
-
-def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """y∘scale + bias, rounded once to y's dtype."""
-    scaled = y * scale
-    return (scaled if bias is None else scaled + bias).to(y.dtype)
-
-
-def _scaled_fused(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Likewise, in one pass and without a wider copy on a GPU."""
-    out = torch.empty_like(y, memory_format=torch.contiguous_format)
-    return torch.mul(y, scale, out=out) if bias is None else torch.addcmul(bias, y, scale, out=out)
-
-
-class _ScaledColumns(torch.autograd.Function):
-    """``y∘(m / norm) + bias`` of y [..., N]: what its backward reads of y is kept where m trains."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, magnitude: Tensor, norm: Tensor, bias: Tensor | None, norms: Norms | None):
-        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, magnitude, norm)
-        ctx.norms, ctx.bias_dtype = norms, None if bias is None else bias.dtype
-        return _scaled_fused(y, magnitude / norm, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor):
-        y, magnitude, norm = ctx.saved_tensors
-        need_y, need_m, _, need_bias, _ = ctx.needs_input_grad
-        if ctx.norms is not None:
-            ctx.norms.forget_branch()  # A and B are about to change, perhaps unseen
-        differentiable = torch.is_grad_enabled()
-        with _without_autocast(dy):
-            scale = magnitude / norm
-            in_y = dm = dbias = None
-            if need_y:
-                in_y = _scaled(dy, scale, None) if differentiable else _scaled_fused(dy, scale, None)
-            if need_m:
-                products = _differentiable_sum(dy, y) if differentiable else _column_sum(dy, y, norm.dtype)
-                dm = (products / norm).to(magnitude.dtype)
-            if need_bias:
-                dbias = dy.flatten(0, -2).sum(0).to(ctx.bias_dtype) if dy.dim() > 1 else dy.to(ctx.bias_dtype)
-        return in_y, dm, None, dbias, None
-
-
-def _differentiable_sum(dy: Tensor, y: Tensor) -> Tensor:
-    dtype = torch.promote_types(dy.dtype, torch.float32)
-    return (dy.to(dtype) * y.to(dtype)).sum(tuple(range(dy.dim() - 1)))
-
-
-def _column_sum(dy: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-    """Σ dy∘y [N] over all leading dimensions, a few rows at a time."""
-    n = y.shape[-1]
-    dy, y = dy.reshape(-1, n) if n else dy.new_empty(0, 0), y.reshape(-1, n) if n else y.new_empty(0, 0)
-    total = torch.zeros(n, dtype=dtype, device=dy.device)
-    for some, others in zip(dy.split(_ROWS_AT_A_TIME), y.split(_ROWS_AT_A_TIME), strict=True):
-        total += (some.to(dtype) * others).sum(0)
-    return total
 
 
 def _with_dropout(

@@ -22,6 +22,7 @@ from fastlora.heads import (
 from fastlora.layer_checks import check_hyperparameters
 from fastlora.merging import MERGE_READS
 from fastlora.module import LoRALinear
+from fastlora.own_forward import end_watches, watch
 from fastlora.placement import require_values
 from fastlora.quantised_module import QuantisedLoRALinear
 from fastlora.quantised_weight import read_layer
@@ -234,6 +235,9 @@ def put_layers(
         setattr(modules[parent], child, layer)
     for name, made in branches.items():
         put_branches(modules[name], made)
+        block, _, child = name.rpartition(".")
+        if name:
+            watch(modules[block], child)
     mark_saved(modules[name] for name in saved)
     _freeze_all_but_adapters(model)
 
@@ -338,6 +342,7 @@ def merge_and_unload(model: nn.Module, safe: bool = False) -> nn.Module:
     for module in list(model.modules()):
         if isinstance(module, LoRAExperts):
             module.unload()
+    end_watches(model)
     clear_marks(model)
     return model
 

@@ -184,6 +184,12 @@ torch.library.register_autograd("fastlora::lora_forward", _op_gradients, setup_c
 register_tools(_library)
 
 
+def in_dtype(dtype, x, weight, lora_a, lora_b, bias):
+    """A layer's operands in autocast's dtype; adapters in float32 stay."""
+    lora_a, lora_b = (t if t.dtype == torch.float32 else t.to(dtype) for t in (lora_a, lora_b))
+    return x.to(dtype), weight.to(dtype), lora_a, lora_b, None if bias is None else bias.to(dtype)
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor | QuantisedWeight,
@@ -244,9 +250,7 @@ def lora_linear(
     # torch refuses to say for "meta", where shapes alone are computed.
     if device_type != "meta" and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
-        x, base = x.to(dtype), base.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        lora_a, lora_b = (t if t.dtype == torch.float32 else t.to(dtype) for t in (lora_a, lora_b))
+        x, base, lora_a, lora_b, bias = in_dtype(dtype, x, base, lora_a, lora_b, bias)
     if type(scaling) is not float:
         scaling = as_number("scaling", scaling)
     trains = torch.is_grad_enabled()

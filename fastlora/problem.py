@@ -103,6 +103,48 @@ class BackwardOperands(NamedTuple):
     seed: Tensor | None
 
 
+class ScaledForward(NamedTuple):
+    """What a DoRA layer's forward reads: ForwardOperands, and the factors of Y's columns.
+    Y = magnitude/norm∘Z + bias of Z = x·weightᵀ + scaling·(x·lora_aᵀ)·lora_bᵀ."""
+
+    x: Tensor  # [M, K]
+    weight: Tensor  # [N, K]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    bias: Tensor | None  # [N]
+    scaling: float
+    dropout_p: float  # 0: no kernel drops here
+    seed: Tensor | None
+    magnitude: Tensor  # [N]
+    norm: Tensor  # [N], float32
+    keeps_unscaled: bool  # whether Z is returned, for the magnitude's gradient
+
+    @property
+    def of_layer(self) -> ForwardOperands:
+        return ForwardOperands(*self[:8])
+
+
+class ScaledBackward(NamedTuple):
+    """What its backward reads: BackwardOperands, and the factors; the norm is a constant."""
+
+    dy: Tensor  # [M, N]
+    x: Tensor | None  # [M, K]
+    weight: Tensor  # [N, K]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    s: Tensor | None  # [M, R], what the forward returned
+    scaling: float
+    dropout_p: float  # 0
+    seed: Tensor | None
+    magnitude: Tensor  # [N]
+    norm: Tensor  # [N], float32
+    unscaled: Tensor | None  # [M, N], Z; None: the magnitude gets no gradient
+
+    @property
+    def of_layer(self) -> BackwardOperands:
+        return BackwardOperands(*self[:9])
+
+
 class Aligned(NamedTuple):
     """Of which matrices something starts on 16 bytes."""
 
@@ -137,6 +179,18 @@ class Packed(NamedTuple):
     counts: tuple[int, ...]
     starts: tuple[bool, ...]
     contiguous: bool
+
+
+class ColumnScale(NamedTuple):
+    """A factor for each column of Y: a magnitude over a norm.
+
+    magnitude, norm: their dtypes.
+    trains: whether it gets a gradient: a forward keeps Y as it is before the scale, a backward reads that.
+    """
+
+    magnitude: torch.dtype
+    norm: torch.dtype
+    trains: bool
 
 
 _ALL_ALIGNED = Aligned(True, True, True, True, True)
@@ -183,6 +237,7 @@ class LaunchSpec(NamedTuple):
     scales_branch: whether a factor of the scaling is left to the branch (see split_scaling).
     packed: of a quantised base weight, whose alignment and stride are then those of its dense form.
     stacks: of rows in segments ("segments"); None where there are none, or nobody knows yet.
+    column_scale: of a DoRA layer; None: 1.
     """
 
     direction: Direction
@@ -202,11 +257,13 @@ class LaunchSpec(NamedTuple):
     scales_branch: bool = False
     packed: Packed | None = None
     stacks: Stacks | None = None
+    column_scale: ColumnScale | None = None
 
     @property
     def is_empty(self) -> bool:
         """Nothing to multiply, or nothing asked for: no launch would have work."""
-        return 0 in self.sizes[:3] or (self.direction == "backward" and not any(self.needs))
+        asked_for = any(self.needs) or (self.column_scale is not None and self.column_scale.trains)
+        return 0 in self.sizes[:3] or (self.direction == "backward" and not asked_for)
 
     @property
     def row_strides(self) -> Strides:

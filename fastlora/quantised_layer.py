@@ -2,7 +2,7 @@
 it, else by its library in front of a dense launch, into one buffer that is freed.
 
 What is saved for backward is the packed weight, by reference, and x and S as over a dense weight: nothing of N×K. On a
-GPU a launch asks for Triton's kernels that decode (``dispatch.packed_forward``); where they do not serve the call, or
+GPU a launch asks for the kernels that decode (``dispatch.packed_forward``); where they do not serve the call, or
 another backend is insisted on, the library decodes, which is counted as a fallback, beside the reason.
 """
 

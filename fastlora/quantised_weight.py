@@ -1,6 +1,6 @@
 """A frozen base weight as bitsandbytes or torchao packs it, and its values as those libraries' own code decodes them.
 
-On a GPU, Triton's kernels make the same values in the launch that reads them.
+On a GPU, kernels make the same values in the launch that reads them.
 
 Formats: bitsandbytes' nf4 and fp4, of any block size, with plain or nested statistics; torchao's int8 and float8
 weight-only tensors. A value is code·scale in float32, rounded once to the dtype that is asked for; nested statistics
@@ -19,7 +19,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # that the libraries decode to
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # bitsandbytes'
-_FOUR_BIT = ("nf4", "fp4")
+FOUR_BIT = ("nf4", "fp4")
 _LAYERS_4BIT = ("Linear4bit", "LinearNF4", "LinearFP4")
 _LIBRARIES = ("bitsandbytes", "torchao")
 QUANTISES_INPUT = "quantises the layer's input as well"
@@ -56,7 +56,7 @@ class QuantisedWeight(NamedTuple):
     @property
     def is_4bit(self) -> bool:
         """Whether it is one of bitsandbytes' formats."""
-        return self.format in _FOUR_BIT
+        return self.format in FOUR_BIT
 
     @property
     def nested(self) -> bool:
@@ -218,7 +218,7 @@ def _four_bit(weight: Any, state: Any) -> QuantisedWeight | str:
             "anything is run in eval mode"
         )
     shape, block = state.shape, state.blocksize
-    if state.quant_type not in _FOUR_BIT:
+    if state.quant_type not in FOUR_BIT:
         return f"has the quant_type {state.quant_type!r}; nf4 and fp4 are served: quantise the layer with one of them"
     if block not in _BLOCKS:
         return f"has the block size {block}; bitsandbytes has {', '.join(map(str, _BLOCKS))}: quantise it with one"

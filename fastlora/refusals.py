@@ -11,6 +11,7 @@ from fastlora.experts import is_experts, projections
 from fastlora.experts_module import LoRAExperts
 from fastlora.heads import lies_in
 from fastlora.layer_checks import matrices_reason, weight_reason
+from fastlora.own_forward import has_own_forward, is_replaced
 from fastlora.quantised_weight import read_layer
 
 # Modules that have taken charge of the parameters that they found, and would neither shard nor synchronise new ones.
@@ -49,7 +50,7 @@ def linear_refusal(name: str, modules: dict[str, nn.Module], owners: dict[int, l
     shared = [owner for owner in owners[id(weight)] if owner != f"{name}.weight"]
     if shared:
         return f"{name}: its weight is tied to {', '.join(shared)}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or _is_wrapped(module):
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or has_own_forward(module):
         return (
             f"{name}: it carries hooks, which a replacement would lose; remove them first (device maps add such), "
             "or put LoRA in first (tensor parallelism)"
@@ -94,17 +95,11 @@ def experts_refusal(path: str, modules: dict[str, nn.Module], owners: dict[int, 
     shared = [owner for owner in owners[id(getattr(module, parameter))] if owner != path]
     if shared:
         return f"{path}: it is tied to {', '.join(shared)}"
-    if _is_wrapped(module):
+    if has_own_forward(module):
         return f"{path}: hooks have replaced its module's forward; remove them first (device maps add such)"
-    if _is_wrapped(parent) and not hasattr(parent, "_hf_hook"):
+    if is_replaced(parent):
         return f"{path}: a kernel has replaced the forward of the {type(parent).__name__} around it and reads it"
     return None
-
-
-def _is_wrapped(module: nn.Module) -> bool:
-    """Whether an object has a forward of its own, as some hooks leave it."""
-    forward = vars(module).get("forward")
-    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 def _manager(name: str, modules: dict[str, nn.Module]) -> str | None:

@@ -7,8 +7,11 @@ the call stack. Nothing is put on the model: it holds for models, parts of model
 
 import sys
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from types import FrameType
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 _LIBRARIES = ("transformers", "accelerate", "diffusers", "huggingface_hub")
 _FUNCTIONS = ("save_pretrained", "save_model")
@@ -17,11 +20,10 @@ _UNMERGED = (
     "the model is saved with its LoRA layers unmerged: from_pretrained restores the base weights alone and drops "
     "lora_A and lora_B. For a model that reloads as trained, save what fastlora.merge_and_unload(model) returns; for "
     "the adapter, call fastlora.save_adapter(model, directory). As a checkpoint to resume from, it loads into a model "
-    "that fastlora.inject has treated in the same way, unless transformers renames its entries (Mixtral's experts)"
+    "that fastlora.inject has treated in the same way"
 )
 NOT_IN_CHECKPOINT = (
-    "the checkpoint has no lora_A and lora_B by this name, and training would go on from a new start. transformers "
-    "renames the entries of some models as it saves them (Mixtral's experts) and does not name them back here: what "
+    "the checkpoint has no lora_A and lora_B by this name, and training would go on from a new start; what "
     "fastlora.save_adapter has written beside, fastlora.load_adapter reads"
 )
 
@@ -31,26 +33,47 @@ def plain_saver() -> FrameType | None:
     return _outermost(_FUNCTIONS)
 
 
-def resumed_names(given: Collection[str]) -> Collection[str] | None:
-    """The names in the checkpoint that transformers' Trainer is loading; None where it loads none, or does not tell.
+class Resumed(NamedTuple):
+    """A checkpoint that transformers' Trainer is loading into a model."""
 
-    Args:
-        given: the names in the state dict at hand, which is of one file where the checkpoint has several.
-    """
+    model: Any
+    entries: Mapping[str, Tensor]  # of the file at hand
+    names: Collection[str]  # of all its files
+
+    def name_of(self, entry: str, value: Tensor) -> str:
+        """What an entry of the model is called in the checkpoint: transformers renames those of some models (Mixtral's
+        block of experts) as it saves them, and its Trainer does not name them back."""
+        try:
+            from transformers import PreTrainedModel
+            from transformers.core_model_loading import revert_weight_conversion
+        except ImportError:  # before transformers 5, which does not rename
+            return entry
+        if not isinstance(self.model, PreTrainedModel):
+            return entry
+        found = list(revert_weight_conversion(self.model, {entry: value}))
+        return found[0] if len(found) == 1 else entry
+
+
+def resumed() -> Resumed | None:
+    """The checkpoint that transformers' Trainer is loading; None where it loads none, or does not tell."""
     if _outermost(_RESUMING) is None:
         return None
-    sharded = _outermost(("load_sharded_checkpoint",))
+    loading, sharded = _outermost(("load_state_dict",), ("torch",)), _outermost(("load_sharded_checkpoint",))
+    if loading is None:
+        return None
+    entries = loading.f_locals["state_dict"]
     if sharded is None:
-        return given
+        return Resumed(loading.f_locals["self"], entries, entries)
     index = sharded.f_locals.get("index")
-    return index.get("weight_map") if isinstance(index, dict) else None
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    return None if names is None else Resumed(loading.f_locals["self"], entries, names)
 
 
-def _outermost(functions: tuple[str, ...]) -> FrameType | None:
+def _outermost(functions: tuple[str, ...], libraries: tuple[str, ...] = _LIBRARIES) -> FrameType | None:
     found: FrameType | None = None
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name in functions and _library(frame) in _LIBRARIES:
+        if frame.f_code.co_name in functions and _library(frame) in libraries:
             found = frame
         frame = frame.f_back
     return found

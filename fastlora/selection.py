@@ -30,10 +30,22 @@ def backend_module(name: str) -> ModuleType:
 
 def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
     """The module of a backend for a call, whose branch two of them have a module of its own for."""
+    if spec.packed is not None and name == "cuda":
+        from fastlora.backends.cuda import quantised_launch as cuda
+
+        return cuda
     if spec.packed is not None and name == "triton":
         from fastlora.backends.triton import quantised_launch
 
         return quantised_launch
+    if spec.column_scale is not None and name == "triton":
+        from fastlora.backends.triton import scaled_launch
+
+        return scaled_launch
+    if spec.branch == "segments" and name == "cuda":
+        from fastlora.backends.cuda import segment_launch as cuda_segments
+
+        return cuda_segments
     if spec.branch == "segments" and name == "triton":
         from fastlora.backends.triton import segment_launch
 

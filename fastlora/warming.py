@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import quantised_operands
+from fastlora import quantised_operands, scaled_operands
 from fastlora.backends.configs import FEW_ROWS
-from fastlora.dispatch import compile_ahead, decodes_in_launch, environment_backend
+from fastlora.dispatch import compile_ahead, environment_backend, served_in_launch
 from fastlora.experts import layers_ahead
 from fastlora.experts_module import LoRAExperts
 from fastlora.grouped import ahead
 from fastlora.grouped.ahead import GroupedLayer
 from fastlora.module import LoRALinear
 from fastlora.operands import as_stored, describe_backward, describe_forward
-from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs
+from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs, ScaledBackward, ScaledForward
 from fastlora.quantised_module import QuantisedLoRALinear
 from fastlora.quantised_weight import QuantisedWeight
 
@@ -47,6 +47,7 @@ class _Layer(NamedTuple):
     lora_b: Tensor
     scaling: float
     dropout_p: float
+    magnitude: Tensor | None  # of DoRA
 
 
 def warmup(
@@ -103,12 +104,13 @@ def warmup(
     backend = backend or environment_backend()
     calls = (
         call
-        for layer in distinct.values()
+        for kind in distinct.values()
+        for layer, trains, evaluates in _modes(kind, training, evaluation)
         for m in rows
         for call in (
-            ahead.calls(layer, m, training, evaluation)
+            ahead.calls(layer, m, trains, evaluates)
             if isinstance(layer, GroupedLayer)
-            else _calls(layer, m, training, evaluation, backend)
+            else _calls(layer, m, trains, evaluates, backend)
         )
     )
     workers = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
@@ -152,8 +154,8 @@ def _layer_of(module: Any) -> _Layer | None:
         if module.merged:
             return None
         weight = module.packed() if isinstance(module, QuantisedLoRALinear) else module.weight_rows
-        own_bias = None if module.dora else module.bias
-        return _Layer(weight, own_bias, module.lora_A, module.lora_B, module.scaling, module.dropout)
+        magnitude = module.lora_magnitude_vector if module.dora else None
+        return _Layer(weight, module.bias, module.lora_A, module.lora_B, module.scaling, module.dropout, magnitude)
     from fastlora.integrations.peft_reasons import Parts, inspect
 
     parts = inspect(module)
@@ -161,8 +163,7 @@ def _layer_of(module: Any) -> _Layer | None:
         return None
     scaling = 1.0 if isinstance(parts.scaling, Tensor) else parts.scaling
     bias = parts.lora_bias if parts.bias is None else parts.bias
-    bias = bias if parts.magnitude is None else None  # DoRA's launch has none
-    return _Layer(parts.weight, bias, parts.lora_a, parts.lora_b, scaling, parts.dropout_p)
+    return _Layer(parts.weight, bias, parts.lora_a, parts.lora_b, scaling, parts.dropout_p, parts.magnitude)
 
 
 def _kind(layer: _Layer | GroupedLayer) -> tuple:
@@ -180,7 +181,8 @@ def _kind_of(field: Any) -> Any:
 
 def _described(layer: _Layer, given: Any, needs: Needs | None, backend: str | None) -> tuple[tuple, LaunchSpec]:
     """Operands of a forward (without ``needs``) or a backward, and their description on the layer's device: over the
-    packed weight where a launch decodes it, else over the dense one."""
+    packed weight where a launch decodes it, else over the dense one; with DoRA's scale where a launch has it, else
+    without its scale and its bias."""
     device = layer.weight.device
     if isinstance(layer.weight, QuantisedWeight):
         place = 1 if needs is None else 2
@@ -192,10 +194,41 @@ def _described(layer: _Layer, given: Any, needs: Needs | None, backend: str | No
             else quantised_operands.describe_backward(over, needs)
         )
         spec = spec._replace(device=device)
-        if decodes_in_launch(spec, backend):
+        if served_in_launch(spec, backend):
             return operands, spec
+    if layer.magnitude is not None:
+        operands, spec = _described_scaled(layer.magnitude, given, needs)
+        spec = spec._replace(device=device)
+        if served_in_launch(spec, backend):
+            return operands, spec
+        given = given._replace(bias=None) if needs is None else given
+        needs = needs and needs._replace(dbias=False)
     operands, spec = describe_forward(given) if needs is None else describe_backward(given, needs)
     return operands, spec._replace(device=device)
+
+
+def _modes(
+    layer: _Layer | GroupedLayer, training: bool, evaluation: bool
+) -> Iterator[tuple[_Layer | GroupedLayer, bool, bool]]:
+    """The layer as it trains and as it is evaluated. DoRA keeps more where its magnitude trains, by a kernel of its
+    own; with dropout it is torch's."""
+    if isinstance(layer, GroupedLayer) or layer.magnitude is None:
+        yield layer, training, evaluation
+        return
+    if training and layer.dropout_p == 0.0:
+        yield layer, True, False
+    if evaluation:
+        yield layer._replace(magnitude=layer.magnitude.detach()), False, True
+
+
+def _described_scaled(magnitude: Tensor, given: Any, needs: Needs | None) -> tuple[tuple, LaunchSpec]:
+    """A call of a DoRA layer, and its description."""
+    meta = magnitude.to("meta")
+    norm, trains = meta.to(torch.promote_types(given.weight.dtype, torch.float32)), magnitude.requires_grad
+    if needs is None:
+        return scaled_operands.describe_forward(ScaledForward(*given, meta, norm, trains))  # type: ignore[call-arg]
+    unscaled = torch.empty_like(given.dy) if trains else None
+    return scaled_operands.describe_backward(ScaledBackward(*given, meta, norm, unscaled), needs)  # type: ignore[call-arg]
 
 
 def _calls(

@@ -25,6 +25,14 @@ TILES = {
     ("compute_gradient", "false, false"): "dB",
     ("compute_gradient", "false, true"): "dB, dbias",
 }
+# Of a tile that decodes a packed weight, likewise.
+CODES = {
+    "FourBitCodes, NestedScale": "4 bits, nested",
+    "FourBitCodes, FloatScale": "4 bits",
+    "ByteCodes<CodeFormat::kInt8>, AnyScale": "int8",
+    "ByteCodes<CodeFormat::kFloat8E4M3>, AnyScale": "e4m3",
+    "ByteCodes<CodeFormat::kFloat8E5M2>, AnyScale": "e5m2",
+}
 LOADS = {"load_output": "base", "load_shrink": "shrink", "load_gradient": "gradient"}
 # What a function does for the tile, the first that is met on the way outwards.
 PARTS = {
@@ -89,6 +97,10 @@ class Names:
             function = "multiply" if name == "compute_output_tile" else name
             if function in ("multiply", "compute_gradient") and arguments:
                 return f"consumer {TILES.get((function, arguments), f'<{arguments}>')}: {part}"
+            if name == "decode_part":
+                return f"consumer decode {CODES.get(arguments, f'<{arguments}>')}: {part}"
+            if name == "decode_tile":
+                return f"consumer decode: {part}"
             if name in LOADS:
                 return f"producer {LOADS[name]}: {part}"
         if "consume" in names:

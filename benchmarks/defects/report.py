@@ -3,6 +3,8 @@
 from collections import Counter
 from itertools import groupby
 
+from fastlora.tables import Table
+
 
 def report(rows: list[dict]) -> str:
     """The results as Markdown."""
@@ -30,6 +32,29 @@ def report(rows: list[dict]) -> str:
         lines += ["", f"## {group}", ""]
         lines += _compiled(each) if "compiled" in group else _table(each)
     return "\n".join(lines) + "\n"
+
+
+def readme_report(rows: list[dict]) -> dict:
+    """With the command that made it, as the pages have it."""
+    return {"rows": rows, "command": "python -m benchmarks.defects"}
+
+
+def readme_table(report: dict) -> Table:
+    """What was planted and deleted, by group, and apart what is of rows in segments."""
+    groups: dict[str, list[dict]] = {}
+    for row in report["rows"]:
+        of_segments = row["place"].startswith("segment") and row["group"] != "CUDA: planted"
+        groups.setdefault(row["group"] + (", rows in segments" if of_segments else ""), []).append(row)
+    lines = []
+    for group, rows in sorted(groups.items()):
+        found = sum(row["found"] is not None for row in rows)
+        redundant = sum(row["found"] is None and row["reason"] is not None for row in rows)
+        kinds = Counter(row["found"] for row in rows if row["found"]).most_common(3)
+        by = ", ".join(f"{name} {count}" for name, count in kinds)
+        lines.append([group, *map(str, (len(rows), found, redundant, len(rows) - found - redundant)), by])
+    note = "Bugs planted in the sources, and every wait, release, acquire, barrier and fence deleted in turn."
+    columns = ["defects", "all", "found", "redundant", "missed", "mostly by"]
+    return Table("Planted defects", note, columns, lines)
 
 
 def _cell(text: str) -> str:

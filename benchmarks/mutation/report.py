@@ -2,6 +2,8 @@
 
 from collections import Counter
 
+from fastlora.tables import Table
+
 
 def is_missed(row: dict) -> bool:
     """Nothing found it, and no reason for that is on record."""
@@ -52,6 +54,31 @@ def report(seed: int, wanted: dict[str, int], rows: list[dict]) -> str:
     if excused:
         lines += ["", "## Change nothing", "", *(f"- `{row['mutant']}`: {row['reason']}" for row in excused)]
     return "\n".join(lines) + "\n"
+
+
+def readme_report(report: dict) -> dict:
+    """With the command that made it, as the pages have it."""
+    counts = " ".join(f"--{language} {count}" for language, count in report["wanted"].items())
+    return {**report, "command": f"python -m benchmarks.mutation --seed {report['seed']} {counts}"}
+
+
+def readme_table(report: dict) -> Table:
+    """The score by part of the sources."""
+    columns = ["of", "mutants", "found", "change nothing", "missed", "refused by the compiler", "share"]
+    parts = dict.fromkeys(map(_part, report["rows"]))
+    lines = [[part, *_cells([r for r in report["rows"] if _part(r) == part]).split(" | ")] for part in sorted(parts)]
+    lines.append(["all", *_cells(report["rows"]).split(" | ")])
+    note = "Mutants made by rule, by the checks of `make test`; the share is of those that change something."
+    return Table("Mutation score", note, columns, lines)
+
+
+def _part(row: dict) -> str:
+    """Which kernels a mutant's file is of."""
+    if row["language"] == "cuda":
+        return "CUDA"
+    family = row["mutant"].partition("_")[0].partition(".")[0]
+    names = {"segment": "rows in segments", "segments": "rows in segments", "packed": "packed weights"}
+    return f"Triton, {names.get(family, 'packed weights' if family == 'quantised' else 'all kernels')}"
 
 
 def _cells(rows: list[dict]) -> str:

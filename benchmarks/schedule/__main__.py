@@ -4,6 +4,7 @@ python -m benchmarks.schedule --m 8192 --n 4096 --k 4096 --r 16
 python -m benchmarks.schedule --sweep                               writes results/schedule.{json,md}
 python -m benchmarks.schedule --sweep --measured results/layer.json calibrated by measured times
 python -m benchmarks.schedule --stages                              three stages or four in the CUDA kernels' pipeline
+python -m benchmarks.schedule --decoding                            a packed weight decoded once or in the loop
 """
 
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import click
 
 from benchmarks import RESULTS
+from benchmarks.schedule import decoding as packed_weights
 from benchmarks.schedule.fit import as_launched, fit, read_measured
 from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.model import LABEL, Problem, frozen_baseline, simulate
@@ -42,12 +44,16 @@ from benchmarks.schedule.sweep import calibration_text, sweep, write_sweep
     "--sweep", "run_sweep", is_flag=True, help="All shapes and schedules; writes schedule.json and schedule.md."
 )
 @click.option("--stages", is_flag=True, help="Print what a fourth stage of the pipeline would cost and gain.")
+@click.option("--decoding", is_flag=True, help="Print where a packed weight is better decoded in its product's loop.")
 @click.option("--measured", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="fastlora bench JSON.")
 @click.option("--output", default=RESULTS, type=click.Path(file_okay=False, path_type=Path))
-def main(m, n, k, r, dropout, run_sweep, stages, measured, output, fused, gradients_last, **queue):
+def main(m, n, k, r, dropout, run_sweep, stages, decoding, measured, output, fused, gradients_last, **queue):
     """The one-launch schedule's cost, by a discrete-event model."""
     if stages:
         click.echo(as_text())
+        return
+    if decoding:
+        click.echo(packed_weights.as_text())
         return
     schedule, fitted, machine = Schedule(**queue), None, Machine()
     choices = {"fused": fused, "gradients_last": gradients_last}

@@ -10,7 +10,7 @@ _CONSUMER_WARPS_PER_SCHEDULER = 2
 # A call of the generator and what is done with its bits, for eight elements of one lane: the loop of a forward's
 # separate tile of S with dropout less the one without, over the eight calls of its two steps.
 PHILOX_INSTRUCTIONS = (632 - 73) / 8
-EPILOGUE_INSTRUCTIONS = 411  # of a forward's base tile
+EPILOGUE_INSTRUCTIONS = 410  # of a forward's base tile
 # Estimates: the last products behind the last wait, and the wait for the next tile and its first stage.
 DRAIN_CLOCKS, SWITCH_CLOCKS = 100, 240
 

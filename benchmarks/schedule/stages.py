@@ -37,7 +37,7 @@ class Pipeline:
 
 
 PIPELINES = {
-    "forward": (Pipeline(3, 111, Epilogue(535, 2)), Pipeline(4, 111, Epilogue(653, 8))),
+    "forward": (Pipeline(3, 111, Epilogue(536, 2)), Pipeline(4, 111, Epilogue(653, 8))),
     "backward": (Pipeline(3, 126, Epilogue(256, 2)), Pipeline(4, 126, Epilogue(422, 8))),
 }
 

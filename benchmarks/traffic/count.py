@@ -38,7 +38,7 @@ OPTIONS = LaunchOptions(resident=1, timeout_s=1200.0)
 
 # Kernel arguments by the names of the mathematics.
 _PARTIAL = {"partial_a_ptr": "partial sums", "partial_b_ptr": "partial sums", "gradient_partials": "partial sums"}
-_TRITON = {
+TRITON_NAMES = {
     "x": "X", "x_ptr": "X", "weight": "W0", "lora_a": "A", "lora_a_ptr": "A", "lora_b": "B", "lora_b_ptr": "B",
     "y_ptr": "Y", "s_ptr": "S", "dy": "dY", "dy_ptr": "dY", "dx_ptr": "dX", "ds_ptr": "dS", "da_ptr": "dA",
     "db_ptr": "dB", **_PARTIAL,
@@ -73,7 +73,7 @@ def summed(launches: list[tuple[LaunchStats, dict[str, str]]]) -> dict:
     return total
 
 
-class _PeerRun:
+class PeerRun:
     """Runs plain Triton launches in the emulator and keeps their counters; memory that nobody wrote may not be read."""
 
     def __init__(self, inputs: list[torch.Tensor]):
@@ -109,7 +109,7 @@ class _PeerRun:
 def count_peer(order: Order, case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict, dict]:
     """Counters of both directions of an order of peer_orders.py, whose results are checked."""
     inputs = {"X": case.x, "W0": case.weight, "A": case.lora_a, "B": case.lora_b, "dY": case.dy}
-    run = _PeerRun(list(inputs.values()))
+    run = PeerRun(list(inputs.values()))
     with compile_for(arch, run):
         made = order.forward(case, tile)
         forward = run.counters(inputs | made)
@@ -125,7 +125,7 @@ def count_peer(order: Order, case: numerics.Case, arch: int, tile: TileConfig) -
 
 
 @contextmanager
-def _own_workspace():
+def own_workspace():
     with mock.patch.object(workspace, "_by_stream", {}):
         yield
 
@@ -135,15 +135,15 @@ def count_triton(case: numerics.Case, arch: int, tile: TileConfig) -> tuple[dict
     c, target = case, Target(arch, n_sms=8)
     shared = (c.scaling, c.dropout_p, c.seed)
     with (
-        _own_workspace(),
+        own_workspace(),
         mock.patch.object(triton_lora, "target_of", lambda device: target),
         triton_emulation.emulated(arch, OPTIONS) as stats,
     ):
         y, s = launches.forward(triton_lora, c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, config=tile)
-        forward = [(launch, _TRITON) for launch in stats]
+        forward = [(launch, TRITON_NAMES) for launch in stats]
         grads = launches.backward(triton_lora, c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, NEEDS, config=tile)
     numerics.assert_accurate({"y": y, "dx": grads.dx, "da": grads.da, "db": grads.db}, case)
-    return summed(forward), summed([(launch, _TRITON) for launch in stats[len(forward) :]])
+    return summed(forward), summed([(launch, TRITON_NAMES) for launch in stats[len(forward) :]])
 
 
 def count_cuda(case: numerics.Case, tile: cuda.CudaTile) -> tuple[dict, dict] | None:
@@ -153,7 +153,7 @@ def count_cuda(case: numerics.Case, tile: cuda.CudaTile) -> tuple[dict, dict] | 
     variants = cuda_emulation.variants_for(tile, case.dropout_p > 0, case.lora_a.shape[0], transposed=transposed)
     if tile.fused and not all(variant["fuses"] for variant in variants):
         return None
-    with _own_workspace(), cuda_emulation.emulated(OPTIONS) as launch:
+    with own_workspace(), cuda_emulation.emulated(OPTIONS) as launch:
         results, _ = cuda_emulation.run_layer(case, tile, ctas=8, needs=NEEDS)
     numerics.assert_accurate(results, case)
     forward, backward = launch.stats
@@ -171,7 +171,7 @@ class Group:
     ours: dict[str, Callable[[numerics.Case], tuple[dict, dict] | None]]
 
 
-def _square_tile(table: str) -> TileConfig:
+def square_tile(table: str) -> TileConfig:
     """The shipped tile of 64 x 64, in groups so short that gradients have parts at this size."""
     tiles = (*TILE_TABLES[table], *TILE_TABLES[f"{table} few rows"])
     tile = next(config for config in tiles if (config.block_m, config.block_n) == (64, 64))
@@ -182,7 +182,7 @@ def groups() -> list[Group]:
     """What the table holds."""
     made = []
     for arch, table in ((80, "ampere"), (90, "hopper")):
-        tile = _square_tile(table)
+        tile = square_tile(table)
         name = f"Triton, sm_{arch}, tile {tile.block_m}x{tile.block_n}x{tile.block_k}"
         ours = {
             "fastlora": partial(count_triton, arch=arch, tile=replace(tile, fused=True)),

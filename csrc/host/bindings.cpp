@@ -60,20 +60,21 @@ Ref list_of(const Range& range, Convert convert) {
 }
 
 PyObject* as_dict(const Variant& v) {
-  return Py_BuildValue("{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
-                       "name", v.name, "arch", v.arch, "backward", PyBool_FromLong(v.backward), "dtype",
-                       v.fp16 ? "float16" : "bfloat16", "transposed", PyBool_FromLong(v.transposed), "dropout",
-                       PyBool_FromLong(v.dropout), "splits", PyBool_FromLong(v.splits), "fuses",
-                       PyBool_FromLong(v.fuses), "cluster", v.cluster, "threads", v.threads, "block_m", v.block_m,
-                       "block_n", v.block_n, "block_k", v.block_k, "rank", v.rank, "shared_bytes", v.shared_bytes,
-                       "gradient_columns", v.gradient_columns, "split_partial_floats", v.split_partial_floats,
-                       "gradient_partial_floats", v.gradient_partial_floats);
+  return Py_BuildValue(
+      "{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
+      "name", v.name, "arch", v.arch, "backward", PyBool_FromLong(v.backward), "dtype", v.fp16 ? "float16" : "bfloat16",
+      "transposed", PyBool_FromLong(v.transposed), "decodes", PyBool_FromLong(v.decodes), "segments",
+      PyBool_FromLong(v.segments), "dropout", PyBool_FromLong(v.dropout), "splits", PyBool_FromLong(v.splits), "fuses",
+      PyBool_FromLong(v.fuses), "cluster", v.cluster, "threads", v.threads, "block_m", v.block_m, "block_n", v.block_n,
+      "block_k", v.block_k, "rank", v.rank, "shared_bytes", v.shared_bytes, "gradient_columns", v.gradient_columns,
+      "split_partial_floats", v.split_partial_floats, "gradient_partial_floats", v.gradient_partial_floats);
 }
 
 PyObject* as_dict(const MapSpec& map) {
-  return Py_BuildValue("{s:n, s:K, s:K, s:K, s:K, s:(II), s:I}", "offset", Py_ssize_t(map.offset), "address",
+  return Py_BuildValue("{s:n, s:K, s:K, s:K, s:K, s:(II), s:I, s:K, s:K}", "offset", Py_ssize_t(map.offset), "address",
                        map.address, "columns", map.columns, "rows", map.rows, "stride_bytes", map.stride_bytes, "box",
-                       map.box_rows, map.box_columns, "swizzle", map.swizzle);
+                       map.box_rows, map.box_columns, "swizzle", map.swizzle, "matrices", map.matrices,
+                       "matrix_stride_bytes", map.matrix_stride_bytes);
 }
 
 void refuse_positional(const char* function, PyObject* arguments) {
@@ -179,9 +180,11 @@ PyTypeObject* make_plan_type() {
   static PyGetSetDef properties[] = {
       {"variant", variant_of, nullptr, "The kernel", nullptr},
       {"ctas", number<&Plan::ctas>, nullptr, nullptr, nullptr},
+      {"s_rows", number<&Plan::s_rows>, nullptr, "Rows of the S that a launch makes", nullptr},
       {"workspace_words", number<&Plan::workspace_words>, nullptr, nullptr, nullptr},
       {"gradient_partial_floats", number<&Plan::gradient_partial_floats>, nullptr, nullptr, nullptr},
       {"split_partial_floats", number<&Plan::split_partial_floats>, nullptr, nullptr, nullptr},
+      {"decode_tiles", number<&Plan::decode_tiles>, nullptr, "The cluster's tiles in front of the queue", nullptr},
       {}};
   static PyType_Slot slots[] = {{Py_tp_new, reinterpret_cast<void*>(new_plan)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(deallocate<Plan>)},

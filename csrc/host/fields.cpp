@@ -47,6 +47,25 @@ bool read(PyObject* value, double& field) {
   return converted();
 }
 
+// Formats are given by their names.
+template <class Format, int kCount>
+bool read_name(PyObject* value, Format& field, const char* const (&names)[kCount]) {
+  for (int i = 0; PyUnicode_Check(value) && i < kCount; ++i) {
+    if (text_of(value) != names[i]) continue;
+    field = Format(i);
+    return true;
+  }
+  return false;
+}
+
+bool read(PyObject* value, CodeFormat& field) {
+  return read_name(value, field, {"none", "nf4", "fp4", "int8", "float8_e4m3fn", "float8_e5m2"});
+}
+
+bool read(PyObject* value, ScaleFormat& field) {
+  return read_name(value, field, {"float32", "float16", "bfloat16", "nested"});
+}
+
 bool read(PyObject* value, Matrix& field) {
   return PyTuple_Check(value) && PyTuple_Size(value) == 2 && read(PyTuple_GetItem(value, 0), field.address) &&
          read(PyTuple_GetItem(value, 1), field.stride);
@@ -81,11 +100,19 @@ const std::vector<Field<Problem>>& problem_fields() {
       FASTLORA_FIELD(Problem, fused, true),
       FASTLORA_FIELD(Problem, ctas, true),
       FASTLORA_FIELD(Problem, transposed, false),
+      FASTLORA_FIELD(Problem, n_segments, false),
+      FASTLORA_FIELD(Problem, n_weights, false),
+      FASTLORA_FIELD(Problem, n_adapters, false),
+      FASTLORA_FIELD(Problem, n_biases, false),
       FASTLORA_FIELD(Problem, gradients_last, false),
       FASTLORA_FIELD(Problem, makes_out, false),
       FASTLORA_FIELD(Problem, grad_a, false),
       FASTLORA_FIELD(Problem, grad_b, false),
       FASTLORA_FIELD(Problem, grad_bias, false),
+      FASTLORA_FIELD(Problem, code_format, false),
+      FASTLORA_FIELD(Problem, scale_format, false),
+      FASTLORA_FIELD(Problem, block, false),
+      FASTLORA_FIELD(Problem, nested_block, false),
   };
   return fields;
 }
@@ -108,6 +135,20 @@ const std::vector<Field<Operands>>& operand_fields() {
       FASTLORA_FIELD(Operands, workspace, false),
       FASTLORA_FIELD(Operands, gradient_partials, false),
       FASTLORA_FIELD(Operands, split_partials, false),
+      FASTLORA_FIELD(Operands, codes, false),
+      FASTLORA_FIELD(Operands, scales, false),
+      FASTLORA_FIELD(Operands, zeros, false),
+      FASTLORA_FIELD(Operands, absmax2, false),
+      FASTLORA_FIELD(Operands, code2, false),
+      FASTLORA_FIELD(Operands, offset, false),
+      FASTLORA_FIELD(Operands, ends, false),
+      FASTLORA_FIELD(Operands, experts, false),
+      FASTLORA_FIELD(Operands, adapters, false),
+      FASTLORA_FIELD(Operands, scalings, false),
+      FASTLORA_FIELD(Operands, kept_s, false),
+      FASTLORA_FIELD(Operands, wide_experts, false),
+      FASTLORA_FIELD(Operands, wide_adapters, false),
+      FASTLORA_FIELD(Operands, weight_stride, false),
       FASTLORA_FIELD(Operands, seed_address, false),
       FASTLORA_FIELD(Operands, seed, false),
       FASTLORA_FIELD(Operands, scale_in_s, true),

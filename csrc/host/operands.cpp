@@ -1,4 +1,5 @@
 // From operands to a kernel's parameters.
+#include <algorithm>
 #include <cstddef>
 
 #include "plan.h"
@@ -45,16 +46,22 @@ void check_vector(const char* name, uintptr_t address, bool needed, uintptr_t al
   check_aligned(name, address, alignment);
 }
 
+// How many matrices lie in a stack, elements apart; 0: there is none.
+struct Stack {
+  int64_t matrices = 0, stride = 0;
+};
+
 // Collects descriptions of the matrices that a kernel copies boxes of.
 class Maps {
  public:
   Maps(std::vector<MapSpec>& maps, bool fp16) : maps_(maps), fp16_(fp16) {}
 
   void add(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows, int box_columns, int box_rows,
-           int swizzle) {
+           int swizzle, const Stack& stack = {}) {
     if (!matrix.address) return;
     maps_.push_back({offset, matrix.address, uint64_t(columns), uint64_t(rows), uint64_t(matrix.stride) * kElementBytes,
-                     uint32_t(box_columns), uint32_t(box_rows), uint32_t(swizzle), fp16_});
+                     uint32_t(box_columns), uint32_t(box_rows), uint32_t(swizzle), fp16_, uint64_t(stack.matrices),
+                     uint64_t(stack.stride) * kElementBytes});
   }
   void add_square(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows) {
     add(offset, matrix, columns, rows, kBox, kBox, kSwizzleSpan);
@@ -72,6 +79,23 @@ std::pair<int64_t, int64_t> Plan::weight_sizes() const {
   return rows_are_of_out ? std::pair(base_.n, base_.k) : std::pair(base_.k, base_.n);
 }
 
+// What a packed weight is decoded from.
+void Plan::check_packed(const Operands& o) const {
+  const bool packed = variant_->decodes, nested = problem_.scale_format == ScaleFormat::kNested;
+  const uintptr_t scale_bytes = nested ? 1 : problem_.scale_format == ScaleFormat::kFloat32 ? sizeof(float) : 2;
+  check_vector("codes", o.codes, packed, kCopyAlignment);
+  check_vector("scales", o.scales, packed, scale_bytes);
+  check_given("zeros", o.zeros, o.zeros && packed && !is_four_bit(problem_.code_format));
+  for (const auto& [name, address] : {std::pair{"absmax2", o.absmax2}, {"code2", o.code2}, {"offset", o.offset}}) {
+    check_vector(name, address, nested, sizeof(float));
+  }
+  const int64_t in_features = variant_->backward ? base_.n : base_.k;
+  require(!packed || o.weight.stride == in_features, [&] {
+    return "a packed weight is decoded into rows without gaps of " + std::to_string(in_features) + " elements, not " +
+           std::to_string(o.weight.stride) + " apart";
+  });
+}
+
 void Plan::check_operands(const Operands& o) const {
   const Params& p = base_;
   const bool backward = variant_->backward, makes_s = problem_.makes_out || problem_.grad_a;
@@ -79,13 +103,27 @@ void Plan::check_operands(const Operands& o) const {
   check_matrix("act", o.act, true, p.m, p.k);
   const auto [weight_rows, weight_columns] = weight_sizes();
   check_matrix("weight", o.weight, true, weight_rows, weight_columns);
+  check_packed(o);
   check_matrix("lora_a", o.lora_a, true, p.r, in_features);
   check_matrix("lora_b", o.lora_b, true, out_features, p.r);
+  const bool segmented = is_segmented();
+  require(!segmented || (o.weight_stride % int64_t(kCopyAlignment / kElementBytes) == 0 &&
+                         (p.segments.n_weights == 1 || o.weight_stride >= weight_rows * o.weight.stride)),
+          [&] { return "weights are " + std::to_string(o.weight_stride) + " elements apart: they must not overlap"; });
+  // Their stacks are contiguous.
+  require(!segmented || (o.lora_a.stride == in_features && o.lora_b.stride == p.r),
+          [] { return "factors of segments have rows with gaps between them"; });
+  check_vector("ends", o.ends, segmented, sizeof(int32_t));
+  check_vector("experts", o.experts, o.experts && segmented, o.wide_experts ? sizeof(int64_t) : sizeof(int32_t));
+  check_vector("adapters", o.adapters, o.adapters && segmented, o.wide_adapters ? sizeof(int64_t) : sizeof(int32_t));
+  check_vector("scalings", o.scalings, o.scalings && segmented, sizeof(float));
+  require(!o.scalings || !variant_->fp16, [] { return "fp16 kernels take one scaling for all adapters"; });
   check_matrix("out", o.out, problem_.makes_out, p.m, p.n);
   check_matrix("layer_input", o.layer_input, problem_.grad_a, p.m, p.n);
   check_matrix("saved_s", o.saved_s, problem_.grad_b, p.m, p.r);
-  check_vector("bias", o.bias, o.bias && !backward, kCopyAlignment);
+  check_vector("bias", o.bias, segmented ? p.segments.n_biases > 0 : o.bias && !backward, kCopyAlignment);
   check_vector("s", o.s, makes_s, kCopyAlignment);
+  check_vector("kept_s", o.kept_s, segmented && !backward, sizeof(uint32_t));
   const uintptr_t gradient_bytes = o.fp32_grads ? sizeof(float) : kElementBytes;
   check_vector("grad_a", o.grad_a, problem_.grad_a, gradient_bytes);
   check_vector("grad_b", o.grad_b, problem_.grad_b, gradient_bytes);
@@ -114,18 +152,32 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   // A box of what is contiguous along the contraction is taller.
   const auto [weight_rows, weight_columns] = weight_sizes();
   const int weight_box = backward == variant_->transposed ? kTallBox : kBox;
-  maps.add(offsetof(Params, weight), o.weight, weight_columns, weight_rows, kBox, weight_box, kSwizzleSpan);
+  const SegmentParams& stacks = p.segments;
+  maps.add(offsetof(Params, weight), o.weight, weight_columns, weight_rows, kBox, weight_box, kSwizzleSpan,
+           {stacks.n_weights, o.weight_stride});
   if (p.grad_b_tiles) maps.add_square(offsetof(Params, act_square), o.act, p.k, p.m);
-  maps.add(offsetof(Params, lora_a), o.lora_a, in_features, p.r, kBox, ranks, kSwizzleSpan);
-  maps.add(offsetof(Params, lora_b), o.lora_b, p.r, out_features, ranks, kBox, rank_span);
-  maps.add(offsetof(Params, s), {o.s, p.r}, p.r, p.m, ranks, kBox, rank_span);
+  maps.add(offsetof(Params, lora_a), o.lora_a, in_features, p.r, kBox, ranks, kSwizzleSpan,
+           {stacks.n_adapters, p.r * in_features});
+  maps.add(offsetof(Params, lora_b), o.lora_b, p.r, out_features, ranks, kBox, rank_span,
+           {stacks.n_adapters, p.r * out_features});
+  maps.add(offsetof(Params, s), {o.s, p.r}, p.r, s_rows(), ranks, kBox, rank_span);
   maps.add_square(offsetof(Params, out), o.out, p.n, p.m);
-  maps.add(offsetof(Params, bias), {o.bias, (p.n + 7) / 8 * 8}, p.n, 1, variant_->block_n, 1, 0);
+  maps.add(offsetof(Params, bias), {o.bias, (p.n + 7) / 8 * 8}, p.n, std::max(stacks.n_biases, 1), variant_->block_n, 1,
+           0);
   maps.add_square(offsetof(Params, layer_input), o.layer_input, p.n, p.m);
   // dbias alone: its tiles compute dB all the same and do not store it. Any matrix of M rows stands in for S.
   const Matrix saved_s = o.saved_s.address ? o.saved_s : p.grad_b_tiles ? o.act : Matrix{};
   maps.add(offsetof(Params, saved_s), saved_s, o.saved_s.address || p.r < p.k ? p.r : p.k, p.m, ranks, kBox, rank_span);
 
+  p.segments.ends = reinterpret_cast<const int32_t*>(o.ends);
+  p.segments.experts = reinterpret_cast<const void*>(o.experts);
+  p.segments.adapters = reinterpret_cast<const void*>(o.adapters);
+  p.segments.wide_experts = o.wide_experts;
+  p.segments.wide_adapters = o.wide_adapters;
+  p.segments.scalings = reinterpret_cast<const float*>(o.scalings);
+  p.segments.kept_s = reinterpret_cast<void*>(o.kept_s);
+  p.segments.out = reinterpret_cast<void*>(o.out.address);
+  p.segments.out_stride = o.out.stride;
   p.s_out = reinterpret_cast<void*>(o.s);
   p.grad_a = reinterpret_cast<void*>(o.grad_a);
   p.grad_b = reinterpret_cast<void*>(o.grad_b);
@@ -143,6 +195,13 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   p.last_dropped = (o.drop_threshold << 16) - 1;
   p.scale_on_branch = float(o.scale_on_branch);
   p.inverse_scale_on_branch = float(1 / o.scale_on_branch);
+  p.packed.codes = reinterpret_cast<const void*>(o.codes);
+  p.packed.scales = reinterpret_cast<const void*>(o.scales);
+  p.packed.zeros = reinterpret_cast<const int8_t*>(o.zeros);
+  p.packed.absmax2 = reinterpret_cast<const float*>(o.absmax2);
+  p.packed.code2 = reinterpret_cast<const float*>(o.code2);
+  p.packed.offset = reinterpret_cast<const float*>(o.offset);
+  p.packed.decoded = variant_->decodes ? reinterpret_cast<void*>(o.weight.address) : nullptr;
   return p;
 }
 

@@ -12,6 +12,7 @@
 #include <cstdint>
 
 #include "../schedule.h"
+#include "packed_weight.h"
 
 namespace fastlora {
 
@@ -19,7 +20,8 @@ namespace fastlora {
 constexpr int kTicketWord = 0;  // next tile to claim
 constexpr int kExitedWord = 1;  // CTAs that have finished
 constexpr int kFlagsWord = 2;   // one for each row block: warpgroups that have stored their rows of S; then one for
-                                // each serial reduction and warpgroup: partial sums that have been stored
+                                // each serial reduction and warpgroup: partial sums that have been stored; the last
+                                // ones for each panel of a packed weight: warpgroups that have stored their elements
 
 // Matrices are copied in boxes of 64 x 64 elements of 16 bits: a box's row is one span of the widest swizzle. S and the
 // factor that expands it are copied in boxes of 64 x the ranks of a step. An operand that is contiguous along the
@@ -30,6 +32,22 @@ constexpr int kTallBox = 128;  // rows: block_m of the activations, 128 columns 
 constexpr int kSwizzleSpan = kBox * kElementBytes;  // bytes
 constexpr int ranks_per_step(int rank) { return rank < kBox ? rank : kBox; }
 
+constexpr int kMaxSegments = 1023;       // whose table fits shared memory, with the rows past the last end
+constexpr int kAdaptersOfZeroTile = 16;  // whose gradients one tile zeroes, where no row adds anything to them
+
+// Rows in segments: what every CTA reads of them, and what is stored by pointers because its rows end with a segment.
+// Weights, A and B are then stacks, whose maps have a third dimension.
+struct SegmentParams {
+  const int32_t* ends;                         // [count], cumulative
+  const void *experts, *adapters;              // of each segment; null: its own number, or the only one
+  const float* scalings;                       // of each adapter; null: `scale_in_s` is that of all
+  void* out;                                   // as Params::out
+  void* kept_s;                                // forward: S [M, R] for the backward; backward: null
+  int64_t out_stride;                          // elements from row to row
+  int wide_experts, wide_adapters;             // 64-bit numbers, not 32-bit ones
+  int count, n_weights, n_adapters, n_biases;  // segments, and matrices of the stacks
+};
+
 struct Params {
   CUtensorMap act;                    // block_m x 64
   CUtensorMap weight;                 // W0: 128 x 64 where it is contiguous along the contraction, else 64 x 64
@@ -39,7 +57,7 @@ struct Params {
   CUtensorMap bias;                   // 1 x block_n, forward
   CUtensorMap act_square;             // backward: dY again, 64 x 64, for dB
   CUtensorMap layer_input, saved_s;   // backward: X in 64 x 64 boxes, the forward's S in 64 x ranks ones
-  void* s_out;                        // [M, R]
+  void* s_out;                        // [M, R]; of rows in segments, [row blocks * block_m, R]
   void *grad_a, *grad_b, *grad_bias;  // [R, in_features], [out_features, R], [out_features], or null
   float* gradient_partials;           // fp32 partial sums of the gradient tiles
   float* split_partials;              // fp32 partial sums of tiles whose contraction is split
@@ -56,6 +74,8 @@ struct Params {
   float scale_in_s, inverse_keep;
   uint32_t last_dropped;                           // see sm90/dropout.cuh
   float scale_on_branch, inverse_scale_on_branch;  // a power of two and its inverse; see KernelTraits::kSplitsScaling
+  PackedWeight packed;                             // where the base weight is packed: `weight` maps its decoded form
+  SegmentParams segments;                          // of kernels for rows in segments
 };
 
 }  // namespace fastlora

@@ -16,15 +16,17 @@ const Variant* find_variant(const Problem& problem) {
   const Variant* best = nullptr;
   for (const Variant& v : variants()) {
     const bool fits = v.backward == problem.backward && v.fp16 == problem.fp16 && v.transposed == problem.transposed &&
-                      v.dropout == problem.dropout && v.block_m == problem.block_m && v.block_n == problem.block_n &&
-                      v.rank >= problem.r;
+                      v.decodes == (problem.code_format != CodeFormat::kNone) &&
+                      v.segments == (problem.n_segments != 0) && v.dropout == problem.dropout &&
+                      v.block_m == problem.block_m && v.block_n == problem.block_n && v.rank >= problem.r;
     if (fits && (!best || v.rank < best->rank)) best = &v;
   }
   return best;
 }
 
 std::string describe_problem(const Problem& p) {
-  return std::string(p.backward ? "backward" : "forward") + (p.transposed ? ", transposed weight" : "") + ", tile " +
+  return std::string(p.backward ? "backward" : "forward") + (p.transposed ? ", transposed weight" : "") +
+         (p.n_segments ? ", " + std::to_string(p.n_segments) + " segments" : "") + ", tile " +
          std::to_string(p.block_m) + "x" + std::to_string(p.block_n) + ", M=" + std::to_string(p.m) +
          " N=" + std::to_string(p.n) + " K=" + std::to_string(p.k) + " R=" + std::to_string(p.r);
 }
@@ -52,6 +54,18 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   require(!problem.fused || (variant.fuses && problem.makes_out), "S cannot be fused");
   require(problem.backward || !(problem.grad_a || problem.grad_b || problem.grad_bias), "a forward makes no gradients");
 
+  const int64_t segments = problem.n_segments;
+  const auto counts = std::array{problem.n_segments, problem.n_weights, problem.n_adapters, problem.n_biases};
+  if (variant.segments) {
+    require(segments > 0 && segments <= kMaxSegments && problem.n_weights > 0 && problem.n_adapters > 0,
+            "a kernel takes 1 to " + std::to_string(kMaxSegments) + " segments, and one weight and adapter at least");
+    require(problem.n_biases == 0 || problem.n_biases == 1 || problem.n_biases == problem.n_weights,
+            "there is one bias, or one for each weight");
+    require(!problem.grad_bias, "no kernel for rows in segments makes the bias's gradient");
+  } else {
+    require(counts == std::array{0, 0, 0, 0}, "there are no stacks without segments");
+  }
+
   const bool makes_s = problem.makes_out || problem.grad_a;
   const int out_columns = problem.makes_out ? ceil_div(int(n), variant.block_n) : 0;
   const int gradient_columns = variant.gradient_columns * variant.cluster;
@@ -63,25 +77,70 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   p.fused_shrink = problem.fused;
   p.grad_b_tiles = problem.grad_b || problem.grad_bias ? ceil_div(int(k), gradient_columns) : 0;
   Schedule& s = p.schedule;
-  s.rows = ceil_div(int(m), variant.block_m * variant.cluster);
+  // Of segments, all but one row may each begin a row block more; rows past the last end are a segment.
+  s.rows = variant.segments ? int(std::min(m, (m + (segments + 1) * (variant.block_m - 1)) / variant.block_m))
+                            : ceil_div(int(m), variant.block_m * variant.cluster);
   s.columns = out_columns + (makes_s && !problem.fused);
   s.group_m = ceil_div(problem.group_m, variant.cluster);
   s.gradient_tiles = p.grad_b_tiles + (problem.grad_a ? ceil_div(int(n), gradient_columns) : 0);
-  s.gradients_last = problem.gradients_last;
+  s.gradients_last = problem.gradients_last || variant.segments;
   s.splits = problem.splits;
+  if (variant.decodes) cut_panels();
 
-  const int64_t column_tiles = int64_t(s.rows) * s.columns, groups = count_groups(s);
-  const int64_t tiles = column_tiles * s.splits + groups * s.gradient_tiles;
+  // Of segments, a gradient tile has a column of a chunk, of which each segment may begin one more, or zeroes that of
+  // some adapters.
+  const int64_t column_tiles = int64_t(s.rows) * s.columns;
+  const int64_t groups =
+      count_groups(s) + segments + (problem.n_adapters + kAdaptersOfZeroTile - 1) / kAdaptersOfZeroTile;
+  const int64_t tiles = int64_t(s.panels) * s.parts + column_tiles * s.splits + groups * s.gradient_tiles;
   require(tiles <= kLimit, "more tiles than a 32-bit ticket counts");
-  const int64_t reductions = s.gradient_tiles + (s.splits > 1 ? column_tiles : 0);
+  const int64_t owners = std::max(problem.n_adapters, 1);  // of a gradient each
+  const int64_t reductions = owners * s.gradient_tiles + (s.splits > 1 ? column_tiles : 0);
   constexpr int kFlagsOfReduction = 2;  // one for each warpgroup that computes
-  const int64_t words = kFlagsWord + (s.rows + kFlagsOfReduction * reductions) * variant.cluster;
+  const int64_t words = kFlagsWord + (s.rows + kFlagsOfReduction * reductions) * variant.cluster + s.panels;
   require(words <= kLimit, "more flags than a 32-bit index counts");
   p.workspace_words = int(words);
   gradient_partial_floats_ =
-      groups > 1 ? int64_t(s.gradient_tiles) * variant.cluster * variant.gradient_partial_floats : 0;
+      groups > 1 ? owners * s.gradient_tiles * variant.cluster * variant.gradient_partial_floats : 0;
   split_partial_floats_ = column_tiles * (s.splits - 1) * variant.split_partial_floats;
+  p.segments.count = problem.n_segments;
+  p.segments.n_weights = problem.n_weights;
+  p.segments.n_adapters = problem.n_adapters;
+  p.segments.n_biases = problem.n_biases;
   ctas_ = int(std::min<int64_t>(tiles, std::max(problem.ctas / variant.cluster, 1))) * variant.cluster;
+}
+
+// The panels of a packed weight and their parts. A panel is what a tile of the output waits for: a column of tiles
+// reads so many rows of W0 forward, and all of them in dX.
+void Plan::cut_panels() {
+  const auto require = [&](bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(std::string("fastlora: ") + what + ": " + describe_problem(problem_));
+  };
+  const auto is_power_of_two = [](int64_t x) { return (x & (x - 1)) == 0; };
+  const Problem& problem = problem_;
+  const bool four_bit = is_four_bit(problem.code_format), nested = problem.scale_format == ScaleFormat::kNested;
+  constexpr int64_t kLargestBlock = int64_t(1) << 30;  // whose elements 32 bits count, with a part's
+  require(problem.makes_out, "nothing reads the packed weight: such a launch takes a kernel of dense weights");
+  require(problem.block > 0 && problem.block % kDecodedTogether == 0 && problem.block <= kLargestBlock,
+          "elements that are decoded together must have one scale");
+  require(four_bit ? is_power_of_two(problem.block) : !nested, "no kernel decodes blocks or scales of this kind");
+  require(nested ? problem.nested_block > 0 && is_power_of_two(problem.nested_block) : problem.nested_block == 0,
+          "nested scales, and no others, come in blocks of a power of two");
+  const Variant& variant = *variant_;
+  PackedWeight& w = base_.packed;
+  w.code_format = problem.code_format;
+  w.scale_format = problem.scale_format;
+  w.block = uint32_t(problem.block);
+  while (int64_t(1) << w.block_shift < problem.block) ++w.block_shift;
+  while (int64_t(1) << w.nested_shift < problem.nested_block) ++w.nested_shift;
+  w.elements = problem.n * problem.k;
+  w.panel_elements = problem.backward ? w.elements : std::min(w.elements, variant.block_n * problem.k);
+  const int64_t of_tile = int64_t(kPartElements) * variant.cluster;
+  const int64_t parts = (w.panel_elements + of_tile - 1) / of_tile;
+  require((w.elements + w.block - 1) / w.block < kLargestBlock * 2 && parts < kLargestBlock / 2,
+          "more scales or parts of the packed weight than 32 bits count");
+  base_.schedule.panels = int((w.elements + w.panel_elements - 1) / w.panel_elements);
+  base_.schedule.parts = int(parts);
 }
 
 std::vector<Tile> Plan::queue() const {

@@ -18,6 +18,8 @@ struct Problem {
   bool backward = false, fp16 = false;
   bool transposed = false;  // the base weight lies as [in_features, out_features]
   bool dropout = false;
+  // Rows in segments, where there are any: segments, and matrices of the stacks of weights, adapters and biases.
+  int n_segments = 0, n_weights = 0, n_adapters = 0, n_biases = 0;
   int block_m = 0, block_n = 0;
   int64_t m = 0, n = 0, k = 0, r = 0;
   int group_m = 0;              // row blocks of a group
@@ -26,6 +28,10 @@ struct Problem {
   bool gradients_last = false;  // gradient tiles follow all others, not their own group's
   int ctas = 0;                 // that run at once
   bool makes_out = true, grad_a = false, grad_b = false, grad_bias = false;
+  // A packed base weight: what its codes and scales are, and how many of them share a scale, and a nested one.
+  CodeFormat code_format = CodeFormat::kNone;
+  ScaleFormat scale_format = ScaleFormat::kFloat32;
+  int64_t block = 0, nested_block = 0;
 };
 
 // A matrix of 16-bit elements in device memory; a null address stands for "not given".
@@ -36,9 +42,14 @@ struct Matrix {
 
 // Everything a launch reads and writes, by its name in Params.
 struct Operands {
-  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;
+  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;  // of a packed weight, `weight` is where it is decoded
   uintptr_t bias = 0, s = 0, grad_a = 0, grad_b = 0, grad_bias = 0;
   uintptr_t workspace = 0, gradient_partials = 0, split_partials = 0;
+  uintptr_t codes = 0, scales = 0, zeros = 0, absmax2 = 0, code2 = 0, offset = 0;
+  // Of rows in segments, whose `s` has rows for whole row blocks; a forward keeps S [M, R] for the backward besides.
+  uintptr_t ends = 0, experts = 0, adapters = 0, scalings = 0, kept_s = 0;
+  bool wide_experts = false, wide_adapters = false;  // 64-bit numbers
+  int64_t weight_stride = 0;                         // elements from one weight to the next
   uintptr_t seed_address = 0;
   uint64_t seed = 0;
   double scale_in_s = 0,
@@ -63,8 +74,12 @@ class Plan {
   int64_t workspace_words() const { return base_.workspace_words; }
   int64_t gradient_partial_floats() const { return gradient_partial_floats_; }
   int64_t split_partial_floats() const { return split_partial_floats_; }
+  int64_t decode_tiles() const { return count_decode_tiles(base_.schedule); }
+  // Rows of the S that a launch makes.
+  int64_t s_rows() const { return is_segmented() ? int64_t(base_.schedule.rows) * variant_->block_m : base_.m; }
 
-  // The cluster's tiles in the order in which they are claimed.
+  // The cluster's tiles in the order in which they are claimed, behind those that decode a packed weight; of rows in
+  // segments, as if there were as many row blocks as there may be.
   std::vector<Tile> queue() const;
 
   // The kernel's parameters but for its tensor maps, which `maps` describes. Throws std::invalid_argument where an
@@ -74,8 +89,11 @@ class Plan {
   std::string describe() const;
 
  private:
+  bool is_segmented() const { return variant_->segments; }
   std::pair<int64_t, int64_t> weight_sizes() const;  // rows and columns, as it lies in memory
+  void cut_panels();
   void check_operands(const Operands& operands) const;
+  void check_packed(const Operands& operands) const;
 
   Problem problem_;
   const Variant* variant_;

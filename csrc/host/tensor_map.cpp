@@ -36,7 +36,10 @@ PFN_cuTensorMapEncodeTiled_v12000 encode_function() {
 std::string describe(const MapSpec& s) {
   return std::to_string(s.rows) + " x " + std::to_string(s.columns) + " with rows of " +
          std::to_string(s.stride_bytes) + " bytes, box " + std::to_string(s.box_rows) + " x " +
-         std::to_string(s.box_columns);
+         std::to_string(s.box_columns) +
+         (s.matrices
+              ? ", " + std::to_string(s.matrices) + " of them " + std::to_string(s.matrix_stride_bytes) + " bytes apart"
+              : "");
 }
 
 CUtensorMapSwizzle swizzle_of(uint32_t span_bytes) {
@@ -54,12 +57,12 @@ CUtensorMapSwizzle swizzle_of(uint32_t span_bytes) {
 
 CUtensorMap encode(const MapSpec& s) {
   CUtensorMap map;
-  const cuuint64_t sizes[2] = {s.columns, s.rows}, strides[1] = {s.stride_bytes};
-  const cuuint32_t box[2] = {s.box_columns, s.box_rows}, steps[2] = {1, 1};
-  const CUresult result =
-      encode_function()(&map, s.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2,
-                        reinterpret_cast<void*>(s.address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                        swizzle_of(s.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const cuuint64_t sizes[3] = {s.columns, s.rows, s.matrices}, strides[2] = {s.stride_bytes, s.matrix_stride_bytes};
+  const cuuint32_t box[3] = {s.box_columns, s.box_rows, 1}, steps[3] = {1, 1, 1};
+  const CUresult result = encode_function()(
+      &map, s.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, s.matrices ? 3 : 2,
+      reinterpret_cast<void*>(s.address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+      swizzle_of(s.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("fastlora: cuTensorMapEncodeTiled failed with error " + std::to_string(result) +
                              " for a matrix " + describe(s));
@@ -71,7 +74,7 @@ struct HashSpec {
   size_t operator()(const MapSpec& s) const {
     uint64_t hash = s.address;
     for (uint64_t word : {s.columns, s.rows, s.stride_bytes, uint64_t(s.box_columns) << 32 | s.box_rows,
-                          uint64_t(s.swizzle) << 1 | s.fp16}) {
+                          uint64_t(s.swizzle) << 1 | s.fp16, s.matrices, s.matrix_stride_bytes}) {
       hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
       hash ^= hash >> 29;
     }
@@ -83,7 +86,8 @@ struct HashSpec {
 
 bool MapSpec::operator==(const MapSpec& o) const {
   return address == o.address && columns == o.columns && rows == o.rows && stride_bytes == o.stride_bytes &&
-         box_columns == o.box_columns && box_rows == o.box_rows && swizzle == o.swizzle && fp16 == o.fp16;
+         box_columns == o.box_columns && box_rows == o.box_rows && swizzle == o.swizzle && fp16 == o.fp16 &&
+         matrices == o.matrices && matrix_stride_bytes == o.matrix_stride_bytes;
 }
 
 // A map says where a matrix lies and how boxes are cut from it, all of which is its key: an entry cannot go stale.

@@ -7,7 +7,7 @@
 
 namespace fastlora {
 
-// A row-major matrix of 16-bit elements, and the boxes that are cut from it.
+// A row-major matrix of 16-bit elements, or a stack of such, and the boxes that are cut from it: of one matrix each.
 struct MapSpec {
   size_t offset;  // of the map in Params
   uintptr_t address;
@@ -15,6 +15,7 @@ struct MapSpec {
   uint32_t box_columns, box_rows;
   uint32_t swizzle;  // bytes of a span, or 0
   bool fp16;
+  uint64_t matrices = 0, matrix_stride_bytes = 0;  // of a stack, which has a dimension more; 0: one matrix
 
   bool operator==(const MapSpec& other) const;
 };

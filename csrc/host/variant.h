@@ -11,6 +11,8 @@ struct Variant {
   int arch;  // 90 for compute capability 9.0
   bool backward, fp16;
   bool transposed;  // the base weight lies as [in_features, out_features]
+  bool decodes;     // a packed base weight, in tiles of their own
+  bool segments;    // rows lie in segments
   bool dropout;
   bool splits;  // the contraction of a tile may be split
   bool fuses;   // column 0 may make S fused with its own tile of the output

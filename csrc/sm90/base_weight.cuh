@@ -1,41 +1,63 @@
 // Policy: the base weight. It defines how many bytes of a stage a tile's columns occupy, how a step of them is copied
 // there, and by which descriptor the base product reads them.
 //
-// Today's one: 16-bit elements, as they lie in memory. The next one (packed 4 bit, int8 or fp8 with scales) goes here:
-// a struct with the same members, whose kConverts is true and whose convert() the consumers run between wait_stage()
-// and the base product; KernelTraits::BaseWeight names it.
+// Today's three: 16-bit elements, as they lie in memory, one way or the other, and packed ones, which tiles at the head
+// of the queue have decoded to such (decode.cuh). The next one (decoded in a stage) goes here: a struct with the same
+// members, whose kConverts is true and whose convert() the consumers run between wait_stage() and the base product; a
+// template argument of KernelTraits names it.
 #pragma once
 #include "layout.cuh"
 
 namespace fastlora::sm90 {
 
-// kTransposed_: the operand is not contiguous along the contraction. A forward contracts the columns of a W0 that lies
-// as [out_features, in_features], dX its rows; of one that lies as [in_features, out_features], it is the other way
-// round.
-template <bool kTransposed_, int kBlockN>
-struct DenseWeight {
-  static constexpr bool kTransposed = kTransposed_;
-  static constexpr bool kConverts = false;
+// 16-bit elements. kTransposed: the operand is not contiguous along the contraction. A forward contracts the columns of
+// a W0 that lies as [out_features, in_features], dX its rows; of one that lies as [in_features, out_features]
+// (kStoredTransposed), it is the other way round.
+template <bool kBackward, bool kStoredTransposed_, int kBlockN>
+struct StoredWeight {
+  static constexpr bool kStoredTransposed = kStoredTransposed_, kTransposed = kBackward != kStoredTransposed;
+  static constexpr bool kConverts = false, kDecodes = false;
   static constexpr int kStageBytes = kBlockN * kSwizzleSpan;
   static constexpr int kAdvance = kTransposed ? kAdvanceStrided<kSwizzleSpan> : kAdvanceContiguous;
 
-  // Copies columns n to n + kBlockN, contracted elements k to k + kBlockK.
-  template <class Producer>
-  __device__ __forceinline__ static void load(Producer& producer, uint32_t address, int n, int k) {
+  // Copies columns n to n + kBlockN, contracted elements k to k + kBlockK, of `matrix` in a stack of weights.
+  template <class Producer, class Matrix>
+  __device__ __forceinline__ static void load(Producer& producer, uint32_t address, Matrix matrix, int n, int k) {
     constexpr int kColumns = kTransposed ? kBox : kTallBox;  // of the output, in a box
     producer.template share_boxes<kBlockN / kColumns>(0, [&](int i) {
       const int column = i * kColumns;
       const uint32_t box = address + column * kSwizzleSpan;
       if constexpr (kTransposed) {
-        producer.copy_to_cluster(box, &producer.params.weight, n + column, k);
+        producer.copy_to_cluster(box, &producer.params.weight, matrix, n + column, k);
       } else {
-        producer.copy_to_cluster(box, &producer.params.weight, k, n + column);
+        producer.copy_to_cluster(box, &producer.params.weight, matrix, k, n + column);
       }
     });
   }
 
+  // Returns once a column of tiles may load its columns.
+  template <class Producer>
+  __device__ __forceinline__ static void await(Producer&, int) {}
+
   __device__ __forceinline__ static uint64_t operand(uint32_t address, int column) {
     return swizzled_operand<kSwizzleSpan>(address + column * kSwizzleSpan, kBoxBytes);
+  }
+};
+
+template <bool kBackward, int kBlockN>
+struct DenseWeight : StoredWeight<kBackward, false, kBlockN> {};
+
+template <bool kBackward, int kBlockN>
+struct TransposedWeight : StoredWeight<kBackward, true, kBlockN> {};
+
+template <bool kBackward, int kBlockN>
+struct DecodedWeight : DenseWeight<kBackward, kBlockN> {
+  static constexpr bool kDecodes = true;
+
+  // A panel is the rows of W0 that a column of tiles reads. Tiles of dX read all rows: there is one.
+  template <class Producer>
+  __device__ __forceinline__ static void await(Producer& producer, int column) {
+    producer.wait_panel(kBackward ? 0 : column);
   }
 };
 

@@ -1,10 +1,10 @@
 // Policy: the low-rank branch. It defines which boxes of the two factors a tile reads, and how a sum is scaled into S.
 //
-// Today's one: one adapter for all rows, all ranks for all columns. The next one (an adapter by row segment, several
-// stacked) goes here: a struct with the same members whose coordinates depend on the tile; KernelTraits::Branch names
-// it.
+// Today's two: one adapter for all rows, and one for each segment of rows, both with all ranks for all columns. The
+// next one (several stacked) goes here: a struct with the same members; KernelTraits::Branch names it.
 #pragma once
 #include "layout.cuh"
+#include "row_map.cuh"
 
 namespace fastlora::sm90 {
 
@@ -23,25 +23,28 @@ struct SingleAdapter {
 
   __device__ __forceinline__ static int rank(const Params& params) { return params.r; }
 
-  // Copies all ranks of contracted elements k to k + kBlockK; `first_box` numbers the boxes of a stage.
-  template <class Producer>
-  __device__ __forceinline__ static void load_down(Producer& producer, int first_box, uint32_t address, int k) {
+  // Copies all ranks of contracted elements k to k + kBlockK, of `matrix` in a stack of factors; `first_box` numbers
+  // the boxes of a stage.
+  template <class Producer, class Matrix>
+  __device__ __forceinline__ static void load_down(Producer& producer, int first_box, uint32_t address, Matrix matrix,
+                                                   int k) {
     producer.template share_boxes<kRank / kRankStep>(first_box, [&](int i) {
       if constexpr (kBackward) {
-        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_b, i * kBox, k);
+        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_b, matrix, i * kBox, k);
       } else {
-        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_a, k, i * kBox);
+        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_a, matrix, k, i * kBox);
       }
     });
   }
 
   // Copies 64 columns of a step's ranks.
-  template <class Producer>
-  __device__ __forceinline__ static void load_up(Producer& producer, uint32_t address, int column, int rank) {
+  template <class Producer, class Matrix>
+  __device__ __forceinline__ static void load_up(Producer& producer, uint32_t address, Matrix matrix, int column,
+                                                 int rank) {
     if constexpr (kBackward) {
-      producer.copy_to_cluster(address, &producer.params.lora_a, column, rank);
+      producer.copy_to_cluster(address, &producer.params.lora_a, matrix, column, rank);
     } else {
-      producer.copy_to_cluster(address, &producer.params.lora_b, rank, column);
+      producer.copy_to_cluster(address, &producer.params.lora_b, matrix, rank, column);
     }
   }
 
@@ -54,17 +57,30 @@ struct SingleAdapter {
                      : swizzled_operand<kRankSpan>(address);
   }
 
-  // An element of S, before it is rounded, from its sum of act*down^T.
-  __device__ __forceinline__ static float scale(const Params& params, float sum) {
+  // S's factor in a tile.
+  __device__ __forceinline__ static float scale_in_s(const Params& params, const TileInfo&) {
+    return params.scale_in_s;
+  }
+
+  // An element of S, before it is rounded, from its sum of act*down^T and S's factor.
+  __device__ __forceinline__ static float scale(const Params& params, float scale_in_s, float sum) {
     if constexpr (!kSplitsScaling) {
-      return sum * params.scale_in_s;
+      return sum * scale_in_s;
     } else {
       // S is infinite exactly where the sum itself would be in fp16, whatever its scale.
       constexpr float kRoundsToInfinity = 65520.f;
       float s = sum * params.inverse_keep;
       if (fabsf(s) >= kRoundsToInfinity) s *= INFINITY;
-      return s * params.scale_in_s;
+      return s * scale_in_s;
     }
+  }
+};
+
+// The adapter of a tile's segment, out of stacks.
+template <bool kBackward, int kRank, bool kSplitsScaling>
+struct AdapterOfSegment : SingleAdapter<kBackward, kRank, kSplitsScaling> {
+  __device__ __forceinline__ static float scale_in_s(const Params& params, const SegmentTile& tile) {
+    return params.segments.scalings ? params.segments.scalings[tile.adapter] : params.scale_in_s;
   }
 };
 

@@ -37,13 +37,18 @@ struct Consumer {
   // A barrier of the warpgroup's threads; hardware barrier 0 is __syncthreads's.
   __device__ __forceinline__ void sync_warpgroup() { named_barrier(1 + warpgroup, kWarpgroupThreads); }
 
+  // One of both warpgroups' threads.
+  __device__ __forceinline__ void sync_consumers() {
+    named_barrier(1 + kConsumerWarpgroups, kConsumerWarpgroups * kWarpgroupThreads);
+  }
+
   // Row of this thread's first accumulator in the warpgroup's 64; the second one of each pair of rows is 8 below.
   __device__ __forceinline__ int fragment_row() const { return int(warp * 16 + lane_id() / 4); }
   __device__ __forceinline__ int fragment_column() const { return int(lane_id() % 4 * 2); }
 
   // First row and column of this warpgroup's share of a tile of the output.
-  __device__ __forceinline__ int first_row(TileInfo tile) const {
-    return Traits::RowMap::first_row(tile.row) + warpgroup_row * kMmaM;
+  __device__ __forceinline__ int first_row(typename Traits::Tile tile) const {
+    return Traits::RowMap::first_row(tile) + warpgroup_row * kMmaM;
   }
   __device__ __forceinline__ int first_column(TileInfo tile) const {
     return tile.column * Traits::kBlockN + warpgroup_column * Traits::kColumns;

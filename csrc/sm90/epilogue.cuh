@@ -32,13 +32,14 @@ __device__ __forceinline__ void divide_by_branch_scale(const Consumer<Traits>& c
 
 // acc += S*up^T, with S from shared memory, or from registers where `s` holds its fragments.
 template <class Traits>
-__device__ __forceinline__ void expand(Consumer<Traits>& c, float (&acc)[Traits::kAccumulators],
-                                       const uint32_t (*s)[4]) {
+__device__ __forceinline__ void expand(Consumer<Traits>& c, typename Traits::Tile tile,
+                                       float (&acc)[Traits::kAccumulators], const uint32_t (*s)[4]) {
   using Element = typename Traits::Element;
   using Branch = typename Traits::Branch;
+  const int ranks = !Traits::RowMap::has_branch(tile) ? 0 : Traits::kFuses ? 1 : Branch::rank(c.params);
   if constexpr (Traits::kSplitsScaling) divide_by_branch_scale(c, acc);
 #pragma unroll 1
-  for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(c.params)); r += Branch::kRankStep) {
+  for (int r = 0; r < ranks; r += Branch::kRankStep) {
     const ExpandOperands<Traits> operands(c, c.wait_stage(), Traits::kColumns);
     wgmma_fence();
 #pragma unroll
@@ -59,10 +60,25 @@ __device__ __forceinline__ void expand(Consumer<Traits>& c, float (&acc)[Traits:
   pin(acc);
 }
 
+// Stores the rows that are the tile's own, of the 64 columns of slice j: chunk(row, number) is 16 bytes of a row.
+template <class Traits, class Chunk>
+__device__ __forceinline__ void store_rows(Consumer<Traits>& c, typename Traits::Tile tile, int j, Chunk chunk) {
+  constexpr uint32_t kChunksPerRow = kSwizzleSpan / kChunkBytes;
+  const SegmentParams& segments = c.params.segments;
+  const int rows = tile.end_row - c.first_row(tile);
+  const int number = int(c.thread % kChunksPerRow), column = c.first_column(tile) + j * kBox + number * kChunkElements;
+  if (column >= c.params.n) return;
+  auto* out = static_cast<typename Traits::Element*>(segments.out) + c.first_row(tile) * segments.out_stride + column;
+#pragma unroll 1
+  for (int row = int(c.thread / kChunksPerRow); row < min(rows, kBox); row += kWarpgroupThreads / kChunksPerRow) {
+    *reinterpret_cast<uint4*>(out + row * segments.out_stride) = chunk(row, number);
+  }
+}
+
 // Stores slice j of the tile, 64 columns, rounded, through a staging buffer; the copies proceed asynchronously. Slices
 // come in order. `value(i)` is number i of the thread's values.
 template <class Traits, class Value>
-__device__ __forceinline__ void store_slice(Consumer<Traits>& c, TileInfo tile, int j, Value value) {
+__device__ __forceinline__ void store_slice(Consumer<Traits>& c, typename Traits::Tile tile, int j, Value value) {
   using Element = typename Traits::Element;
   constexpr int kPerPhase = Traits::kSlicesPerPhase;
   const uint32_t lane = lane_id(), block_row = c.warp * 16 + lane % 16;
@@ -80,6 +96,18 @@ __device__ __forceinline__ void store_slice(Consumer<Traits>& c, TileInfo tile, 
   if (j % kPerPhase < kPerPhase - 1) return;
   fence_async_shared();
   c.sync_warpgroup();
+  if constexpr (Traits::RowMap::kSegmented) {
+    // The copy engine cannot end where a segment does.
+    if (c.first_row(tile) + kBox > tile.end_row) {
+#pragma unroll
+      for (int back = kPerPhase - 1; back >= 0; --back) {
+        store_rows(c, tile, j - back, [&](int row, int chunk) {
+          return load_shared_16(chunk_address(staging - back * kBoxBytes, row, chunk));
+        });
+      }
+      return;
+    }
+  }
   if (c.thread == 0) {
 #pragma unroll
     for (int back = kPerPhase - 1; back >= 0; --back) {
@@ -126,10 +154,10 @@ struct KeepBits {
 // Stores acc + S*up^T, and in a forward the bias.
 template <class Traits>
 struct BiasEpilogue {
-  __device__ __forceinline__ static void run(Consumer<Traits>& c, TileInfo tile, int slot,
+  __device__ __forceinline__ static void run(Consumer<Traits>& c, typename Traits::Tile tile, int slot,
                                              float (&acc)[Traits::kAccumulators], float (&)[Traits::kExtraAccumulators],
                                              const uint32_t (*s)[4], const KeepBits<Traits>&) {
-    expand(c, acc, s);
+    expand(c, tile, acc, s);
 #pragma unroll
     for (int j = 0; j < Traits::kSlices; ++j) {
       const float* sums = acc + j * Traits::kSliceAccumulators;
@@ -164,7 +192,7 @@ struct BiasEpilogue {
 // 64 columns of it at a time have accumulators of their own.
 template <class Traits>
 struct MaskedBranchEpilogue {
-  __device__ __forceinline__ static void run(Consumer<Traits>& c, TileInfo tile, int,
+  __device__ __forceinline__ static void run(Consumer<Traits>& c, typename Traits::Tile tile, int,
                                              float (&acc)[Traits::kAccumulators],
                                              float (&extra_acc)[Traits::kExtraAccumulators], const uint32_t (*s)[4],
                                              const KeepBits<Traits>& keep) {
@@ -177,7 +205,7 @@ struct MaskedBranchEpilogue {
   }
 
  private:
-  __device__ __forceinline__ static void store_masked(Consumer<Traits>& c, TileInfo tile,
+  __device__ __forceinline__ static void store_masked(Consumer<Traits>& c, typename Traits::Tile tile,
                                                       const float (&acc)[Traits::kAccumulators],
                                                       float (&branch)[Traits::kSliceAccumulators],
                                                       const uint32_t (*s)[4], const KeepBits<Traits>& keep) {
@@ -217,9 +245,19 @@ struct MaskedBranchEpilogue {
   }
 };
 
+// A tile of rows without a segment, which are zeros, or of one whose weight or adapter does not exist: NaN.
+template <class Traits>
+__device__ __forceinline__ void fill_tile(Consumer<Traits>& c, typename Traits::Tile tile) {
+  const float value = tile.segment == c.params.segments.count ? 0.f : NAN;
+  const uint32_t pair = pack<typename Traits::Element>(value, value);
+  for (int j = 0; j < Traits::kSlices; ++j) {
+    store_rows(c, tile, j, [=](int, int) { return make_uint4(pair, pair, pair, pair); });
+  }
+}
+
 // Finishes a tile of the output whose base product is in acc. `s`: the fragments of S, or null if it is in memory.
 template <class Traits>
-__device__ __forceinline__ void finish_tile(Consumer<Traits>& c, TileInfo tile, int slot,
+__device__ __forceinline__ void finish_tile(Consumer<Traits>& c, typename Traits::Tile tile, int slot,
                                             float (&acc)[Traits::kAccumulators],
                                             float (&extra_acc)[Traits::kExtraAccumulators], const uint32_t (*s)[4],
                                             const KeepBits<Traits>& keep) {

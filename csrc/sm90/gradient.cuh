@@ -36,33 +36,56 @@ __device__ __forceinline__ void drop_in_place(const Consumer<Traits>& c, uint32_
   fence_async_shared();
 }
 
+// Zeroes the rows of a stage that are another segment's, by both warpgroups: a row of either operand is contiguous.
+template <class Traits>
+__device__ __forceinline__ void zero_rows_from(Consumer<Traits>& c, uint32_t stage, int first) {
+  constexpr int kRankSpan = Traits::Branch::kRankSpan, kLeftBoxes = Traits::kGradColumns / kBox;
+  const uint32_t thread = c.warpgroup * kWarpgroupThreads + c.thread;
+  auto zero = [&](uint32_t box, uint32_t span) {
+    for (uint32_t at = first * span + thread * kChunkBytes; at < kBox * span;
+         at += kConsumerWarpgroups * kWarpgroupThreads * kChunkBytes) {
+      store_shared_16(box + at, make_uint4(0, 0, 0, 0));
+    }
+  };
+#pragma unroll 1
+  for (int i = 0; i < kLeftBoxes; ++i) zero(stage + i * kBoxBytes, kSwizzleSpan);
+  zero(stage + Traits::kGradRightOffset, kRankSpan);
+  fence_async_shared();
+  c.sync_consumers();
+}
+
 // Block 0 of this warpgroup's columns is summed in acc, block 1 in extra_acc; the columns' own sums, where
 // kSumsColumns, in ones_acc, as products with a matrix of ones.
 template <bool kDrops, bool kSumsColumns, class Traits>
-__device__ __forceinline__ void accumulate(Consumer<Traits>& c, TileInfo tile, float (&acc)[Traits::kAccumulators],
+__device__ __forceinline__ void accumulate(Consumer<Traits>& c, typename Traits::Tile tile,
+                                           float (&acc)[Traits::kAccumulators],
                                            float (&extra_acc)[Traits::kExtraAccumulators],
                                            float (&ones_acc)[Traits::kGradBlocks][Traits::kOnesAccumulators]) {
   using Element = typename Traits::Element;
   constexpr int kRankSpan = Traits::Branch::kRankSpan, kCount = Traits::kShrinkAccumulators;
-  const RowRange rows = Traits::RowMap::rows_of_group(c.params, tile.row);
-  const int first = rows.first / kBox, end = ceil_div(rows.end, kBox);
+  using RowMap = typename Traits::RowMap;
+  const Steps steps = RowMap::gradient_steps(c.params, tile);
   const int column = tile.column * Traits::kGradColumns + c.warpgroup * Traits::kGradBlocks * kBox;
   // Any layout of a matrix of ones is the same matrix; this one is the smallest.
   const uint64_t ones = swizzled_operand<kMmaK * kElementBytes>(c.shared.ones());
 #pragma unroll 1
-  for (int step = first; step < end; ++step) {
+  for (int step = steps.first; step < steps.end; ++step) {
     const uint32_t stage = c.wait_stage();
     const uint32_t left_address = stage + c.warpgroup * Traits::kGradBlocks * kBoxBytes;
     const uint64_t left = swizzled_operand<kSwizzleSpan>(left_address, kBoxBytes);
     const uint64_t right = swizzled_operand<kRankSpan>(stage + Traits::kGradRightOffset, kBoxBytes);
     if constexpr (kDrops) {
-      drop_in_place(c, left_address, step * kBox, column);
+      drop_in_place(c, left_address, RowMap::row_of_step(tile, step), column);
       c.sync_warpgroup();
+    }
+    if constexpr (RowMap::kSegmented) {
+      const int rows = tile.end_row - RowMap::row_of_step(tile, step);
+      if (rows < kBox) zero_rows_from(c, stage, rows);
     }
     wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kMmasPerStep; ++i) {
-      const int accumulates = step > first || i > 0;
+      const int accumulates = step > steps.first || i > 0;
       const uint64_t block = advance(left, i * kAdvanceStrided<kSwizzleSpan>);
       const uint64_t next_block = advance(block, kBoxBytes), ranks = advance(right, i * kAdvanceStrided<kRankSpan>);
       wgmma<Element, 1, 1>(slice<0, kCount>(acc), block, ranks, accumulates);
@@ -100,9 +123,9 @@ __device__ __forceinline__ void store_pair(void* out, int64_t offset, int64_t st
 }
 
 // The 64 columns (of X or dY) from `first_column` on, of dA = dS^T * drop(X), [R, in_features], or of dB,
-// [out_features, R].
+// [out_features, R]; `owner`: of which matrix in a stack.
 template <bool kIsA, bool kSumsColumns, class Traits>
-__device__ __forceinline__ void store_gradient(const Consumer<Traits>& c, int first_column,
+__device__ __forceinline__ void store_gradient(const Consumer<Traits>& c, int owner, int first_column,
                                                const float (&product)[Traits::kShrinkAccumulators],
                                                const float (&ones_acc)[Traits::kOnesAccumulators]) {
   using Element = typename Traits::Element;
@@ -121,8 +144,8 @@ __device__ __forceinline__ void store_gradient(const Consumer<Traits>& c, int fi
         const int r = i * 8 + c.fragment_column();
         if (r >= params.r) continue;
         const float* pair = product + i * 4 + lower * 2;
-        store_pair<Element>(out, column * column_step + r * rank_step, rank_step, pair[0] * scale, pair[1] * scale,
-                            params.fp32_grads);
+        const int64_t offset = int64_t(owner) * columns * params.r + column * column_step + r * rank_step;
+        store_pair<Element>(out, offset, rank_step, pair[0] * scale, pair[1] * scale, params.fp32_grads);
       }
     }
     if (kSumsColumns && params.grad_bias && lane_id() % 4 == 0) {
@@ -132,15 +155,18 @@ __device__ __forceinline__ void store_gradient(const Consumer<Traits>& c, int fi
 }
 
 template <bool kIsA, bool kSumsColumns, class Traits>
-__device__ __forceinline__ void compute_gradient(Consumer<Traits>& c, TileInfo tile,
+__device__ __forceinline__ void compute_gradient(Consumer<Traits>& c, typename Traits::Tile tile,
                                                  float (&acc)[Traits::kAccumulators],
                                                  float (&extra_acc)[Traits::kExtraAccumulators]) {
   using RowMap = typename Traits::RowMap;
   constexpr int kCount = Traits::kShrinkAccumulators, kOnes = Traits::kOnesAccumulators;
   float ones_acc[Traits::kGradBlocks][kOnes];
   accumulate<kIsA && Traits::kDropout, kSumsColumns>(c, tile, acc, extra_acc, ones_acc);
-  const int block = (kIsA ? c.params.grad_b_tiles * Traits::kCluster : 0) + tile.column;
-  int* groups_done = c.reduction_flag(block);
+  const ReductionStep step = RowMap::reduction_step(c.params, c.shared.segment_table(), tile);
+  const int owner = RowMap::owner(tile);
+  const int block = owner * c.params.schedule.gradient_tiles * Traits::kCluster +
+                    (kIsA ? c.params.grad_b_tiles * Traits::kCluster : 0) + tile.column;
+  int* steps_done = c.reduction_flag(block);
   float* partials = c.params.gradient_partials +
                     int64_t(block * kConsumerWarpgroups + c.warpgroup) * Traits::kGradPartials * kWarpgroupThreads;
   auto transfer = [&](auto adds) {
@@ -155,32 +181,56 @@ __device__ __forceinline__ void compute_gradient(Consumer<Traits>& c, TileInfo t
       }
     }
   };
-  if (tile.row > RowMap::first_group(c.params, tile.row)) {
-    c.acquire_flag(groups_done, tile.row);
+  if (step.index > 0) {
+    c.acquire_flag(steps_done, step.index);
     transfer(std::true_type());
   }
-  if (tile.row < RowMap::last_group(c.params, tile.row)) {
+  if (step.index < step.last) {
     transfer(std::false_type());
-    c.release_flag(groups_done);
+    c.release_flag(steps_done);
     return;
   }
   const int column = tile.column * Traits::kGradColumns + c.warpgroup * Traits::kGradBlocks * kBox;
-  store_gradient<kIsA, kSumsColumns>(c, column, slice<0, kCount>(acc), ones_acc[0]);
+  store_gradient<kIsA, kSumsColumns>(c, owner, column, slice<0, kCount>(acc), ones_acc[0]);
   if constexpr (Traits::kGradBlocks == 2) {
-    store_gradient<kIsA, kSumsColumns>(c, column + kBox, slice<0, kCount>(extra_acc), ones_acc[1]);
+    store_gradient<kIsA, kSumsColumns>(c, owner, column + kBox, slice<0, kCount>(extra_acc), ones_acc[1]);
   }
 }
 
 template <class Traits>
-__device__ __forceinline__ void compute_gradient_tile(Consumer<Traits>& c, TileInfo tile,
+__device__ __forceinline__ void compute_gradient_tile(Consumer<Traits>& c, typename Traits::Tile tile,
                                                       float (&acc)[Traits::kAccumulators],
                                                       float (&extra_acc)[Traits::kExtraAccumulators]) {
   if (tile.kind == kGradATile) {
     compute_gradient<true, false>(c, tile, acc, extra_acc);
-  } else if (Traits::kRank >= 128 || c.params.grad_bias) {  // a third loop over so many accumulators would spill
-    compute_gradient<false, true>(c, tile, acc, extra_acc);
-  } else {
-    compute_gradient<false, false>(c, tile, acc, extra_acc);
+    return;
+  }
+  if constexpr (!Traits::RowMap::kSegmented) {
+    if (Traits::kRank >= 128 || c.params.grad_bias) {  // a third loop over so many accumulators would spill
+      compute_gradient<false, true>(c, tile, acc, extra_acc);
+      return;
+    }
+  }
+  compute_gradient<false, false>(c, tile, acc, extra_acc);
+}
+
+// Zeros in a column block of the gradients of those adapters, out of the tile's, that have no rows.
+template <class Traits>
+__device__ __forceinline__ void zero_gradients(Consumer<Traits>& c, typename Traits::Tile tile) {
+  const bool is_a = tile.column >= c.params.grad_b_tiles;
+  const int block = is_a ? tile.column - c.params.grad_b_tiles : tile.column;
+  const int column = block * Traits::kGradColumns + c.warpgroup * Traits::kGradBlocks * kBox;
+  const float zeros[Traits::kShrinkAccumulators] = {}, no_sums[Traits::kOnesAccumulators] = {};
+  const int end = min(tile.row + kAdaptersOfZeroTile, c.params.segments.n_adapters);
+#pragma unroll 1
+  for (int adapter = tile.row; adapter < end; ++adapter) {
+    if (Traits::RowMap::count_chunks(c.params, c.shared.segment_table(), adapter, 0).last >= 0) continue;
+    static_assert(!Traits::RowMap::kSegmented || Traits::kGradBlocks == 1, "a warpgroup has one block of columns");
+    if (is_a) {
+      store_gradient<true, false>(c, adapter, column, zeros, no_sums);
+    } else {
+      store_gradient<false, false>(c, adapter, column, zeros, no_sums);
+    }
   }
 }
 

@@ -1,28 +1,59 @@
 // The kernel: one producer warpgroup, two consumer warpgroups, tiles until the queue is empty.
 #pragma once
 #include "../host/variant.h"
+#include "decode.cuh"
 #include "gradient.cuh"
 #include "producer.cuh"
 #include "product.cuh"
 
 namespace fastlora::sm90 {
 
+// Decodes until the first tile of another kind, and returns its number. A loop of its own, in which no accumulators are
+// alive: they would leave too few registers for the loads in flight.
+template <class Traits>
+__device__ __forceinline__ int decode_tiles(Consumer<Traits>& consumer) {
+  for (int i = 0;; ++i) {
+    const TileInfo tile = own_tile<Traits>(wait_tile(consumer.shared, i));
+    if (tile.kind != kDecodeTile) return i;
+    if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
+    decode_tile(consumer, tile);
+    // That ended with a barrier: every lane has read the slot.
+    if (lane_id() == 0) release_tile(consumer.shared, i & 1);
+  }
+}
+
+// A tile that nothing need be read for.
+template <class Traits>
+__device__ __forceinline__ void store_constants(Consumer<Traits>& consumer, typename Traits::Tile tile) {
+  if constexpr (Traits::RowMap::kSegmented) {
+    if (tile.kind == kFillTile) {
+      fill_tile(consumer, tile);
+    } else if constexpr (Traits::kBackward) {
+      zero_gradients(consumer, tile);
+    }
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void consume(const Params& params, SharedMemory<Traits> shared) {
   Consumer<Traits> consumer(params, shared);
+  int first = 0;
+  if constexpr (Traits::BaseWeight::kDecodes) first = decode_tiles(consumer);
   // Declared once for all tiles: the assembler gives accumulators of separate variables separate registers.
   float acc[Traits::kAccumulators], extra_acc[Traits::kExtraAccumulators];
 #pragma unroll
   for (float& value : acc) value = 0.f;
 #pragma unroll
   for (float& value : extra_acc) value = 0.f;
-  for (int i = 0;; ++i) {
+  for (int i = first;; ++i) {
     const int slot = i & 1;
-    const TileInfo tile = own_tile<Traits>(wait_tile(shared, i));
+    const typename Traits::Tile tile = own_tile<Traits>(wait_tile(shared, i));
     if (tile.kind == kExit) break;
     if (lane_id() == 0) note_tile(tile.kind, tile.row, tile.column, tile.split);
     if (tile.kind == kGradATile || tile.kind == kGradBTile) {
       if constexpr (Traits::kBackward) compute_gradient_tile(consumer, tile, acc, extra_acc);
+    } else if (Traits::RowMap::is_constant(tile)) {
+      store_constants(consumer, tile);
     } else {
       compute_output_tile(consumer, tile, slot, acc, extra_acc);
     }
@@ -76,6 +107,7 @@ __device__ __forceinline__ void run(const Params& params) {
     store_shared(shared.ones() + threadIdx.x * 4, pack<typename Traits::Element>(1.f, 1.f));
     fence_async_shared();
   }
+  if (warp_id() == 0) Traits::RowMap::fill_table(params, shared.segment_table());
   sync_cluster<Traits>();
   if (warp_id() < kWarpgroupWarps) {
     shrink_registers<kProducerRegisters>();
@@ -96,10 +128,12 @@ Variant variant_of(const char* name, const void* kernel) {
   v.arch = 90;
   v.backward = Traits::kBackward;
   v.fp16 = kIsFp16<typename Traits::Element>;
-  v.transposed = Traits::kStoredTransposed;
+  v.transposed = Traits::BaseWeight::kStoredTransposed;
+  v.segments = Traits::RowMap::kSegmented;
   v.dropout = Traits::kDropout;
   v.splits = Traits::kSplits;
   v.fuses = Traits::kFuses;
+  v.decodes = Traits::BaseWeight::kDecodes;
   v.cluster = Traits::kCluster;
   v.threads = kThreads;
   v.block_m = Traits::kBlockM;

@@ -5,7 +5,7 @@
 namespace fastlora::sm90 {
 using bf16 = __nv_bfloat16;
 using fp16 = __half;
-[[maybe_unused]] constexpr bool forward = false, backward = true, dense = false, transposed = true;
+[[maybe_unused]] constexpr bool forward = false, backward = true;
 }  // namespace fastlora::sm90
 
 // A kernel by its own name, so that profiles, disassembly and tests can tell variants apart.
@@ -21,13 +21,21 @@ using fp16 = __half;
 #define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
 #define FL_PAIR(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                            \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R,  \
-            fastlora::sm90::WEIGHT, false)                                                                            \
+            false, fastlora::sm90::WEIGHT, false)                                                                     \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
-            M, N, R, fastlora::sm90::WEIGHT, true)
-#define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)  // expands the object's direction and element type, and the name's rest
+            M, N, R, true, fastlora::sm90::WEIGHT, false)
+#define FL_OF_SEGMENTS(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                      \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_segments), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
+            M, N, R, false, fastlora::sm90::WEIGHT, true)
+// They expand the object's direction and element type, and the name's rest.
+#define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)
+#define FL_EXPAND_OF_SEGMENTS(...) FL_OF_SEGMENTS(__VA_ARGS__)
 
-#define FL_REST_dense
-#define FL_REST_transposed _transposed
+#define FL_REST_DenseWeight
+#define FL_REST_TransposedWeight _transposed
+#define FL_REST_DecodedWeight _decoded
 #define FASTLORA_SM90(M, N, R, WEIGHT) \
   FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
+#define FASTLORA_SM90_SEGMENTS(M, N, R, WEIGHT) \
+  FL_EXPAND_OF_SEGMENTS(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
 #include "../variants.def"

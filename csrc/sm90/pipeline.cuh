@@ -8,20 +8,12 @@
 
 namespace fastlora::sm90 {
 
-enum TileKind { kBaseTile, kFusedTile, kShrinkTile, kGradBTile, kGradATile, kExit };
-
-// A tile as the producer hands it to the consumers; 16 bytes. In units of the cluster's tiles. A gradient tile's row is
-// its group, its split is unused.
-struct TileInfo {
-  int kind, row, column, split;
-};
-
 // A CTA's own tile of its cluster's.
 template <class Traits>
-__device__ __forceinline__ TileInfo own_tile(TileInfo tile) {
+__device__ __forceinline__ typename Traits::Tile own_tile(typename Traits::Tile tile) {
   if (Traits::kCluster == 1) return tile;
   const int cta = int(cta_in_cluster());
-  if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+  if (tile.kind == kGradATile || tile.kind == kGradBTile || tile.kind == kDecodeTile) {
     tile.column = tile.column * Traits::kCluster + cta;
   } else {
     tile.row = tile.row * Traits::kCluster + cta;
@@ -32,7 +24,7 @@ __device__ __forceinline__ TileInfo own_tile(TileInfo tile) {
 // Addresses in shared memory. Two slots hold the tile in progress and the next one, with a bias each.
 template <class Traits>
 struct SharedMemory {
-  static constexpr int kTileBytes = 16, kMbarrierBytes = 8;
+  static constexpr int kTileBytes = sizeof(typename Traits::Tile), kMbarrierBytes = 8;
   static_assert(2 * kTileBytes + (4 + 2 * Traits::kStages) * kMbarrierBytes <= Traits::kBarrierBytes, "they fit");
 
   uint32_t base;
@@ -51,6 +43,7 @@ struct SharedMemory {
     return base + Traits::kBarrierOffset + 2 * kTileBytes + i * kMbarrierBytes;
   }
   __device__ __forceinline__ uint32_t ones() const { return base + Traits::kOnesOffset; }
+  __device__ __forceinline__ uint32_t segment_table() const { return base + Traits::kTableOffset; }
   // Full: the first CTA's producer has written the tile. Empty: all its readers have read it; the first CTA's counts.
   __device__ __forceinline__ uint32_t tile_full(int slot) const { return barrier(slot); }
   __device__ __forceinline__ uint32_t tile_empty(int slot) const { return barrier(2 + slot); }
@@ -75,10 +68,16 @@ struct PipelineState {
 
 // Waits for this cluster's i-th tile.
 template <class Traits>
-__device__ __forceinline__ TileInfo wait_tile(SharedMemory<Traits> shared, int i) {
+__device__ __forceinline__ typename Traits::Tile wait_tile(SharedMemory<Traits> shared, int i) {
   mbarrier_wait(shared.tile_full(i & 1), i >> 1 & 1);
   const uint4 words = load_shared_16(shared.tile(i & 1));
-  return {int(words.x), int(words.y), int(words.z), int(words.w)};
+  const TileInfo tile = {int(words.x), int(words.y), int(words.z), int(words.w)};
+  if constexpr (Traits::RowMap::kSegmented) {
+    const uint4 more = load_shared_16(shared.tile(i & 1) + sizeof(TileInfo));
+    return {tile, int(more.x), int(more.y), int(more.z), int(more.w)};
+  } else {
+    return tile;
+  }
 }
 
 template <class Traits>
@@ -91,10 +90,6 @@ __device__ __forceinline__ void release_tile(SharedMemory<Traits> shared, int sl
 }
 
 // Steps of a split of a tile's contraction.
-struct Steps {
-  int first, end;
-};
-
 template <class Traits>
 __device__ __forceinline__ Steps steps_of(const Params& params, int split) {
   const int steps = ceil_div(params.k, kBlockK);

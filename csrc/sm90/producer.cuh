@@ -10,12 +10,14 @@ struct Producer {
   using BaseWeight = typename Traits::BaseWeight;
   using Branch = typename Traits::Branch;
   using RowMap = typename Traits::RowMap;
+  using Tile = typename Traits::Tile;
 
   const Params& params;
   SharedMemory<Traits> shared;
   PipelineState<Traits::kStages> pipeline;
   int ticket;
-  uint32_t cta;  // in the cluster; CTA 0 claims tiles for all
+  uint32_t cta;            // in the cluster; CTA 0 claims tiles for all
+  int awaited_panel = -1;  // of a packed weight, the last one that was waited for
 
   __device__ __forceinline__ Producer(const Params& kernel_params, SharedMemory<Traits> shared_memory)
       : params(kernel_params), shared(shared_memory), cta(Traits::kCluster == 1 ? 0 : cta_in_cluster()) {}
@@ -27,10 +29,10 @@ struct Producer {
     for (const CUtensorMap* map : {&params.act, &params.weight, &params.lora_a, &params.lora_b}) prefetch_map(map);
     for (int i = 0;; ++i) {
       const int slot = i & 1;
-      TileInfo tile;
+      Tile tile;
       if (cta == 0) {
-        tile = describe(count_tiles(params.schedule));
-        mbarrier_wait(shared.tile_empty(slot), (i >> 1 & 1) ^ 1);
+        tile = describe();
+        wait_slot(i);
         publish_tile(tile, slot);
       } else {
         tile = wait_tile(shared, i);
@@ -39,19 +41,34 @@ struct Producer {
       if (tile.kind == kExit) return;
       tile = own_tile<Traits>(tile);
       note_tile(tile.kind, tile.row, tile.column, tile.split);
-      if (tile.kind == kGradATile || tile.kind == kGradBTile) {
+      if (BaseWeight::kDecodes && tile.kind == kDecodeTile) {
+        // Not before the consumers are at this tile: another CTA may take the next one sooner.
+        if (cta == 0) {
+          wait_slot(i + 1);
+          ticket = claim();
+        }
+      } else if (tile.kind == kGradATile || tile.kind == kGradBTile) {
         if constexpr (Traits::kBackward) load_gradient(tile);
       } else if (tile.kind == kShrinkTile) {
         load_shrink(tile);
+      } else if (RowMap::is_constant(tile)) {
+        ticket = claim();
       } else {
         load_output(tile, slot);
       }
     }
   }
 
-  __device__ __forceinline__ void publish_tile(TileInfo tile, int slot) {
+  // Waits until the slot of the cluster's i-th tile is free.
+  __device__ __forceinline__ void wait_slot(int i) { mbarrier_wait(shared.tile_empty(i & 1), (i >> 1 & 1) ^ 1); }
+
+  __device__ __forceinline__ void publish_tile(Tile tile, int slot) {
     const uint4 words = make_uint4(tile.kind, tile.row, tile.column, tile.split);
     store_shared_16(shared.tile(slot), words);
+    if constexpr (RowMap::kSegmented) {
+      store_shared_16(shared.tile(slot) + sizeof(TileInfo),
+                      make_uint4(tile.first_row, tile.end_row, tile.segment, tile.adapter));
+    }
     mbarrier_arrive(shared.tile_full(slot));
 #pragma unroll
     for (uint32_t peer = 1; peer < Traits::kCluster; ++peer) {
@@ -61,9 +78,26 @@ struct Producer {
     }
   }
 
-  __device__ __forceinline__ TileInfo describe(int tiles) {
-    if (ticket >= tiles) return {kExit, 0, 0, 0};
-    const Tile tile = locate(params.schedule, ticket, gridDim.x / Traits::kCluster);
+  // The tile of the ticket, or of the next one that has anything to do.
+  __device__ __forceinline__ Tile describe() {
+    Tile tile{};
+    static_cast<TileInfo&>(tile) = look_up();
+    while (!RowMap::place(params, shared.segment_table(), tile)) {
+      ticket = claim();
+      static_cast<TileInfo&>(tile) = look_up();
+    }
+    return tile;
+  }
+
+  __device__ __forceinline__ TileInfo look_up() const {
+    const Schedule& schedule = RowMap::schedule(params, shared.segment_table());
+    int number = ticket;
+    if constexpr (BaseWeight::kDecodes) {
+      number -= count_decode_tiles(schedule);
+      if (number < 0) return {kDecodeTile, ticket / schedule.parts, ticket % schedule.parts, 0};
+    }
+    if (number >= RowMap::count_tiles(params, shared.segment_table())) return {kExit, 0, 0, 0};
+    const fastlora::Tile tile = locate(schedule, number, gridDim.x / Traits::kCluster);
     if (tile.gradient >= params.grad_b_tiles) return {kGradATile, tile.row, tile.gradient - params.grad_b_tiles, 0};
     if (tile.gradient >= 0) return {kGradBTile, tile.row, tile.gradient, 0};
     const bool fused = Traits::kFuses && params.fused_shrink;
@@ -109,15 +143,34 @@ struct Producer {
     if (cta == 0 && step >= when && step - stride < when) ticket = claim();
   }
 
+  // One that is of a matrix out of a stack.
+  __device__ __forceinline__ void copy_to_cluster(uint32_t address, const CUtensorMap* map, OnlyMatrix, int column,
+                                                  int row) {
+    copy_to_cluster(address, map, column, row);
+  }
+  __device__ __forceinline__ void copy_to_cluster(uint32_t address, const CUtensorMap* map, int matrix, int column,
+                                                  int row) {
+    static_assert(Traits::kCluster == 1, "no stack is read by several CTAs");
+    tma_load_3d(address, map, column, row, matrix, shared.stage_full(pipeline.stage));
+  }
+
   // Waits until the rows of S of a row block are in memory, and lets the copy engine read them.
   __device__ __forceinline__ void wait_s(int row_block) {
     wait_for(row_flag<Traits>(params, row_block), Traits::kWarpgroupsM);
     fence_async_global();
   }
 
+  // Waits until a panel of a packed weight is decoded, likewise. Tiles of dX have one for all, and wait once.
+  __device__ __forceinline__ void wait_panel(int panel) {
+    if (panel == awaited_panel) return;
+    wait_for(panel_flag(params, panel), params.schedule.parts * Traits::kCluster * kConsumerWarpgroups);
+    fence_async_global();
+    awaited_panel = panel;
+  }
+
   __device__ __forceinline__ void load_act(uint32_t address, int m, int k) { copy(address, &params.act, k, m); }
 
-  __device__ __forceinline__ void load_shrink(TileInfo tile) {
+  __device__ __forceinline__ void load_shrink(Tile tile) {
     const Steps steps = steps_of<Traits>(params, tile.split);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; step += Traits::kShrinkSteps) {
@@ -125,40 +178,43 @@ struct Producer {
 #pragma unroll
       for (int j = 0; j < Traits::kShrinkSteps; ++j) {
         const int k = (step + j) * kBlockK;
-        load_act(stage + j * Traits::kActBytes, RowMap::first_row(tile.row), k);
-        Branch::load_down(*this, j, stage + Traits::kShrinkDownOffset + j * Traits::kDownBytes, k);
+        load_act(stage + j * Traits::kActBytes, RowMap::first_row(tile), k);
+        const uint32_t down = stage + Traits::kShrinkDownOffset + j * Traits::kDownBytes;
+        Branch::load_down(*this, j, down, RowMap::adapter(tile), k);
       }
       claim_at(step, steps, Traits::kShrinkSteps);
       pipeline.advance();
     }
   }
 
-  __device__ __forceinline__ void load_output(TileInfo tile, int slot) {
-    const int m = RowMap::first_row(tile.row), n = tile.column * Traits::kBlockN;
+  __device__ __forceinline__ void load_output(Tile tile, int slot) {
+    const int m = RowMap::first_row(tile), n = tile.column * Traits::kBlockN;
+    const auto weight = RowMap::weight(params, tile);
     const bool makes_s = Traits::kFuses && tile.kind == kFusedTile;
-    const bool expands = is_last_split<Traits>(params, tile.split);
-    const bool loads_bias = expands && params.has_bias;
+    const bool finishes = is_last_split<Traits>(params, tile.split);
+    const bool loads_bias = finishes && params.has_bias;
     const uint32_t bytes = Traits::kActBytes + BaseWeight::kStageBytes + (makes_s ? Traits::kDownBytes : 0);
     const Steps steps = steps_of<Traits>(params, tile.split);
+    BaseWeight::await(*this, tile.column);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
       const bool bias_now = loads_bias && step == steps.first;
       const uint32_t stage = open_stage(bytes + (bias_now ? Traits::kBiasBytes : 0));
       const int k = step * kBlockK;
       load_act(stage, m, k);
-      BaseWeight::load(*this, stage + Traits::kWeightOffset, n, k);
-      if (makes_s) Branch::load_down(*this, 0, stage + Traits::kFusedDownOffset, k);
-      if (bias_now) copy(shared.bias(slot), &params.bias, n, 0);
+      BaseWeight::load(*this, stage + Traits::kWeightOffset, weight, n, k);
+      if (makes_s) Branch::load_down(*this, 0, stage + Traits::kFusedDownOffset, RowMap::adapter(tile), k);
+      if (bias_now) copy(shared.bias(slot), &params.bias, n, RowMap::bias(params, tile));
       claim_at(step, steps);
       pipeline.advance();
     }
-    if (expands) load_expand(tile, m, n);
+    if (finishes && RowMap::has_branch(tile)) load_expand(tile, RowMap::first_row_of_s(tile), n);
   }
 
   // One more step of the contraction for every 64 ranks: S and the expanding factor through the same stages. A fused
   // tile has its rows of S in registers. dX's epilogue masks 64 columns of a warpgroup at a time; beyond rank 64 it
   // also loads them so.
-  __device__ __forceinline__ void load_expand(TileInfo tile, int m, int n) {
+  __device__ __forceinline__ void load_expand(Tile tile, int m, int n) {
     const bool loads_s = tile.kind == kBaseTile;
     constexpr bool kSliced = Traits::kBackward && Traits::kDropout && !Traits::kFuses;
     constexpr int kBoxes = kSliced ? Traits::kWarpgroupsN : Traits::kBlockN / kBox;
@@ -176,29 +232,29 @@ struct Producer {
         }
         share_boxes<kBoxes>(0, [&](int j) {
           const uint32_t box = stage + Traits::kWeightOffset + j * kRankBoxBytes;
-          Branch::load_up(*this, box, n + slice + j * kBoxStride, r);
+          Branch::load_up(*this, box, RowMap::adapter(tile), n + slice + j * kBoxStride, r);
         });
         pipeline.advance();
       }
     }
   }
 
-  __device__ __forceinline__ void load_gradient(TileInfo tile) {
+  __device__ __forceinline__ void load_gradient(Tile tile) {
     const bool is_a = tile.kind == kGradATile;
     const CUtensorMap *left = is_a ? &params.layer_input : &params.act_square,
                       *right = is_a ? &params.s : &params.saved_s;
     const int column = tile.column * Traits::kGradColumns;
-    const RowRange rows = RowMap::rows_of_group(params, tile.row);
-    const Steps steps = {rows.first / kBox, ceil_div(rows.end, kBox)};
+    const Steps steps = RowMap::gradient_steps(params, tile);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
-      const int m = step * kBox;
-      if (is_a && m % Traits::kBlockM == 0) wait_s(m / Traits::kBlockM);
+      const int m = RowMap::row_of_step(tile, step), m_of_ds = RowMap::row_of_ds(tile, step);
+      if (is_a && m_of_ds % Traits::kBlockM == 0) wait_s(m_of_ds / Traits::kBlockM);
       const uint32_t stage = open_stage(Traits::kGradBytes);
 #pragma unroll
       for (int j = 0; j < Traits::kGradColumns / kBox; ++j) copy(stage + j * kBoxBytes, left, column + j * kBox, m);
-      share_boxes<Traits::kRank / Branch::kRankStep>(
-          0, [&](int j) { copy_to_cluster(stage + Traits::kGradRightOffset + j * kBoxBytes, right, j * kBox, m); });
+      share_boxes<Traits::kRank / Branch::kRankStep>(0, [&](int j) {
+        copy_to_cluster(stage + Traits::kGradRightOffset + j * kBoxBytes, right, j * kBox, is_a ? m_of_ds : m);
+      });
       claim_at(step, steps);
       pipeline.advance();
     }

@@ -23,7 +23,8 @@ __device__ __forceinline__ void load_dropped(const Consumer<Traits>& c, uint32_t
 
 // The tile's contraction without the expand steps: acc = act*weight^T if kBase, shrink_acc = act*down^T if kShrink.
 template <bool kBase, bool kShrink, class Traits>
-__device__ __forceinline__ void multiply(Consumer<Traits>& c, TileInfo tile, float (&acc)[Traits::kAccumulators],
+__device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::Tile tile,
+                                         float (&acc)[Traits::kAccumulators],
                                          float (&shrink_acc)[Traits::kShrinkAccumulators], KeepBits<Traits>& keep) {
   using Element = typename Traits::Element;
   using BaseWeight = typename Traits::BaseWeight;
@@ -111,22 +112,32 @@ __device__ __forceinline__ void multiply(Consumer<Traits>& c, TileInfo tile, flo
 // Scales and rounds this warpgroup's rows of S, stores them and releases the row block's flag. `s` becomes the
 // fragments of S as the left operand of the expand product.
 template <class Traits>
-__device__ __forceinline__ void store_s(Consumer<Traits>& c, TileInfo tile,
+__device__ __forceinline__ void store_s(Consumer<Traits>& c, typename Traits::Tile tile,
                                         const float (&shrink_acc)[Traits::kShrinkAccumulators],
                                         uint32_t (&s)[Traits::kRank / kMmaK][4]) {
   using Element = typename Traits::Element;
   using Branch = typename Traits::Branch;
+  using RowMap = typename Traits::RowMap;
+  const float scale_in_s = Branch::scale_in_s(c.params, tile);
   const int row = c.first_row(tile) + c.fragment_row();
+  const int to_s = RowMap::first_row_of_s(tile) - RowMap::first_row(tile);
   auto* out = static_cast<Element*>(c.params.s_out);
+  [[maybe_unused]] auto* kept = static_cast<Element*>(c.params.segments.kept_s);
 #pragma unroll
   for (int i = 0; i < Traits::kRank / kMmaK; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* pair = shrink_acc + i * 8 + j * 2;
-      s[i][j] = pack<Element>(Branch::scale(c.params, pair[0]), Branch::scale(c.params, pair[1]));
+      s[i][j] =
+          pack<Element>(Branch::scale(c.params, scale_in_s, pair[0]), Branch::scale(c.params, scale_in_s, pair[1]));
       const int m = row + j % 2 * 8, r = i * kMmaK + j / 2 * 8 + c.fragment_column();
-      if (c.warpgroup_column == 0 && m < c.params.m && r < Branch::rank(c.params)) {
-        *reinterpret_cast<uint32_t*>(out + int64_t(m) * Branch::rank(c.params) + r) = s[i][j];
+      if (c.warpgroup_column == 0 && RowMap::is_copied(c.params, m) && r < Branch::rank(c.params)) {
+        *reinterpret_cast<uint32_t*>(out + int64_t(m + to_s) * Branch::rank(c.params) + r) = s[i][j];
+      }
+      if constexpr (RowMap::kSegmented) {
+        if (c.warpgroup_column == 0 && kept && m < tile.end_row && r < Branch::rank(c.params)) {
+          *reinterpret_cast<uint32_t*>(kept + int64_t(m) * Branch::rank(c.params) + r) = s[i][j];
+        }
       }
     }
   }
@@ -150,7 +161,8 @@ __device__ __forceinline__ void zero_padding_ranks(const Consumer<Traits>& c, ui
 // Serial reduction of a tile whose contraction is split: every split but the last stores its sums and returns false;
 // the last one adds them to its own, in order.
 template <bool kBase, bool kShrink, class Traits>
-__device__ __forceinline__ bool reduce_splits(Consumer<Traits>& c, TileInfo tile, float (&acc)[Traits::kAccumulators],
+__device__ __forceinline__ bool reduce_splits(Consumer<Traits>& c, typename Traits::Tile tile,
+                                              float (&acc)[Traits::kAccumulators],
                                               float (&shrink_acc)[Traits::kShrinkAccumulators]) {
   if constexpr (Traits::kSplits) {
     const Schedule& schedule = c.params.schedule;
@@ -183,7 +195,7 @@ __device__ __forceinline__ bool reduce_splits(Consumer<Traits>& c, TileInfo tile
 }
 
 template <class Traits>
-__device__ __forceinline__ void compute_output_tile(Consumer<Traits>& c, TileInfo tile, int slot,
+__device__ __forceinline__ void compute_output_tile(Consumer<Traits>& c, typename Traits::Tile tile, int slot,
                                                     float (&acc)[Traits::kAccumulators],
                                                     float (&extra_acc)[Traits::kExtraAccumulators]) {
   constexpr int kShrinkAccumulators = Traits::kShrinkAccumulators;

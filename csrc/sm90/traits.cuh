@@ -28,12 +28,12 @@ struct MaskedBranchEpilogue;
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 // kRank: the rank rounded up to one that is compiled.
-// kStoredTransposed: W0 lies in memory as [in_features, out_features].
-template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kStoredTransposed_,
-          bool kDropout_>
+// kSegmented: rows lie in segments, each with a weight and an adapter of its own.
+template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kDropout_,
+          template <bool, int> class BaseWeight_, bool kSegmented>
 struct KernelTraits {
   using Element = Element_;
-  static constexpr bool kBackward = kBackward_, kStoredTransposed = kStoredTransposed_, kDropout = kDropout_;
+  static constexpr bool kBackward = kBackward_, kDropout = kDropout_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kRank = kRank_;
   static_assert(kBlockM == kMmaM || kBlockM == 2 * kMmaM, "a warpgroup computes 64 rows");
   static_assert(kRank <= kBox || kRank <= kBlockN, "the shrinking factor takes the weight's place in a stage");
@@ -46,12 +46,15 @@ struct KernelTraits {
   // step together.
   static constexpr int kCluster = kBlockN == 256 ? 2 : 1;
   // The contraction of smaller tiles may be split, where there are too few tiles for all multiprocessors.
-  static constexpr bool kSplits = kCluster == 1;
+  static constexpr bool kSplits = kCluster == 1 && !kSegmented;
 
   // ---- policies
-  using BaseWeight = DenseWeight<kBackward != kStoredTransposed, kBlockN>;
-  using Branch = SingleAdapter<kBackward, kRank, kSplitsScaling>;
-  using RowMap = OneSegment<kBlockM, kCluster>;
+  using BaseWeight = BaseWeight_<kBackward, kBlockN>;
+  using Branch = std::conditional_t<kSegmented, AdapterOfSegment<kBackward, kRank, kSplitsScaling>,
+                                    SingleAdapter<kBackward, kRank, kSplitsScaling>>;
+  using RowMap = std::conditional_t<kSegmented, Segments<kBlockM>, OneSegment<kBlockM, kCluster>>;
+  using Tile = typename RowMap::Tile;
+  static_assert(!kSegmented || (kCluster == 1 && !kDropout), "no such kernel for rows in segments");
   using Epilogue =
       std::conditional_t<kBackward && kDropout, MaskedBranchEpilogue<KernelTraits>, BiasEpilogue<KernelTraits>>;
 
@@ -61,7 +64,7 @@ struct KernelTraits {
   static constexpr int kSlices = kColumns / kBox;          // in which a warpgroup finishes its columns
 
   // Column 0 may make S fused with its own tile where both accumulators fit.
-  static constexpr bool kFuses = kRank <= 64;
+  static constexpr bool kFuses = kRank <= 64 && !kSegmented;
   // Fragments of X that a forward masks between two commits: all of a step's, or half of them where a fused tile's
   // accumulators leave no room for more. Then the second half waits for all products in flight, the base product's too,
   // and the tensor cores have the other warpgroup's meanwhile.
@@ -80,7 +83,8 @@ struct KernelTraits {
   static constexpr int kGradColumns = kBlockN == 256 && kFuses ? 256 : 128;
   static constexpr int kGradBlocks = kGradColumns / (kConsumerWarpgroups * kBox);  // of 64 columns, of a warpgroup
   static constexpr int kOnesAccumulators = 4;  // of a product with eight columns of ones
-  static constexpr int kGradPartials = kGradBlocks * (kShrinkAccumulators + kOnesAccumulators);  // kept in memory
+  // Kept in memory. Rows in segments have no dbias: its sums would be of weights, not of adapters.
+  static constexpr int kGradPartials = kGradBlocks * (kShrinkAccumulators + (kSegmented ? 0 : kOnesAccumulators));
   static constexpr int kGradRightOffset = kGradColumns * kSwizzleSpan;
   static constexpr int kGradBytes = kGradRightOffset + kRank * kSwizzleSpan;
 
@@ -95,7 +99,8 @@ struct KernelTraits {
       kShrinkSteps == 1 ? (kFuses ? kFusedDownOffset : kWeightOffset) : kShrinkSteps * kActBytes;
   static_assert(!kBackward || kGradBytes <= kStageBytes, "a gradient step fits a stage");
 
-  // ---- shared memory: staging buffers of finished tiles, two biases, barriers, ones, then the pipeline's stages
+  // ---- shared memory: staging buffers of finished tiles, two biases, barriers, ones, the table of segments, then the
+  // pipeline's stages
   static constexpr int kStagingBuffers = kBlockN == 256 && kRank >= 64 ? 2 : kSlices;  // of a box, of a warpgroup
   static_assert(kSlices % kStagingBuffers == 0, "a tile starts with the buffer that was filled longest ago");
   // Slices that are staged between two barriers: all of them where the whole tile fits.
@@ -107,7 +112,8 @@ struct KernelTraits {
   static constexpr int kBarrierBytes = 256;
   static constexpr int kOnesBytes = 8 * kMmaK * kElementBytes;  // an 8 x 16 matrix of ones, for dbias
   static constexpr int kOnesOffset = round_up(kBarrierOffset + kBarrierBytes, kOnesBytes);
-  static constexpr int kStageOffset = round_up(kOnesOffset + kOnesBytes, kSwizzleRows* kSwizzleSpan);
+  static constexpr int kTableOffset = kOnesOffset + kOnesBytes;
+  static constexpr int kStageOffset = round_up(kTableOffset + RowMap::kTableBytes, kSwizzleRows* kSwizzleSpan);
   static constexpr int kStages = (kSharedLimit - kStageOffset) / kStageBytes < kMaxStages
                                      ? (kSharedLimit - kStageOffset) / kStageBytes
                                      : kMaxStages;
@@ -119,6 +125,11 @@ struct KernelTraits {
 template <class Traits>
 __device__ __forceinline__ int* row_flag(const Params& params, int row_block) {
   return params.workspace + kFlagsWord + row_block;
+}
+
+// The flag of a panel of a packed weight: the last words.
+__device__ __forceinline__ int* panel_flag(const Params& params, int panel) {
+  return params.workspace + params.workspace_words - params.schedule.panels + panel;
 }
 
 }  // namespace fastlora::sm90

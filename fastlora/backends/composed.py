@@ -25,6 +25,8 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why a call cannot be composed, or None. With dropout, Triton must be usable."""
     if spec.base_format not in ("dense", "transposed") or spec.branch != "single":
         return f"no code for a {spec.base_format} base weight with a {spec.branch} branch"
+    if spec.column_scale is not None:
+        return reference.NO_COLUMN_SCALE
     return _masked().why_unsupported(spec) if spec.dropout else None
 
 

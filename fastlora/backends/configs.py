@@ -148,6 +148,11 @@ def gradients_last(m: int, columns: int, contracted: int, block_m: int, block_n:
     return 2 * m * (columns + contracted) < contracted * block_m * block_n
 
 
+def has_few_rows(direction: Direction, m: int, dropout: bool) -> bool:
+    """Whether a call is a forward without dropout of FEW_ROWS rows at most, as of a decode step."""
+    return m <= FEW_ROWS and direction == "forward" and not dropout
+
+
 def table_for(arch: int, rank: int, element_size: int, aligned: bool, few_rows: bool = False) -> str:
     """The name of the table of tiles for a GPU of compute capability ``arch`` (90 for 9.0).
 
@@ -182,6 +187,7 @@ def choose_config(
     aligned: bool,
     dropout: bool = False,
     n_segments: int = 1,
+    one_row_block: bool = False,
 ) -> TileConfig:
     """The largest tile that is not much taller than the problem and still gives every multiprocessor work; where none
     does, the one that gives the most of them work. Fused or separate shrink as fuses_shrink says.
@@ -194,16 +200,21 @@ def choose_config(
         aligned: whether every operand's rows start on 16 bytes, and are multiples of 16 elements.
         dropout: whether the call drops elements of x.
         n_segments: that the rows lie in, about as many in each: no tile has rows of two.
+        one_row_block: whether to take one of the lowest tiles that are as tall as all rows, where there are any: for
+            products that decode their columns of the weight, which every further row block would do again.
     """
     columns = n if direction == "forward" else k
     m = -(-m // n_segments)
-    few_rows = m <= FEW_ROWS and direction == "forward" and not dropout
+    few_rows = has_few_rows(direction, m, dropout)
     table = TILE_TABLES[table_for(arch, r, element_size, aligned, few_rows)]
 
     def n_tiles(config: TileConfig) -> int:
         return n_segments * -(-m // config.block_m) * -(-columns // config.block_n)
 
     fitting = [c for c in table if c.block_m <= max(16, 1 << (m - 1).bit_length())] or [table[-1]]
+    covering = [c for c in table if c.block_m >= m] if one_row_block else []
+    if covering:
+        fitting = [c for c in covering if c.block_m == min(each.block_m for each in covering)]
     chosen = next((c for c in fitting if n_tiles(c) >= n_sms), max(fitting, key=n_tiles))
     # In float32 the separate tiles of S spill at rank 64.
     draws = dropout and direction == "forward"

@@ -15,6 +15,7 @@ from fastlora.problem import Gradients, Launcher, LaunchSpec, Needs, split_scali
 _ROWS_AT_A_TIME = 1024  # that are widened to float32 at once
 # CPUs make a narrow S [M, R] of many rows up to twice as fast as Sᵀ; any other by rows, up to a third faster.
 _RANK_BY_ROWS, _FEW_ROWS = 16, 16
+NO_COLUMN_SCALE = "no code scales the columns of Y"
 _UNREAD = {
     dtype: torch.zeros((), dtype=dtype, device="cpu")
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -25,7 +26,7 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why the reference cannot serve a call, or None."""
     if spec.base_format not in ("dense", "transposed") or spec.branch != "single":
         return f"no code for a {spec.base_format} base weight with a {spec.branch} branch"
-    return None
+    return NO_COLUMN_SCALE if spec.column_scale is not None else None
 
 
 def prepare(spec: LaunchSpec) -> Launcher:

@@ -69,7 +69,7 @@ GPU_HEADLINE = tuple(LayerCase(8192, 4096, 4096, r) for r in (16, 64))
 
 
 def preset_cases(preset: str, device: str) -> list[LayerCase]:
-    """The cases of a preset. ``quick`` depends on the device: minutes on a GPU and on two CPU cores alike.
+    """The cases of a preset. ``quick`` and ``qlora`` depend on the device: minutes on a GPU and on two CPU cores alike.
 
     Raises:
         ValueError: no such preset.
@@ -79,6 +79,10 @@ def preset_cases(preset: str, device: str) -> list[LayerCase]:
             return [*CPU_HEADLINE, *_grid((512,), SMOLLM2_135M, (8,), (0.0,), ("float32",))]
         small = _grid((16, 512, 2048), ((4096, 4096),), (16,), (0.0,), ("bfloat16",))
         return [*GPU_HEADLINE, LayerCase(8192, 4096, 4096, 16, 0.1), *small]
+    if preset == "qlora":
+        if device == "cpu":
+            return [LayerCase(m, 1024, 1024, 16, p, "float32") for m in (16, 256, 2048) for p in DROPOUTS]
+        return _grid((16, 128, 512, 2048, 8192), LLAMA_8B, (16, 64), DROPOUTS, ("bfloat16",))
     if preset == "lorafusion":  # their kernel grid: R 16, dropout 0.1, M = 256 × {8 … 32}, square layers
         squares = tuple((size, size) for size in (4096, 5120, 8192))
         return _grid(tuple(256 * i for i in range(8, 33)), squares, (16,), (0.1,), ("bfloat16",))

@@ -22,7 +22,9 @@ class Cost:
         return max(self.flops / (peak_tflops * 1e6), self.bytes / (peak_gbs * 1e3))
 
 
-def pass_cost(case: LayerCase, which: str, lora: bool, weight_bytes: float | None = None) -> Cost:
+def pass_cost(
+    case: LayerCase, which: str, lora: bool, weight_bytes: float | None = None, *, weights: int = 1, adapters: int = 1
+) -> Cost:
     """The cost of one pass of a layer that trains A and B and passes dX on, or of the frozen layer (``lora`` False).
 
     A step is the forward and the backward pass. The fused layer reads X, W0, A, B and writes Y and S; backward it reads
@@ -30,19 +32,22 @@ def pass_cost(case: LayerCase, which: str, lora: bool, weight_bytes: float | Non
 
     Args:
         weight_bytes: of an element of W0, where it is not in the case's dtype.
+        weights, adapters: how many W0, and how many A and B, the rows have between them, each row one.
     """
     if which == "step":
-        return pass_cost(case, "forward", lora, weight_bytes) + pass_cost(case, "backward", lora, weight_bytes)
+        stacks = {"weights": weights, "adapters": adapters}
+        forward, backward = (pass_cost(case, each, lora, weight_bytes, **stacks) for each in PASSES[:2])
+        return forward + backward
     m, n, k, r = case.m, case.n, case.k, case.r if lora else 0
     size = case.torch_dtype.itemsize
-    weight = size * n * k if weight_bytes is None else round(weight_bytes * n * k)
+    weight = weights * (size * n * k if weight_bytes is None else round(weight_bytes * n * k))
     base = Cost(2 * m * n * k, size * (m * k + m * n) + weight)
-    branch_flops, branch_bytes = 2 * m * r * (n + k), size * r * (n + k + m)
+    branch_flops, branch_bytes = 2 * m * r * (n + k), size * r * (adapters * (n + k) + m)
     if which == "forward":
         return base + Cost(branch_flops, branch_bytes)
     if which == "backward":
         extra_read = m * k if lora else 0
-        return base + Cost(2 * branch_flops, size * (extra_read + r * (n + k)) + branch_bytes)
+        return base + Cost(2 * branch_flops, size * (extra_read + adapters * r * (n + k)) + branch_bytes)
     raise ValueError(f"unknown pass {which!r}; choose one of {', '.join(PASSES)}")
 
 

@@ -283,15 +283,25 @@ ORDINARY = (
     Peer("runlora order", _from_function(decompositions.RunLoRAOrder.apply, False), "stand-in", dropout=False),
 )
 
+# Over an nf4 base weight: ours, PEFT's over bitsandbytes', and decoding it in front of dense products.
+QUANTISED = (
+    Peer("fastlora nf4", _build_fastlora_nf4, "backend", mask="fastlora", weight_bytes=NF4_BYTES),
+    Peer("peft nf4", _build_peft_nf4, "package", weight_bytes=NF4_BYTES),
+    Peer("dequantise order nf4", _build_dequantise_order, "stand-in", dropout=False, weight_bytes=NF4_BYTES),
+)
+
 # Only where asked for by name: they need a GPU, patch what they are imported beside, or have another base weight.
 ON_REQUEST = (
     Peer("unsloth", _build_unsloth, "package", dropout=False),
     Peer("lorafusion", _build_lorafusion, "package", mask=None),
     Peer("runlora", _build_runlora, "package", dropout=False),
-    Peer("fastlora nf4", _build_fastlora_nf4, "backend", mask="fastlora", weight_bytes=NF4_BYTES),
-    Peer("peft nf4", _build_peft_nf4, "package", weight_bytes=NF4_BYTES),
-    Peer("dequantise order nf4", _build_dequantise_order, "stand-in", dropout=False, weight_bytes=NF4_BYTES),
+    *QUANTISED,
 )
+
+
+def preset_peers(preset: str) -> tuple[Peer, ...]:
+    """Those of a preset's cases, beyond fastlora and the frozen layer, which are measured in every run."""
+    return QUANTISED if preset == "qlora" else ORDINARY
 
 
 def backend_peers(device: str) -> list[Peer]:

@@ -5,7 +5,7 @@ import html
 import json
 from pathlib import Path
 
-from fastlora.bench.names import SECTIONS
+from fastlora.bench.names import ADDED, SECTIONS
 from fastlora.bench.run import lowest_cpu_share
 from fastlora.bench.tables import report_tables
 from fastlora.bench.verdict import verdict
@@ -15,7 +15,7 @@ STYLE = """body{font:14px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:80
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th,td{border:1px solid #ccc;padding:.2rem .5rem}
 th{background:#f3f3f3;text-align:left}img{max-width:100%}"""
 
-KEYS = {"command", "preset", "environment", "peaks", "missing", "seconds", *SECTIONS}
+KEYS = {"command", "preset", "environment", "peaks", "missing", "seconds", *SECTIONS} - set(ADDED)
 
 
 def environment_lines(report: dict) -> list[str]:

@@ -3,10 +3,13 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from fastlora.bench.batches import batch_cases, measure_batches
 from fastlora.bench.cases import CPU_HEADLINE, DTYPES, LayerCase, preset_cases
+from fastlora.bench.experts import experts_cases, measure_experts
 from fastlora.bench.host import measure_host
 from fastlora.bench.layer import measure_layer
 from fastlora.bench.models import decoder_case, finetune_case, measure_model
@@ -17,7 +20,7 @@ from fastlora.environment import describe
 
 FORMAT = 1
 COMPILED = "compiled peft"
-TIMED_AGAINST_PEAKS = ("layer", "decoder", "finetune")
+TIMED_AGAINST_PEAKS = tuple(section for section in SECTIONS if section != "host")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class BenchOptions:
 
 def lowest_cpu_share(report: dict) -> float | None:
     """The least of the rows' shares of a CPU (timing.Timing.cpu_share); None where none was measured."""
-    shares = [row.get("cpu_share") for section in SECTIONS for row in report[section]]
+    shares = [row.get("cpu_share") for section in SECTIONS for row in report.get(section, ())]
     return min((share for share in shares if share is not None), default=None)
 
 
@@ -55,11 +58,26 @@ class Unfinished(Exception):
 def steps_of(options: BenchOptions) -> int:
     """How many times ``on_progress`` will be called."""
     cases = len(_cases(options)) if "layer" in options.sections else 0
-    return 1 + cases + sum(section in options.sections for section in SECTIONS[1:])
+    models = sum(section in options.sections for section in SECTIONS[1:] if section not in _GROUPED)
+    return 1 + cases + models + len(_grouped_cases(options))
 
 
 def _cases(options: BenchOptions) -> list[LayerCase]:
     return list(options.cases) if options.cases is not None else preset_cases(options.preset, options.device)
+
+
+# Of each section of rows in segments: its cases, and how one is measured.
+_GROUPED = {"experts": (experts_cases, measure_experts), "batches": (batch_cases, measure_batches)}
+
+
+def _grouped_cases(options: BenchOptions) -> list[tuple[str, Any, Callable]]:
+    """(section, case, how it is measured) of the sections that are asked for."""
+    return [
+        (section, case, measure)
+        for section, (cases, measure) in _GROUPED.items()
+        if section in options.sections
+        for case in cases(options.device)
+    ]
 
 
 def run_bench(options: BenchOptions) -> dict:
@@ -105,7 +123,9 @@ def _measure_sections(report: dict, options: BenchOptions, begin: Callable[[str]
         for section, make, whole in (("decoder", decoder_case, False), ("finetune", finetune_case, True))
         if section in options.sections
     ]
+    grouped = _grouped_cases(options)
     used = {case.torch_dtype for case in cases} | {case.dtype for _, case, _ in models}
+    used |= {DTYPES[case.dtype] for _, case, _ in grouped}
     dtypes = {name: dtype for name, dtype in DTYPES.items() if dtype in used or not used}
     begin("peaks of this machine")
     report["peaks"] = measure_peaks(device, dtypes)
@@ -125,6 +145,10 @@ def _measure_sections(report: dict, options: BenchOptions, begin: Callable[[str]
     for section, case, whole in models:
         begin(case.name)
         _collect(report, section, *measure_model(case, device, options.seconds, whole))
+        _free(device)
+    for section, case, measure in grouped:
+        begin(case.name)
+        _collect(report, section, *measure(case, device, options.seconds))
         _free(device)
     # Again, and the better of the two: what ran beside the first must not make the shares of peak exceed one.
     report["peaks"] = larger_peaks(report["peaks"], measure_peaks(device, dtypes))

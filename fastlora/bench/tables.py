@@ -124,8 +124,10 @@ def model_table(rows: list[dict]) -> Table:
         for row in rows
     ]
     first = rows[0]
-    batch = f"batch {first['batch']} × {first['length']} tokens"
-    note = f"{first['layers']} layer(s), {batch}, R {first['r']}, {first['dtype']}."
+    note = first.get("note")
+    if note is None:
+        batch = f"batch {first['batch']} × {first['length']} tokens"
+        note = f"{first['layers']} layer(s), {batch}, R {first['r']}, {first['dtype']}."
     rates = ["TFLOP/s", "GB/s", "of peak"] if counted else []
     columns = ["variant", "pass", "median (quartiles)", *rates, "/ frozen", "launches", "saved MiB", "peak MiB"]
     return Table(first["name"], note, columns, lines)
@@ -144,6 +146,9 @@ def report_tables(report: dict) -> list[Table]:
     if report["host"]:
         tables.append(host_table(report["host"]))
     tables += [model_table(report[section]) for section in ("decoder", "finetune") if report[section]]
+    for section in ("experts", "batches"):
+        for case in unique((row["name"], row["note"]) for row in report.get(section, ())):
+            tables.append(model_table([row for row in report[section] if (row["name"], row["note"]) == case]))
     if report["layer"]:
         tables.append(layer_details(report["layer"]))
     if report["missing"]:

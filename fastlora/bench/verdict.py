@@ -7,7 +7,7 @@ from fastlora.bench.tables import case_label, unique
 from fastlora.tables import time_text
 
 PEFT = "peft"
-MODELS = ("decoder", "finetune")
+MODELS = ("decoder", "finetune", "experts", "batches")
 
 
 def headline_case(rows: list[dict]) -> list[dict]:
@@ -44,9 +44,10 @@ def verdict(report: dict) -> str:
     if report["layer"]:
         return _layer_verdict(report["layer"])
     for section in MODELS:
-        steps = {row["variant"]: row for row in report[section] if row["pass"] == "step"}
+        rows = report.get(section, [])
+        steps = {row["variant"]: row for row in rows if row["pass"] == "step" and row["name"] == rows[0]["name"]}
         if FASTLORA.name in steps:
-            return _ratios(f"A step of {report[section][0]['name']}", steps) + "."
+            return _ratios(f"A step of {rows[0]['name']}", steps) + "."
     rows = {row["variant"]: row for row in report["host"]}
     if FASTLORA.name in rows:
         return _host_verdict(rows)

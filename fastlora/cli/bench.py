@@ -108,13 +108,13 @@ def _load(source: Path) -> dict:
 
 
 def _options(preset, cases, sections, wanted, skip, device, seconds):
-    from fastlora.bench.peers import ORDINARY, find_peer
+    from fastlora.bench.peers import find_peer, preset_peers
     from fastlora.bench.run import BenchOptions
 
     if any(":" in name for name in wanted):
         sys.path.append(os.getcwd())  # where users keep modules of their own
     try:
-        peers = tuple(dict.fromkeys((*ORDINARY, *map(find_peer, wanted))))
+        peers = tuple(dict.fromkeys((*preset_peers("quick" if cases else preset), *map(find_peer, wanted))))
     except ValueError as error:
         raise CommandError(first_line(error)) from error
     for name in skip:

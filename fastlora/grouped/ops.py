@@ -199,14 +199,14 @@ def grouped_lora_linear(
             gradient.
         experts: int32 or int64 [G]: the weight of each segment; by default its own number, or the only weight.
         adapters: int32 or int64 [G]: the adapter of each segment, -1 for none; by default its own number. Without an
-            adapter no branch is computed, and nothing of any factor gets into the segment's rows. By Triton's kernels,
-            rows whose weight or adapter does not exist are NaN, and offsets that decrease or pass M are clamped;
-            under ``TRITON_DEBUG=1`` either traps.
+            adapter no branch is computed, and nothing of any factor gets into the segment's rows. By the kernels, rows
+            whose weight or adapter does not exist are NaN, and offsets that decrease or pass M are clamped; under
+            ``TRITON_DEBUG=1`` either traps in Triton's.
         transposed: each weight lies as [in_features, out_features].
         dropout_p: probability of dropping an element of x in front of the branch; the mask depends on an element's
             place in all of x and on the seed, as ``lora_linear``'s does.
         training: whether dropout applies.
-        backend: "triton", "composed" or "reference" to insist on one; None for the best that serves the call.
+        backend: "cuda", "triton", "composed" or "reference" to insist on one; None for the best that serves the call.
 
     Returns:
         Tensor [M, out_features] of x's dtype. Under ``torch.autocast``, x and bias are cast to its dtype, each weight

@@ -49,7 +49,8 @@ print(fastlora.dispatch_counts())
 **Several adapters in one batch.** A patched PEFT model takes ``adapter_names``, one for each sample, in training as
 well: several jobs share one base model and one base product a layer. Each adapter's gradients are those of its own
 rows, so that it ends where it would have ended alone, given the loss that it would have had alone. ``"__base__"``
-stands for no adapter; at inference the same call serves a batch of several users.
+stands for no adapter; at inference the same call serves a batch of several users. On a GPU
+``fastlora.warmup(model, adapter_names=names)`` compiles for such batches before the first.
 
 ```python
 import fastlora
@@ -75,11 +76,12 @@ model.save_pretrained(directory)  # each adapter in a folder of its name
 ```
 
 Several active adapters without dropout are one fused call, their ranks stacked; with dropout each has a mask of its
-own, and PEFT's forward serves them. DoRA is a fused launch and one pass that scales its columns; the norms of its
-weights are kept until a weight, a factor or the scaling changes, or a backward has trained the factors. A write through
-``.data`` between two calls without a backward is not seen. With dropout in training DoRA drops the base product's
-input, too: PEFT's forward, counted, as is aLoRA. ``benchmarks/results/recipes.md`` in the repository lists 22 recipes,
-what serves each, and why not.
+own, and PEFT's forward serves them. DoRA is one launch each way on a GPU, and elsewhere a fused layer and a pass that
+scales its columns; where its magnitude trains it keeps one tensor of the output's size. The norms of its weights are
+kept until a weight, a factor or the scaling changes, or a backward has trained the factors. A write through ``.data``
+between two calls without a backward is not seen. With dropout in training DoRA drops the base product's input, too:
+PEFT's forward, counted, as is aLoRA. ``benchmarks/results/recipes.md`` in the repository lists 22 recipes, what serves
+each, and why not.
 
 Embeddings (``lora.Embedding``, tied to a head or not) stay PEFT's own forward, counted. There is no base product whose
 reads a fused kernel could share: both terms are gathers, one of N and one of r numbers a token, and what is left is one

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraConfig, LoraModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from fastlora.integrations.peft_experts import FusedParamWrapper
 from fastlora.integrations.peft_layer import FusedLinear, call_reason, fuse, restore, type_reason
 from fastlora.integrations.peft_mixed import MixedLoraModel
+from fastlora.own_forward import is_replaced
 from fastlora.warming import warmup as warm_up
 
 __all__ = ["FusedLinear", "FusedParamWrapper", "Patched", "patch", "register", "unpatch", "unserved"]
@@ -145,31 +146,36 @@ class _Found(NamedTuple):
 
     name: str
     layer: LoraLayer
-    is_called: bool
+    uncalled: str | None  # why the layer is never called, or None
     encoder: nn.TransformerEncoderLayer | None
 
     def reason(self) -> str | None:
         """Why a call would not be served fused now, or None."""
-        if not self.is_called:
-            return _NEVER_CALLED
-        reason = type_reason(self.layer) or call_reason(self.layer)
+        reason = self.uncalled or type_reason(self.layer) or call_reason(self.layer)
         return _FAST_PATH if reason is None and self.encoder is not None and not self.encoder.training else reason
 
     def fuse(self, copy_input: bool) -> None:
         # A hook inside an encoder layer would end its fast path, and with it the support of nested tensors.
-        if self.is_called:
+        if self.uncalled is None:
             fuse(self.layer, copy_input=copy_input, may_hook=self.encoder is None)
 
 
 def _lora_layers(model: nn.Module) -> list[_Found]:
-    found, uncalled, encoders = [], set(), {}
+    found: list[_Found] = []
+    uncalled: dict[nn.Module, str] = {}
+    encoders: dict[nn.Module, nn.TransformerEncoderLayer] = {}
     for name, module in model.named_modules():  # a parent comes before its children
         if _is_torchs_own(module, nn.MultiheadAttention):
-            uncalled.add(module.out_proj)
+            uncalled[module.out_proj] = _NEVER_CALLED
+        if is_replaced(module):
+            around = [child for child in module.children() if isinstance(child, ParamWrapper)]
+            uncalled.update(dict.fromkeys(around, f"a kernel has replaced the forward of the {type(module).__name__}"))
+        if isinstance(module, ParamWrapper) and module in uncalled:
+            uncalled[module.base_layer] = uncalled[module]
         if _is_torchs_own(module, nn.TransformerEncoderLayer):
             encoders.update(dict.fromkeys(module.modules(), module))
         if isinstance(module, LoraLayer):
-            found.append(_Found(name, module, module not in uncalled, encoders.get(module)))
+            found.append(_Found(name, module, uncalled.get(module), encoders.get(module)))
     return found
 
 

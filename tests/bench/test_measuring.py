@@ -10,7 +10,7 @@ from fastlora.bench.cost import Cost, pass_cost
 from fastlora.bench.layer import input_sets, random_tensors
 from fastlora.bench.memory import allocation_peak, launches, saved_bytes
 from fastlora.bench.peaks import larger_peaks
-from fastlora.bench.peers import FASTLORA
+from fastlora.bench.peers import FASTLORA, preset_peers
 from fastlora.bench.timing import HostClock, Stage, summarise, time_calls, time_interleaved
 
 MIB = 2**20
@@ -47,6 +47,13 @@ def test_lorafusions_grid_is_exactly_theirs():
 def test_grids_are_complete(preset, layers, dtypes):
     cases = preset_cases(preset, "cuda")
     assert len(set(cases)) == len(cases) == layers * dtypes * len(TOKENS) * len(RANKS) * 2
+
+
+def test_the_qlora_preset_has_the_layers_and_the_peers_of_quantised_bases():
+    assert {peer.name for peer in preset_peers("qlora")} == {"fastlora nf4", "peft nf4", "dequantise order nf4"}
+    assert {(case.m, case.dropout) for case in preset_cases("qlora", "cpu")} >= {(2048, 0.0), (16, 0.1)}
+    assert LayerCase(8192, 4096, 4096, 64, 0.1) in preset_cases("qlora", "cuda")
+    assert "peft" in {peer.name for peer in preset_peers("quick")}
 
 
 def test_the_quick_preset_depends_on_the_device():

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import ROOT
 from fastlora.bench import plots
 from fastlora.bench.cases import preset_cases
+from fastlora.bench.names import SECTIONS
 from fastlora.bench.report import environment_lines, write_report
 from fastlora.bench.verdict import headline_case, means_over_cases, verdict
 
@@ -126,7 +127,7 @@ def test_the_committed_report_is_written_by_this_code(tmp_path):
 
 class TestVerdict:
     def report(self, **sections):
-        return {"layer": [], "host": [], "decoder": [], "finetune": [], **sections}
+        return {**{section: [] for section in SECTIONS}, **sections}
 
     def test_of_layers(self):
         assert verdict(self.report(layer=ROWS)) == (
@@ -149,7 +150,7 @@ class TestVerdict:
         said = "takes fastlora 25.0 µs of the CPU, 0.75 of PEFT's and 2.50 of the frozen layer's."
         assert verdict(self.report(host=rows)).endswith(said)
 
-    @pytest.mark.parametrize("section", ["layer", "host", "decoder"])
+    @pytest.mark.parametrize("section", ["layer", "host", "decoder", "experts"])
     def test_of_nothing_of_ours(self, section):
         rows = [{**row("peft", 1, 2.0), "name": "A layer"}]
         assert verdict(self.report(**{section: rows})) == "Nothing was measured with fastlora in it."

@@ -244,3 +244,23 @@ def test_options(fastlora_cli, adapter, tmp_path):
     assert "--base" in fastlora_cli("merge", adapter, "--output", tmp_path / "out").error_line
     assert "--output" in fastlora_cli("merge", adapter, "--base", "x").error_line
     assert "ADAPTER" in fastlora_cli("merge", "--help").out
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts_are_merged_as_peft_does(fastlora_cli, tmp_path, kind):
+    """By PEFT's file. Mixtral's matrices go to the file one by one; gpt-oss has them transposed."""
+    moe = pytest.importorskip("tests.support.injected_experts")
+    moe.make_moe(kind).save_pretrained(tmp_path / "base")
+    stock = moe.make_stock(kind)
+    stock.save_pretrained(tmp_path / "adapter")
+    result = fastlora_cli("merge", tmp_path / "adapter", "--base", tmp_path / "base", "--output", tmp_path / "out")
+    assert (result.code, result.err) == (0, "") and "Merged 4 layers" in result.out
+    merged, before = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "base"))
+    assert {name: (t.shape, t.dtype) for name, t in merged.items()} == {
+        name: (t.shape, t.dtype) for name, t in before.items()
+    }
+    changed = {name for name, value in merged.items() if not torch.equal(value, before[name])}
+    assert all("experts" in name or "_proj" in name for name in changed) and any("experts" in name for name in changed)
+    model = load("AutoModelForCausalLM", tmp_path / "out")
+    expected = moe.logits(stock.merge_and_unload().eval())
+    moe.assert_close(moe.logits(model), expected)

@@ -1,5 +1,9 @@
 """What inject refuses to put on experts, and that a refusal changes nothing."""
 
+import copy
+import pickle
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -164,3 +168,39 @@ def test_hooks_on_the_experts_stay():
     assert isinstance(experts, LoRAExperts) and isinstance(experts, type(make_moe().get_submodule(EXPERTS)))
     logits(model)
     assert len(seen) == 1
+
+
+def without_experts(self, x):
+    """As a kernel of the Hub has it: the weights are read, the module is not called."""
+    return x @ self.experts.gate_up_proj[0] @ self.experts.gate_up_proj[0].T, None
+
+
+@pytest.mark.parametrize("clone", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_forward_that_is_replaced_after_inject_is_refused_while_it_would_skip_branches(clone):
+    model = clone(make_injected("GptOss"))
+    block = model.model.layers[0].mlp
+    for module, forward in ((block, without_experts), (block.experts, type(block.experts).plain_class.forward)):
+        module.forward = types.MethodType(forward, module)
+        with pytest.raises(
+            ValueError, match=f"replaced the forward of the {type(module).__name__} at experts with LoRA"
+        ):
+            run(model)
+        del module.forward
+    run(model)
+    fastlora.merge(model)
+    block.forward = types.MethodType(without_experts, block)
+    logits(model)
+    fastlora.merge_and_unload(model.eval())
+    assert not block._forward_pre_hooks
+
+
+def test_a_forward_that_is_wrapped_after_inject_is_not():
+    """As autocast and accelerate's hooks do it."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = make_injected("GptOss")
+    expected = logits(model)
+    block = model.model.layers[0].mlp
+    block.forward = types.MethodType(torch.autocast("cpu", enabled=False)(type(block).forward), block)
+    for module in (block, block.experts):
+        hooks.add_hook_to_module(module, hooks.AlignDevicesHook("cpu"))
+    assert torch.equal(logits(model), expected)

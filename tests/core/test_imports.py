@@ -16,6 +16,7 @@ LAYERS = (
     ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
     (
         "checks",
+        "own_forward",
         "layer_checks",
         "rows",
         "saved_tensors",
@@ -26,6 +27,8 @@ LAYERS = (
         "segments",
         "quantised_weight",
         "quantised_operands",
+        "scaled_operands",
+        "column_scale",
     ),  # fmt: skip
     ("backends",),
     ("selection",),
@@ -33,6 +36,7 @@ LAYERS = (
     ("differentiable",),
     ("op_tools", "quantised_layer"),
     ("ops",),
+    ("scaled_layer",),
     ("dora",),
     ("sharding",),
     ("grouped",),

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -338,3 +339,17 @@ def test_the_implementation_is_not_chosen_by_hand():
     model.config._experts_implementation_internal = "fastlora"
     with pytest.raises(ValueError, match="they choose it by themselves"):
         model(IDS)
+
+
+def test_a_block_whose_forward_a_kernel_has_replaced_is_said():
+    """Such a kernel reads the weights of the experts, which PEFT's wrapper does not have: an error of its own."""
+    model = make_peft(kind="GptOss")
+    block = model.base_model.model.model.layers[0].mlp
+    block.forward = types.MethodType(lambda self, x: self.experts.gate_up_proj, block)
+    reason = "a kernel has replaced the forward of the GptOssMLP"
+    assert unserved(model) == {EXPERTS: reason, f"{EXPERTS}.base_layer": reason}
+    with pytest.raises(ValueError, match=f"2 of 4 LoRA layers cannot be served fused: .*{reason}"):
+        patch(model, strict=True)
+    assert len(patch(model)) == 2
+    with pytest.raises(AttributeError, match="gate_up_proj"):
+        run(model)

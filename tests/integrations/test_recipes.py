@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("peft")
 
-from benchmarks import recipes
+import fastlora
+from benchmarks import recipes, segments
 
 NEEDS = {"QLoRA, bitsandbytes nf4": "bitsandbytes", "torchao int8 weights": "torchao"}
 BUILT = {recipe.name: recipe for recipe in recipes.RECIPES}
@@ -26,6 +27,23 @@ def test_a_recipe_agrees_with_stock_and_is_served_as_the_page_says(name):
     assert row["agrees"]
     (page,) = [row for row in json.loads(recipes.RESULT.read_text())["rows"] if row["recipe"] == name]
     assert row == page
+
+
+@pytest.mark.parametrize("case", segments.CASES, ids=lambda case: case.name)
+def test_rows_in_segments_are_all_served_and_agree_with_stock(case):
+    """Tiny models with experts and attention targeted; batches of three adapters and of rows without."""
+    row = recipes.run(case)
+    assert row["agrees"] and not row["by_peft"]
+    counts = fastlora.dispatch_counts()
+    served = sum(count for name, count in counts.items() if name != "fallbacks")
+    assert served == row["layers"] * (2 if case.trains else 1) and not counts["fallbacks"]
+    assert row in json.loads(segments.RESULT.read_text())["rows"]
+
+
+def test_the_page_of_rows_in_segments_is_made_of_its_file():
+    report = json.loads(segments.RESULT.read_text())
+    assert [row["recipe"] for row in report["rows"]] == [case.name for case in segments.CASES]
+    assert segments.RESULT.with_suffix(".md").read_text() == segments.segments_table(report).to_markdown()
 
 
 def test_a_recipe_that_computes_something_else_is_seen(monkeypatch):

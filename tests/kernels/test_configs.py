@@ -33,6 +33,16 @@ def test_a_choice_is_a_tile_of_its_table(m, arch, element_size, aligned, r):
     assert dataclasses.replace(chosen, fused=table[0].fused) in table
 
 
+@pytest.mark.parametrize("arch", (80, 90, 100))
+@pytest.mark.parametrize("m, height", ((1, 16), (16, 16), (17, 32), (33, 64), (64, 64)))
+def test_one_row_block_where_it_is_asked_for(arch, m, height):
+    """And of tiles of that height the one that gives most multiprocessors work."""
+    shape = {"n": 4096, "k": 4096, "r": 16, "arch": arch, "n_sms": 132, "element_size": 2, "aligned": True}
+    chosen = choose_config("forward", m, **shape, one_row_block=True)
+    assert chosen.block_m == height and (m > 16 or chosen.block_n == 32)
+    assert choose_config("forward", 33, **shape).block_m < 33, "by default several, where these are more tiles"
+
+
 def test_columns_are_those_of_the_direction():
     """A layer of few outputs has few tiles forward and many backward."""
     forward, backward = (choose(direction, m=512, n=128, k=14336) for direction in ("forward", "backward"))

@@ -180,17 +180,17 @@ def test_what_is_compiled_is_what_the_list_says():
     """csrc/variants.def, for both directions and types, with and without dropout."""
     setup = toolkit.load_setup()
     text = (setup.CSRC / "variants.def").read_text()
-    lines = re.findall(r"^FASTLORA_SM90\((\d+), (\d+), (\d+), (dense|transposed)\)$", text, re.M)
+    lines = re.findall(r"^FASTLORA_SM90(_SEGMENTS)?\((\d+), (\d+), (\d+), (\w+)Weight\)$", text, re.M)
     listed = {
-        (*map(int, sizes), weight == "transposed", backward, dtype, dropout)
-        for *sizes, weight in lines
+        (bool(segments), *map(int, sizes), weight == "Transposed", weight == "Decoded", backward, dtype, dropout)
+        for segments, *sizes, weight in lines
         for backward in (False, True)
         for dtype in ("bfloat16", "float16")
-        for dropout in (False, True)
+        for dropout in ((False,) if segments else (False, True))
     }
-    keys = ("block_m", "block_n", "rank", "transposed", "backward", "dtype", "dropout")
+    keys = ("segments", "block_m", "block_n", "rank", "transposed", "decodes", "backward", "dtype", "dropout")
     assert {tuple(variant[key] for key in keys) for variant in extension.variants()} == listed
-    assert len(extension.variants()) == len(listed) == 8 * len(lines)
+    assert len(extension.variants()) == len(listed)
 
 
 @needs_extension

@@ -8,10 +8,15 @@ import torch
 
 from fastlora.backends import workspace
 from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.cuda import quantised_launch, segment_launch
 from fastlora.ops import lora_linear
 from fastlora.problem import Needs
-from tests.support import launches, numerics
+from tests.support import launches, numerics, quantised_checks, segments
+from tests.support.cuda_checks import lying_transposed
 from tests.support.cuda_emulation import run_layer
+from tests.support.cuda_segment_checks import NEEDS as SEGMENT_NEEDS
+from tests.support.cuda_segment_checks import SHORT, TALL
+from tests.support.segment_checks import LAYOUTS, draw, launch
 
 pytestmark = pytest.mark.skipif(cuda.unusable() is not None, reason=f"CUDA kernels: {cuda.unusable()}")
 
@@ -49,6 +54,29 @@ def test_integers_are_exact(poisoned, tile, m, n, k, r):
     numerics.assert_exact({name: result.cpu() for name, result in results.items()}, case)
 
 
+@pytest.mark.parametrize("dropout_p", (0.0, 0.1))
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("r", (16, 64))
+def test_a_base_weight_that_lies_transposed(poisoned, tile, r, dropout_p):
+    case = lying_transposed(on_device(numerics.draw_case(1000, 1032, 520, r, torch.bfloat16, dropout_p=dropout_p)))
+    results, _ = run_layer(case, tile, ctas=n_sms())
+    numerics.assert_accurate(results, case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("tile", (SHORT, TALL), ids=str)
+@pytest.mark.parametrize("transposed", (False, True))
+def test_rows_in_segments(poisoned, layout, tile, transposed):
+    case = draw(layout, 520, 264, 24, torch.bfloat16, integers=True, bias="each", scaling="each", transposed=transposed)
+    tensors = {name: value.cuda() for name, value in vars(case).items() if isinstance(value, torch.Tensor)}
+    moved = segments.changed(case, **tensors)
+    first = launch(moved, tile, SEGMENT_NEEDS, segment_launch)
+    segments.assert_exact({name: result.cpu() for name, result in first.items()}, case)
+    for _ in range(10):
+        again = launch(moved, tile, SEGMENT_NEEDS, segment_launch)
+        assert all(torch.equal(again[name], result) for name, result in first.items())
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("dropout_p", (0.0, 0.1))
@@ -62,6 +90,18 @@ def test_results_are_as_accurate_as_eager_and_the_same_every_time(poisoned, dtyp
             assert torch.equal(result.view(torch.int16), first[name].view(torch.int16)), name
     torch.cuda.synchronize()
     assert not any(buffer.any() for buffer in workspace._by_stream.values())
+
+
+@pytest.mark.parametrize("tile", (LARGEST, cuda.CudaTile(128, 128, 8, 2)), ids=str)
+@pytest.mark.parametrize("name", ("nf4", "nf4 nested", "fp4", "int8", "float8"))
+def test_packed_weights_are_decoded_bit_for_bit(poisoned, name, tile):
+    case, packed = quantised_checks.draw(name, (1000, 1032, 1032, 64), torch.bfloat16)
+    case, packed = on_device(case), packed._replace(tensors=tuple(tensor.cuda() for tensor in packed.tensors))
+    for _ in range(3):
+        results = quantised_checks.run_layer(
+            case, packed, Needs(True, True, True, True), lambda spec: quantised_launch.prepare(spec, tile, n_sms())
+        )
+        numerics.assert_accurate(results, case)
 
 
 @pytest.mark.contact

@@ -180,7 +180,13 @@ def test_elements_that_lie_apart_are_copied(poisoned, name):
     numerics.assert_exact(results, case)
 
 
-_TYPES = ((r"\.f16\b", ".bf16"), (r"\bcvt\.rn\.f16x2\.f32", "cvt.rn.bf16x2.f32"), ("fp16", "bf16"))
+# And by what type a number that is known when it is compiled is stored.
+_TYPES = (
+    (r"\.f16\b", ".bf16"),
+    (r"\bcvt\.rn\.f16x2\.f32", "cvt.rn.bf16x2.f32"),
+    (r"\bst\.global\.[fu]32", "st.global.b32"),
+    ("fp16", "bf16"),
+)
 
 
 # What the protocol consists of: products, copies, barriers, fences, flags, memory.

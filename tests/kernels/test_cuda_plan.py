@@ -1,6 +1,7 @@
 """A plan of a CUDA launch refuses, by name, what no kernel can do or read. Of csrc's host code as it is now, over the
 emulated runtime."""
 
+import random
 import struct
 
 import pytest
@@ -56,6 +57,86 @@ def test_a_problem_that_no_launch_can_count_is_refused(changes, reason):
 )
 def test_the_smallest_and_the_largest_problems_are_planned(changes):
     _plan(**{**SIZES, **TILE, **changes})
+
+
+# A packed base weight of 64 x 64: scales of 64 elements each.
+DECODED_TILE = {"block_m": 128, "block_n": 128}
+NF4 = {"code_format": "nf4", "scale_format": "float32", "block": 64}
+NESTED, INT8 = {**NF4, "scale_format": "nested", "nested_block": 256}, {**NF4, "code_format": "int8"}
+
+
+@pytest.mark.parametrize(
+    "packed, reason",
+    (
+        ({**NF4, "block": 0}, "elements that are decoded together must have one scale"),
+        ({**INT8, "block": 12}, "elements that are decoded together must have one scale"),
+        ({**INT8, "block": (1 << 30) + 8}, "elements that are decoded together must have one scale"),
+        ({**NF4, "block": 96}, "no kernel decodes blocks or scales of this kind"),
+        ({**INT8, "scale_format": "nested", "nested_block": 256}, "no kernel decodes blocks or scales of this kind"),
+        ({**NESTED, "nested_block": 0}, "in blocks of a power of two"),
+        ({**NESTED, "nested_block": 96}, "in blocks of a power of two"),
+        ({**NF4, "nested_block": 256}, "in blocks of a power of two"),
+        ({**NF4, "makes_out": False, "backward": True, "grad_a": True}, "nothing reads the packed weight"),
+    ),
+    ids=str,
+)
+def test_a_packed_weight_that_no_kernel_decodes_is_refused(packed, reason):
+    with pytest.raises(ValueError, match=reason):
+        _plan(**{**SIZES, **DECODED_TILE, **packed})
+
+
+def test_formats_have_names():
+    with pytest.raises(TypeError, match=r"Plan\(\) cannot take 'nf5' as the argument 'code_format'"):
+        _plan(**{**SIZES, **DECODED_TILE, **NF4, "code_format": "nf5"})
+    with pytest.raises(TypeError, match=r"Plan\(\) cannot take 3 as the argument 'scale_format'"):
+        _plan(**{**SIZES, **DECODED_TILE, **NF4, "scale_format": 3})
+
+
+def test_more_parts_than_32_bits_count_are_refused():
+    wide = {"n": MOST, "k": MOST, "block": 1 << 30}
+    with pytest.raises(ValueError, match="more scales or parts of the packed weight than 32 bits count"):
+        _plan(**{**SIZES, **DECODED_TILE, **INT8, **wide, "backward": True})
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_what_a_launch_over_a_packed_weight_takes_of_memory(backward):
+    """Forward, three panels of 128 rows, each in three parts of 32 Ki elements; in dX one panel, in five."""
+    rows, columns = 304, 520
+    sizes = {"m": 257, "backward": backward, "n": columns if backward else rows, "k": rows if backward else columns}
+    plans = [_plan(**{**SIZES, **DECODED_TILE, **sizes, **packed}) for packed in ({}, NF4)]
+    panels, parts = (1, 5) if backward else (3, 3)
+    assert plans[1].workspace_words == plans[0].workspace_words + panels
+    assert [plan.decode_tiles for plan in plans] == [0, panels * parts]
+    assert plans[1].queue() == plans[0].queue() and not plans[0].variant["decodes"] and plans[1].variant["decodes"]
+
+
+def test_the_tensors_of_a_packed_weight_are_given_where_it_is_decoded():
+    plans = {name: _plan(**{**SIZES, **DECODED_TILE, **packed}) for name, packed in PACKED.items()}
+    tensors = {"dense": (), "nf4": ("codes", "scales"), "int8": ("codes", "scales"), "nested": NESTED_TENSORS}
+    for name, plan in plans.items():
+        given = arguments(plan, **dict.fromkeys(tensors[name], 1 << 20))
+        plan.parameters(**given)
+        for tensor in tensors[name]:
+            with pytest.raises(TypeError, match=f"operand {tensor} is missing"):
+                plan.parameters(**{**given, tensor: 0})
+        for tensor in {*NESTED_TENSORS} - {*tensors[name]}:
+            with pytest.raises(TypeError, match=f"operand {tensor} is given to a launch that does not use it"):
+                plan.parameters(**given, **{tensor: 1 << 20})
+    plans["int8"].parameters(**arguments(plans["int8"], codes=1 << 20, scales=1 << 20, zeros=1))
+    for name in ("nf4", "dense"):
+        with pytest.raises(TypeError, match="operand zeros is given"):
+            plans[name].parameters(**arguments(plans[name], **dict.fromkeys(tensors[name], 1 << 20), zeros=1))
+    for changes, reason in (
+        ({"codes": 8}, "codes does not start on 16 bytes"),
+        ({"scales": 2}, "scales does not start on 4 bytes"),
+        ({"weight": (1 << 20, 72)}, "a packed weight is decoded into rows without gaps of 64 elements, not 72 apart"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            plans["nf4"].parameters(**arguments(plans["nf4"], **{"codes": 1 << 20, "scales": 1 << 20, **changes}))
+
+
+NESTED_TENSORS = ("codes", "scales", "absmax2", "code2", "offset")
+PACKED: dict[str, dict] = {"dense": {}, "nf4": NF4, "int8": INT8, "nested": NESTED}
 
 
 @pytest.mark.parametrize("splits", (1, 2))
@@ -288,3 +369,131 @@ def test_a_launcher_is_given_what_it_was_bound_for():
         plan.bind(("act",), weight=(0, 64))
     with pytest.raises(TypeError, match="cannot create"):
         type(bound)()
+
+
+OF_SEGMENTS = {"n_segments": 5, "n_weights": 3, "n_adapters": 40, "n_biases": 3}
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    (
+        ({"n_segments": 1024}, "a kernel takes 1 to 1023 segments"),
+        ({"n_segments": 0}, "there are no stacks without segments"),
+        ({"n_segments": -1}, "a kernel takes 1 to 1023 segments"),
+        ({"n_weights": 0}, "one weight and adapter at least"),
+        ({"n_adapters": 0}, "one weight and adapter at least"),
+        ({"n_biases": 2}, "there is one bias, or one for each weight"),
+        ({"backward": True, "grad_bias": True}, "no kernel for rows in segments makes the bias's gradient"),
+        ({"k": 128, "splits": 2}, "bad group_m, ctas or splits"),
+        ({"fused": True}, "S cannot be fused"),
+        ({"dropout": True}, "no compiled kernel serves this: forward, 5 segments"),
+    ),
+    ids=str,
+)
+def test_segments_that_no_kernel_takes_are_refused(changes, reason):
+    _plan(**{**SIZES, **TILE, **OF_SEGMENTS})
+    with pytest.raises(ValueError, match=reason):
+        _plan(**{**SIZES, **TILE, **OF_SEGMENTS, **changes})
+
+
+def test_no_segments_have_more_row_blocks_than_a_plan():
+    draw = random.Random(0)
+    for _ in range(500):
+        tile, lengths = draw.choice((64, 128)), [draw.randrange(0, 300) for _ in range(draw.randrange(1, 9))]
+        rows_after = draw.choice((0, 0, 200))
+        stacks = {**OF_SEGMENTS, "n_segments": len(lengths)}
+        plan = _plan(**{**SIZES, **stacks, "m": sum(lengths) + rows_after + 1}, block_m=tile, block_n=128)
+        blocks = sum(-(-length // tile) for length in (*lengths, rows_after + 1))
+        assert plan.s_rows >= blocks * tile
+    assert _plan(**{**SIZES, **TILE, **OF_SEGMENTS, "m": 3}).s_rows == 3 * 64, "a row block has a row at least"
+    assert _plan(**{**SIZES, **TILE, **OF_SEGMENTS, "m": 640}).s_rows == (640 + 6 * 63) // 64 * 64
+    assert _plan(**{**SIZES, **TILE, "m": 640}).s_rows == 640
+
+
+def test_what_a_backward_of_segments_takes_of_memory():
+    """15 row blocks at most, 2 columns of dX and 1 of S, 2 tiles of dA and 3 of dB of each adapter."""
+    sizes = {"m": 640, "n": 256, "k": 384, "backward": True, "grad_a": True, "grad_b": True}
+    plan = _plan(**{**SIZES, **TILE, **sizes, **OF_SEGMENTS})
+    assert plan.workspace_words == 2 + 15 + 2 * 40 * 5
+    assert plan.gradient_partial_floats == 40 * 5 * plan.variant["gradient_partial_floats"]
+    assert plan.variant["segments"] and plan.variant["name"].endswith("_segments")
+
+
+def described_segments(backward: bool, transposed: bool, **changes) -> tuple[bytes, dict[int, list[tuple]]]:
+    """As ``described``; sizes are (matrices, rows, columns), and the stride goes from matrix to matrix."""
+    columns = {"act": OUT if backward else IN, "weight": OUT if transposed else IN, "lora_a": IN, "lora_b": R}
+    columns |= {"saved_s": R, "out": IN if backward else OUT, "layer_input": IN}
+    gradients = dict.fromkeys(("grad_a", "grad_b"), backward)
+    problem = {**SIZES, "m": M, "k": columns["act"], "n": columns["out"], "r": R, **gradients, **OF_SEGMENTS}
+    problem |= {"backward": backward, "transposed": transposed, "n_biases": 0 if backward else 3}
+    plan = _plan(**problem, block_m=128, block_n=128)
+    given: dict = {name: (number << 20, columns[name]) for name, number in MATRICES.items()}
+    given |= {name: number << 20 for name, number in VECTORS.items() if name != "grad_bias"} | {"scale_in_s": 1.5}
+    of_segments = ("ends", "experts", "adapters", "scalings", "kept_s")
+    given |= {name: number << 20 for number, name in enumerate(of_segments, 20)} | {"weight_stride": 10**6}
+    unused = ("bias", "kept_s") if backward else (*_BACKWARD_ONLY, "gradient_partials")
+    kept = {name: value for name, value in {**given, **changes}.items() if name not in unused and value is not None}
+    packed, maps = plan.parameters(**kept)
+    found: dict[int, list[tuple]] = {}
+    for each in maps:
+        sizes = (
+            (each["matrices"], each["rows"], each["columns"]) if each["matrices"] else (each["rows"], each["columns"])
+        )
+        found.setdefault(each["address"] >> 20, []).append((sizes, each["matrix_stride_bytes"] // 2, each["box"]))
+    return packed, found
+
+
+@pytest.mark.parametrize("transposed", (False, True))
+@pytest.mark.parametrize("backward", (False, True))
+def test_the_maps_of_segments(backward, transposed):
+    """Of stacks: a box lies in one matrix of them, and what it has beyond that is zero."""
+    weight = (3, IN, OUT) if transposed else (3, OUT, IN)
+    box = (128, 64) if backward == transposed else (64, 64)
+    blocks = (M + 6 * 127) // 128
+    found = described_segments(backward, transposed)[1]
+    assert found[2] == [(weight, 10**6, box)]
+    assert found[3] == [((40, R, IN), R * IN, (64, 64))] and found[4] == [((40, OUT, R), OUT * R, (64, 64))]
+    assert found[8] == [((blocks * 128, R), 0, (64, 64))]
+    if backward:
+        assert found[7] == [((M, R), 0, (64, 64))]
+    else:
+        assert found[9] == [((3, OUT), 0, (1, 128))]
+
+
+@pytest.mark.parametrize("backward", (False, True))
+def test_what_a_kernel_reads_of_segments_is_passed_in_its_place(backward):
+    packed, _ = described_segments(backward, False)
+    words = struct.unpack_from(f"<{len(packed) // 8}Q", packed)
+    at = words.index(20 << 20)
+    kept = 0 if backward else 24 << 20
+    assert words[at : at + 7] == (20 << 20, 21 << 20, 22 << 20, 23 << 20, 5 << 20, kept, IN if backward else OUT)
+    wide, _ = described_segments(backward, False, wide_experts=True)
+    numbers = struct.unpack_from("<6i", wide, 8 * (at + 7))
+    assert numbers == (1, 0, 5, 3, 40, 0 if backward else 3)
+
+
+@pytest.mark.parametrize(
+    "changes, error, reason",
+    (
+        ({"ends": None}, TypeError, "ends is missing"),
+        ({"kept_s": None}, TypeError, "kept_s is missing"),
+        ({"bias": None}, TypeError, "bias is missing"),
+        ({"ends": 1 << 20 | 2}, ValueError, "ends does not start on 4 bytes"),
+        ({"experts": 1 << 20 | 4, "wide_experts": True}, ValueError, "experts does not start on 8 bytes"),
+        ({"weight_stride": IN * OUT - 8}, ValueError, "they must not overlap"),
+        ({"weight_stride": 10**6 + 4}, ValueError, "they must not overlap"),
+        ({"lora_a": (3 << 20, IN + 8)}, ValueError, "rows with gaps between them"),
+        ({"lora_b": (4 << 20, R + 8)}, ValueError, "rows with gaps between them"),
+    ),
+    ids=str,
+)
+def test_operands_of_segments_that_no_kernel_can_read_are_refused(changes, error, reason):
+    with pytest.raises(error, match=reason):
+        described_segments(False, False, **changes)
+
+
+def test_what_segments_have_is_refused_where_there_are_none():
+    plan = _plan(**SIZES, **TILE)
+    for name in ("ends", "experts", "adapters", "scalings", "kept_s"):
+        with pytest.raises(TypeError, match=f"operand {name} is given to a launch that does not use it"):
+            plan.parameters(**arguments(plan, **{name: 1 << 20}))

@@ -118,7 +118,7 @@ def test_what_no_launch_decodes_is_a_fallback_with_its_reason(monkeypatch):
     """On a GPU: the weight is decoded in front of a dense launch, and both are counted."""
     codes, scales = torch.randint(-9, 9, (32, 16), dtype=torch.int8), torch.ones(2, 2)
     packed = QuantisedWeight("int8", (codes, scales), (32, 16), torch.float32, (16, 8))
-    monkeypatch.setattr(dispatch, "_may_decode", lambda device, requested: True)
+    monkeypatch.setattr(dispatch, "may_launch", lambda device, requested: True)
     monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     x, a, b = torch.randn(70, 16, requires_grad=True), torch.randn(2, 16), torch.randn(32, 2)
     fastlora.reset_dispatch_counts()
@@ -126,7 +126,8 @@ def test_what_no_launch_decodes_is_a_fallback_with_its_reason(monkeypatch):
     y.sum().backward()
     assert torch.equal(y, fastlora.lora_linear(x, codes.float(), a, b, 0.5))
     reason = "triton: 4 scales of 16 x 8 elements of the int8 weight [32, 16]"
-    assert fastlora.dispatch_counts()["fallbacks"] == {reason: 2}  # the library's decoding is counted on a GPU alone
+    # The library's decoding is counted on a GPU alone.
+    assert fastlora.dispatch_counts()["fallbacks"] == {"cuda: the tensors are on cpu": 2, reason: 2}
 
 
 @needs_compiler

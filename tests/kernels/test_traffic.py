@@ -12,6 +12,7 @@ from benchmarks import ROOT
 from benchmarks.readme_tables import block_text
 from benchmarks.traffic import __main__ as command
 from benchmarks.traffic import count as traffic
+from benchmarks.traffic import segments as segment_traffic
 from benchmarks.traffic.peer_orders import ORDERS
 from benchmarks.traffic.report import Claims, as_markdown, claims, excess, faults, frozen_rows, is_ours, key_of
 from fastlora.backends.cuda import launch as cuda
@@ -196,3 +197,27 @@ def test_a_row_counted_again_is_the_table_s(table):
         assert again[name]["launches"] == recorded[name]["launches"]
     if table["versions"]["triton"] == triton_lora.triton.__version__:  # another compiler may need other barriers
         assert again == recorded
+
+
+class TestSegments:
+    def test_the_page_is_made_of_the_file(self):
+        report = json.loads(segment_traffic.RESULT.read_text())
+        table = segment_traffic.segment_table(report)
+        assert segment_traffic.RESULT.with_suffix(".md").read_text() == table.to_markdown()
+
+    def test_pefts_copy_of_the_weights_is_counted(self):
+        """W + ΔW of all experts forward; backward a gradient of those that have rows."""
+        case = segment_traffic.cases()[segment_traffic.EXPERTS]
+        forward, backward = segment_traffic.count_peft_experts(case)
+        assert forward["tensors"]["W + ΔW"]["written"] == case.weight.numel() * 2
+        assert backward["tensors"]["dW"]["written"] == case.weight[:7].numel() * 2
+        (row,) = (
+            row
+            for row in json.loads(segment_traffic.RESULT.read_text())["rows"]
+            if (row["case"], row["order"]) == (segment_traffic.EXPERTS, segment_traffic.PEFT)
+        )
+        assert (row["forward"], row["backward"]) == (forward, backward)
+
+    @pytest.mark.sweep
+    def test_the_file_is_what_is_counted_now(self):
+        assert segment_traffic.make_report() == json.loads(segment_traffic.RESULT.read_text())

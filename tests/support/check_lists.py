@@ -12,8 +12,11 @@ import torch
 
 from tests.emulator import LaunchOptions
 from tests.support import cuda_checks as cuda
+from tests.support import cuda_quantised_checks as cuda_quantised
 from tests.support import cuda_range
+from tests.support import cuda_segment_checks as cuda_segments
 from tests.support import quantised_checks as quantised
+from tests.support import scaled_checks as scaled
 from tests.support import segment_checks as segments
 from tests.support import triton_checks as triton
 from tests.support.cuda_emulation import variants_for
@@ -115,6 +118,19 @@ def triton_packed_integers() -> Iterator[Check]:
     return _each(checks, triton.SCHEDULES)
 
 
+def triton_scaled() -> Iterator[Check]:
+    """DoRA layers."""
+    checks = (
+        (
+            f"sm_{arch} scaled columns {sizes}",
+            functools.partial(scaled.check_integers, sizes, arch),
+            triton.SCHEDULES,
+        )
+        for arch, sizes in scaled.INTEGERS
+    )
+    return _each(checks, triton.SCHEDULES)
+
+
 def triton_segments(arch: int) -> Iterator[Check]:
     """Rows in segments, the ragged ones first."""
     layouts = sorted(segments.LAYOUTS, key=lambda layout: layout != "ragged")
@@ -170,8 +186,10 @@ def triton_bad_ends(arch: int) -> Iterator[Check]:
 
 
 def _family(module: str) -> str:
-    """Whose kernels a module is part of: those over packed weights, those of segments, or all."""
+    """Whose kernels a module is part of: those over packed weights, those of segments, those that scale columns, or
+    all."""
     families = {"packed": "packed", "quantised": "packed", "segment": "segments", "segments": "segments"}
+    families |= {"column": "scaled", "scaled": "scaled"}
     return families.get(module.partition("_")[0], "all")
 
 
@@ -202,6 +220,7 @@ def triton_kinds(module: str) -> list[list[Check]]:
     # Of what decodes, each format is a kind.
     of_formats = [[each] for each in formats] if family == "packed" else [formats]
     by_family["packed"] = [*of_formats, [*triton_packed_integers()]]
+    by_family["scaled"] = [[*triton_scaled()]]
     return [kind for name, each in by_family.items() if family in (name, "all") for kind in each if kind]
 
 
@@ -212,9 +231,41 @@ def triton_checks(module: str) -> list[Check]:
     return [*filter(None, itertools.chain(*turns)), *shipped]
 
 
-def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16, transposed: bool = False) -> set[str]:
-    """Names of the forward and the backward kernel."""
-    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, transposed)}
+def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16, **weight: bool) -> set[str]:
+    """Names of the forward and the backward kernel; ``weight``: whether it lies transposed, or is decoded."""
+    return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, **weight)}
+
+
+def cuda_segment_checks() -> Iterator[tuple[str, set[str], Callable]]:
+    """Those of rows in segments, as cuda_checks has them; the schedules take turns."""
+    options = itertools.cycle(limited(cuda.SCHEDULES))
+    for title, tile, layouts in (
+        ("64x128", cuda_segments.SHORT, cuda_segments.LAYOUTS),
+        ("128x128", cuda_segments.TALL, cuda_segments.TESTED_TALL),
+    ):
+        kernels = cuda_segments.kernels_of(tile, cuda_segments.SIZES[2])
+        checks = {
+            **{each: functools.partial(cuda_segments.check_layout, each) for each in layouts},
+            "what does not exist": cuda_segments.check_missing,
+            "bad ends": cuda_segments.check_bad_ends,
+        }
+        for what, check in checks.items():
+            yield f"segments {title}, {what}", kernels, functools.partial(check, tile, options=next(options))
+        for transposed in (False, True):
+            read = cuda_segments.kernels_of(tile, cuda_segments.rank_of_neighbours(transposed), transposed=transposed)
+            check = functools.partial(cuda_segments.check_neighbours, tile, transposed, next(options))
+            yield f"segments {title}, a neighbour's NaN{', transposed' * transposed}", read, check
+        check = functools.partial(cuda_segments.check_schedules, tile)
+        for name, one in _each([(f"segments {title}, bits", check, cuda.SCHEDULES)], cuda.SCHEDULES):
+            yield name, kernels, one
+    for way in cuda_segments.WAYS:
+        check = functools.partial(cuda_segments.check_way, way, next(options))
+        yield f"segments, {way}", cuda_segments.kernels_of_way(way), check
+    for needs in cuda_segments.SUBSETS:
+        name = "+".join(name for name, wanted in needs._asdict().items() if wanted)
+        check = functools.partial(cuda_segments.check_needs, needs, next(options))
+        kernels = cuda_segments.kernels_of(cuda_segments.SHORT, cuda_segments.SIZES[2])
+        yield f"segments, gradients {name}", kernels, check
 
 
 def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
@@ -238,7 +289,7 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         kernels = _kernels_of(tile, dropout_p > 0, sizes[3], transposed=True)
         check = functools.partial(cuda.check_schedules, tile, sizes, dropout_p, transposed=True)
         title = f"transposed schedules {cuda.describe(tile)} {sizes} p={dropout_p}"
-        for name, one in _each([(title, check, cuda.SCHEDULES[2:])], cuda.SCHEDULES):
+        for name, one in _each([(title, check, cuda.SCHEDULES[3:])], cuda.SCHEDULES):
             yield name, kernels, one
     for needs in cuda.SUBSETS:
         name = "gradients " + "+".join(n for n, wanted in needs._asdict().items() if wanted)
@@ -271,3 +322,16 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         check = functools.partial(cuda_range.check_infinities, tile, rank, dtype, dropout_p)
         name = f"infinities {cuda.describe(tile)} R={rank} p={dropout_p} {dtype}"
         yield name, _kernels_of(tile, dropout_p > 0, rank, dtype), check
+    for sizes, tile in cuda_quantised.INTEGERS:
+        check = functools.partial(cuda_quantised.check_integers, sizes, tile)
+        title = f"packed integers {cuda.describe(tile)} {sizes}"
+        for name, one in _each([(title, check, cuda.SCHEDULES)], cuda.SCHEDULES):
+            yield name, _kernels_of(tile, False, sizes[3], decodes=True), one
+    for number, each in enumerate(cuda_quantised.EVERY_FORMAT):
+        options = limited([cuda.schedule_of_group(number)])[0]
+        kernels = _kernels_of(each.tile, each.dropout_p > 0, each.sizes[3], each.dtype, decodes=True)
+        yield f"packed {each.describe()}", kernels, functools.partial(each.check, options)
+    options = dataclasses.replace(cuda.SCHEDULES[1], timeout_s=2 * LAUNCH_LIMIT_S)
+    grouped = functools.partial(cuda_quantised.check_group, options)
+    yield "packed groups", _kernels_of(cuda_quantised.GROUPED, False, 16, decodes=True), grouped
+    yield from cuda_segment_checks()

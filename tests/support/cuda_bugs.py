@@ -8,9 +8,10 @@ import torch
 
 from fastlora.backends.cuda.tiles import CudaTile
 from tests.emulator import LaunchOptions
-from tests.support import numerics
-from tests.support.cuda_checks import FUSED, LARGE, ONE_GROUP, SMALL, check_masks, is_clean, lying_transposed
+from tests.support import deletions, numerics
+from tests.support.cuda_checks import FUSED, LARGE, MEDIUM, ONE_GROUP, SMALL, check_masks, is_clean, lying_transposed
 from tests.support.cuda_emulation import emulated, ptx_of, run_layer, variants_for
+from tests.support.cuda_quantised_checks import FormatCase
 
 
 def replace(pattern: str, replacement: str | Callable[[re.Match], str], count: int = 0):
@@ -25,6 +26,22 @@ def replace(pattern: str, replacement: str | Callable[[re.Match], str], count: i
     return edit
 
 
+def delete(what: str, asked_by: str):
+    """Takes out every instruction of this kind (deletions.find) that a line of the sources with this text leads to."""
+
+    def edit(text: str) -> str:
+        found = [
+            each
+            for each in deletions.find(text)
+            if each.what == what and any(asked_by in deletions.source_line(place) for place in each.source.split(" < "))
+        ]
+        if not found:
+            raise ValueError(f"no {what} comes from {asked_by!r}: the seeded bug is not in the kernel")
+        return deletions.without(text, found)
+
+    return edit
+
+
 def remove(pattern: str):
     return replace(rf"(?m)^\s*{pattern}[^;\n]*;", "")
 
@@ -35,7 +52,7 @@ RELAXED_RELEASE = replace(r"red\.release\.gpu", "red.relaxed.gpu")
 
 class Broken(NamedTuple):
     """A layer's kernels of one tile, and which of the two an edit breaks. ``masks``: what shows the mask's single bits
-    is run in the layer's place."""
+    is run in the layer's place. ``packed``: the format of its base weight, if it is packed."""
 
     tile: CudaTile
     direction: str
@@ -44,12 +61,14 @@ class Broken(NamedTuple):
     rank: int = 16
     masks: bool = False
     transposed: bool = False
+    packed: str = ""
 
     @property
     def kernel(self) -> str:
         """Its name."""
+        drops = self.dropout_p > 0.0 or self.masks
         forward, backward = variants_for(
-            self.tile, self.dropout_p > 0.0 or self.masks, self.rank, self.dtype, self.transposed
+            self.tile, drops, self.rank, self.dtype, transposed=self.transposed, decodes=bool(self.packed)
         )
         return (forward if self.direction == "forward" else backward)["name"]
 
@@ -61,6 +80,8 @@ FUSED_DROPOUT = Broken(FUSED, "forward", 0.5, rank=64)
 FORWARD_OVER_TRANSPOSED, DX_OVER_TRANSPOSED = (
     Broken(LARGE, direction, transposed=True) for direction in ("forward", "backward")
 )
+PACKED, PACKED_BACKWARD = Broken(LARGE, "forward", packed="nf4"), Broken(MEDIUM, "backward", packed="nf4")
+NESTED = Broken(MEDIUM, "forward", packed="nf4 nested")
 FORWARD_MASK, BACKWARD_MASK = Broken(SMALL, "forward", masks=True), Broken(SMALL, "backward", masks=True)
 
 # A tile is stored into the other CTA's memory: its bytes are announced, and the addresses there are derived from those
@@ -195,12 +216,42 @@ SEEDED_BUGS = {
     ),
     "a split's partial sum is added before it is written": (SPLIT, RELAXED_ACQUIRE),
     "a split's partial sum is not released": (SPLIT, RELAXED_RELEASE),
+    "a tile does not wait for its panel of the weight": (PACKED, delete("wait for a flag", "wait_for(panel_flag(")),
+    "dX does not wait for the weight": (PACKED_BACKWARD, delete("wait for a flag", "wait_for(panel_flag(")),
+    "a panel is read without acquiring its flag": (PACKED, delete("acquire of ld", "wait_for(panel_flag(")),
+    "a panel is not released": (PACKED_BACKWARD, delete("release of a flag", "release_flag(panel_flag(")),
+    "one thread releases a panel before the others have decoded": (PACKED, delete("bar.sync", "release_flag(panel_")),
+    "no proxy fence between a decoded part and its flag": (PACKED, delete("fence.proxy.async.global", "decode_tile(")),
+    "no proxy fence between a panel's flag and the copies that read it": (
+        PACKED,
+        delete("fence.proxy.async.global", "wait_panel("),
+    ),
+    "a code is read before the table of numbers is written": (PACKED, delete("bar.sync", "decode_tile(")),
+    "both codes of a byte are its lower half": (
+        PACKED,
+        replace(r"shr\.u32 (\s*%r\d+, %r\d+, 2;(?:\s*\.loc[^\n]*)*\s*and\.b32[^;]*, 60;)", r"shl.b32 \1"),
+    ),
+    "elements take the scale of the next block": (
+        PACKED,
+        replace(
+            r"ld\.global\.nc\.f32 (%f\d+), \[(%rd\d+)\];",
+            r"{ .reg .b64 next; xor.b64 next, \2, 4; ld.global.nc.f32 \1, [next]; }",
+        ),
+    ),
+    "a nested scale's offset is left out": (NESTED, replace(r"add\.rn\.f32 (\s*%f\d+, %f\d+), %f\d+;", r"mov.f32 \1;")),
+    "a nested scale is rounded once": (
+        NESTED,
+        replace(
+            r"mul\.rn\.f32 \s*(%f\d+), (%f\d+, %f\d+);((?:(?!mul\.rn)[\s\S])*?)add\.rn\.f32 \s*(%f\d+), \1, (%f\d+);",
+            r"\3fma.rn.f32 \4, \2, \5;",
+        ),
+    ),
 }
 
 
 def check_seeded(name: str):
     broken, edit = SEEDED_BUGS[name]
-    tile, _, dropout_p, dtype, rank, masks, transposed = broken
+    tile, _, dropout_p, dtype, rank, masks, transposed, packed = broken
     case = numerics.draw_case(520 if tile.block_m == 128 else 136, 328, 264, rank, dtype, dropout_p=dropout_p)
     case = lying_transposed(case) if transposed else case
 
@@ -209,6 +260,10 @@ def check_seeded(name: str):
 
     if masks:
         check_masks(tile, rank, ptx)
+        return
+    if packed:
+        options = LaunchOptions(timeout_s=60, proxy_fence="both")  # each of the two is proven
+        FormatCase(packed, (136, 272, 264, rank), tile, dtype).check(options, ptx)
         return
     with emulated(LaunchOptions(timeout_s=60), ptx):
         results, _ = run_layer(case, tile, ctas=4)

@@ -157,7 +157,7 @@ def check_integers(
         dropped = dropped * keep_mask(case.seed, case.dropout_p, *case.x.shape) * 2
     assert torch.equal(s.double(), split_scaling(case.scaling, dtype).in_s * dropped @ case.lora_a.double().t())
     assert len(launch.stats) == 2, "one launch each way"
-    kernels = {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, transposed)}
+    kernels = {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, transposed=transposed)}
     known = [variant for variant in cuda_runtime.runtime().module.variants() if variant["name"] in kernels]
     assert [variant["arch"] for variant in known] == [90, 90], "the host takes the kernels for another GPU's"
     if not dropout:

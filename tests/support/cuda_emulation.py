@@ -36,7 +36,7 @@ SCHEDULES = (
     LaunchOptions(seed=4, async_policy="late", shuffle_ctas=True, proxy_fence="both"),
 )
 STREAM = 0x5712EA  # a handle that a launch must be given
-_WRITTEN = ("out", "s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "split_partials")
+_WRITTEN = ("out", "s", "grad_a", "grad_b", "grad_bias", "gradient_partials", "split_partials", "kept_s")
 
 
 def tool(name: str) -> str | None:
@@ -79,11 +79,22 @@ def ptx_of(name: str) -> str:
 
 
 def variants_for(
-    tile: tiles.CudaTile, dropout: bool, rank: int, dtype=torch.bfloat16, transposed: bool = False
+    tile: tiles.CudaTile,
+    dropout: bool,
+    rank: int,
+    dtype=torch.bfloat16,
+    *,
+    transposed: bool = False,
+    decodes: bool = False,
 ) -> tuple[dict, dict]:
-    """The two compiled kernels, forward and backward, that serve a layer."""
+    """The two compiled kernels, forward and backward, that serve a layer; ``decodes``: over a packed base weight."""
     size = {"block_m": tile.block_m, "block_n": tile.block_n}
-    wanted = {"dropout": dropout, "transposed": transposed, "dtype": str(dtype).removeprefix("torch.")}
+    wanted = {
+        "dropout": dropout,
+        "transposed": transposed,
+        "decodes": decodes,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     found = (
         [kernel for kernel in tiles.kernels(rank, backward=each, **wanted) if kernel.items() >= size.items()]
         for each in (False, True)
@@ -135,6 +146,7 @@ class EmulatedLaunch:
         if self._ptx is ptx_of:  # the kernel as it is: every instruction must have a conformance case
             coverage.check(ptx_of(asked.kernel))
         module, tensors = _module(self._ptx(asked.kernel)), self.operands
+        written = (*_WRITTEN, "weight") if "codes" in tensors else _WRITTEN  # where a launch decodes the weight
         raw = ctypes.string_at(asked.parameters, module.param_bytes(asked.kernel))
         self.stats.append(
             module.launch(
@@ -145,8 +157,8 @@ class EmulatedLaunch:
                 args=[_parameters(raw, {t.data_ptr(): t for t in tensors.values()})],
                 shared_bytes=asked.shared_bytes,
                 buffers=tensors,
-                read_only=[name for name in tensors if name not in _WRITTEN and name != "workspace"],
-                uninitialised=[name for name in tensors if name in _WRITTEN],
+                read_only=[name for name in tensors if name not in written and name != "workspace"],
+                uninitialised=[name for name in tensors if name in written],
                 options=self.options,
             )
         )

@@ -105,6 +105,7 @@ def triton_planted() -> list[Defect]:
         )
     }
     checks["packed values"] = [*check_lists.triton_packed_formats()]
+    checks["scaled"] = [*check_lists.triton_scaled()]
     checks["quantised"] = [*check_lists.triton_packed_integers()]
     return [_with_mutant(mutant, f"{mutant.module}.py", checks[mutant.shows]) for mutant in mutants.MUTANTS]
 
@@ -248,6 +249,9 @@ REDUNDANT: dict[tuple[str, str], str] = {
     ("wgmma.wait_group 0", "if (first > 0) wgmma_wait<0>();"): (
         "frees registers, of which PTX has enough: without it ptxas serialises the products, which "
         "benchmarks.cuda_resources refuses; the planted bug shares the registers"
+    ),
+    ("wait for an mbarrier", "wait_slot(i + 1);"): (
+        "keeps a CTA from claiming a tile that another may take sooner; the next turn waits for the slot all the same"
     ),
 }
 

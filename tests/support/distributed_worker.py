@@ -309,7 +309,45 @@ def peft_tensor_parallel(mesh):
         torch.testing.assert_close(got, wanted)
 
 
+def experts_ddp(kind):
+    """Each process has a sample of its own, whose tokens choose experts of their own; some experts have none."""
+
+    def made():
+        from tests.support import injected_experts
+
+        if kind == "inject":
+            return injected_experts.make_injected()
+        from fastlora.integrations.peft import patch
+
+        model = injected_experts.make_stock()
+        patch(model, strict=True)
+        return model
+
+    def scenario(mesh):
+        ids = torch.stack([torch.arange(12) * 7 % 31, torch.full((12,), 5)])
+        single, model = made(), made()
+        wrapped = DistributedDataParallel(model)
+        fastlora.reset_dispatch_counts()
+        for _ in range(2):
+            losses = [run(input_ids=part, labels=part).loss for run, part in (
+                (single, ids), (wrapped, ids[dist.get_rank()][None]),
+            )]  # fmt: skip
+            for loss in losses:
+                loss.backward()
+            for (name, p), q in zip(single.named_parameters(), model.parameters(), strict=True):
+                if p.requires_grad:
+                    assert (q.grad - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+                    for each in (p, q):
+                        each.data -= 0.1 * each.grad
+                        each.grad = None
+        fused, fallbacks = fused_and_fallbacks()
+        assert fused == 2 * 2 * 2 * 4 and not fallbacks, (fused, fallbacks)
+
+    return scenario
+
+
 SCENARIOS = {
+    **{f"{kind} experts ddp": experts_ddp(kind) for kind in ("inject", "peft")},
     **{f"{kind} ddp": ddp(kind) for kind in ("inject", "peft")},
     **{f"{kind} fsdp {units}": fsdp(kind, units) for kind in ("inject", "peft") for units in UNITS},
     **{f"{kind} fsdp mixed": fsdp_mixed(kind) for kind in ("inject", "peft")},

@@ -36,7 +36,7 @@ REASONS: dict[tuple[str, str], str] = {
     ): _OUTSIDE,
     (
         "quantised_kernels.py",
-        "stride_bn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, variant,",
+        "stride_bn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,",
     ): "a packed weight has no strides",
 }
 for _fields in (
@@ -61,7 +61,7 @@ for _number in (1, -1):
         ("base_weight", "weight, tl.minimum(offs_n, shape.N - 1), offs_k, {}, shape.K, True, variant.even_k).T"),
         ("branch", "product.down, offs_r, offs_k, {}, shape.K, True, variant.even_k).T"),
         ("branch", "product.down, offs_k, offs_r, shape.K, {}, variant.even_k, True)"),
-        ("tiles", "product.act, rows_to_load(row, shape.M, variant), offs_k, {}, shape.K, True, variant.even_k)"),
+        ("tiles", "act, rows_to_load(row, shape.M, variant), offs_k, {}, shape.K, True, variant.even_k)"),
     ):
         REASONS[f"{_file}.py", f"return load_block({_arguments.format(_number)}"] = _INSIDE
     for _line in (

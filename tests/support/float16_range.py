@@ -80,7 +80,7 @@ def expected(case: numerics.Case) -> dict[str, _Expected]:
         keep = keep_mask(c.seed, c.dropout_p, m, k) * inverse_keep(c.dropout_p)
     dropped = c.x * keep
     s, ds = linear(dropped, c.lora_a), c.scaling * c.dy @ c.lora_b
-    bounds = numerics._bounds(case)
+    bounds = numerics.bounds_of(case)
     tiny = 2.0**-24  # float16's smallest number: twice the error of a rounding below its normal ones
     by_s = split_scaling(c.scaling, torch.float16).on_branch * tiny
     ones_m = torch.ones(m, dtype=torch.float64)

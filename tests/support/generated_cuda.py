@@ -23,9 +23,11 @@ _HOST = ("csrc/host/plan.cpp", "csrc/host/operands.cpp", "csrc/host/launch.cpp",
 _HOST_TESTS = ("tests/kernels/test_cuda_plan.py", "tests/kernels/test_cuda_host.py")
 _LAUNCHES = tuple(
     f"tests/kernels/test_{name}.py"
-    for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_range", "cuda_protocol")
+    for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_quantised", "cuda_range", "cuda_protocol")
 )
-_NAME = re.compile(r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed)?(_dropout)?")
+_NAME = re.compile(
+    r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded)?(_segments)?(_dropout)?"
+)
 
 
 def mutations() -> list[Generated]:
@@ -105,15 +107,15 @@ class Compiled:
 
     def ptx(self, kernel: str) -> str:
         if kernel not in self._found:
-            self._found |= self._compile(*_NAME.fullmatch(kernel).groups()[:6])
+            self._found |= self._compile(*_NAME.fullmatch(kernel).groups()[:7])
         return self._found[kernel]
 
     def _compile(
-        self, direction: str, element: str, m: str, n: str, rank: str, transposed: str | None
+        self, direction: str, element: str, m: str, n: str, rank: str, weight: str | None, segments: str | None
     ) -> dict[str, str]:
-        """Both kernels of a line of variants.def, with dropout and without."""
-        weight = "transposed" if transposed else "dense"
-        (self._csrc / "variants.def").write_text(f"FASTLORA_SM90({m}, {n}, {rank}, {weight})\n")
+        """The kernels of a line of variants.def: with dropout and without, or for rows in segments."""
+        macro, policy = f"FASTLORA_SM90{(segments or '').upper()}", f"{(weight or '_dense')[1:].capitalize()}Weight"
+        (self._csrc / "variants.def").write_text(f"{macro}({m}, {n}, {rank}, {policy})\n")
         options = ("-std=c++17", "-arch=compute_90a", "-lineinfo", "-ptx", "-o", "-")
         defines = (f"-DFASTLORA_DIRECTION={direction}", f"-DFASTLORA_ELEMENT={element}")
         command = [toolkit.load_setup().NVCC, *options, *defines, str(self._csrc / "sm90" / "kernels.cu")]
@@ -133,8 +135,8 @@ def _checks() -> list[tuple[str, set[str], Callable]]:
     """Those of one compilation together, of the kernels that serve most layers first."""
 
     def compiled(check: tuple[str, set[str], Callable]) -> tuple:
-        _, element, m, n, rank, transposed, dropout = _parts(check[1])
-        return (m, n) != ("128", "256"), int(rank), transposed or "", element, m, dropout or ""
+        _, element, m, n, rank, weight, segments, dropout = _parts(check[1])
+        return (m, n) != ("128", "256"), int(rank), weight or "", segments or "", element, m, dropout or ""
 
     return sorted(check_lists.cuda_checks(), key=compiled)
 
@@ -143,11 +145,11 @@ def _first_of_each_kind() -> Iterable[str]:
     """The names of those that are the first to check something on a tile, with dropout or without."""
     first: dict[tuple, str] = {}
     for name, kernels, _ in _checks():
-        _, _, m, n, _, _, dropout = _parts(kernels)
+        _, _, m, n, _, _, _, dropout = _parts(kernels)
         first.setdefault((name.split()[0], m, n, dropout), name)
     return first.values()
 
 
 def _parts(kernels: set[str]) -> tuple[str, ...]:
-    """Of the name of a check's kernels: direction, element, tile, rank, layout, dropout."""
+    """Of the name of a check's kernels: direction, element, tile, rank, layout, segments, dropout."""
     return _NAME.fullmatch(min(kernels)).groups()

@@ -111,7 +111,7 @@ def compose(case: Case, needs: tuple[str, ...] = NAMES[1:]) -> dict[str, Tensor]
     return {"y": y.detach(), **dict(zip(wanted, gradients, strict=True))}
 
 
-def _bounds(case: Case) -> dict[str, Tensor]:
+def bounds_of(case: Case) -> dict[str, Tensor]:
     """For each result, the same sums over absolute values, times the square root of their length."""
     c = case.to(torch.float64)
     x, w, a, b, dy = (t.abs() for t in (c.x, c.weight, c.lora_a, c.lora_b, c.dy))
@@ -135,8 +135,18 @@ def _bounds(case: Case) -> dict[str, Tensor]:
 def assert_accurate(results: dict[str, Tensor], case: Case, *, against_eager: bool = True) -> None:
     """Raises AssertionError unless every result obeys the error rule (see the module's docstring); without
     ``against_eager``, the bound on every single entry alone."""
-    exact, eager, bounds = compose(case.to(torch.float64)), compose(case), _bounds(case)
-    eps = torch.finfo(case.x.dtype).eps
+    references = compose(case.to(torch.float64)), compose(case) if against_eager else None, bounds_of(case)
+    assert_obeyed(results, *references, eps=torch.finfo(case.x.dtype).eps)
+
+
+def assert_obeyed(
+    results: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    eager: dict[str, Tensor] | None,
+    bounds: dict[str, Tensor],
+    eps: float,
+) -> None:
+    """The error rule on results of any computation: against exact ones, eager's, and the bounds on single entries."""
     for name, result in results.items():
         error = (result.double() - exact[name]).abs()
         assert not error.isnan().any(), f"{name}: NaN at {error.isnan().nonzero()[0].tolist()}"
@@ -144,7 +154,7 @@ def assert_accurate(results: dict[str, Tensor], case: Case, *, against_eager: bo
             continue
         excess = error - 4 * eps * bounds[name]
         assert (excess <= 0).all(), f"{name}: error {error.flatten()[excess.argmax()]:.3g} at {_where(excess)}"
-        if not against_eager:
+        if eager is None:
             continue
         allowed = (eager[name].double() - exact[name]).abs()
         ulp = eps * exact[name].abs().max()
@@ -157,7 +167,11 @@ def assert_accurate(results: dict[str, Tensor], case: Case, *, against_eager: bo
 
 def assert_exact(results: dict[str, Tensor], case: Case) -> None:
     """Raises AssertionError unless every result has the one right bit pattern (for integer cases)."""
-    exact = compose(case.to(torch.float64))
+    assert_equal(results, compose(case.to(torch.float64)))
+
+
+def assert_equal(results: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """Raises AssertionError unless every result is its exact value."""
     for name, result in results.items():
         wrong = result.double() != exact[name]
         assert not wrong.any(), (

@@ -27,7 +27,8 @@ PART = 1024  # so small that a panel of a small tile has several
 
 
 def draw_packed(name: str, weight: Tensor, block: int = 64) -> QuantisedWeight:
-    """A weight in one of quantised_models.FORMATS, by the library itself; 4-bit ones hold every code."""
+    """A weight in one of quantised_models.FORMATS, by the library itself; 4-bit ones hold every code, nested ones a
+    scale of zero, which would be none if it were rounded once."""
     n, k = weight.shape
     linear = nn.Linear(k, n, bias=False, dtype=weight.dtype)
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -39,6 +40,11 @@ def draw_packed(name: str, weight: Tensor, block: int = 64) -> QuantisedWeight:
         start = min(codes.numel(), 5)
         every = torch.arange(256, dtype=torch.uint8)[: codes.numel() - start]
         codes[start : start + every.numel()] = every
+    if packed.nested:
+        _, scales, absmax2, code2, offset = packed.tensors
+        products = code2[scales.int()].double() * absmax2.double().repeat_interleave(packed.block[1])[: scales.numel()]
+        rounded = products.float()
+        offset.fill_(-rounded[(rounded != products).nonzero()[0]].item())
     return packed
 
 
@@ -85,6 +91,29 @@ def allocated(shape: tuple[int, int], dtype: torch.dtype) -> Iterator[list[Tenso
         yield found
 
 
+def run_layer(
+    case: numerics.Case, packed: QuantisedWeight, needs: Needs | None, prepare: Callable, in_loop: bool = False
+) -> dict[str, Tensor]:
+    """Forward and backward of one layer by the launchers that ``prepare`` makes of their descriptions; its results.
+    Each launch that reads the weight decodes it, bit for bit, and no other does; where the forward does it ``in_loop``,
+    without scratch. (M is neither N nor K.)"""
+    c = case
+    needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
+    shared = (c.scaling, c.dropout_p, c.seed)
+    with allocated(packed.shape, packed.dtype) as scratch:
+        operands, spec = quantised_operands.describe_forward((c.x, packed, c.lora_a, c.lora_b, c.bias, *shared))
+        y, s = prepare(spec)(operands)
+        results = {"y": y}
+        if needs:
+            given = (c.dy, c.x, packed, c.lora_a, c.lora_b, s, *shared)
+            operands, spec = quantised_operands.describe_backward(given, needs)
+            results |= {n: g for n, g in prepare(spec)(operands)._asdict().items() if g is not None}
+    assert len(scratch) == (not in_loop) + bool(needs and needs.dx), "scratch where tiles decode the weight"
+    assert all(same_bits(each, c.weight) for each in scratch), "the scratch is not the library's own weight"
+    assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
+    return results
+
+
 def run(
     case: numerics.Case,
     packed: QuantisedWeight,
@@ -93,25 +122,9 @@ def run(
     kernels: Any = quantised_launch,
     **choice: Any,
 ) -> dict[str, Tensor]:
-    """Forward and backward of one layer by ``kernels``; its results. Each launch that reads the weight decodes it, bit
-    for bit, and no other does; where the forward does it ``in_loop``, without scratch. (M is neither N nor K.)"""
-    c = case
-    needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
-    shared = (c.scaling, c.dropout_p, c.seed)
+    """``run_layer`` by ``kernels``."""
     choice = {"part": PART, "in_loop": False, **choice}
-    with allocated(packed.shape, packed.dtype) as scratch:
-        operands, spec = quantised_operands.describe_forward((c.x, packed, c.lora_a, c.lora_b, c.bias, *shared))
-        y, s = kernels.prepare(spec, config, **choice)(operands)
-        results = {"y": y}
-        if needs:
-            given = (c.dy, c.x, packed, c.lora_a, c.lora_b, s, *shared)
-            operands, spec = quantised_operands.describe_backward(given, needs)
-            gradients = kernels.prepare(spec, config, **choice)(operands)
-            results |= {n: g for n, g in gradients._asdict().items() if g is not None}
-    assert len(scratch) == (not choice["in_loop"]) + bool(needs and needs.dx), "scratch where tiles decode the weight"
-    assert all(same_bits(each, c.weight) for each in scratch), "the scratch is not the library's own weight"
-    assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"
-    return results
+    return run_layer(case, packed, needs, lambda spec: kernels.prepare(spec, config, **choice), choice["in_loop"])
 
 
 def emulate(

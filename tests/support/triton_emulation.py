@@ -13,6 +13,7 @@ from tests.support.compile_target import Launch, compile_for
 
 _OUTPUTS = (
     "y_ptr", "s_ptr", "dx_ptr", "ds_ptr", "da_ptr", "db_ptr", "dbias_ptr", "partial_", "dropped_ptr", "scratch_ptr",
+    "unscaled_ptr", "scaled_ptr", "dm_ptr",
 )  # fmt: skip
 
 
@@ -26,7 +27,7 @@ def _is_output(name: str, launch: Launch) -> bool:
     names = launch.kernel.src.fn.arg_names
     if "dropped_ptr" in names:  # masked.masked_backward_kernel adds to dX
         return name == "dropped_ptr"
-    saved = name == "s_ptr" and "ds_ptr" in names  # the backward reads S
+    saved = name in ("s_ptr", "unscaled_ptr") and "ds_ptr" in names  # the backward reads S, and Y before its scale
     return name.startswith(_OUTPUTS) and not saved
 
 

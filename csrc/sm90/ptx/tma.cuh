@@ -21,8 +21,18 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
       : "memory");
 }
 
-// The same into each CTA of the cluster that has a bit in `cta_mask`, to the same address, counting towards the barrier
-// of each.
+// The same of one matrix of a stack.
+__device__ __forceinline__ void tma_load_3d(uint32_t shared, const CUtensorMap* map, int column, int row, int matrix,
+                                            uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+          "r"(shared),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(barrier)
+      : "memory");
+}
+
+// As tma_load, into each CTA of the cluster that has a bit in `cta_mask`, to the same address, counting towards the
+// barrier of each.
 __device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map, int column, int row,
                                                    uint32_t barrier, uint16_t cta_mask) {
   asm volatile(

@@ -53,29 +53,35 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-def why_not_compiled(spec: LaunchSpec) -> str | None:
-    """Why these kernels do not compute such a call on any device, or None. The extension must be built."""
+def why_not_compiled(spec: LaunchSpec, branch: str = "single") -> str | None:
+    """Why these kernels do not compute such a call on any device, or None. The extension must be built. ``branch``: of
+    the kernels in question."""
     m, n, k, r = spec.sizes
-    if spec.base_format not in _BASE_FORMATS or spec.branch != "single":
+    if spec.base_format not in _BASE_FORMATS or spec.branch != branch:
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
+    if spec.column_scale is not None:
+        return "no kernel scales the columns of Y"
     transposed = spec.base_format == "transposed"
-    served = [v for v in extension.variants() if getattr(torch, v["dtype"]) == spec.dtype]
+    compiled = [v for v in extension.variants() if v["segments"] == (branch == "segments")]
+    served = [v for v in compiled if getattr(torch, v["dtype"]) == spec.dtype]
     if not served:
         dtypes = " or ".join(sorted({variant["dtype"] for variant in extension.variants()}, reverse=True))
         return f"dtype {spec.dtype} is not {dtypes}"
     if r > (max_rank := max(v["rank"] for v in served if v["transposed"] == transposed)):
-        return f"rank {r} is above {max_rank}" + (" over a transposed base weight" if transposed else "")
+        of_segments = " of rows in segments" if branch == "segments" else ""
+        return f"rank {r}{of_segments} is above {max_rank}" + (" over a transposed base weight" if transposed else "")
     if n % 8 or k % 8 or r % 8:
         return f"out_features {n}, in_features {k} and rank {r} must be multiples of 8"
     # Factors of another dtype are cast, and the cast is aligned.
-    if not all(spec.aligned._replace(**{name: True for name in _cast_factors(spec)})):
+    if not all(spec.aligned._replace(**{name: True for name in cast_factors(spec)})):
         return "an operand does not start on 16 bytes, or its rows do not"
     if max(m, n, k) >= 2**31 - 1024:
         return f"a dimension of {max(m, n, k)} does not fit 32 bits"
     return None
 
 
-def _cast_factors(spec: LaunchSpec) -> tuple[str, ...]:
+def cast_factors(spec: LaunchSpec) -> tuple[str, ...]:
+    """Which of the factors have another dtype than x, and are cast to it."""
     factors = zip(("lora_a", "lora_b"), spec.adapter_dtypes, strict=True)
     return tuple(name for name, dtype in factors if dtype != spec.dtype)
 
@@ -88,11 +94,12 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has."""
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-class _Prepared:
+class PreparedLaunch:
     """What the calls of one description share: the plan with all that does not change, and scratch memory."""
 
     operands: tuple[str, ...]  # of `launch`, by their names in a plan
@@ -102,11 +109,11 @@ class _Prepared:
         m, n, k, r = spec.sizes
         given, outputs = spec.row_strides, (n if spec.direction == "forward" else k)
         factors = dict(zip(("lora_a", "lora_b"), ((given.lora_a, k), (given.lora_b, r)), strict=True))
-        cast = _cast_factors(spec)  # which makes them contiguous
+        casts = cast_factors(spec)  # which makes them contiguous
         strides = {
             "act": given.act if m > 1 else k + n - outputs,
             "weight": given.weight,
-            **{name: contiguous if name in cast else stride for name, (stride, contiguous) in factors.items()},
+            **{name: contiguous if name in casts else stride for name, (stride, contiguous) in factors.items()},
             "layer_input": given.saved_x if m > 1 else k,
             "out": outputs,
             "saved_s": r,
@@ -138,7 +145,7 @@ def _by_address_or_value(seed: Tensor) -> tuple[Tensor | None, int]:
     return (None, int(seed)) if seed.device.type == "cpu" else (seed, 0)
 
 
-def _launch(prepared: _Prepared, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+def _launch(prepared: PreparedLaunch, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
     """Launches on the current stream of the operands' device, which need not be current itself. ``numbers``: those of
     _NUMBERS, and with dropout the seed."""
     device = prepared.device.index or 0
@@ -160,25 +167,31 @@ def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: boo
 def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = None) -> Launcher:
     """What serves every call of this description. ``tile`` overrides choose_tile, ``ctas`` the number of CTAs: one for
     each multiprocessor."""
+    plan = make_plan(spec, tile, ctas)
+    return BackwardLaunch(spec, plan) if spec.direction == "backward" else ForwardLaunch(spec, plan)
+
+
+def make_plan(spec: LaunchSpec, tile: CudaTile | None, ctas: int | None, **packed: Any) -> Any:
+    """The fastlora._C.Plan of a description; ``packed``: its fields of a base weight that the launch decodes."""
     m, n, k, r = spec.sizes
     backward = spec.direction == "backward"
     out_columns, contracted = (k, n) if backward else (n, k)
-    ctas = ctas or _multiprocessors(spec.device)
-    transposed = spec.base_format == "transposed"
-    kernel = {"transposed": transposed, "dropout": spec.dropout, "backward": backward}
-    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, **kernel)
+    ctas = ctas or multiprocessors(spec.device)
+    kernel = {
+        "transposed": spec.base_format == "transposed", "dropout": spec.dropout, "backward": backward
+    }  # fmt: skip
+    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, decodes=bool(packed), **kernel)
     needs = spec.needs
     makes = {"makes_out": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
-    plan = extension.loaded().Plan(
+    return extension.loaded().Plan(
         **kernel, fp16=spec.dtype == torch.float16, m=m, n=out_columns, k=contracted, r=r,
         block_m=tile.block_m, block_n=tile.block_n, group_m=tile.group_m, splits=tile.splits,
         fused=tile.fused and (needs.dx or not backward), gradients_last=tile.gradients_last and needs.dx, ctas=ctas,
-        **(makes if backward else {}),
+        **(makes if backward else {}), **packed,
     )  # fmt: skip
-    return (_Backward if backward else _Forward)(spec, plan)
 
 
-class _Forward(_Prepared):
+class ForwardLaunch(PreparedLaunch):
     """Y [M, N] and S [M, R] in one launch; see backends.reference."""
 
     operands = ("act", "weight", "lora_a", "lora_b", "bias", "out", "s")
@@ -188,12 +201,12 @@ class _Forward(_Prepared):
         m, n, _, r = self.spec.sizes
         dtype = self.spec.dtype
         y, s = x.new_empty(m, n), x.new_empty(m, r)
-        factors = _cast(lora_a, dtype), _cast(lora_b, dtype)
+        factors = cast(lora_a, dtype), cast(lora_b, dtype)
         self.launch((x, weight, *factors, bias, y, s), scaling, dropout_p, seed)
         return y, s
 
 
-class _Backward(_Prepared):
+class BackwardLaunch(PreparedLaunch):
     """The gradients that the description needs in one launch; see backends.reference."""
 
     operands = (
@@ -223,11 +236,12 @@ class _Backward(_Prepared):
             None if output is None else torch.empty_strided(*output[:2], dtype=output[2], device=self.device)
             for output in self.outputs
         ]
-        factors = _cast(lora_a, dtype), _cast(lora_b, dtype)
+        factors = cast(lora_a, dtype), cast(lora_b, dtype)
         self.launch((dy, weight, *factors, x, s, *made), scaling, dropout_p, seed)
         dx, _, da, db, dbias = made
-        return Gradients(dx, _cast(da, lora_a.dtype), _cast(db, lora_b.dtype), dbias)
+        return Gradients(dx, cast(da, lora_a.dtype), cast(db, lora_b.dtype), dbias)
 
 
-def _cast(tensor: Any, dtype: torch.dtype) -> Any:
+def cast(tensor: Any, dtype: torch.dtype) -> Any:
+    """The tensor, or None, in this dtype; itself where it has it."""
     return tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)

@@ -29,6 +29,7 @@ class CudaTile:
 
 
 SPLITS = (1, 2, 4, 8)
+_TALL_SEGMENT = 256  # rows on average
 GROUP_ROWS = 16 * 128  # of a group of sixteen row blocks
 
 # What choose_tile computes with, in clocks of one multiprocessor: figures of the H200's data sheet, not measurements.
@@ -66,20 +67,23 @@ def choose_tile(
     n_sms: int,
     *,
     transposed: bool = False,
+    decodes: bool = False,
     dropout: bool = False,
     backward: bool = False,
 ) -> CudaTile:
     """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
     ``transposed``: over a base weight that lies as [in_features, out_features].
 
-    S is fused where that is faster and the kernel of this direction, with or without dropout, can do it.
+    S is fused where that is faster and the kernel of this direction, with or without dropout, can do it. Where the
+    launch ``decodes`` a packed weight first, S has tiles of its own: they need no weight, and fill the wave that the
+    last parts of it leave.
 
     Raises:
         RuntimeError: the extension is not built.
         ValueError: no kernel is compiled for the rank.
     """
     candidates = []
-    for kernel in kernels(r, transposed=transposed, dropout=dropout, backward=backward):
+    for kernel in kernels(r, transposed=transposed, decodes=decodes, dropout=dropout, backward=backward):
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
         group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
@@ -99,7 +103,7 @@ def choose_tile(
         fused = fuses_shrink(r, tile.block_n, n_tiles, n_sms)
     return replace(
         tile,
-        fused=kernel["fuses"] and fused,
+        fused=kernel["fuses"] and fused and not decodes,
         # Between dX's tiles, these hide most of what the generator costs a gradient tile; behind them, nothing does.
         gradients_last=backward and not dropout and gradients_last(m, n, k, tile.block_m, tile.block_n),
     )
@@ -117,11 +121,25 @@ def fuses_drawn(shrink_tiles: int, n_tiles: int, n_sms: int) -> bool:
     return shrink_tiles > -n_tiles % n_sms
 
 
+def choose_segment_tile(m: int, n_segments: int) -> CudaTile:
+    """The tile for m rows in so many segments: the last row block of a segment is half empty on average, so that only
+    long segments have tall ones. By no measurement."""
+    return CudaTile(128 if m >= _TALL_SEGMENT * n_segments else 64, 128, group_m=8)
+
+
 def kernels(
-    r: int, *, dropout: bool, backward: bool, transposed: bool = False, dtype: str = "bfloat16"
+    r: int,
+    *,
+    dropout: bool,
+    backward: bool,
+    transposed: bool = False,
+    decodes: bool = False,
+    segments: bool = False,
+    dtype: str = "bfloat16",
 ) -> list[dict[str, Any]]:
     """For each tile that is compiled for rank r, its kernel: that of the least rank that is enough."""
-    wanted = {"transposed": transposed, "dropout": dropout, "backward": backward, "dtype": dtype}
+    weight = {"transposed": transposed, "decodes": decodes}
+    wanted = {**weight, "segments": segments, "dropout": dropout, "backward": backward, "dtype": dtype}
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for variant in variants():
         if variant.items() >= wanted.items() and variant["rank"] >= r:

@@ -4,14 +4,17 @@ import triton
 import triton.language as tl
 
 from fastlora.backends.triton.branch import expand
+from fastlora.backends.triton.column_scale import column_factors
 from fastlora.backends.triton.memory import keep_mask
 from fastlora.backends.triton.row_map import rows_of_block
+from fastlora.backends.triton.structs import Matrix
 
 
 @triton.jit
 def finish_tile(acc, product, row, first_n, shape, on_branch, dropout, variant: tl.constexpr):
-    """Adds the branch and the bias to the columns of out from ``first_n`` on and stores them. The branch of dX, which
-    dropout masks before it may be added, is made slice_n columns at a time: it needs registers of its own."""
+    """Adds the branch to the columns of out from ``first_n`` on, scales them, adds the bias and stores them. The branch
+    of dX, which dropout masks before it may be added, is made slice_n columns at a time: it needs registers of its own.
+    """
     BLOCK_N: tl.constexpr = acc.shape[1]
     MASKED: tl.constexpr = variant.dropout and not variant.forward
     if MASKED and variant.tile.slice_n < BLOCK_N:
@@ -28,9 +31,19 @@ def finish_tile(acc, product, row, first_n, shape, on_branch, dropout, variant: 
             branch = acc + tl.where(keep, branch * dropout.inverse_keep, 0.0)
         if on_branch is not None:
             branch *= on_branch
-        # The next epilogue goes here: a factor of each column (DoRA) multiplies before the bias is added.
+        if product.column_scale.magnitude_ptr is not None:
+            if product.column_scale.unscaled_ptr is not None:
+                _store(branch, Matrix(product.column_scale.unscaled_ptr, product.out.stride), offs_m, offs_n, shape)
+            branch *= column_factors(product.column_scale, offs_n, shape.N)[None, :]
+        # The next epilogue goes here.
         if product.bias_ptr is not None:
             branch += tl.load(product.bias_ptr + offs_n, mask=offs_n < shape.N, other=0.0)[None, :].to(tl.float32)
-        out_ptrs = product.out.data + offs_m[:, None].to(tl.int64) * product.out.stride + offs_n[None, :]
-        mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]
-        tl.store(out_ptrs, branch.to(product.out.data.dtype.element_ty), mask=mask)
+        _store(branch, product.out, offs_m, offs_n, shape)
+
+
+@triton.jit
+def _store(tile, out, offs_m, offs_n, shape):
+    """Rounds a tile and stores what of it is in out."""
+    out_ptrs = out.data + offs_m[:, None].to(tl.int64) * out.stride + offs_n[None, :]
+    mask = (offs_m < shape.M)[:, None] & (offs_n < shape.N)[None, :]
+    tl.store(out_ptrs, tile.to(out.data.dtype.element_ty), mask=mask)

@@ -3,11 +3,12 @@
 import triton
 import triton.language as tl
 
+from fastlora.backends.triton.column_scale import await_rows
 from fastlora.backends.triton.gradients import gradient_tile
 from fastlora.backends.triton.memory import dropout_of
 from fastlora.backends.triton.row_map import count_chunks, row_chunk
 from fastlora.backends.triton.schedule import N_COUNTERS, claim, locate, reset_if_last, wait_for
-from fastlora.backends.triton.structs import BranchScales, Gradient, Matrix, Product, RowSum, Shape
+from fastlora.backends.triton.structs import BranchScales, ColumnScale, Gradient, Matrix, Product, RowSum, Shape
 from fastlora.backends.triton.tiles import product_tile
 from fastlora.backends.triton.variant import variant_of
 
@@ -26,7 +27,7 @@ def lora_forward_kernel(
     forward_tile(
         None, x, weight, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave,
         stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
-        variant_of(plain_variant),
+        ColumnScale(None, None, None), variant_of(plain_variant),
     )  # fmt: skip
     reset_if_last(workspace_ptr, n_words, 1024)
 
@@ -34,7 +35,7 @@ def lora_forward_kernel(
 @triton.jit
 def forward_tile(
     ticket, x, weight, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave,
-    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
+    stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, column_scale,
     variant: tl.constexpr,
 ):  # fmt: skip
     """What a ticket of the forward's queue stands for; of the next one, where it is None."""
@@ -51,6 +52,7 @@ def forward_tile(
         bias_ptr=bias_ptr,
         out=Matrix(y_ptr, N),
         s=Matrix(s_ptr, R),
+        column_scale=column_scale,
     )
     scales = BranchScales(scale_s, in_s, on_branch)
     product_tile(product, workspace_ptr + N_COUNTERS, row, column, Shape(M, N, K, R), scales, dropout, variant)
@@ -117,11 +119,13 @@ def backward_tile(
                 bias_ptr=None,
                 out=Matrix(dx_ptr, K),
                 s=Matrix(ds_ptr, R),
+                column_scale=ColumnScale(None, None, None),
             )
             scales = BranchScales(scaling, None, None)
             product_tile(product, flags_ptr, row, column, Shape(M, K, N, R), scales, dropout, variant)
     elif gradient < tiles_b:
         if db_ptr is not None or dbias_ptr is not None:
+            await_rows(dy, group, variant)
             sums_b = RowSum(
                 left=Matrix(dy_ptr, stride_dym),
                 right=Matrix(s_ptr, R),

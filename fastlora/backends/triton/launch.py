@@ -41,6 +41,8 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         return f"A's gradient has {spec.sizes.r} x {spec.sizes.k} elements, which 32-bit offsets do not reach"
     if spec.base_format not in BASE_FORMATS or spec.branch != "single":
         return f"no kernel for a {spec.base_format} base weight with a {spec.branch} branch"
+    if spec.column_scale is not None:
+        return "no kernel scales the columns of Y"
     return None
 
 
@@ -89,16 +91,17 @@ def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
     return len({id(prepared.launch.compiled) for prepared, _ in distinct.values()})
 
 
-def choose_tile(spec: LaunchSpec, target: Target) -> TileConfig:
-    """What ``fastlora tune`` found on this GPU, else the tables' choice."""
+def choose_tile(spec: LaunchSpec, target: Target, one_row_block: bool = False) -> TileConfig:
+    """What ``fastlora tune`` found on this GPU, else the tables' choice. ``one_row_block``: as for choose_config."""
     aligned = spec.aligned.act and spec.aligned.weight and has_wide_loads(spec)
     if aligned:
         tuned = tuned_config(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout)
-        if tuned is not None:
+        if tuned is not None and not (one_row_block and tuned.block_m < spec.sizes.m):
             return tuned
     return choose_config(
         spec.direction, *spec.sizes,
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
+        one_row_block=one_row_block,
     )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from fastlora.backends.triton.kernels import UNSPECIALISED, backward_tile, forward_tile
 from fastlora.backends.triton.packed_weight import PackedWeight, decode_part
 from fastlora.backends.triton.schedule import claim, publish, reset_if_last
-from fastlora.backends.triton.structs import DecodedWeight
+from fastlora.backends.triton.structs import ColumnScale, DecodedWeight
 from fastlora.backends.triton.variant import variant_of
 
 # Arguments beyond those of the dense kernels whose values are compiled for no more than theirs.
@@ -31,7 +31,8 @@ def quantised_forward_kernel(
     if variant.packed.in_loop:
         forward_tile(
             ticket, x, packed, lora_a, lora_b_ptr, bias_ptr, y_ptr, s_ptr, workspace_ptr, M, N, K, R, wave, stride_xm,
-            stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold, variant,
+            stride_wn, stride_ar, stride_bn, scale_s, in_s, on_branch, seed_ptr, seed, threshold,
+            ColumnScale(None, None, None), variant,
         )  # fmt: skip
     elif ticket < decoding:
         panel = ticket // parts
@@ -43,7 +44,7 @@ def quantised_forward_kernel(
         forward_tile(
             ticket - decoding, x, DecodedWeight(scratch_ptr, panels_ptr, parts), lora_a, lora_b_ptr, bias_ptr, y_ptr,
             s_ptr, workspace_ptr, M, N, K, R, wave, stride_xm, stride_wn, stride_ar, stride_bn, scale_s, in_s,
-            on_branch, seed_ptr, seed, threshold, variant,
+            on_branch, seed_ptr, seed, threshold, ColumnScale(None, None, None), variant,
         )  # fmt: skip
     reset_if_last(workspace_ptr, n_words, 1024)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends.configs import FEW_ROWS, TileConfig
+from fastlora.backends.configs import TileConfig, has_few_rows
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile
 from fastlora.backends.triton.launch import why_unsupported as why_dense_unsupported
@@ -73,24 +73,28 @@ def prepare(
         in_loop: whether products decode the weight, instead of tiles ahead of them; see decodes_in_loop.
     """
     target = target_of(spec.device)
+    if in_loop is None:
+        in_loop = decodes_in_loop(spec)
     if config is None:
-        config = choose_tile(spec, target)
+        config = choose_tile(spec, target, one_row_block=in_loop)
         # Tiles that make S alone need no weight: they fill the wave that the last parts of it leave. (In float32 they
         # spill.)
         config = replace(config, fused=config.fused and spec.dtype.itemsize == 4)
     if spec.direction == "backward":
         return _Backward(spec, config, target, part)
-    return _Forward(spec, config, target, part, decodes_in_loop(spec) if in_loop is None else in_loop)
+    return _Forward(spec, config, target, part, in_loop)
 
 
 def decodes_in_loop(spec: LaunchSpec) -> bool:
     """Whether the products of a launch should decode the weight in their loop, in registers, instead of once for all.
 
-    A forward without dropout of FEW_ROWS rows at most, as of a decode step, has row blocks that are as tall: each block
-    of the weight is decoded once in either case, and here it is neither written nor read again. (By a model the loop
-    pays up to some 128 rows; nothing is measured.) Rows of W0 must be whole groups of eight elements with one scale.
+    A forward without dropout of FEW_ROWS rows at most, as of a decode step, has one row block: each block of the weight
+    is decoded once in either case, and here it is neither written nor read again. Of more rows, nothing in the loop
+    hides what each row block decodes: by a model (python -m benchmarks.schedule --decoding) both ways take as long at
+    64 rows, on average over Llama's layers, and the loop takes longer in each from 96 on; nothing is measured. Rows of
+    W0 must be whole groups of eight elements with one scale.
     """
-    few = spec.direction == "forward" and not spec.dropout and spec.sizes.m <= FEW_ROWS
+    few = has_few_rows(spec.direction, spec.sizes.m, spec.dropout)
     packed = _format(spec, PART, True)
     return few and spec.sizes.k % 8 == 0 and packed.whole and packed.grouped
 

@@ -9,6 +9,7 @@ from fastlora.backends.triton.schedule import N_COUNTERS, claim, locate, reset_i
 from fastlora.backends.triton.segments import OWNERS, count_blocks, segment_gradients, segment_tile, zero_tile
 from fastlora.backends.triton.structs import (
     BranchScales,
+    ColumnScale,
     Gradient,
     Matrix,
     Owners,
@@ -57,6 +58,7 @@ def segments_forward_kernel(
             bias_ptr=bias_ptr,
             out=Matrix(y_ptr, N),
             s=Matrix(s_ptr, R),
+            column_scale=ColumnScale(None, None, None),
         )
         scales, flags_ptr = BranchScales(scale_s, in_s, on_branch), workspace_ptr + N_COUNTERS
         segment_tile(
@@ -129,6 +131,7 @@ def segments_backward_kernel(
                     bias_ptr=None,
                     out=Matrix(dx_ptr, K),
                     s=Matrix(ds_ptr, R),
+                    column_scale=ColumnScale(None, None, None),
                 )
                 scales, shape = BranchScales(scaling, None, None), Shape(M, K, N, R)
                 segment_tile(

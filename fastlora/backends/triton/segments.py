@@ -125,6 +125,7 @@ def segment_tile(
                 bias_ptr=bias_ptr,
                 out=Matrix(product.out.data + first_row * product.out.stride, product.out.stride),
                 s=Matrix(product.s.data + first_row * product.s.stride, product.s.stride),
+                column_scale=product.column_scale,
             )
             of_sum, in_s, on_branch = scales.of_sum, scales.in_s, scales.on_branch
             if scalings_ptr is not None:

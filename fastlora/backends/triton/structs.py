@@ -21,6 +21,24 @@ class DecodedWeight(NamedTuple):
     parts: Any
 
 
+class ScaledRows(NamedTuple):
+    """In the place of dY's pointer: what other tiles of the launch scale, by row groups. A group is there once its flag
+    has counted all ``parts``, its column blocks."""
+
+    ptr: Any
+    flags_ptr: Any
+    parts: Any
+
+
+class ColumnScale(NamedTuple):
+    """A factor for each column of Y, magnitude / norm; without ``magnitude_ptr`` 1. ``unscaled_ptr``: where Y before
+    factor and bias goes, with the row stride of Y; None: nowhere."""
+
+    magnitude_ptr: Any
+    norm_ptr: Any
+    unscaled_ptr: Any
+
+
 class Shape(NamedTuple):
     """Of a product with a low-rank branch: the output is M x N, K is contracted, R is the rank."""
 
@@ -31,7 +49,7 @@ class Shape(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Operands of out = act·weightᵀ + s·upᵀ + bias, s = act·downᵀ, by role.
+    """Operands of out = column_scale∘(act·weightᵀ + s·upᵀ) + bias, s = act·downᵀ, by role.
 
     |        | forward          | dX, which contracts N: memory as the forward's |
     |--------|------------------|-----------------------------------------------|
@@ -50,6 +68,7 @@ class Product(NamedTuple):
     bias_ptr: Any
     out: Matrix
     s: Matrix
+    column_scale: ColumnScale
 
 
 class BranchScales(NamedTuple):

@@ -5,10 +5,12 @@ import triton.language as tl
 
 from fastlora.backends.triton.base_weight import await_weight, load_weight
 from fastlora.backends.triton.branch import load_down, rounded_s, s_is_made
+from fastlora.backends.triton.column_scale import await_rows
 from fastlora.backends.triton.epilogue import finish_tile
 from fastlora.backends.triton.memory import keep_mask, load_block
 from fastlora.backends.triton.row_map import rows_of_block, rows_to_load
 from fastlora.backends.triton.schedule import publish, wait_for
+from fastlora.backends.triton.structs import Matrix
 
 
 @triton.jit
@@ -47,7 +49,8 @@ def _load_act(product, row, k, shape, variant: tl.constexpr):
         return product.act.data.load([row * variant.tile.block_m, k])
     else:
         offs_k = k + tl.arange(0, variant.tile.block_k)
-        return load_block(product.act, rows_to_load(row, shape.M, variant), offs_k, 0, shape.K, True, variant.even_k)
+        act = Matrix(product.act.data.ptr, product.act.stride) if variant.scaled else product.act
+        return load_block(act, rows_to_load(row, shape.M, variant), offs_k, 0, shape.K, True, variant.even_k)
 
 
 @triton.jit
@@ -56,6 +59,7 @@ def _multiply(product, row, n, shape, variant: tl.constexpr):
     BLOCK_M: tl.constexpr = variant.tile.block_m
     BLOCK_N: tl.constexpr = variant.tile.block_n
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    await_rows(product.act.data, row // variant.tile.group_m, variant)
     await_weight(product, n, variant)
     for k in range(0, shape.K, variant.tile.block_k):
         act_block = _load_act(product, row, k, shape, variant)
@@ -78,6 +82,7 @@ def _shrink(product, flags_ptr, row, shape, scales, dropout, variant: tl.constex
     MASKED: tl.constexpr = variant.dropout and variant.forward
     TRANSPOSED: tl.constexpr = MASKED and product.s.data.dtype.element_ty.primitive_bitwidth == 16
     acc_s = tl.zeros((BLOCK_R, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_R), tl.float32)
+    await_rows(product.act.data, row // variant.tile.group_m, variant)
     if variant.fused:
         await_weight(product, 0, variant)
     for k in range(0, shape.K, BLOCK_K):

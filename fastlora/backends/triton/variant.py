@@ -26,6 +26,7 @@ class Variant:
     segments: a tile's rows are a segment's, which may have no adapter: a rank of 0 (segments.py).
     block_g: how many of them are looked at together.
     transposed: the base weight lies in memory as [K, N] by the forward's names.
+    scaled: dY's columns are scaled by other tiles of the launch, into scratch (structs.ScaledRows).
     """
 
     tile: TileConfig
@@ -42,6 +43,7 @@ class Variant:
     segments: bool = False
     block_g: int = 0
     transposed: bool = False
+    scaled: bool = False
 
     @property
     def shrink_columns(self) -> int:

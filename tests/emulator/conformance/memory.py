@@ -48,8 +48,14 @@ def _widths():
         4,
         ["ld.global.nc.L1::evict_last.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"],
     )
-    words = "{%r10, %r11, %r12, %r13}"
-    for load, operand, width in (("ld.global.nc.b32", "%r10", 4), ("ld.global.nc.v4.b32", words, 16)):
+    loads = (
+        ("ld.global.nc.b32", "%r10", 4),
+        ("ld.global.nc.u32", "%r10", 4),
+        ("ld.global.nc.f32", "%f10", 4),
+        ("ld.global.nc.v2.u32", "{%r10, %r11}", 8),
+        ("ld.global.nc.v4.b32", "{%r10, %r11, %r12, %r13}", 16),
+    )
+    for load, operand, width in loads:
         store = load.replace("ld.global.nc", "st.global")
         yield _copy(load, width, [f"{load} {operand}, [%rd0];", f"{store} [%rd1], {operand};"])
     yield _copy("ldu.global.b32", 4, ["ldu.global.b32 %r10, [%rd0];", "st.global.b32 [%rd1], %r10;"])
@@ -73,8 +79,8 @@ def _widths():
                 f"st.relaxed.{scope}.global.u{width} [%rd1], {register};",
             ]
             yield _copy(f"relaxed.{scope}.u{width}", width // 8, pair)
-    for kind, family in (("u16", "%h"), ("s32", "%r"), ("u64", "%rd"), ("f32", "%f")):
-        for count in (2, 4) if kind in ("u16", "f32") else (1, 2):
+    for kind, family in (("u16", "%h"), ("s32", "%r"), ("u32", "%r"), ("u64", "%rd"), ("f32", "%f")):
+        for count in (2, 4) if kind in ("u16", "u32", "f32") else (1, 2):
             names = [f"{family}{10 + i}" for i in range(count)]
             suffix, operand = (f".v{count}", "{" + ", ".join(names) + "}") if count > 1 else ("", names[0])
             pair = [f"ld.global{suffix}.{kind} {operand}, [%rd0];", f"st.global{suffix}.{kind} [%rd1], {operand};"]
@@ -86,6 +92,7 @@ def _widths():
         "st.global.u16 [%rd1+2], %h11;",
     ]
     yield _copy("ld/st.global.u16", 4, halves)
+    yield _copy("ld.global.nc.u16", 4, [line.replace("ld.global", "ld.global.nc") for line in halves])
     flagged = ["ld.acquire.gpu.global.s32 %r10, [%rd0];", "st.release.gpu.global.s32 [%rd1], %r10;"]
     yield _copy("acquire/release.gpu.s32", 4, flagged)
     converted = [
@@ -102,8 +109,9 @@ def _widths():
     narrow = torch.randint(0, 255, (128,), dtype=torch.int32)
     for kind in ("s8", "u8", "b8"):
         extended = narrow.to(torch.int8 if kind == "s8" else torch.uint8).int()
-        text = f"ld.global.{kind} {{d}}, [%rd0];"
-        yield elementwise(f"ld.global.{kind} extends", text, [narrow], [extended])
+        for space in ("global", "global.nc"):
+            text = f"ld.{space}.{kind} {{d}}, [%rd0];"
+            yield elementwise(f"ld.{space}.{kind} extends", text, [narrow], [extended])
 
 
 def _bytes_side_by_side():
