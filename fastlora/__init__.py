@@ -11,6 +11,7 @@ from fastlora.op_tools import decompositions
 from fastlora.ops import LoRALinearFunction, lora_linear
 from fastlora.quantised_weight import QuantisedWeight, quantised
 from fastlora.selection import available_backends
+from fastlora.shared_input import lora_linears, shared_inputs
 from fastlora.warming import warmup
 
 __version__ = "0.1.0"
@@ -29,12 +30,14 @@ __all__ = [
     "integrations",
     "load_adapter",
     "lora_linear",
+    "lora_linears",
     "merge",
     "merge_and_unload",
     "quantised",
     "reference",
     "reset_dispatch_counts",
     "save_adapter",
+    "shared_inputs",
     "trainable_parameters",
     "unmerge",
     "warmup",

@@ -26,8 +26,20 @@ from fastlora.problem import (
     ScaledBackward,
     ScaledForward,
 )
+from fastlora.projections import (
+    SharedBackward,
+    SharedForward,
+    SharedGradients,
+    SharedOutputs,
+    backward_keys,
+    describe_shared_backward,
+    describe_shared_forward,
+    forward_keys,
+)
 
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
+
+GROUPS = "groups"  # their count, among those of backends
 
 _calls: Counter[str] = Counter()
 _fallbacks: Counter[str] = Counter()
@@ -126,11 +138,18 @@ def forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor]:
     return _counted(route)(operands)
 
 
-def backward(operands: Any, needs: Needs, requested: str | None) -> Gradients:
-    """The gradients that ``needs`` names, likewise, of the fields of BackwardOperands in order."""
+_ADD_IN_PLACE = ("composed", "reference")  # whose launchers add dX to a given one
+
+
+def backward(operands: Any, needs: Needs, requested: str | None, into: Tensor | None = None) -> Gradients:
+    """The gradients that ``needs`` names, likewise, of the fields of BackwardOperands in order.
+
+    Args:
+        into: a contiguous dX [M, K] that this call's is added to in place, and that is returned as dX.
+    """
     if operands[0].is_cpu and requested in _PLAIN:
         _calls["reference"] += 1
-        return reference.lora_backward(*operands, needs)  # type: ignore[call-arg]  # its nine fields and needs
+        return reference.lora_backward(*operands, needs, into)  # type: ignore[call-arg]  # nine fields
     key = (requested, backward_key(operands, needs))
     route = _by_key.get(key)
     if route is None:
@@ -138,7 +157,48 @@ def backward(operands: Any, needs: Needs, requested: str | None) -> Gradients:
         operands, spec = describe_backward(given, needs)
         route = _route(spec, requested)
         _remember(key, route, given, operands)
-    return _counted(route)(operands)
+    launcher = _counted(route)
+    if into is None or not needs.dx:
+        return launcher(operands)
+    if route.name in _ADD_IN_PLACE:
+        return launcher(operands, into)
+    computed = launcher(operands)
+    return computed._replace(dx=into.add_(computed.dx))
+
+
+# The backends that have one launch for several projections of one x, in order of preference: none yet. One that gets a
+# kernel is entered here, and from then on is asked ``why_unsupported`` of a LaunchSpec whose branch is "shared_input".
+TOGETHER: tuple[str, ...] = ()
+
+
+def may_launch_together(tensor: Tensor, requested: str | None) -> bool:
+    """Whether a backend is to be asked for one launch of several projections, of which this is an operand. A GPU's call
+    that no backend has a launch for is counted as a fallback."""
+    if tensor.is_cpu or tensor.device.type != "cuda":
+        return requested in TOGETHER
+    if not TOGETHER:
+        count_fallback("shared input: no backend has one launch for several projections yet")
+    return requested in TOGETHER if requested else bool(TOGETHER)
+
+
+def together_forward(operands: SharedForward, requested: str | None) -> SharedOutputs | None:
+    """Y and S of projections that share an input, by one launch; or None where no backend serves the call so: then the
+    reasons are counted as fallbacks, and each projection is to be a launch of its own.
+
+    Args:
+        operands: of a call that ``may_launch_together``.
+        requested: a backend's name to insist on, or None.
+    """
+    key = ("together", requested, forward_keys(operands))
+    launch = _in_launch(operands, requested, key, lambda: describe_shared_forward(operands), TOGETHER)
+    return launch and launch()
+
+
+def together_backward(operands: SharedBackward, requested: str | None) -> SharedGradients | None:
+    """The gradients that ``operands.needs`` names, likewise."""
+    key = ("together", requested, backward_keys(operands))
+    launch = _in_launch(operands, requested, key, lambda: describe_shared_backward(operands), TOGETHER)
+    return launch and launch()
 
 
 def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor] | None:
@@ -202,21 +262,21 @@ def served_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
     """Whether a call over a quantised weight, or of a DoRA layer, is served by one launch."""
     if not may_launch(spec.device, requested) or spec.is_empty or _prefers_composed(spec, requested):
         return False
-    return _launching(spec, requested)[0] is not None
+    return _launching(spec, _LAUNCHING if requested is None else (requested,))[0] is not None
 
 
 def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
-    """Not over a quantised weight, which the composed layer would have decoded to memory at every call."""
-    if requested is not None or spec.packed is not None:
+    """Of a DoRA layer alone: a quantised weight would be decoded to memory in front of the composed layer."""
+    if requested is not None or spec.column_scale is None:
         return False
     order = selection.preference(spec)
     return order.index("composed") < order.index("triton")
 
 
-def _launching(spec: LaunchSpec, requested: str | None) -> tuple[str | None, tuple[str, ...]]:
-    """The backend whose launch serves such a call, if any, and why not one before it."""
+def _launching(spec: LaunchSpec, backends: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
+    """The first of the backends whose launch serves such a call, if any, and why not one before it."""
     passed_over: list[str] = []
-    for name in _LAUNCHING if requested is None else (requested,):
+    for name in backends:
         reason = selection.why_unsupported(name, spec)
         if reason is None:
             return name, tuple(passed_over)
@@ -225,21 +285,34 @@ def _launching(spec: LaunchSpec, requested: str | None) -> tuple[str | None, tup
 
 
 def _in_launch(
-    given: tuple, requested: str | None, key: tuple, describe: Callable[[], tuple[tuple, LaunchSpec]]
+    given: tuple,
+    requested: str | None,
+    key: tuple,
+    describe: Callable[[], tuple[tuple, LaunchSpec]],
+    backends: tuple[str, ...] | None = None,
 ) -> Callable[[], Any] | None:
-    """A call as one launch serves it, counted, or None."""
+    """A call as one launch of the first of the backends (``_LAUNCHING``) that can serves it, counted, or None."""
     operands, route = given, _by_key.get(key)
     if route is None:
         operands, spec = describe()
         if spec.is_empty or _prefers_composed(spec, requested):
             return None
-        name, passed_over = _launching(spec, requested)
+        backends = _LAUNCHING if backends is None else backends
+        name, passed_over = _launching(spec, backends if requested is None else (requested,))
         if name is None:
             _fallbacks.update(passed_over)
             return None
         route = _launching_route(spec, name, passed_over)
-        _remember(key, route, given, operands)
+        _remember(key, route, _flat(given), _flat(operands))
     return partial(_counted(route), operands)
+
+
+def _flat(operands: tuple) -> tuple:
+    """The operands of a call, also where some are tuples of others."""
+    found: list = []
+    for each in operands:
+        found += _flat(each) if isinstance(each, tuple) else (each,)
+    return tuple(found)
 
 
 @lru_cache(maxsize=4096)
@@ -316,13 +389,20 @@ def count_fallback(reason: str) -> None:
     _fallbacks[reason] += 1
 
 
+def count_group() -> None:
+    """Counts a forward in which layers of a model that share an input were computed together."""
+    _calls[GROUPS] += 1
+
+
 def dispatch_counts() -> dict:
     """Calls since the last reset: ``{"cuda": n, "triton": n, "composed": n, "reference": n}`` and, under "fallbacks",
     ``{reason: n}``.
 
-    Each forward and each backward pass of a layer is one call.
+    Each forward and each backward pass of a layer is one call. Where layers that share an input were computed together
+    (``group=``), "groups" says in how many forward passes of a group.
     """
-    return {**{name: _calls[name] for name in BACKENDS}, "fallbacks": dict(_fallbacks)}
+    groups = {GROUPS: _calls[GROUPS]} if _calls[GROUPS] else {}
+    return {**{name: _calls[name] for name in BACKENDS}, **groups, "fallbacks": dict(_fallbacks)}
 
 
 def reset_dispatch_counts() -> None:

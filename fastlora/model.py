@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from fastlora.placement import require_values
 from fastlora.quantised_module import QuantisedLoRALinear
 from fastlora.quantised_weight import read_layer
 from fastlora.refusals import experts_refusal, linear_refusal, parameter_owners, saved_refusal
+from fastlora.shared_input.plan import group as group_layers
+from fastlora.shared_input.plan import observe, ungroup
 from fastlora.targets import Narrowing, by_pattern, match_parameters, match_targets
 
 _PEFT_NAMES = {
@@ -70,6 +72,7 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     target_parameters: Iterable[str] | None = None,
+    group: Any = False,
     **unknown,
 ) -> list[str]:
     """Replaces the targeted ``nn.Linear`` layers of a model by ``LoRALinear``, and transformers' ``Conv1D`` (GPT-2) by
@@ -102,6 +105,11 @@ def inject(
             comes of all five. For ``target_parameters`` a path is the parameter's, and only these two count.
         target_parameters: list of parameters of experts modules, by path or dotted suffix
             ("mlp.experts.gate_up_proj"); every expert gets a branch of rank r. As in PEFT, without dropout and DoRA.
+        group: compute layers together that receive the same tensor, as q, k and v do. Which ones those are one forward
+            of the model says, in eval mode and without gradients, before anything is replaced: True runs it on the
+            model's own ``dummy_inputs`` (transformers has them), anything else is a batch to run it on (a dict, a
+            tuple, a list or a tensor). ``fastlora.shared_inputs(model)`` shows the groups; what differs with them is
+            said in ``fastlora.integrations``.
 
     Returns:
         The paths of the layers replaced by this call, and of the parameters of experts, in the model's order.
@@ -112,9 +120,10 @@ def inject(
             range; ``modules_to_save`` names no module, or one that shares a parameter with another or has a branch;
             something to exclude, a number of a block or a key of a pattern matches nothing (in PEFT: nothing happens);
             a target parameter is none of an experts module that is called so, is not dense or has a branch already, or
-            dropout or DoRA is asked for with it.
+            dropout or DoRA is asked for with it; ``group`` is True and the model has no ``dummy_inputs`` that it runs
+            on.
         TypeError: ``target_modules`` is neither a string nor a list of strings, or r is not an integer; an argument has
-            PEFT's name for it.
+            PEFT's name for it; ``group`` is of another type.
     """
     for name in unknown:
         hint = f"; here it is called {_PEFT_NAMES[name]!r}" if name in _PEFT_NAMES else ""
@@ -135,6 +144,7 @@ def inject(
     alphas = by_pattern("alpha_pattern", alpha_pattern, paths, alpha)
     for name in paths:
         check_hyperparameters(ranks[name], alphas[name], dropout, init)
+    groups = {} if group is False else observe(model, group, names)
     put_layers(
         model,
         {
@@ -162,6 +172,7 @@ def inject(
             for name in parameters
         },
     )
+    group_layers(model, groups, LoRALinear)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     return sorted(paths, key=lambda name: order[name] if name in order else order[name.rpartition(".")[0]])
 
@@ -336,6 +347,7 @@ def merge_and_unload(model: nn.Module, safe: bool = False) -> nn.Module:
     """
     layers = _require_layers(model)
     merge(model, safe=safe, keep_base=False)
+    ungroup(model)
     for _, layer in layers:
         if isinstance(layer, LoRALinear):
             layer.unload()

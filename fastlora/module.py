@@ -12,6 +12,7 @@ from fastlora.layer_checks import WEIGHT_DTYPES, check_adapter_dtype, check_hype
 from fastlora.ops import lora_linear
 from fastlora.placement import forget
 from fastlora.sharding import is_dtensor, lora_linear_sharded
+from fastlora.shared_input.scope import shared_output
 
 
 class LoRALinear(Branch, nn.Linear):
@@ -54,6 +55,7 @@ class LoRALinear(Branch, nn.Linear):
     """
 
     plain_class: Any = nn.Linear  # what unload makes of a layer
+    shares_input = False  # whether it is in a group (fastlora.shared_input)
 
     def __init__(
         self,
@@ -183,6 +185,8 @@ class LoRALinear(Branch, nn.Linear):
             return F.linear(x, self.weight, self.bias)
         if self.dora:
             return self._dora_forward(x)
+        if self.shares_input and (y := shared_output(self, LoRALinear, x)) is not None:
+            return y
         own: dict[str, Any] = self._parameters
         if len(own) == 4:  # all four: spared four searches by nn.Module.__getattr__, which a small layer would feel
             weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
@@ -193,6 +197,19 @@ class LoRALinear(Branch, nn.Linear):
             x, weight, lora_a, lora_b, self.scaling, bias,
             dropout_p=self.dropout, training=self.training, copy_input=self.copy_input,
         )  # fmt: skip
+
+    def shared_parts(self, x: Tensor | None) -> tuple | str:
+        """What a call computes with now, or why it cannot be computed with its siblings' (fastlora.shared_input)."""
+        if self.merged or self.dora:
+            return "merged" if self.merged else "DoRA"
+        if type(self.scaling) not in (float, int):
+            return "a scaling that is no number"
+        own: dict[str, Any] = self._parameters
+        if "lora_A" in own:
+            weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
+        else:  # replicas of nn.DataParallel hold tensors that are no parameters
+            weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
+        return weight, lora_a, lora_b, bias, self.scaling, self.dropout if self.training else 0.0
 
     def _dora_forward(self, x: Tensor) -> Tensor:
         if is_dtensor(self.weight):
@@ -229,7 +246,8 @@ class LoRALinear(Branch, nn.Linear):
         vars(self).pop("_norms", None)
         plain = self.plain_class
         own = vars(LoRALinear(1, 1, device="meta")).keys() - vars(nn.Linear(1, 1, device="meta")).keys()
-        vars(self).pop("plain_class", None)
+        for name in ("plain_class", "shares_input"):
+            vars(self).pop(name, None)
         for name in own & vars(self).keys():
             if name != "merged" or "forward" not in vars(self):  # a wrapper around the old forward reads `merged`
                 del self.__dict__[name]

@@ -226,7 +226,8 @@ class LaunchSpec(NamedTuple):
     device: where all operands are.
     base_format: how the base weight lies in memory; "dense" is [N, K] in ``dtype``, "transposed" [K, N]; else the name
         of a quantised format, and ``packed`` says more.
-    branch: which adapters a row sees; "single" is one for all rows.
+    branch: which adapters a row sees; "single" is one for all rows, "none" has none. "shared_input" is several
+        projections of one x, which ``members`` describe one by one.
     dropout: whether the branch drops elements of x.
     bias: whether there is a bias to add (forward).
     needs: the gradients to compute (backward).
@@ -238,6 +239,7 @@ class LaunchSpec(NamedTuple):
     packed: of a quantised base weight, whose alignment and stride are then those of its dense form.
     stacks: of rows in segments ("segments"); None where there are none, or nobody knows yet.
     column_scale: of a DoRA layer; None: 1.
+    members: of "shared_input", each projection as a call of its own, in order; ``sizes`` has their sums of N and of R.
     """
 
     direction: Direction
@@ -258,6 +260,7 @@ class LaunchSpec(NamedTuple):
     packed: Packed | None = None
     stacks: Stacks | None = None
     column_scale: ColumnScale | None = None
+    members: tuple["LaunchSpec", ...] = ()
 
     @property
     def is_empty(self) -> bool:
@@ -273,5 +276,6 @@ class LaunchSpec(NamedTuple):
         return self.strides or Strides(k if forward else n, k, k, r, k if self.needs.da else 0)
 
 
-# A call of a prepared kernel. Forward: operands -> (Y [M, N], S [M, R]); backward: operands -> Gradients.
-Launcher = Callable[[Any], Any]
+# A call of a prepared kernel. Forward: operands -> (Y [M, N], S [M, R]); backward: operands -> Gradients. That of a
+# backend which adds dX in place takes the dX to add to besides.
+Launcher = Callable[..., Any]

@@ -72,14 +72,14 @@ def _forward(spec: LaunchSpec, operands: ForwardOperands) -> tuple[Tensor, Tenso
     return y, s
 
 
-def _backward(spec: LaunchSpec, operands: BackwardOperands) -> Gradients:
+def _backward(spec: LaunchSpec, operands: BackwardOperands, into: Tensor | None = None) -> Gradients:
     """The gradients that the description needs; see backends.reference."""
     dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed = operands
     needs = spec.needs
     dx = da = db = dbias = None
     dropped, kept_scale = x, 1.0
     if needs.dx:
-        dx = torch.mm(dy, weight)
+        dx = torch.mm(dy, weight) if into is None else into.addmm_(dy, weight)
     if needs.dx or needs.da:
         ds = _shrink(dy, lora_b.to(dy.dtype).t(), scaling)  # [M, R]
         if spec.dropout:

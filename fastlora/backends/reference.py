@@ -34,7 +34,7 @@ def prepare(spec: LaunchSpec) -> Launcher:
     needs = spec.needs
     if spec.direction == "forward":
         return lambda operands: lora_forward(*operands)
-    return lambda operands: lora_backward(*operands, needs)  # type: ignore[call-arg]  # its nine fields and needs
+    return lambda operands, into=None: lora_backward(*operands, needs, into)  # type: ignore[call-arg]  # nine fields
 
 
 def lora_forward(
@@ -73,9 +73,11 @@ def lora_backward(
     dropout_p: float,
     seed: Tensor | None,
     needs: Needs,
+    into: Tensor | None = None,  # [M, K]
 ) -> Gradients:
     """Returns dX [M, K] and dbias [N] in x's dtype, dA [R, K] and dB [N, R] in their parameters'. ``s`` is the
-    forward's, and dS takes the scaling before it is rounded."""
+    forward's, and dS takes the scaling before it is rounded. ``into`` is a dX of other projections of the same x, which
+    this one is added to in place."""
     need_dx, need_da, need_db, need_dbias = needs
     dx = da = db = dbias = drop = None
     kept_scale = 1.0
@@ -87,7 +89,7 @@ def lora_backward(
     if need_dx or need_da:
         ds = shrink_once(dy, lora_b if lora_b.dtype == dtype else lora_b.to(dtype), scaling)  # [M, R]
     if need_dx:
-        dx = torch.mm(dy, weight)
+        dx = torch.mm(dy, weight) if into is None else into.addmm_(dy, weight)
         if drop is None:
             dx.addmm_(ds, a)
         else:

@@ -134,6 +134,34 @@ for batch in batches:
 fastlora.save_adapter(model, directory)
 ```
 
+**Layers that share an input.** q, k and v of attention receive one tensor, as do gate and up of an MLP. With ``group=``
+such layers of one parent are computed together, as one node of autograd that saves the input once and adds up one dX in
+place (``fastlora.lora_linears``). One forward of the model says which they are, before training: ``True`` runs it on
+the model's own ``dummy_inputs``, anything else is a batch. ``inject`` takes ``group=`` as well.
+
+```python
+import fastlora
+from peft import LoraConfig, get_peft_model
+
+model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+print(fastlora.integrations.peft.patch(model, group=True))  # "...self_attn: q_proj, k_proj, v_proj (2); ..."
+
+model(input_ids=batches[0], labels=batches[0]).loss.backward()
+print(fastlora.dispatch_counts())  # "groups": how many were computed
+```
+
+The first of a group that is called computes all of it. The others get their results if they are called within the same
+forward of their parent with the very same tensor, unchanged, and their weights, factors and whatever surrounds the call
+are as they were; else each computes on its own, the same values, counted by reason. So it is under ``torch.compile``
+(not counted there), transforms of ``torch.func`` and ``inference_mode``, in a region that is checkpointed apart from
+its parent, for quantised layers, DoRA, several active adapters, and layers with hooks in front of their calls or in
+FSDP units of their own. The results have the bits of single layers; dX is the same sum in another order. Three things
+differ. Two backward passes through different layers of a group need ``retain_graph=True`` in the first, even where the
+input requires no gradient. A layer whose result nothing uses gets a gradient of zero under DDP, for which it counts as
+used. Seeds of a group are drawn together: where a model draws random numbers between the layers' calls, or does not
+call one of them after all, the masks are not those of single layers, though they are as random, and the same in a
+recomputation. No kernel computes a group in one launch yet: on a GPU each layer is a launch of its own, counted.
+
 **FSDP2.** Put LoRA in first, then shard: blocks, LoRA layers or leaves. Under ``torchrun`` this is one of several
 processes. A patched PEFT model stays fused in whatever way FSDP wraps it: FSDP2 over blocks, whole models, LoRA layers
 or single ``lora_A`` and ``lora_B``; FSDP1 over blocks or whole models with ``use_orig_params=True``; both with PEFT's

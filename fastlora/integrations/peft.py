@@ -21,6 +21,8 @@ from fastlora.integrations.peft_experts import FusedParamWrapper
 from fastlora.integrations.peft_layer import FusedLinear, call_reason, fuse, restore, type_reason
 from fastlora.integrations.peft_mixed import MixedLoraModel
 from fastlora.own_forward import is_replaced
+from fastlora.shared_input.plan import SharedInputs, observe, ungroup
+from fastlora.shared_input.plan import group as group_layers
 from fastlora.warming import warmup as warm_up
 
 __all__ = ["FusedLinear", "FusedParamWrapper", "Patched", "patch", "register", "unpatch", "unserved"]
@@ -35,16 +37,20 @@ class Patched(list):
 
     Attributes:
         unserved: every other LoRA layer's path, with the reason why PEFT's own forward serves it.
+        groups: the layers that share an input and are computed together.
     """
 
-    def __init__(self, served: list[str], unserved: dict[str, str]):
+    def __init__(self, served: list[str], unserved: dict[str, str], groups: SharedInputs | None = None):
         super().__init__(served)
         self.unserved = unserved
+        self.groups = SharedInputs() if groups is None else groups
 
     @property
     def summary(self) -> str:
         """For example "14 of 16 LoRA layers fused; 2 by PEFT's forward: DoraLinearVariant (2): a.q_proj, b.q_proj"."""
         text = f"{len(self)} of {len(self) + len(self.unserved)} LoRA layers fused"
+        if self.groups:
+            text += f"; together: {self.groups}"
         if not self.unserved:
             return text
         names: dict[str, list[str]] = {}
@@ -60,7 +66,9 @@ class Patched(list):
         return self.summary
 
 
-def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warmup: bool = False) -> Patched:
+def patch(
+    model: nn.Module, strict: bool = False, copy_input: bool = False, warmup: bool = False, group: Any = False
+) -> Patched:
     """Turns every stock ``lora.Linear`` of a PEFT model into a ``FusedLinear``, in place, every ``lora.bnb.Linear4bit``
     and ``TorchaoLoraLinear`` into a fused class of it, and every ``ParamWrapper`` over experts that transformers calls
     through its ``ExpertsInterface`` into a ``FusedParamWrapper``.
@@ -78,14 +86,22 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
             elements of it, so that a model may modify the input in place after the layer (``x += layer(x)``).
         warmup: compile the layers' kernels now, side by side (``fastlora.warmup`` with its defaults), so that the model
             should be on its device and have its dtypes.
+        group: compute layers together that receive the same tensor, as q, k and v do. Which ones those are one forward
+            of the model says, in eval mode and without gradients, before anything is changed: True runs it on the
+            model's own ``dummy_inputs`` (transformers has them), anything else is a batch to run it on (a dict, a
+            tuple, a list or a tensor). Groups of an earlier call are forgotten. What differs with groups is said in
+            ``fastlora.integrations``.
 
     Returns:
         Paths of the layers for which a call would be served fused now, given an input of the base weight's dtype:
-        a list, with the other layers and their reasons in ``unserved`` and in its printed form.
+        a list, with the other layers and their reasons in ``unserved``, the groups in ``groups``, and all of it in its
+        printed form.
 
     Raises:
         ValueError: the model has no PEFT LoRA layer; or ``strict`` and some layer cannot be served, in which case all
-            such layers are listed with their reasons and nothing is changed.
+            such layers are listed with their reasons and nothing is changed; or ``group`` is True and the model has no
+            ``dummy_inputs`` that it runs on.
+        TypeError: ``group`` is of another type.
     """
     layers = _lora_layers(model)
     if not layers:
@@ -94,8 +110,11 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
     if strict and refused:
         listing = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(f"{len(refused)} of {len(layers)} LoRA layers cannot be served fused: {listing}")
+    groups = {} if group is False else observe(model, group, [found.name for found in layers])
+    ungroup(model)
     for found in layers:
         found.fuse(copy_input)
+    groups = group_layers(model, groups, FusedLinear)
     for tuner in model.modules():
         if type(tuner) is LoraModel:
             tuner.__class__ = MixedLoraModel
@@ -104,16 +123,17 @@ def patch(model: nn.Module, strict: bool = False, copy_input: bool = False, warm
         home.register_forward_pre_hook(_Watch(home, copy_input))
     if warmup and len(refused) < len(layers):
         warm_up(model)
-    return Patched([found.name for found in layers if found.name not in refused], refused)
+    return Patched([found.name for found in layers if found.name not in refused], refused, groups)
 
 
 def unpatch(model: nn.Module) -> list[str]:
     """Turns every ``FusedLinear`` and ``FusedParamWrapper`` back into PEFT's own class, in place, and ends the counting
-    of all other layers.
+    of all other layers, and all groups.
 
     Returns:
         The paths of the layers whose class it changed.
     """
+    ungroup(model)
     for tuner in model.modules():
         if type(tuner) is MixedLoraModel:
             tuner.__class__ = LoraModel

@@ -24,9 +24,11 @@ from fastlora.integrations.peft_mixed import (
 from fastlora.integrations.peft_quantised import FUSED_NAMES, as_stock
 from fastlora.integrations.peft_reasons import Parts, Units, input_reason, inspect, state_reason
 from fastlora.integrations.peft_reasons import call_reason as linear_reason
+from fastlora.integrations.peft_shared import shared_parts
 from fastlora.ops import lora_linear
 from fastlora.quantised_weight import QUANTISES_INPUT
 from fastlora.sharding import is_dtensor, lora_linear_sharded
+from fastlora.shared_input.scope import shared_output
 
 _SERVED_ARGUMENTS = ("adapter_names", "alora_offsets")
 _NORMS = "_fastlora_norms"  # attribute of a layer: by adapter, what DoRA keeps between calls
@@ -36,10 +38,14 @@ class FusedForward:
     """What stands in front of a PEFT class in the fused class of it: the forward, and nothing else."""
 
     copy_input = False  # whether to save a copy of the input for the backward; see patch
+    shares_input = False  # whether it is in a group; see patch
+    shared_parts = shared_parts
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x [..., in_features] -> [..., out_features]; of further arguments, ``adapter_names`` or ``alora_offsets`` are
         served as well, the rest by PEFT's own forward."""
+        if self.shares_input and not args and not kwargs and (y := shared_output(self, FusedLinear, x)) is not None:
+            return y
         served: Parts | Units | Mixed | str
         names, offsets = kwargs.get("adapter_names"), kwargs.get("alora_offsets")
         if args or any(value is not None for name, value in kwargs.items() if name not in _SERVED_ARGUMENTS):
@@ -147,7 +153,7 @@ def restore(layer: LoraLayer) -> bool:
     if not is_fused(kind):
         return False
     swap_class(layer, kind.stock)
-    for name in ("copy_input", _NORMS):
+    for name in ("copy_input", "shares_input", _NORMS):
         vars(layer).pop(name, None)
     return True
 

@@ -20,6 +20,7 @@ TITLES = [
     "Several adapters in one batch",
     "TRL's SFTTrainer",
     "Plain PyTorch",
+    "Layers that share an input",
     "FSDP2",
     "Merge and serve",
     "Selective checkpointing",
@@ -90,6 +91,13 @@ def test_several_adapters_in_one_batch_end_where_each_ends_alone(tmp_path):
             # Where a gradient is next to nothing, AdamW's step is of the same size and its sign is of rounding.
             assert moved > 0 and (together[key] - parameter).abs().mean() <= 1e-3 * moved, key
         assert (tmp_path / "adapter" / name / "adapter_model.safetensors").is_file()
+
+
+def test_layers_that_share_an_input(tmp_path, capsys):
+    given = run("Layers that share an input", tmp_path)
+    assert all(p.grad is not None for p in given["model"].parameters() if p.requires_grad)
+    printed = capsys.readouterr().out
+    assert "; together: " in printed and "self_attn: q_proj, k_proj, v_proj (2)" in printed and "'groups': 4" in printed
 
 
 def word_tokenizer():

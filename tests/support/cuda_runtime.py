@@ -31,8 +31,8 @@ PROBLEM = dict(
 )  # fmt: skip
 _FIELDS = (
     "name", "kernel", "arch", "backward", "fp16", "transposed", "decodes", "segments", "dropout", "splits", "fuses",
-    "cluster", "threads", "block_m", "block_n", "block_k", "rank", "shared_bytes", "gradient_columns", "split_partial_floats",
-    "gradient_partial_floats",
+    "cluster", "threads", "block_m", "block_n", "block_k", "rank", "shared_bytes", "gradient_columns",
+    "split_partial_floats", "gradient_partial_floats",
 )  # fmt: skip
 # Those of a Variant that are numbers, in C++.
 NUMBERS = tuple(field for field in _FIELDS if field not in ("name", "kernel"))

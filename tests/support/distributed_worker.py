@@ -346,8 +346,102 @@ def experts_ddp(kind):
     return scenario
 
 
+class Gated(nn.Module):
+    """Two layers that share an input, of which the last process in a lopsided run does not use the second."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(12, 20)
+        self.up = nn.Linear(12, 20)
+        self.down = nn.Linear(20, 12)
+        self.lopsided = False
+
+    def forward(self, x):
+        gate, up = self.gate(x), self.up(x)
+        return x + self.down(torch.tanh(gate) if self.lopsided else torch.tanh(gate) * up)
+
+
+GROUPS = 2 * len(BATCHES)  # of two blocks, in every forward
+
+
+def make_gated(kind, grouped):
+    torch.manual_seed(0)
+    model = nn.Sequential(Gated(), Gated(), nn.Linear(12, 5))
+    names, example = ["gate", "up", "down"], BATCHES[0] if grouped else False
+    if kind == "inject":
+        inject(model, names, r=3, group=example)
+    else:
+        import peft
+
+        from fastlora.integrations.peft import patch
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=names))
+        patch(model, strict=True, group=example)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    fastlora.reset_dispatch_counts()
+    return model
+
+
+def shared_input(kind, wrap, groups=GROUPS):
+    """A model of groups in two processes has the losses and weights of one process without groups."""
+
+    def scenario(mesh):
+        single = make_gated(kind, False)
+        expected = train(single, split=False)
+        model = make_gated(kind, True)
+        losses = train(wrap(model, mesh), split=True)
+        counts = fastlora.dispatch_counts()
+        assert counts.get("groups", 0) == groups, counts
+        assert (losses - expected).abs().max() <= 1e-5 * expected.abs().max(), (losses, expected)
+        assert losses[-1] < 0.95 * losses[0]
+        state = get_model_state_dict(model, options=WHOLE)
+        if dist.get_rank() == 0:
+            for name, value in single.state_dict().items():
+                assert (state[name] - value).abs().max() <= 1e-5, name
+
+    return scenario
+
+
+def shared_input_unused(mesh):
+    """What differs under DDP: a sibling whose output nothing uses counts as used, with a gradient of zero."""
+    for grouped in (False, True):
+        model = make_gated("inject", grouped)
+        for block in model[:2]:
+            block.lopsided = True
+        wrapped = DistributedDataParallel(model)
+        wrapped(BATCHES[0]).sum().backward()
+        if grouped:
+            wrapped(BATCHES[0]).sum().backward()
+            assert not model[0].up.lora_A.grad.any() and model[0].gate.lora_A.grad.any()
+            continue
+        try:
+            wrapped(BATCHES[0])
+        except RuntimeError as error:
+            assert "did not receive grad" in str(error) or "find_unused_parameters" in str(error)
+        else:
+            raise AssertionError("an unused parameter was no error")
+
+
+def _fsdp(units):
+    return lambda model, mesh: shard(model, mesh, units)
+
+
 SCENARIOS = {
     **{f"{kind} experts ddp": experts_ddp(kind) for kind in ("inject", "peft")},
+    **{
+        f"{kind} shared input ddp": shared_input(kind, lambda m, mesh: DistributedDataParallel(m))
+        for kind in ("inject", "peft")
+    },
+    **{
+        f"{kind} shared input fsdp": shared_input(kind, _fsdp(lambda m: isinstance(m, Gated)))
+        for kind in ("inject", "peft")
+    },
+    # Units of single layers gather their weights as they are called: each layer is a call of its own.
+    "shared input in units": shared_input("inject", _fsdp(UNITS["lora layers"]), groups=0),
+    "shared input unused": shared_input_unused,
     **{f"{kind} ddp": ddp(kind) for kind in ("inject", "peft")},
     **{f"{kind} fsdp {units}": fsdp(kind, units) for kind in ("inject", "peft") for units in UNITS},
     **{f"{kind} fsdp mixed": fsdp_mixed(kind) for kind in ("inject", "peft")},
