@@ -16,6 +16,7 @@ from itertools import count
 
 from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.queue_order import Schedule, Tile, build_queue, cdiv
+from benchmarks.schedule.row_map import RowMap, one_segment
 
 LABEL = "model, not a measurement"
 MAX_STEPS = 8_000  # K chunks grow until one run has about this many events, so that most shapes take seconds
@@ -117,19 +118,24 @@ class Simulation:
     """One launch over a queue. Every SM is a process that loads, as the loading warp does, and keeps the time at which
     its math warps are free. A process yields a time to sleep until, or a signal to wait for."""
 
-    def __init__(self, problem: Problem, schedule: Schedule, machine: Machine):
+    def __init__(self, problem: Problem, schedule: Schedule, machine: Machine, row_map: RowMap | None = None):
         self.problem, self.schedule, self.machine = problem, schedule, machine
-        self.rows, columns = cdiv(problem.m, schedule.block_m), cdiv(problem.width, schedule.block_n)
-        if self.rows * columns > MAX_TILES:
-            raise ValueError(f"{self.rows} x {columns} tiles are more than the {MAX_TILES} that can be modelled")
+        rows, columns = cdiv(problem.m, schedule.block_m), cdiv(problem.width, schedule.block_n)
+        if rows * columns > MAX_TILES:
+            raise ValueError(f"{rows} x {columns} tiles are more than the {MAX_TILES} that can be modelled")
+        self.row_map = row_map or one_segment(problem.m, schedule)
+        if sum(block.rows for block in self.row_map.blocks) != problem.m:
+            raise ValueError(f"the row blocks must hold the {problem.m} rows of the problem")
+        rows = len(self.row_map.blocks)
         self.shrink_width = problem.r if schedule.fused else min(problem.r, schedule.shrink_width)
         self.shrink = cdiv(problem.r, self.shrink_width) if problem.r else 0
         self.rank = cdiv(problem.r, 16) * 16
         wanted = problem.backward and problem.r
         grads = tuple(cdiv(size, schedule.grad_columns) if wanted else 0 for size in (problem.n, problem.k))
-        self.queue = build_queue(self.rows, columns, self.shrink, grads, schedule, machine.sm_count)
+        parts = len(self.row_map.chunks)
+        self.queue = build_queue(rows, columns, self.shrink, grads, schedule, machine.sm_count, parts)
         steps = cdiv(problem.reduction, schedule.block_k)
-        self.chunk = schedule.block_k * min(max(4, cdiv(self.rows * columns * steps, MAX_STEPS)), steps)
+        self.chunk = schedule.block_k * min(max(4, cdiv(rows * columns * steps, MAX_STEPS)), steps)
         self.sm_flops = machine.flops / machine.sm_count
         self.memory = Memory(machine)
         self.now = self.stalled = 0.0
@@ -201,6 +207,7 @@ class Simulation:
         separate = width > 0 and not schedule.fused
         columns = 0 if separate else schedule.block_n
         columns += max(width, machine.shrink_floor) if width else 0
+        block = self.row_map.blocks[tile.block]
         for chunk, first in enumerate(range(0, problem.reduction, self.chunk)):
             depth = min(self.chunk, problem.reduction - first)
             act, weight, down = (size * depth * 2 for size in (*self._extent(tile), width))
@@ -208,16 +215,17 @@ class Simulation:
             if separate:
                 weight = 0
             else:
-                loads.append((("weight", tile.column, chunk), weight, False))
+                loads.append((("weight", block.expert, tile.column, chunk), weight, False))
             if width:
-                loads.append((("down", tile.column, chunk), down, False))
+                loads.append((("down", block.expert, tile.column, chunk), down, False))
             seconds = 2 * schedule.block_m * columns * depth / self.sm_flops
             if width and problem.dropout and not problem.backward:
                 drawn = schedule.block_m * depth * machine.philox
                 if not separate and schedule.overlap:  # the base product is in flight meanwhile
                     drawn = max(0.0, drawn - 2 * schedule.block_m * schedule.block_n * depth / self.sm_flops)
                 seconds += drawn
-            yield self._load(sm, loads, act + weight / schedule.cluster + down, seconds, first=chunk == 0)
+            port_bytes = block.loaded * depth * 2 + weight / schedule.cluster + down
+            yield self._load(sm, loads, port_bytes, seconds, first=chunk == 0)
         if width:
             made = self._extent(tile)[0] * self.rank * 2 if tile.column == 0 else 0
             self._at(self.busy[sm], partial(self._store, sm, [(("S", tile.block), made, True)], made))
@@ -251,13 +259,14 @@ class Simulation:
             # A call a step, for DRAWN_COLUMNS, is made while products are in flight, which last longer.
             hidden = DRAWN_COLUMNS * cdiv(self.problem.reduction, schedule.block_k) if schedule.overlap else 0
             seconds += schedule.block_m * max(0, schedule.block_n - hidden) * self.machine.philox
-        loads = [(("up", tile.column), up, False)] + [(("S", tile.block), s, False)] * reads_s
+        expert = self.row_map.blocks[tile.block].expert
+        loads = [(("up", expert, tile.column), up, False)] + [(("S", tile.block), s, False)] * reads_s
         self._load(sm, loads, up + s * reads_s, seconds)
 
     def _extent(self, tile: Tile) -> tuple[int, int]:
         """Rows and columns of the output that this tile covers, less at the edges."""
         schedule, problem = self.schedule, self.problem
-        rows = min(schedule.block_m, problem.m - tile.block * schedule.block_m)
+        rows = self.row_map.blocks[tile.block].rows
         return rows, max(0, min(schedule.block_n, problem.width - tile.column * schedule.block_n))
 
     def _slice_width(self, tile: Tile) -> int:
@@ -267,17 +276,24 @@ class Simulation:
         return cdiv(min(self.shrink_width, self.problem.r - tile.column * self.shrink_width), 8) * 8
 
     def _gradient(self, sm: int, tile: Tile) -> Generator:
-        """Sums over a part of M, then adds the part to the others'."""
+        """Sums over a part of M, then adds the part to the others'; or stores zeros, over nothing."""
         schedule, machine = self.schedule, self.machine
-        first = tile.block * schedule.group_m
+        chunk = self.row_map.chunks[tile.block]
         total = self.problem.k if tile.kind == "dA" else self.problem.n
         width = min(schedule.grad_columns, total - tile.column * schedule.grad_columns)
-        seconds = 2 * schedule.block_m * schedule.grad_columns * max(self.rank, machine.shrink_floor) / self.sm_flops
-        if self.problem.dropout and tile.kind == "dA":
-            seconds += schedule.block_m * schedule.grad_columns * machine.philox
-        for block in range(first, min(first + schedule.group_m, self.rows)):
-            rows = min(schedule.block_m, self.problem.m - block * schedule.block_m)
+        size = width * self.rank * 4
+        if not chunk.blocks:
+            self.busy[sm] = max(self.busy[sm], self.now) + machine.tile_overhead
+            stored = chunk.zeroed * size
+            self._at(self.busy[sm], partial(self._store, sm, [(("zeros", *tile), stored, True)], stored))
+            return
+        for block in chunk.blocks:
+            rows, loaded, summed, _ = self.row_map.blocks[block]
+            seconds = 2 * summed * schedule.grad_columns * max(self.rank, machine.shrink_floor) / self.sm_flops
+            if self.problem.dropout and tile.kind == "dA":
+                seconds += summed * schedule.grad_columns * machine.philox
             left, right = rows * width * 2, rows * self.rank * 2
+            port_bytes = min(loaded, summed) * (width + self.rank) * 2
             if tile.kind == "dA":
                 before = self.now
                 for column in range(self.shrink):
@@ -287,9 +303,8 @@ class Simulation:
             else:  # dY is this launch's act: the same bytes, met again
                 loads = [(("act", block, c), rows * self.chunk * 2, False) for c in self._chunks(tile.column)]
                 loads.append((("saved S", block), right, False))
-            yield self._load(sm, loads, left + right, seconds, first=block == first)
-        size = width * self.rank * 4
-        yield from self._add_part(sm, tile, size)
+            yield self._load(sm, loads, port_bytes, seconds, first=block == chunk.blocks[0])
+        yield from self._add_part(sm, ("sum", tile.kind, chunk.expert, tile.column), chunk.place, size)
         self.busy[sm] += machine.tile_overhead
 
     def _chunks(self, column: int) -> range:
@@ -298,23 +313,24 @@ class Simulation:
         last = min((column + 1) * width, self.problem.reduction) - 1
         return range(column * width // self.chunk, last // self.chunk + 1)
 
-    def _add_part(self, sm: int, tile: Tile, size: int) -> Generator:
+    def _add_part(self, sm: int, key: tuple, place: int, size: int) -> Generator:
         """Adds this part to the running fp32 sum (the first part only writes it), then lets the next part go."""
-        key = ("sum", tile.kind, tile.column)
-        if tile.block:
-            yield (*key, tile.block - 1)
+        if place:
+            yield (*key, place - 1)
             self.stalled += max(0.0, self.now - self.busy[sm])
         self.busy[sm] = max(self.busy[sm], self.now)
         yield self.busy[sm]
-        for write in (False, True) if tile.block else (True,):
+        for write in (False, True) if place else (True,):
             self.busy[sm] = self.memory.access(self.now, [(key, size, write)], size)
             yield self.busy[sm]
-        self._signal((*key, tile.block), self.now + self.machine.flag_latency)
+        self._signal((*key, place), self.now + self.machine.flag_latency)
 
 
-def simulate(problem: Problem, schedule: Schedule, machine: Machine | None = None) -> Outcome:
-    """Runs one launch through the model."""
-    return Simulation(problem, schedule, machine or Machine()).run()
+def simulate(
+    problem: Problem, schedule: Schedule, machine: Machine | None = None, row_map: RowMap | None = None
+) -> Outcome:
+    """Runs one launch through the model; without a ``row_map`` its rows are one segment."""
+    return Simulation(problem, schedule, machine or Machine(), row_map).run()
 
 
 def frozen_baseline(problem: Problem, schedule: Schedule, machine: Machine | None = None) -> Outcome:

@@ -62,7 +62,15 @@ class Schedule:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, int], schedule: Schedule, wave: int):
+def build_queue(
+    rows: int,
+    columns: int,
+    shrink: int,
+    grad_columns: tuple[int, int],
+    schedule: Schedule,
+    wave: int,
+    parts: int | None = None,
+) -> list[Tile]:
     """The queue of one launch.
 
     Args:
@@ -71,25 +79,32 @@ def build_queue(rows: int, columns: int, shrink: int, grad_columns: tuple[int, i
         grad_columns: (blocks of N for dB, blocks of K for dA); (0, 0) in a forward pass.
         schedule: group size, and who makes S.
         wave: number of CTAs.
+        parts: parts of M that gradient tiles sum over, where these are not the row groups.
 
     Returns:
         A list of Tile: S_0, then for each row group g its other tiles, with S_{g+1} put in ``wave`` tiles before their
         end, then the gradient tiles of the part of M that the group is, dB's first; these at the very end where
         schedule.gradients_last.
+
+    Raises:
+        ValueError: gradient tiles would follow groups that are not their parts.
     """
     starts = range(0, rows, schedule.group_m)
     groups = [range(start, min(start + schedule.group_m, rows)) for start in starts]
-    columns_b, columns_a = grad_columns
+    if parts is None:
+        parts = len(groups)
+    elif parts != len(groups) and not schedule.gradients_last:
+        raise ValueError(f"{parts} parts of M can follow {len(groups)} row groups only with gradients_last=True")
     shrinks = [[Tile("shrink", m, n) for n in range(shrink) for m in group] for group in groups]
     first = shrink if schedule.fused else 0
-    queue, gradients = list(shrinks[0]), []
+    kinds = tuple(zip(("dB", "dA"), grad_columns, strict=True))
+    gradients = [[Tile(kind, part, n) for kind, width in kinds for n in range(width)] for part in range(parts)]
+    queue = list(shrinks[0])
     for part, group in enumerate(groups):
         base = [Tile("base", m, n) for n in range(first, columns) for m in group]
         following = shrinks[part + 1] if part + 1 < len(groups) else []
         cut = max(0, len(base) - wave)
         queue += base[:cut] + following + base[cut:]
-        gradients += [Tile("dB", part, column) for column in range(columns_b)]
-        gradients += [Tile("dA", part, column) for column in range(columns_a)]
         if not schedule.gradients_last:
-            queue, gradients = queue + gradients, []
-    return queue + gradients
+            queue += gradients[part]
+    return queue + [tile for part in gradients if schedule.gradients_last for tile in part]
