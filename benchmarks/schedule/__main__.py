@@ -5,6 +5,7 @@ python -m benchmarks.schedule --sweep                               writes resul
 python -m benchmarks.schedule --sweep --measured results/layer.json calibrated by measured times
 python -m benchmarks.schedule --stages                              three stages or four in the CUDA kernels' pipeline
 python -m benchmarks.schedule --decoding                            a packed weight decoded once or in the loop
+python -m benchmarks.schedule --experts                             rows in segments: 8 to 128 experts, skewed loads
 """
 
 import sys
@@ -15,6 +16,7 @@ import click
 
 from benchmarks import RESULTS
 from benchmarks.schedule import decoding as packed_weights
+from benchmarks.schedule import segments as rows_in_segments
 from benchmarks.schedule.fit import as_launched, fit, read_measured
 from benchmarks.schedule.machine import Machine
 from benchmarks.schedule.model import LABEL, Problem, frozen_baseline, simulate
@@ -45,15 +47,19 @@ from benchmarks.schedule.sweep import calibration_text, sweep, write_sweep
 )
 @click.option("--stages", is_flag=True, help="Print what a fourth stage of the pipeline would cost and gain.")
 @click.option("--decoding", is_flag=True, help="Print where a packed weight is better decoded in its product's loop.")
+@click.option("--experts", is_flag=True, help="Print which tile suits experts, by their number and load (minutes).")
 @click.option("--measured", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="fastlora bench JSON.")
 @click.option("--output", default=RESULTS, type=click.Path(file_okay=False, path_type=Path))
-def main(m, n, k, r, dropout, run_sweep, stages, decoding, measured, output, fused, gradients_last, **queue):
+def main(m, n, k, r, dropout, run_sweep, stages, decoding, experts, measured, output, fused, gradients_last, **queue):
     """The one-launch schedule's cost, by a discrete-event model."""
     if stages:
         click.echo(as_text())
         return
     if decoding:
         click.echo(packed_weights.as_text())
+        return
+    if experts:
+        click.echo(rows_in_segments.as_text(rows_in_segments.sweep()))
         return
     schedule, fitted, machine = Schedule(**queue), None, Machine()
     choices = {"fused": fused, "gradients_last": gradients_last}

@@ -15,6 +15,11 @@ EPILOGUE_INSTRUCTIONS = 410  # of a forward's base tile
 DRAIN_CLOCKS, SWITCH_CLOCKS = 100, 240
 
 
+def tile_overhead(epilogue_instructions: int) -> float:
+    """Seconds a tile exposes between its last product and the next tile's first: two consumer warps a scheduler."""
+    return (_CONSUMER_WARPS_PER_SCHEDULER * epilogue_instructions + DRAIN_CLOCKS + SWITCH_CLOCKS) / CLOCK
+
+
 @dataclass(frozen=True)
 class Machine:
     """Figures of a GPU. Defaults: H200 SXM, from the sources named field by field.
@@ -28,8 +33,7 @@ class Machine:
     sm_bandwidth: bytes/s into one SM: 64 B per clock at 1.7 GHz.
     l2_bytes: vendor's 50 MB (the runtime reports 60 MB, of which a part is not usable by one side).
     load_latency, flag_latency: seconds from a miss to shared memory; from a release to the acquire that sees it.
-    tile_overhead: seconds a tile exposes between its last product and the next tile's first: the constants above, two
-        consumer warps a scheduler.
+    tile_overhead: seconds, by the function of that name, of the largest tile.
     shrink_floor: the shrink product reads its 64×16 fragment of act from shared memory in as many clocks as 32 columns
         compute, so fewer columns save nothing.
     philox: seconds per element of act that dropout costs one SM's schedulers: PHILOX_INSTRUCTIONS for eight elements.
@@ -43,8 +47,6 @@ class Machine:
     l2_bytes: float = 50e6
     load_latency: float = 0.7e-6
     flag_latency: float = 1.0e-6
-    tile_overhead: float = (
-        _CONSUMER_WARPS_PER_SCHEDULER * EPILOGUE_INSTRUCTIONS + DRAIN_CLOCKS + SWITCH_CLOCKS
-    ) / CLOCK
+    tile_overhead: float = tile_overhead(EPILOGUE_INSTRUCTIONS)
     shrink_floor: int = 32
     philox: float = PHILOX_INSTRUCTIONS / (8 * _LANES) / CLOCK

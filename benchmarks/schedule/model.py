@@ -286,6 +286,7 @@ class Simulation:
             self.busy[sm] = max(self.busy[sm], self.now) + machine.tile_overhead
             stored = chunk.zeroed * size
             self._at(self.busy[sm], partial(self._store, sm, [(("zeros", *tile), stored, True)], stored))
+            yield self.busy[sm]
             return
         for block in chunk.blocks:
             rows, loaded, summed, _ = self.row_map.blocks[block]

@@ -183,7 +183,7 @@ def test_stacks_that_no_kernel_takes_are_refused_with_their_reason(changes, reas
 
 
 def test_a_tile_is_tall_where_segments_are_long():
-    assert [choose_segment_tile(m, g).block_m for m, g in ((8192, 32), (8192, 33), (16, 1))] == [128, 64, 64]
+    assert [choose_segment_tile(m, g).block_m for m, g in ((4096, 32), (4096, 33), (16, 1))] == [128, 64, 64]
 
 
 def test_an_only_weight_may_have_any_stride_to_the_next(own_workspace):
