@@ -56,13 +56,35 @@ def test_a_sum_waits_for_the_chunk_before_it_of_the_same_adapter_alone():
     schedule, machine = replace(SMALL, group_m=1), Machine(sm_count=64, flag_latency=50e-6)
     problem = Problem(7 * 64, 16, 16, 16, backward=True)
     chained, apart = (
-        simulate(problem, schedule, machine, segments(lengths, schedule)).makespan for lengths in ([7 * 64], [64] * 7)
+        simulate(problem, schedule, machine, segments(lengths, schedule)) for lengths in ([7 * 64], [64] * 7)
     )
-    assert chained - apart == pytest.approx(6 * 50, rel=0.02)
+    assert chained.makespan - apart.makespan == pytest.approx(6 * 50, rel=0.02)
+    assert chained.dram_written == apart.dram_written - 6 * 4 * 16 * (16 + 16)  # six sums fewer of dA and of dB
     found = segments([7 * 64], schedule)
     reverse = RowMap(found.blocks, (*(chunk._replace(place=6 - chunk.place) for chunk in found.chunks[:-1]),))
     with pytest.raises(RuntimeError, match="deadlock"):
         simulate(problem, schedule, Machine(sm_count=1), reverse)
+
+
+def test_a_gradient_tile_loads_and_multiplies_whole_steps():
+    """One row more in the first segment, of three of 64 rows, is a step more of its gradient tiles."""
+    problem, schedule = Problem(192, 16, 16, 16, backward=True), replace(SMALL, block_m=128)
+
+    def longer(machine):
+        even, uneven = (
+            simulate(problem, schedule, machine, segments(lengths, schedule)).makespan
+            for lengths in ([64, 64, 64], [65, 63, 64])
+        )
+        return uneven - even
+
+    free = Machine(
+        sm_count=1, flops=1e30, dram_bandwidth=1e30, l2_bandwidth=1e30, sm_bandwidth=1e30, load_latency=0,
+        flag_latency=0, tile_overhead=0,
+    )  # fmt: skip
+    step = 2 * 64 * 16 * 32  # FLOP, of dA and of dB
+    assert longer(replace(free, flops=1e9)) == pytest.approx(2 * step / 1e9 * 1e6)
+    # In bytes: 64 rows more of X and dS, and of dY and S; a row of S more or less does not matter.
+    assert longer(replace(free, sm_bandwidth=1e9)) == pytest.approx(2 * 64 * (16 + 16) * 2 / 1e9 * 1e6, rel=0.02)
 
 
 @pytest.mark.parametrize("backward", (False, True))
@@ -101,6 +123,14 @@ def test_every_weight_that_is_used_is_read_and_no_other():
         for lengths in (experts.half_empty(m, 8), experts.balanced(m, 8))
     ]
     assert read[1] - read[0] == 4 * 2 * (n * k + 16 * (n + k))
+
+
+def test_the_least_time_is_that_of_products_or_of_used_operands():
+    lengths, n, k = [100, 0, 0], 64, 32
+    moved = 2 * (100 * (n + k) + n * k)
+    assert experts.least_time(lengths, n, k, Machine(flops=1e30, dram_bandwidth=1e9)) == pytest.approx(moved / 1e3)
+    products = 2 * 100 * n * k
+    assert experts.least_time(lengths, n, k, Machine(flops=1e9, dram_bandwidth=1e30)) == pytest.approx(products / 1e3)
 
 
 @pytest.mark.parametrize("load", experts.LOADS)

@@ -122,9 +122,9 @@ def fuses_drawn(shrink_tiles: int, n_tiles: int, n_sms: int) -> bool:
 
 
 def choose_segment_tile(m: int, n_segments: int) -> CudaTile:
-    """The tile for m rows in so many segments: a tall one loads the fewer bytes for a product, but the last row block
-    of a segment is half empty on average. By the schedule model (python -m benchmarks.schedule --experts) and no
-    measurement: from 128 rows on average the tall tile is faster under all loads but one, at 64 under skewed ones."""
+    """The tile for m rows in so many segments: a tall one loads fewer bytes for a product, but the last row block of a
+    segment is half empty on average. By the schedule model, not by a measurement: from 128 rows on average the tall
+    tile is faster under every load, at 64 under skewed ones (python -m benchmarks.schedule --experts)."""
     return CudaTile(128 if m >= _TALL_SEGMENT * n_segments else 64, 128, group_m=8)
 
 
