@@ -201,7 +201,7 @@ def grouped_lora_linear(
         adapters: int32 or int64 [G]: the adapter of each segment, -1 for none; by default its own number. Without an
             adapter no branch is computed, and nothing of any factor gets into the segment's rows. By the kernels, rows
             whose weight or adapter does not exist are NaN, and offsets that decrease or pass M are clamped; under
-            ``TRITON_DEBUG=1`` either traps in Triton's.
+            ``TRITON_DEBUG=1`` Triton's kernels serve such calls, and either traps.
         transposed: each weight lies as [in_features, out_features].
         dropout_p: probability of dropping an element of x in front of the branch; the mask depends on an element's
             place in all of x and on the seed, as ``lora_linear``'s does.

@@ -165,6 +165,17 @@ def test_what_is_not_compiled_is_refused_with_its_reason(options, reason):
     assert reason in segment_launch.why_not_compiled(described(**options))
 
 
+@pytest.mark.parametrize("value", ("1", "True", "0", None))
+def test_where_assertions_are_asked_for_triton_serves(monkeypatch, value):
+    """Its kernels trap on broken segments; these have no such switch."""
+    monkeypatch.setattr(segment_launch.single, "unusable", lambda device: None)
+    monkeypatch.delenv("TRITON_DEBUG", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_DEBUG", value)
+    reason = segment_launch.why_unsupported(described()._replace(device=torch.device("cuda", 0)))
+    assert reason is None if value in ("0", None) else "TRITON_DEBUG asks for kernels that trap" in reason
+
+
 @pytest.mark.parametrize(
     "changes, reason",
     (

@@ -4,6 +4,7 @@ Nothing is read of the tensors that say where segments end and what they use: th
 that there may be.
 """
 
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastlora.problem import Gradients, Launcher, LaunchSpec, Stacks
 from fastlora.segments import GroupedBackward, GroupedForward
 
 MAX_SEGMENTS = 1023  # kMaxSegments of csrc/host/params.h: their table must fit shared memory
+_TRUE = ("1", "true", "yes", "on", "y")  # as Triton reads its environment
 _OF_SEGMENTS = ("ends", "experts", "adapters", "scalings")
 
 
@@ -24,6 +26,8 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     """Why these kernels cannot serve a call here, or None."""
     if spec.device.type != "cuda":
         return f"the tensors are on {spec.device}"
+    if os.environ.get("TRITON_DEBUG", "").lower() in _TRUE:
+        return "TRITON_DEBUG asks for kernels that trap where segments are broken: Triton's"
     return single.unusable(spec.device) or why_not_compiled(spec)
 
 
