@@ -82,7 +82,7 @@ def test_bad_ends_touch_nothing_else(tile):
     check_bad_ends(tile, SCHEDULES[2])
 
 
-@pytest.mark.parametrize("tile, transposed", itertools.product((SHORT, TALL), (False, True)))
+@pytest.mark.parametrize("tile, transposed", list(itertools.product((SHORT, TALL), (False, True))))
 def test_a_neighbours_nan_stays_there(tile, transposed):
     check_neighbours(tile, transposed, SCHEDULES[1])
 
