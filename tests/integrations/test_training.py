@@ -12,6 +12,7 @@ from fastlora.backends import reference
 from fastlora.finetune.memory import SavedTensors
 from fastlora.model import inject
 from fastlora.module import LoRALinear
+from fastlora.problem import Needs
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -256,7 +257,7 @@ def test_frozen_inputs_cost_no_gradient(monkeypatch):
     backward = reference.lora_backward
 
     def spy(*args):
-        needs.append(args[-1])
+        needs.append(next(arg for arg in args if isinstance(arg, Needs)))
         return backward(*args)
 
     monkeypatch.setattr(reference, "lora_backward", spy)
