@@ -246,7 +246,7 @@ def test_a_patched_model_prints_its_groups_and_is_taken_apart_by_unpatch():
 
 def test_what_peft_changes_between_calls_is_seen():
     """Adapters switched, disabled, several at once, with DoRA, with a lora_bias, hotswapped: single layers or PEFT."""
-    model = make("llama", True)
+    model = make("llama", True).double()
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
     stock = copy.deepcopy(model)
     unpatch(stock)
@@ -256,7 +256,7 @@ def test_what_peft_changes_between_calls_is_seen():
         got = model(input_ids=IDS).logits
         found, reasons = groups_and_fallbacks()
         assert found == groups and (reason is None or reasons.get(f"shared input: {reason}", 0) > 0), reasons
-        torch.testing.assert_close(got, stock(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(got, stock(input_ids=IDS).logits, rtol=1e-9, atol=1e-9)
 
     agree(4, None)
     for each in (model, stock):
@@ -272,7 +272,7 @@ def test_what_peft_changes_between_calls_is_seen():
     agree(4, None)
     names = ["default", "__base__"]
     got, wanted = (each(input_ids=IDS, adapter_names=names).logits for each in (model.eval(), stock.eval()))
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
     assert groups_and_fallbacks()[0] == 0
     for config, reason in (({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "lora_bias")):
         other = peft.get_peft_model(_llama(), peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"], **config))
