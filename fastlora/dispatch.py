@@ -236,7 +236,7 @@ def scaled_forward(operands: ScaledForward, requested: str | None) -> Callable[[
         operands: of the call.
         requested: a backend's name to insist on, or None.
     """
-    if not may_launch(operands.x.device, requested):
+    if not may_launch(operands.layer.x.device, requested):
         return None
     key = (requested, scaled_operands.forward_key(operands))
     return _in_launch(operands, requested, key, lambda: scaled_operands.describe_forward(operands))
@@ -244,7 +244,7 @@ def scaled_forward(operands: ScaledForward, requested: str | None) -> Callable[[
 
 def scaled_backward(operands: ScaledBackward, needs: Needs, requested: str | None) -> Callable[[], Any] | None:
     """Likewise of its backward, which returns Gradients and the magnitude's or None."""
-    if not may_launch(operands.dy.device, requested):
+    if not may_launch(operands.layer.dy.device, requested):
         return None
     key = (requested, scaled_operands.backward_key(operands, needs))
     return _in_launch(operands, requested, key, lambda: scaled_operands.describe_backward(operands, needs))

@@ -104,45 +104,22 @@ class BackwardOperands(NamedTuple):
 
 
 class ScaledForward(NamedTuple):
-    """What a DoRA layer's forward reads: ForwardOperands, and the factors of Y's columns.
-    Y = magnitude/norm∘Z + bias of Z = x·weightᵀ + scaling·(x·lora_aᵀ)·lora_bᵀ."""
+    """What a DoRA layer's forward reads. Y = magnitude/norm∘Z + bias of
+    Z = x·weightᵀ + scaling·(x·lora_aᵀ)·lora_bᵀ."""
 
-    x: Tensor  # [M, K]
-    weight: Tensor  # [N, K]
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    bias: Tensor | None  # [N]
-    scaling: float
-    dropout_p: float  # 0: no kernel drops here
-    seed: Tensor | None
+    layer: ForwardOperands  # whose dropout_p is 0: no kernel drops here
     magnitude: Tensor  # [N]
     norm: Tensor  # [N], float32
     keeps_unscaled: bool  # whether Z is returned, for the magnitude's gradient
 
-    @property
-    def of_layer(self) -> ForwardOperands:
-        return ForwardOperands(*self[:8])
-
 
 class ScaledBackward(NamedTuple):
-    """What its backward reads: BackwardOperands, and the factors; the norm is a constant."""
+    """What its backward reads; the norm is a constant."""
 
-    dy: Tensor  # [M, N]
-    x: Tensor | None  # [M, K]
-    weight: Tensor  # [N, K]
-    lora_a: Tensor  # [R, K]
-    lora_b: Tensor  # [N, R]
-    s: Tensor | None  # [M, R], what the forward returned
-    scaling: float
-    dropout_p: float  # 0
-    seed: Tensor | None
+    layer: BackwardOperands  # whose dropout_p is 0
     magnitude: Tensor  # [N]
     norm: Tensor  # [N], float32
     unscaled: Tensor | None  # [M, N], Z; None: the magnitude gets no gradient
-
-    @property
-    def of_layer(self) -> BackwardOperands:
-        return BackwardOperands(*self[:9])
 
 
 class Aligned(NamedTuple):

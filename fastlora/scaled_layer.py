@@ -18,7 +18,7 @@ from fastlora.column_scale import Kept, bias_gradient, magnitude_gradient, scale
 from fastlora.differentiable import backward_reason
 from fastlora.differentiable import gradients as differentiable_gradients
 from fastlora.ops import in_dtype
-from fastlora.problem import Gradients, Needs, ScaledBackward, ScaledForward
+from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, Needs, ScaledBackward, ScaledForward
 from fastlora.rows import flat
 from fastlora.saved_tensors import saved_tensors
 
@@ -64,8 +64,8 @@ def scaled_linear(
     if copy_input and trains and x is given and any(t.requires_grad for t in trained):
         x = x.clone()
     with torch.no_grad():
-        operands = (flat(x), weight, lora_a, lora_b, bias, scaling, 0.0, None, magnitude, norm, keeps_unscaled)
-        launch = dispatch.scaled_forward(ScaledForward(*operands), backend)
+        layer = ForwardOperands(flat(x), weight, lora_a, lora_b, bias, scaling, 0.0, None)
+        launch = dispatch.scaled_forward(ScaledForward(layer, magnitude, norm, keeps_unscaled), backend)
     if launch is None:
         return None
     if not trains:
@@ -99,8 +99,8 @@ class _ScaledLoRAFunction(torch.autograd.Function):
             ctx.norms.forget_branch()
         needs = Needs(*ctx.needs_input_grad[:4])
         rows = None if x is None else flat(x)
-        layer = (rows, weight, lora_a, lora_b, s, ctx.scaling, 0.0, None)
-        operands = ScaledBackward(flat(dy), *layer, magnitude, norm, unscaled)
+        layer = BackwardOperands(flat(dy), rows, weight, lora_a, lora_b, s, ctx.scaling, 0.0, None)
+        operands = ScaledBackward(layer, magnitude, norm, unscaled)
         with without_autocast(dy):
             (dx, da, db, dbias), dm = _gradients(operands, needs, ctx.backend)
         dx = None if dx is None else dx.view(*dy.shape[:-1], weight.shape[1])
@@ -117,22 +117,23 @@ def _gradients(operands: ScaledBackward, needs: Needs, backend: str | None) -> t
     launch = dispatch.scaled_backward(operands, needs, backend)
     if launch is not None:
         return launch()
-    dy, magnitude, norm, unscaled = operands.dy, operands.magnitude, operands.norm, operands.unscaled
-    through = needs._replace(dbias=False)
-    of_layer = operands.of_layer._replace(dy=scaled_in_one_pass(dy, magnitude / norm))
-    gradients = dispatch.backward(of_layer, through, backend) if any(through) else Gradients(None, None, None, None)
+    layer, magnitude, norm, unscaled = operands
+    dy, through = layer.dy, needs._replace(dbias=False)
+    layer = layer._replace(dy=scaled_in_one_pass(dy, magnitude / norm))
+    gradients = dispatch.backward(layer, through, backend) if any(through) else Gradients(None, None, None, None)
     dm = None if unscaled is None else magnitude_gradient(dy, unscaled, magnitude, norm)
     return gradients._replace(dbias=bias_gradient(dy, dy.dtype) if needs.dbias else None), dm
 
 
 def _differentiable(operands: ScaledBackward, needs: Needs) -> tuple[Gradients, Tensor | None]:
     """Z is a function of x, A and B, and so it and S are made anew."""
-    x, weight, scaling, dtype = operands.x, operands.weight, operands.scaling, operands.dy.dtype
-    a, b = operands.lora_a.to(dtype), operands.lora_b.to(dtype)
-    layer = operands.of_layer._replace(dy=scaled(operands.dy, operands.magnitude / operands.norm), s=None)
-    gradients = differentiable_gradients(*layer, needs._replace(dbias=False))
+    layer, magnitude, norm, unscaled = operands
+    dy, x = layer.dy, layer.x
+    scaled_layer = layer._replace(dy=scaled(dy, magnitude / norm), s=None)
+    gradients = differentiable_gradients(*scaled_layer, needs._replace(dbias=False))
     dm = None
-    if operands.unscaled is not None and x is not None:
-        unscaled = x @ weight.t() + scaling * ((x @ a.t()) @ b.t())
-        dm = magnitude_gradient(operands.dy, unscaled, operands.magnitude, operands.norm)
-    return gradients._replace(dbias=bias_gradient(operands.dy, dtype) if needs.dbias else None), dm
+    if unscaled is not None and x is not None:
+        a, b = layer.lora_a.to(dy.dtype), layer.lora_b.to(dy.dtype)
+        unscaled = x @ layer.weight.t() + layer.scaling * ((x @ a.t()) @ b.t())
+        dm = magnitude_gradient(dy, unscaled, magnitude, norm)
+    return gradients._replace(dbias=bias_gradient(dy, dy.dtype) if needs.dbias else None), dm

@@ -13,31 +13,31 @@ _ALIGNMENT = 16  # bytes
 
 def describe_forward(given: ScaledForward) -> tuple[ScaledForward, LaunchSpec]:
     """The operands of a forward as kernels take them, and their description."""
-    layer, spec = operands.describe_forward(given.of_layer)
+    layer, spec = operands.describe_forward(given.layer)
     factors = as_vector(given.magnitude), as_vector(given.norm)
     scale = ColumnScale(given.magnitude.dtype, given.norm.dtype, given.keeps_unscaled)
-    return ScaledForward(*layer, *factors, given.keeps_unscaled), spec._replace(column_scale=scale)
+    return ScaledForward(layer, *factors, given.keeps_unscaled), spec._replace(column_scale=scale)
 
 
 def describe_backward(given: ScaledBackward, needs: Needs) -> tuple[ScaledBackward, LaunchSpec]:
     """Likewise of a backward."""
-    layer, spec = operands.describe_backward(given.of_layer, needs)
+    layer, spec = operands.describe_backward(given.layer, needs)
     factors = as_vector(given.magnitude), as_vector(given.norm)
     unscaled = None if given.unscaled is None else as_vector(given.unscaled)
     scale = ColumnScale(given.magnitude.dtype, given.norm.dtype, unscaled is not None)
-    return ScaledBackward(*layer, *factors, unscaled), spec._replace(column_scale=scale)
+    return ScaledBackward(layer, *factors, unscaled), spec._replace(column_scale=scale)
 
 
 def forward_key(given: ScaledForward) -> tuple:
     """What ``describe_forward`` reads of operands: calls of one key have one description, and are in one form."""
     factors = _layouts(given.magnitude, given.norm)
-    return "scaled", *operands.forward_key(given.of_layer), *factors, given.keeps_unscaled
+    return "scaled", *operands.forward_key(given.layer), *factors, given.keeps_unscaled
 
 
 def backward_key(given: ScaledBackward, needs: Needs) -> tuple:
     """Likewise of ``describe_backward``."""
     factors = _layouts(given.magnitude, given.norm, given.unscaled)
-    return "scaled", *operands.backward_key(given.of_layer, needs), *factors
+    return "scaled", *operands.backward_key(given.layer, needs), *factors
 
 
 def _layouts(*tensors: Tensor | None) -> tuple:

@@ -226,9 +226,9 @@ def _described_scaled(magnitude: Tensor, given: Any, needs: Needs | None) -> tup
     meta = magnitude.to("meta")
     norm, trains = meta.to(torch.promote_types(given.weight.dtype, torch.float32)), magnitude.requires_grad
     if needs is None:
-        return scaled_operands.describe_forward(ScaledForward(*given, meta, norm, trains))  # type: ignore[call-arg]
+        return scaled_operands.describe_forward(ScaledForward(given, meta, norm, trains))
     unscaled = torch.empty_like(given.dy) if trains else None
-    return scaled_operands.describe_backward(ScaledBackward(*given, meta, norm, unscaled), needs)  # type: ignore[call-arg]
+    return scaled_operands.describe_backward(ScaledBackward(given, meta, norm, unscaled), needs)
 
 
 def _calls(

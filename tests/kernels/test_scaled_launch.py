@@ -15,7 +15,7 @@ from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.backends.triton import scaled_launch
-from fastlora.problem import Needs, ScaledBackward, ScaledForward
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs, ScaledBackward, ScaledForward
 from tests.support.compile_gate import MORE_ARCHITECTURES, assert_fits, expected_instruction
 from tests.support.compile_target import compile_for
 from tests.support.specialisations import asked_for
@@ -29,14 +29,15 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def described(needs: Needs | None = None, m=256, n=64, k=128, r=16, dtype=torch.bfloat16, trains=True, **changed):
     """Operands of a call on "meta", and their description."""
     x, dy, weight, a, b, s = (meta(*shape, dtype=dtype) for shape in ((m, k), (m, n), (n, k), (r, k), (n, r), (m, r)))
+    shared = {"weight": weight, "lora_a": a, "lora_b": b, "scaling": 2.0, "dropout_p": 0.0, "seed": None}
     factors = {"magnitude": meta(n, dtype=torch.float32), "norm": meta(n, dtype=torch.float32)}
-    shared = {"weight": weight, "lora_a": a, "lora_b": b, "scaling": 2.0, "dropout_p": 0.0, "seed": None, **factors}
+    factors |= {name: changed.pop(name) for name in factors.keys() & changed.keys()}
     if needs is None:
-        given = {"x": x, "bias": meta(n, dtype=dtype), "keeps_unscaled": trains, **shared, **changed}
-        return scaled_operands.describe_forward(ScaledForward(**given))
+        layer = ForwardOperands(x=x, bias=meta(n, dtype=dtype), **(shared | changed))
+        return scaled_operands.describe_forward(ScaledForward(layer, **factors, keeps_unscaled=trains))
     unscaled = meta(m, n, dtype=dtype) if trains else None
-    given = {"dy": dy, "x": x, "s": s, "unscaled": unscaled, **shared, **changed}
-    return scaled_operands.describe_backward(ScaledBackward(**given), needs)
+    backward = BackwardOperands(dy=dy, x=x, s=s, **(shared | changed))
+    return scaled_operands.describe_backward(ScaledBackward(backward, **factors, unscaled=unscaled), needs)
 
 
 def test_no_other_backend_takes_a_layer_whose_columns_are_scaled():

@@ -17,7 +17,7 @@ from fastlora.backends import workspace
 from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target
 from fastlora.backends.triton import scaled_launch
-from fastlora.problem import Needs, ScaledBackward, ScaledForward
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs, ScaledBackward, ScaledForward
 from tests.emulator import LaunchOptions
 from tests.support import numerics, triton_checks
 from tests.support.compile_gate import assert_fits, expected_instruction
@@ -124,13 +124,14 @@ def run(
     c = case.layer
     needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
     shared, factors = (c.scaling, c.dropout_p, c.seed), (case.magnitude, case.norm)
-    given = ScaledForward(c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared, *factors, trains)
+    given = ScaledForward(ForwardOperands(c.x, c.weight, c.lora_a, c.lora_b, c.bias, *shared), *factors, trains)
     operands, spec = scaled_operands.describe_forward(given)
     y, s, unscaled = kernels.prepare(spec, config)(operands)
     results = {"y": y} | ({"unscaled": unscaled} if trains else {})
     assert (unscaled is not None) == trains, "Z where the magnitude trains, and nowhere else"
     if needs is not None:
-        backward = ScaledBackward(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared, *factors, unscaled)
+        layer = BackwardOperands(c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, *shared)
+        backward = ScaledBackward(layer, *factors, unscaled)
         taken, spec = scaled_operands.describe_backward(backward, needs)
         gradients, dm = kernels.prepare(spec, config)(taken)
         results |= {n: g for n, g in (*gradients._asdict().items(), ("dm", dm)) if g is not None}

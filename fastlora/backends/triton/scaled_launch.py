@@ -68,11 +68,11 @@ class _Forward(ForwardLaunch):
         self.launch = self.prepare_launch(scaled_forward_kernel, self.launch.grid, blocks, self.launch.compiled_as)
 
     def __call__(self, operands: Any) -> Any:
-        x = operands.x
+        x = operands.layer.x
         y, s = x.new_empty(self.y_shape), x.new_empty(self.s_shape)
         unscaled = x.new_empty(self.y_shape) if operands.keeps_unscaled else None
         workspace = borrow_workspace(self.n_words, self.device)
-        self.launch(*self.arguments(operands.of_layer, y, s, workspace), operands.magnitude, operands.norm, unscaled)
+        self.launch(*self.arguments(operands.layer, y, s, workspace), operands.magnitude, operands.norm, unscaled)
         if not self._learned:
             self.learn()
         return y, s, unscaled
@@ -81,7 +81,7 @@ class _Forward(ForwardLaunch):
         """Compiles for such a call; the operands may be on the "meta" device."""
         like = torch.empty(0, dtype=self.spec.dtype, device="meta")
         unscaled = like if operands.keeps_unscaled else None
-        arguments = self.arguments(operands.of_layer, like, like, like.to(torch.int32))
+        arguments = self.arguments(operands.layer, like, like, like.to(torch.int32))
         self.launch.compile(*arguments, operands.magnitude, operands.norm, unscaled)
 
 
@@ -112,7 +112,7 @@ class _Backward(BackwardLaunch):
         )
 
     def __call__(self, operands: Any) -> Any:
-        dy = operands.dy
+        dy = operands.layer.dy
         outputs = [made and dy.new_empty(made[0], dtype=made[1]) for made in self.outputs]
         self.launch(*self.arguments(operands, outputs, borrow_workspace(self.n_words, self.device)))
         if not self._learned:
@@ -123,7 +123,7 @@ class _Backward(BackwardLaunch):
     def arguments(self, operands: Any, outputs: list[Tensor | None], workspace: Tensor) -> tuple:
         """Those of scaled_backward_kernel, but its constants; the scratch for dY is new."""
         *of_layer, dm, partial_m = outputs
-        dy, weight, lora_b, _, *rest = super().arguments(operands.of_layer, of_layer, workspace)
+        dy, weight, lora_b, _, *rest = super().arguments(operands.layer, of_layer, workspace)
         scaled = None if self.scratch_shape is None else dy.new_empty(self.scratch_shape)
         factors = operands.magnitude, operands.norm, operands.unscaled
         return dy, weight, lora_b, scaled, *rest, *factors, dm, partial_m
