@@ -93,7 +93,7 @@ def compile_all(calls: Iterable[tuple[Any, Any]], workers: int) -> int:
 
 def choose_tile(spec: LaunchSpec, target: Target, one_row_block: bool = False) -> TileConfig:
     """What ``fastlora tune`` found on this GPU, else the tables' choice. ``one_row_block``: as for choose_config."""
-    aligned = spec.aligned.act and spec.aligned.weight and has_wide_loads(spec)
+    aligned = has_aligned_rows(spec)
     if aligned:
         tuned = tuned_config(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout)
         if tuned is not None and not (one_row_block and tuned.block_m < spec.sizes.m):
@@ -103,6 +103,11 @@ def choose_tile(spec: LaunchSpec, target: Target, one_row_block: bool = False) -
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
         one_row_block=one_row_block,
     )  # fmt: skip
+
+
+def has_aligned_rows(spec: LaunchSpec) -> bool:
+    """Whether the rows of both factors start where a wide load may, as far as Triton knows."""
+    return spec.aligned.act and spec.aligned.weight and has_wide_loads(spec)
 
 
 def has_wide_loads(spec: LaunchSpec) -> bool:

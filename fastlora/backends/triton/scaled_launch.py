@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target, target_of
-from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, ceil_div, choose_tile
+from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, ceil_div, choose_tile, has_aligned_rows
 from fastlora.backends.triton.launch import why_unsupported as why_unscaled_unsupported
 from fastlora.backends.triton.scaled_kernels import scaled_backward_kernel, scaled_forward_kernel
 from fastlora.backends.workspace import borrow_workspace
@@ -47,10 +47,15 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
 
 def without_spill(config: TileConfig, spec: LaunchSpec, target: Target) -> TileConfig:
     """A tile of the tables, where it would spill as one that does not. A short one leaves S to tiles of their own (in
-    float32 it spills on sm_80, in 16 bits on sm_120); a forward's on sm_100 has 128 columns at most."""
+    float32 it spills on sm_80, in 16 bits on sm_120). A forward's on sm_100 has 128 columns at most; over unaligned
+    rows it takes steps of 64 there and where it has 16 rows (of 32 that spills on sm_86 and sm_89)."""
     config = replace(config, fused=config.fused and config.block_m > _SHORT[spec.dtype.itemsize])
-    if spec.direction == "forward" and target.arch >= 100:
+    if spec.direction == "backward":
+        return config
+    if target.arch >= 100:
         config = replace(config, block_n=min(config.block_n, 128))
+    if spec.dtype.itemsize == 2 and not has_aligned_rows(spec) and (config.block_m == 16 or target.arch in (100, 103)):
+        config = replace(config, block_k=64)
     return config
 
 

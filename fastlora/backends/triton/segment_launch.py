@@ -20,7 +20,7 @@ from fastlora.backends.triton.launch import (
     ceil_div,
     forward_rank,
     forward_scales,
-    has_wide_loads,
+    has_aligned_rows,
     seed_arguments,
     seed_types,
     threshold_argument,
@@ -56,7 +56,7 @@ def most_blocks(m: int, n_segments: int, block_m: int) -> int:
 
 def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
     """The tables' choice: a tile is as tall as a segment's rows are many on average."""
-    aligned = spec.aligned.act and spec.aligned.weight and has_wide_loads(spec)
+    aligned = has_aligned_rows(spec)
     config = choose_config(
         spec.direction, *spec.sizes,
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
