@@ -113,6 +113,7 @@ const std::vector<Field<Problem>>& problem_fields() {
       FASTLORA_FIELD(Problem, scale_format, false),
       FASTLORA_FIELD(Problem, block, false),
       FASTLORA_FIELD(Problem, nested_block, false),
+      FASTLORA_FIELD(Problem, in_loop, false),
   };
   return fields;
 }

@@ -54,14 +54,21 @@ struct Stack {
 // Collects descriptions of the matrices that a kernel copies boxes of.
 class Maps {
  public:
-  Maps(std::vector<MapSpec>& maps, bool fp16) : maps_(maps), fp16_(fp16) {}
+  Maps(std::vector<MapSpec>& maps, bool fp16)
+      : maps_(maps), element_(fp16 ? MapElement::kFloat16 : MapElement::kBfloat16) {}
 
   void add(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows, int box_columns, int box_rows,
            int swizzle, const Stack& stack = {}) {
     if (!matrix.address) return;
     maps_.push_back({offset, matrix.address, uint64_t(columns), uint64_t(rows), uint64_t(matrix.stride) * kElementBytes,
-                     uint32_t(box_columns), uint32_t(box_rows), uint32_t(swizzle), fp16_, uint64_t(stack.matrices),
+                     uint32_t(box_columns), uint32_t(box_rows), uint32_t(swizzle), element_, uint64_t(stack.matrices),
                      uint64_t(stack.stride) * kElementBytes});
+  }
+  // A contiguous matrix of bytes.
+  void add_bytes(size_t offset, uintptr_t address, int64_t columns, int64_t rows, int box_columns, int box_rows,
+                 int swizzle) {
+    maps_.push_back({offset, address, uint64_t(columns), uint64_t(rows), uint64_t(columns), uint32_t(box_columns),
+                     uint32_t(box_rows), uint32_t(swizzle), MapElement::kByte});
   }
   void add_square(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows) {
     add(offset, matrix, columns, rows, kBox, kBox, kSwizzleSpan);
@@ -69,7 +76,7 @@ class Maps {
 
  private:
   std::vector<MapSpec>& maps_;
-  bool fp16_;
+  MapElement element_;
 };
 
 }  // namespace
@@ -81,7 +88,7 @@ std::pair<int64_t, int64_t> Plan::weight_sizes() const {
 
 // What a packed weight is decoded from.
 void Plan::check_packed(const Operands& o) const {
-  const bool packed = variant_->decodes, nested = problem_.scale_format == ScaleFormat::kNested;
+  const bool packed = is_packed(), nested = problem_.scale_format == ScaleFormat::kNested;
   const uintptr_t scale_bytes = nested ? 1 : problem_.scale_format == ScaleFormat::kFloat32 ? sizeof(float) : 2;
   check_vector("codes", o.codes, packed, kCopyAlignment);
   check_vector("scales", o.scales, packed, scale_bytes);
@@ -90,7 +97,7 @@ void Plan::check_packed(const Operands& o) const {
     check_vector(name, address, nested, sizeof(float));
   }
   const int64_t in_features = variant_->backward ? base_.n : base_.k;
-  require(!packed || o.weight.stride == in_features, [&] {
+  require(!variant_->decodes || o.weight.stride == in_features, [&] {
     return "a packed weight is decoded into rows without gaps of " + std::to_string(in_features) + " elements, not " +
            std::to_string(o.weight.stride) + " apart";
   });
@@ -102,7 +109,7 @@ void Plan::check_operands(const Operands& o) const {
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
   check_matrix("act", o.act, true, p.m, p.k);
   const auto [weight_rows, weight_columns] = weight_sizes();
-  check_matrix("weight", o.weight, true, weight_rows, weight_columns);
+  check_matrix("weight", o.weight, !variant_->in_loop, weight_rows, weight_columns);
   check_packed(o);
   check_matrix("lora_a", o.lora_a, true, p.r, in_features);
   check_matrix("lora_b", o.lora_b, true, out_features, p.r);
@@ -155,6 +162,12 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   const SegmentParams& stacks = p.segments;
   maps.add(offsetof(Params, weight), o.weight, weight_columns, weight_rows, kBox, weight_box, kSwizzleSpan,
            {stacks.n_weights, o.weight_stride});
+  if (variant_->in_loop) {  // its codes, a step of a tile's columns in a box; see Run in sm90/decode_stage.cuh
+    const CodeFormat format = problem_.code_format;
+    const int bytes = code_bytes(format, variant_->block_k);
+    maps.add_bytes(offsetof(Params, weight), o.codes, code_bytes(format, p.k), p.n, bytes, variant_->block_n,
+                   is_four_bit(format) ? 0 : bytes);
+  }
   if (p.grad_b_tiles) maps.add_square(offsetof(Params, act_square), o.act, p.k, p.m);
   maps.add(offsetof(Params, lora_a), o.lora_a, in_features, p.r, kBox, ranks, kSwizzleSpan,
            {stacks.n_adapters, p.r * in_features});

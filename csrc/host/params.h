@@ -50,7 +50,8 @@ struct SegmentParams {
 
 struct Params {
   CUtensorMap act;                    // block_m x 64
-  CUtensorMap weight;                 // W0: 128 x 64 where it is contiguous along the contraction, else 64 x 64
+  CUtensorMap weight;                 // W0: 128 x 64 where it is contiguous along the contraction, else 64 x 64; where
+                                      // products decode it its codes, block_n x 64
   CUtensorMap lora_a, lora_b;         // A [R, in_features]: ranks x 64; B [out_features, R]: 64 x ranks
   CUtensorMap s;                      // 64 x ranks boxes of the S (forward) or dS (backward) that this launch makes
   CUtensorMap out;                    // 64 x 64
@@ -74,7 +75,7 @@ struct Params {
   float scale_in_s, inverse_keep;
   uint32_t last_dropped;                           // see sm90/dropout.cuh
   float scale_on_branch, inverse_scale_on_branch;  // a power of two and its inverse; see KernelTraits::kSplitsScaling
-  PackedWeight packed;                             // where the base weight is packed: `weight` maps its decoded form
+  PackedWeight packed;                             // where the base weight is packed
   SegmentParams segments;                          // of kernels for rows in segments
 };
 

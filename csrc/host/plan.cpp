@@ -14,9 +14,10 @@ std::vector<Variant>& mutable_variants() {
 // The kernel of the least rank that is enough, or null.
 const Variant* find_variant(const Problem& problem) {
   const Variant* best = nullptr;
+  const bool is_packed = problem.code_format != CodeFormat::kNone;
   for (const Variant& v : variants()) {
     const bool fits = v.backward == problem.backward && v.fp16 == problem.fp16 && v.transposed == problem.transposed &&
-                      v.decodes == (problem.code_format != CodeFormat::kNone) &&
+                      v.decodes == (is_packed && !problem.in_loop) && v.in_loop == problem.in_loop &&
                       v.segments == (problem.n_segments != 0) && v.dropout == problem.dropout &&
                       v.block_m == problem.block_m && v.block_n == problem.block_n && v.rank >= problem.r;
     if (fits && (!best || v.rank < best->rank)) best = &v;
@@ -31,6 +32,10 @@ std::string describe_problem(const Problem& p) {
          " N=" + std::to_string(p.n) + " K=" + std::to_string(p.k) + " R=" + std::to_string(p.r);
 }
 
+void refuse_unless(bool holds, const std::string& what, const Problem& problem) {
+  if (!holds) throw std::invalid_argument("fastlora: " + what + ": " + describe_problem(problem));
+}
+
 }  // namespace
 
 const std::vector<Variant>& variants() { return mutable_variants(); }
@@ -38,11 +43,9 @@ const std::vector<Variant>& variants() { return mutable_variants(); }
 Registration::Registration(const Variant& variant) { mutable_variants().push_back(variant); }
 
 Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(problem)), ctas_(problem.ctas) {
-  const auto require = [&](bool holds, const std::string& what) {
-    if (!holds) throw std::invalid_argument("fastlora: " + what + ": " + describe_problem(problem));
-  };
+  const auto require = [&](bool holds, const std::string& what) { refuse_unless(holds, what, problem); };
   const auto [m, n, k, r] = std::array{problem.m, problem.n, problem.k, problem.r};
-  require(variant_, "no compiled kernel serves this");
+  require(variant_ && (!problem.in_loop || problem.code_format != CodeFormat::kNone), "no compiled kernel serves this");
   const Variant& variant = *variant_;
   constexpr int64_t kLimit = (int64_t(1) << 31) - 1024;
   require(m > 0 && n > 0 && k > 0 && r > 0 && m <= kLimit && n <= kLimit && k <= kLimit && n % 8 == 0 && k % 8 == 0 &&
@@ -85,6 +88,7 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   s.gradient_tiles = p.grad_b_tiles + (problem.grad_a ? ceil_div(int(n), gradient_columns) : 0);
   s.gradients_last = problem.gradients_last || variant.segments;
   s.splits = problem.splits;
+  if (is_packed()) take_packed();
   if (variant.decodes) cut_panels();
 
   // Of segments, a gradient tile has a column of a chunk, of which each segment may begin one more, or zeroes that of
@@ -110,23 +114,21 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   ctas_ = int(std::min<int64_t>(tiles, std::max(problem.ctas / variant.cluster, 1))) * variant.cluster;
 }
 
-// The panels of a packed weight and their parts. A panel is what a tile of the output waits for: a column of tiles
-// reads so many rows of W0 forward, and all of them in dX.
-void Plan::cut_panels() {
-  const auto require = [&](bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(std::string("fastlora: ") + what + ": " + describe_problem(problem_));
-  };
+// What a packed weight is made of.
+void Plan::take_packed() {
+  const auto require = [&](bool holds, const char* what) { refuse_unless(holds, what, problem_); };
   const auto is_power_of_two = [](int64_t x) { return (x & (x - 1)) == 0; };
   const Problem& problem = problem_;
   const bool four_bit = is_four_bit(problem.code_format), nested = problem.scale_format == ScaleFormat::kNested;
   constexpr int64_t kLargestBlock = int64_t(1) << 30;  // whose elements 32 bits count, with a part's
+  const int together = variant_->in_loop ? kDecodedInStage : kDecodedTogether;
   require(problem.makes_out, "nothing reads the packed weight: such a launch takes a kernel of dense weights");
-  require(problem.block > 0 && problem.block % kDecodedTogether == 0 && problem.block <= kLargestBlock,
-          "elements that are decoded together must have one scale");
+  require(
+      problem.block > 0 && problem.block % together == 0 && problem.block <= kLargestBlock && problem.k % together == 0,
+      "elements that are decoded together must have one scale");
   require(four_bit ? is_power_of_two(problem.block) : !nested, "no kernel decodes blocks or scales of this kind");
   require(nested ? problem.nested_block > 0 && is_power_of_two(problem.nested_block) : problem.nested_block == 0,
           "nested scales, and no others, come in blocks of a power of two");
-  const Variant& variant = *variant_;
   PackedWeight& w = base_.packed;
   w.code_format = problem.code_format;
   w.scale_format = problem.scale_format;
@@ -134,11 +136,18 @@ void Plan::cut_panels() {
   while (int64_t(1) << w.block_shift < problem.block) ++w.block_shift;
   while (int64_t(1) << w.nested_shift < problem.nested_block) ++w.nested_shift;
   w.elements = problem.n * problem.k;
-  w.panel_elements = problem.backward ? w.elements : std::min(w.elements, variant.block_n * problem.k);
-  const int64_t of_tile = int64_t(kPartElements) * variant.cluster;
+  require((w.elements + w.block - 1) / w.block < kLargestBlock * 2,
+          "more scales of the packed weight than 32 bits count");
+}
+
+// The panels of a packed weight and their parts. A panel is what a tile of the output waits for: a column of tiles
+// reads so many rows of W0 forward, and all of them in dX.
+void Plan::cut_panels() {
+  PackedWeight& w = base_.packed;
+  w.panel_elements = problem_.backward ? w.elements : std::min(w.elements, variant_->block_n * problem_.k);
+  const int64_t of_tile = int64_t(kPartElements) * variant_->cluster;
   const int64_t parts = (w.panel_elements + of_tile - 1) / of_tile;
-  require((w.elements + w.block - 1) / w.block < kLargestBlock * 2 && parts < kLargestBlock / 2,
-          "more scales or parts of the packed weight than 32 bits count");
+  refuse_unless(parts < int64_t(1) << 29, "more parts of the packed weight than 32 bits count", problem_);
   base_.schedule.panels = int((w.elements + w.panel_elements - 1) / w.panel_elements);
   base_.schedule.parts = int(parts);
 }

@@ -32,6 +32,7 @@ struct Problem {
   CodeFormat code_format = CodeFormat::kNone;
   ScaleFormat scale_format = ScaleFormat::kFloat32;
   int64_t block = 0, nested_block = 0;
+  bool in_loop = false;  // products decode it, not tiles ahead of them
 };
 
 // A matrix of 16-bit elements in device memory; a null address stands for "not given".
@@ -42,7 +43,8 @@ struct Matrix {
 
 // Everything a launch reads and writes, by its name in Params.
 struct Operands {
-  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;  // of a packed weight, `weight` is where it is decoded
+  // Of a packed weight, `weight` is where it is decoded, and nothing where products decode it.
+  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;
   uintptr_t bias = 0, s = 0, grad_a = 0, grad_b = 0, grad_bias = 0;
   uintptr_t workspace = 0, gradient_partials = 0, split_partials = 0;
   uintptr_t codes = 0, scales = 0, zeros = 0, absmax2 = 0, code2 = 0, offset = 0;
@@ -90,7 +92,9 @@ class Plan {
 
  private:
   bool is_segmented() const { return variant_->segments; }
+  bool is_packed() const { return variant_->decodes || variant_->in_loop; }
   std::pair<int64_t, int64_t> weight_sizes() const;  // rows and columns, as it lies in memory
+  void take_packed();
   void cut_panels();
   void check_operands(const Operands& operands) const;
   void check_packed(const Operands& operands) const;

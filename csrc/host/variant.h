@@ -12,6 +12,7 @@ struct Variant {
   bool backward, fp16;
   bool transposed;  // the base weight lies as [in_features, out_features]
   bool decodes;     // a packed base weight, in tiles of their own
+  bool in_loop;     // likewise, in the loop of its products
   bool segments;    // rows lie in segments
   bool dropout;
   bool splits;  // the contraction of a tile may be split

@@ -134,6 +134,7 @@ Variant variant_of(const char* name, const void* kernel) {
   v.splits = Traits::kSplits;
   v.fuses = Traits::kFuses;
   v.decodes = Traits::BaseWeight::kDecodes;
+  v.in_loop = Traits::BaseWeight::kConverts;
   v.cluster = Traits::kCluster;
   v.threads = kThreads;
   v.block_m = Traits::kBlockM;

@@ -27,9 +27,16 @@ using fp16 = __half;
 #define FL_OF_SEGMENTS(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                      \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_segments), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
             M, N, R, false, fastlora::sm90::WEIGHT, true)
+// There is one direction of these.
+#define FL_IN_LOOP_backward(...)
+#define FL_IN_LOOP_forward(ELEMENT, M, N, R)                                                                         \
+  FL_DEFINE(FL_NAME(forward, ELEMENT, M, N, R, _in_loop), fastlora::sm90::ELEMENT, fastlora::sm90::forward, M, N, R, \
+            false, fastlora::sm90::InLoopWeight, false)
+#define FL_IN_LOOP(DIRECTION, ...) FL_IN_LOOP_##DIRECTION(__VA_ARGS__)
 // They expand the object's direction and element type, and the name's rest.
 #define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)
 #define FL_EXPAND_OF_SEGMENTS(...) FL_OF_SEGMENTS(__VA_ARGS__)
+#define FL_EXPAND_IN_LOOP(...) FL_IN_LOOP(__VA_ARGS__)
 
 #define FL_REST_DenseWeight
 #define FL_REST_TransposedWeight _transposed
@@ -38,4 +45,5 @@ using fp16 = __half;
   FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
 #define FASTLORA_SM90_SEGMENTS(M, N, R, WEIGHT) \
   FL_EXPAND_OF_SEGMENTS(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
+#define FASTLORA_SM90_IN_LOOP(M, N, R) FL_EXPAND_IN_LOOP(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R)
 #include "../variants.def"

@@ -193,7 +193,7 @@ struct Producer {
     const bool makes_s = Traits::kFuses && tile.kind == kFusedTile;
     const bool finishes = is_last_split<Traits>(params, tile.split);
     const bool loads_bias = finishes && params.has_bias;
-    const uint32_t bytes = Traits::kActBytes + BaseWeight::kStageBytes + (makes_s ? Traits::kDownBytes : 0);
+    const uint32_t bytes = Traits::kActBytes + BaseWeight::copied_bytes(params) + (makes_s ? Traits::kDownBytes : 0);
     const Steps steps = steps_of<Traits>(params, tile.split);
     BaseWeight::await(*this, tile.column);
 #pragma unroll 1

@@ -1,5 +1,6 @@
 // A tile of out = act*weight^T + S*up^T, of S = scale * act*down^T, or of both, by two consumer warpgroups.
 #pragma once
+#include "decode_stage.cuh"
 #include "epilogue.cuh"
 
 namespace fastlora::sm90 {
@@ -22,14 +23,15 @@ __device__ __forceinline__ void load_dropped(const Consumer<Traits>& c, uint32_t
 }
 
 // The tile's contraction without the expand steps: acc = act*weight^T if kBase, shrink_acc = act*down^T if kShrink.
-template <bool kBase, bool kShrink, class Traits>
+// `conversion` runs between a stage's copies and the base product.
+template <bool kBase, bool kShrink, class Traits, class Conversion>
 __device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::Tile tile,
                                          float (&acc)[Traits::kAccumulators],
-                                         float (&shrink_acc)[Traits::kShrinkAccumulators], KeepBits<Traits>& keep) {
+                                         float (&shrink_acc)[Traits::kShrinkAccumulators], KeepBits<Traits>& keep,
+                                         Conversion conversion) {
   using Element = typename Traits::Element;
   using BaseWeight = typename Traits::BaseWeight;
   using Branch = typename Traits::Branch;
-  static_assert(!BaseWeight::kConverts, "a conversion of the stage would stand here");
   constexpr int kTransposed = Traits::kBackward;  // the shrinking factor is contiguous along the ranks
   constexpr bool kDropsAct = kShrink && Traits::kDropout && !Traits::kBackward;
   constexpr bool kDrawsKeepBits = kBase && Traits::kDropout && Traits::kBackward;
@@ -43,6 +45,7 @@ __device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::T
 #pragma unroll 1
   for (int step = steps.first; step < steps.end; step += kSteps) {
     const uint32_t stage = c.wait_stage();
+    if constexpr (kBase) conversion.convert(c, stage, step);
     wgmma_fence();
     if constexpr (kBase) {
       const uint64_t act = swizzled_operand<kSwizzleSpan>(stage + c.warpgroup_row * kBoxBytes);
@@ -203,15 +206,15 @@ __device__ __forceinline__ void compute_output_tile(Consumer<Traits>& c, typenam
   uint32_t s[Traits::kRank / kMmaK][4];
   if (tile.kind == kShrinkTile) {
     float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(acc);
-    multiply<false, true>(c, tile, acc, shrink_acc, keep);
+    multiply<false, true>(c, tile, acc, shrink_acc, keep, NoConversion());
     if (reduce_splits<false, true>(c, tile, acc, shrink_acc)) store_s(c, tile, shrink_acc, s);
   } else if (tile.kind == kBaseTile) {
     float unused[kShrinkAccumulators];
-    multiply<true, false>(c, tile, acc, unused, keep);
+    with_conversion(c, tile, [&](auto conversion) { multiply<true, false>(c, tile, acc, unused, keep, conversion); });
     if (reduce_splits<true, false>(c, tile, acc, unused)) finish_tile(c, tile, slot, acc, extra_acc, nullptr, keep);
   } else if constexpr (Traits::kFuses) {
     float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(extra_acc);
-    multiply<true, true>(c, tile, acc, shrink_acc, keep);
+    multiply<true, true>(c, tile, acc, shrink_acc, keep, NoConversion());
     if (reduce_splits<true, true>(c, tile, acc, shrink_acc)) {
       store_s(c, tile, shrink_acc, s);
       zero_padding_ranks(c, s);

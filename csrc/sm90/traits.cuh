@@ -63,8 +63,9 @@ struct KernelTraits {
   static constexpr int kColumns = kBlockN / kWarpgroupsN;  // of a warpgroup
   static constexpr int kSlices = kColumns / kBox;          // in which a warpgroup finishes its columns
 
-  // Column 0 may make S fused with its own tile where both accumulators fit.
-  static constexpr bool kFuses = kRank <= 64 && !kSegmented;
+  // Column 0 may make S fused with its own tile where both accumulators fit; not where few rows make short tiles, and
+  // all would wait for a longer one.
+  static constexpr bool kFuses = kRank <= 64 && !kSegmented && !BaseWeight::kConverts;
   // Fragments of X that a forward masks between two commits: all of a step's, or half of them where a fused tile's
   // accumulators leave no room for more. Then the second half waits for all products in flight, the base product's too,
   // and the tensor cores have the other warpgroup's meanwhile.

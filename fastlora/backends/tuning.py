@@ -189,6 +189,10 @@ def tuned_backend(spec: LaunchSpec) -> str | None:
     return _choice(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout).backend
 
 
+def tuned_in_loop(backend: str, spec: LaunchSpec) -> bool | None:
+    return None
+
+
 def _choice(
     direction: str, device: torch.device, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool
 ) -> Tuned:

@@ -66,6 +66,7 @@ def entries_of(text: str) -> dict[str, str]:
     entries = {}
     for module in re.split(r"^(?=\.version )", text, flags=re.M)[1:]:
         starts = [match.start() for match in re.finditer(r"^[ \t]*(?:\.weak |\.visible )?\.entry ", module, re.M)]
+        if not starts: continue
         files = "\n".join(re.findall(r"^\s*\.file\s.*$", module, re.M))
         for start, end in zip(starts, [*starts[1:], len(module)], strict=True):
             body = re.split(r"^\.(?:file|section)\b", module[start:end], maxsplit=1, flags=re.M)[0]
@@ -86,21 +87,23 @@ def variants_for(
     *,
     transposed: bool = False,
     decodes: bool = False,
-) -> tuple[dict, dict]:
-    """The two compiled kernels, forward and backward, that serve a layer; ``decodes``: over a packed base weight."""
+    in_loop: bool = False,
+) -> tuple[dict, ...]:
+    """The compiled kernels, forward and backward, that serve a layer; ``decodes``: over a packed base weight. Where
+    products decode it ``in_loop``, there is the forward alone."""
     size = {"block_m": tile.block_m, "block_n": tile.block_n}
     wanted = {
         "dropout": dropout,
         "transposed": transposed,
         "decodes": decodes,
+        "in_loop": in_loop,
         "dtype": str(dtype).removeprefix("torch."),
     }
     found = (
         [kernel for kernel in tiles.kernels(rank, backward=each, **wanted) if kernel.items() >= size.items()]
-        for each in (False, True)
+        for each in ((False,) if in_loop else (False, True))
     )
-    (forward,), (backward,) = found
-    return forward, backward
+    return tuple(kernel for (kernel,) in found)
 
 
 @functools.lru_cache(maxsize=128)

@@ -172,7 +172,8 @@ def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = N
 
 
 def make_plan(spec: LaunchSpec, tile: CudaTile | None, ctas: int | None, **packed: Any) -> Any:
-    """The fastlora._C.Plan of a description; ``packed``: its fields of a base weight that the launch decodes."""
+    """The fastlora._C.Plan of a description; ``packed``: its fields of a base weight that the launch decodes, where it
+    does at all."""
     m, n, k, r = spec.sizes
     backward = spec.direction == "backward"
     out_columns, contracted = (k, n) if backward else (n, k)
@@ -180,7 +181,9 @@ def make_plan(spec: LaunchSpec, tile: CudaTile | None, ctas: int | None, **packe
     kernel = {
         "transposed": spec.base_format == "transposed", "dropout": spec.dropout, "backward": backward
     }  # fmt: skip
-    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, decodes=bool(packed), **kernel)
+    in_loop = packed.get("in_loop", False)
+    decoding = {"decodes": bool(packed) and not in_loop, "in_loop": in_loop}
+    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, **decoding, **kernel)
     needs = spec.needs
     makes = {"makes_out": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
     return extension.loaded().Plan(

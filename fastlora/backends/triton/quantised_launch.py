@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastlora.backends.configs import TileConfig, has_few_rows
+from fastlora.backends.packed_blocks import elements_of_block, why_bad_blocks
 from fastlora.backends.target import Target, target_of
 from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile
 from fastlora.backends.triton.launch import why_unsupported as why_dense_unsupported
@@ -27,7 +28,6 @@ PART = 1 << 15  # elements that one tile decodes: few enough to spread a panel, 
 _EXPONENT_BITS = {torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _TABLES = {"nf4": NF4, "fp4": FP4}
-_LARGEST_BLOCK = 1 << 30  # whose elements 32 bits count, with a part's
 
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
@@ -40,26 +40,16 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         return reason
     if not packed.contiguous:
         return f"a tensor of the {spec.base_format} weight is not contiguous"
-    if packed.counts[1] >= 1 << 31:
-        return f"{packed.counts[1]} scales of the {spec.base_format} weight, which 32 bits do not count"
-    codes, scales, *rest = packed.dtypes
     if spec.base_format in _TABLES:
-        of_scales = (scales, *rest)
-        usual = (torch.uint8, *(torch.float32,) * 3) if packed.block[1] else (torch.float32,)
-        return None if of_scales == usual else f"scales of the {spec.base_format} weight are {of_scales}, not {usual}"
+        return why_bad_blocks(spec)
+    codes, scales, *rest = packed.dtypes
     if scales not in _SCALES:
         return f"scales of the {spec.base_format} weight are {scales}"
     if codes != torch.int8 and codes not in _EXPONENT_BITS:
         return f"no kernel decodes {codes}"
     if any(dtype.is_floating_point for dtype in rest):
         return f"zero points of the {spec.base_format} weight are {rest[0]}, not whole numbers"
-    _, n, k, _ = spec.sizes
-    rows, columns = packed.block
-    if (rows > 1 and columns != k) or k % columns or n % rows or packed.counts[1] * rows * columns != n * k:
-        return f"{packed.counts[1]} scales of {rows} x {columns} elements of the {spec.base_format} weight [{n}, {k}]"
-    if rows * columns > _LARGEST_BLOCK:
-        return f"{rows * columns} elements of the {spec.base_format} weight have one scale"
-    return None
+    return why_bad_blocks(spec)
 
 
 def prepare(
@@ -106,15 +96,8 @@ def _format(spec: LaunchSpec, part: int, in_loop: bool) -> PackedFormat:
     whole = n * k % 8 == 0 and packed.starts[0]
     if spec.base_format in _TABLES:
         return PackedFormat(_TABLES[spec.base_format], 0, *packed.block, whole, True, part, in_loop)
-    grouped = _elements_of_block(spec) % 8 == 0
+    grouped = elements_of_block(spec) % 8 == 0
     return PackedFormat((), _EXPONENT_BITS.get(packed.dtypes[0], 0), 0, 0, whole, grouped, part, in_loop)
-
-
-def _elements_of_block(spec: LaunchSpec) -> int:
-    """That share a scale."""
-    assert spec.packed is not None
-    rows, columns = spec.packed.block
-    return rows if spec.base_format in _TABLES else rows * columns
 
 
 class _Decoding:
@@ -136,7 +119,7 @@ class _Decoding:
         self.variant = replace(self.variant, tma=False, tma_down=False, packed=packed)
         self.n_panels, self.parts = n_panels, -(-panel_rows * spec.sizes.k // part)
         self.n_words += n_panels
-        self.block = _elements_of_block(spec)
+        self.block = elements_of_block(spec)
         self.kernel_key = (self.kernel_key[0], self.variant)
         self.launch = self.prepare_launch(
             kernel, self.launch.grid + n_panels * self.parts, ([], [], []), self.launch.compiled_as
