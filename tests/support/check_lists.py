@@ -232,7 +232,7 @@ def triton_checks(module: str) -> list[Check]:
 
 
 def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16, **weight: bool) -> set[str]:
-    """Names of the forward and the backward kernel; ``weight``: whether it lies transposed, or is decoded."""
+    """Names of the forward and the backward kernel; ``weight``: whether it lies transposed, or is decoded, and how."""
     return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, **weight)}
 
 
@@ -331,6 +331,15 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         options = limited([cuda.schedule_of_group(number)])[0]
         kernels = _kernels_of(each.tile, each.dropout_p > 0, each.sizes[3], each.dtype, decodes=True)
         yield f"packed {each.describe()}", kernels, functools.partial(each.check, options)
+    for sizes, tile in cuda_quantised.IN_LOOP_INTEGERS:
+        check = functools.partial(cuda_quantised.check_integers_in_loop, sizes, tile)
+        title = f"in the loop, integers splits {tile.splits} {sizes}"
+        for name, one in _each([(title, check, cuda.SCHEDULES)], cuda.SCHEDULES):
+            yield name, _kernels_of(tile, False, sizes[3], in_loop=True), one
+    for number, each in enumerate(cuda_quantised.SELECTED):
+        options = limited([cuda.schedule_of_group(number)])[0]
+        kernels = _kernels_of(each.tile, False, 8, each.dtype, in_loop=True)
+        yield f"in the loop, {each.describe()}", kernels, functools.partial(each.check, options)
     options = dataclasses.replace(cuda.SCHEDULES[1], timeout_s=2 * LAUNCH_LIMIT_S)
     grouped = functools.partial(cuda_quantised.check_group, options)
     yield "packed groups", _kernels_of(cuda_quantised.GROUPED, False, 16, decodes=True), grouped

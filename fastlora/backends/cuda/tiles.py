@@ -41,7 +41,7 @@ _REDUCTION_BYTES_PER_CLOCK = 40
 _LANES = 128  # of a multiprocessor: instructions of a thread that it issues in a clock
 # Of an element of nf4 with nested statistics, in the loop of a product that decodes it, of everything in that loop
 # (benchmarks/results/cuda_resources.md).
-IN_LOOP_INSTRUCTIONS = 8.0
+IN_LOOP_INSTRUCTIONS = 281 / 32
 _PACKED_BYTES = 1 / 2 + 1 / 64  # of such an element
 
 
@@ -173,4 +173,6 @@ def _estimated_clocks(tile: CudaTile, kernel: dict[str, Any], m: int, n: int, k:
     )
     reduction = (tile.splits - 1) * min(m, tile.block_m) * tile.block_n * 4 / _REDUCTION_BYTES_PER_CLOCK
     traffic = (2 * m * (k + n) + k * n * weight_bytes) / _DRAM_BYTES_PER_CLOCK
-    return max(waves * steps * step, traffic) + _TILE_CLOCKS + reduction
+    # Of short tiles the ends count.
+    ends = (waves if kernel["in_loop"] else 1) * _TILE_CLOCKS
+    return max(waves * steps * step, traffic) + ends + reduction
