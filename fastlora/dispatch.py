@@ -36,6 +36,7 @@ from fastlora.projections import (
     describe_shared_forward,
     forward_keys,
 )
+from fastlora.quantised_weight import QuantisedWeight
 
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
@@ -274,8 +275,11 @@ def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
 
 
 def _launching(spec: LaunchSpec, backends: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """The first of the backends whose launch serves such a call, if any, and why not one before it."""
+    """The first of the backends whose launch serves such a call, if any, and why not one before it. Over a packed weight
+    the one that ``fastlora tune`` found fastest comes first."""
     passed_over: list[str] = []
+    if spec.packed is not None and (fastest := tuning.tuned_backend(spec)) in backends:
+        backends = (fastest, *(name for name in backends if name != fastest))
     for name in backends:
         reason = selection.why_unsupported(name, spec)
         if reason is None:
@@ -336,17 +340,23 @@ def launch_forward(backend: ModuleType, operands: ForwardOperands, **choice: Any
 
     Args:
         backend: a module with ``prepare``.
-        operands: of one call.
+        operands: of one call; the weight may be a QuantisedWeight, where the module takes one.
         choice: what ``prepare`` uses instead of its own choice of a configuration.
     """
-    operands, spec = describe_forward(operands)
+    describe = quantised_operands.describe_forward if _is_packed(operands) else describe_forward
+    operands, spec = describe(operands)
     return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
 
 
 def launch_backward(backend: ModuleType, operands: BackwardOperands, needs: Needs, **choice: Any) -> Gradients:
     """The gradients that ``needs`` names, likewise."""
-    operands, spec = describe_backward(operands, needs)
+    describe = quantised_operands.describe_backward if _is_packed(operands) else describe_backward
+    operands, spec = describe(operands, needs)
     return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
+
+
+def _is_packed(operands: ForwardOperands | BackwardOperands) -> bool:
+    return isinstance(operands.weight, QuantisedWeight)
 
 
 def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None, workers: int) -> int:

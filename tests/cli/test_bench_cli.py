@@ -248,7 +248,7 @@ def test_tuning_keeps_what_beats_the_table_and_forgets_what_no_longer_does(fastl
     assert tuned.code == 0 and "50.0% faster" in tuned.out and "the table's choice stays" in tuned.out, tuned.err
     keys = ["forward m64 n64 k64 r16 bfloat16", "backward m128 n64 k64 r16 bfloat16"]
     choices = tuning.load_choices("Imaginary")
-    assert {key: (backend, config.group_m) for key, (backend, config) in choices.items()} == {
+    assert {key: (each.backend, each.config.group_m) for key, each in choices.items()} == {
         keys[0]: ("triton", 8), keys[1]: ("triton", 4),
     }  # fmt: skip
     shown = fastlora_cli("tune", "--show")

@@ -84,14 +84,14 @@ def why_not_in_loop(spec: LaunchSpec) -> str | None:
     return None
 
 
-def decodes_in_loop(spec: LaunchSpec) -> bool:
+def decodes_in_loop(spec: LaunchSpec, tuned: bool = True) -> bool:
     """Whether the products of a launch should decode the weight in their loop, instead of tiles ahead of them: as was
-    tuned, else up to ROWS_IN_LOOP rows. By a model (python -m benchmarks.schedule --decoding) that is faster on average
+    found by ``fastlora tune``, unless ``tuned`` is False, else up to ROWS_IN_LOOP rows. By a model (python -m benchmarks.schedule --decoding) that is faster on average
     over Llama's layers, up to half as many rows in each, and faster than Triton's kernels; nothing is measured."""
     if why_not_in_loop(spec):
         return False
-    tuned = tuned_in_loop("cuda", spec)
-    return spec.sizes.m <= ROWS_IN_LOOP if tuned is None else tuned
+    found = tuned_in_loop("cuda", spec) if tuned else None
+    return spec.sizes.m <= ROWS_IN_LOOP if found is None else found
 
 
 def prepare(

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends.configs import TileConfig, has_few_rows
+from fastlora.backends.configs import TileConfig, has_few_rows, over_packed
 from fastlora.backends.packed_blocks import elements_of_block, why_bad_blocks
 from fastlora.backends.target import Target, target_of
-from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile
+from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile, has_wide_loads
 from fastlora.backends.triton.launch import why_unsupported as why_dense_unsupported
 from fastlora.backends.triton.packed_format import FP4, NF4, PackedFormat
 from fastlora.backends.triton.quantised_kernels import quantised_backward_kernel, quantised_forward_kernel
 from fastlora.backends.triton.variant import Variant
+from fastlora.backends.tuning import tuned_in_loop, tuned_way
 from fastlora.problem import Launcher, LaunchSpec
 from fastlora.quantised_weight import QuantisedWeight
 
@@ -66,27 +67,38 @@ def prepare(
     if in_loop is None:
         in_loop = decodes_in_loop(spec)
     if config is None:
-        config = choose_tile(spec, target, one_row_block=in_loop)
-        # Tiles that make S alone need no weight: they fill the wave that the last parts of it leave. (In float32 they
-        # spill.)
-        config = replace(config, fused=config.fused and spec.dtype.itemsize == 4)
+        config = (tuned_way(spec, in_loop) if has_wide_loads(spec) else None) or over_packed(
+            choose_tile(spec, target, one_row_block=in_loop), spec.dtype.itemsize
+        )
     if spec.direction == "backward":
         return _Backward(spec, config, target, part)
     return _Forward(spec, config, target, part, in_loop)
 
 
-def decodes_in_loop(spec: LaunchSpec) -> bool:
-    """Whether the products of a launch should decode the weight in their loop, in registers, instead of once for all.
+def why_not_in_loop(spec: LaunchSpec) -> str | None:
+    """Why the products of such a launch, which is served, cannot decode the weight in their loop, or None. Rows of W0
+    must be whole groups of eight elements with one scale."""
+    if spec.direction == "backward" or spec.dropout:
+        return "only a forward without dropout does that"
+    packed = _format(spec, PART, True)
+    if spec.sizes.k % 8 or not packed.whole or not packed.grouped:
+        return "rows of the weight are not whole groups of eight elements with one scale"
+    return None
+
+
+def decodes_in_loop(spec: LaunchSpec, tuned: bool = True) -> bool:
+    """Whether the products of a launch should decode the weight in their loop, in registers, instead of once for all:
+    as was found by ``fastlora tune``, unless ``tuned`` is False, else few rows do.
 
     A forward without dropout of FEW_ROWS rows at most, as of a decode step, has one row block: each block of the weight
     is decoded once in either case, and here it is neither written nor read again. Of more rows, nothing in the loop
     hides what each row block decodes: by a model (python -m benchmarks.schedule --decoding) both ways take as long at
-    64 rows, on average over Llama's layers, and the loop takes longer in each from 96 on; nothing is measured. Rows of
-    W0 must be whole groups of eight elements with one scale.
+    64 rows, on average over Llama's layers, and the loop takes longer in each from 96 on; nothing is measured.
     """
-    few = has_few_rows(spec.direction, spec.sizes.m, spec.dropout)
-    packed = _format(spec, PART, True)
-    return few and spec.sizes.k % 8 == 0 and packed.whole and packed.grouped
+    if why_not_in_loop(spec):
+        return False
+    found = tuned_in_loop("triton", spec) if tuned else None
+    return has_few_rows(spec.direction, spec.sizes.m, spec.dropout) if found is None else found
 
 
 def _format(spec: LaunchSpec, part: int, in_loop: bool) -> PackedFormat:
