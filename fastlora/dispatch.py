@@ -275,8 +275,8 @@ def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
 
 
 def _launching(spec: LaunchSpec, backends: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """The first of the backends whose launch serves such a call, if any, and why not one before it. Over a packed weight
-    the one that ``fastlora tune`` found fastest comes first."""
+    """The first of the backends whose launch serves such a call, if any, and why not one before it. Over a packed
+    weight the one that ``fastlora tune`` found fastest comes first."""
     passed_over: list[str] = []
     if spec.packed is not None and (fastest := tuning.tuned_backend(spec)) in backends:
         backends = (fastest, *(name for name in backends if name != fastest))
@@ -343,16 +343,16 @@ def launch_forward(backend: ModuleType, operands: ForwardOperands, **choice: Any
         operands: of one call; the weight may be a QuantisedWeight, where the module takes one.
         choice: what ``prepare`` uses instead of its own choice of a configuration.
     """
-    describe = quantised_operands.describe_forward if _is_packed(operands) else describe_forward
-    operands, spec = describe(operands)
-    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
+    describe: Callable = quantised_operands.describe_forward if _is_packed(operands) else describe_forward
+    described, spec = describe(operands)
+    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(described)
 
 
 def launch_backward(backend: ModuleType, operands: BackwardOperands, needs: Needs, **choice: Any) -> Gradients:
     """The gradients that ``needs`` names, likewise."""
-    describe = quantised_operands.describe_backward if _is_packed(operands) else describe_backward
-    operands, spec = describe(operands, needs)
-    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
+    describe: Callable = quantised_operands.describe_backward if _is_packed(operands) else describe_backward
+    described, spec = describe(operands, needs)
+    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(described)
 
 
 def _is_packed(operands: ForwardOperands | BackwardOperands) -> bool:

@@ -1,8 +1,8 @@
 """Where it pays to decode a packed weight in the loop of its product, by a rough model of waves. Decoded once, ahead,
 the weight is work for all multiprocessors, written to L2 and read again; in the loop, a tile decodes its columns
-itself, as often as there are row blocks. Nothing in the Triton kernels' loop overlaps its products, so there both add up
-on as many multiprocessors as there are tiles. The CUDA kernel decodes a step into the pipeline's stage while products
-of the step before are in flight, and splits the contraction.
+itself, as often as there are row blocks. Nothing in the Triton kernels' loop overlaps its products, so there both add
+up on as many multiprocessors as there are tiles. The CUDA kernel decodes a step into the pipeline's stage while
+products of the step before are in flight, and splits the contraction.
 """
 
 from itertools import chain

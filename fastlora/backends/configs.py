@@ -174,8 +174,8 @@ def table_for(arch: int, rank: int, element_size: int, aligned: bool, few_rows: 
 
 
 def over_packed(config: TileConfig, element_size: int) -> TileConfig:
-    """The tile over a packed weight: tiles that make S alone need no weight, and fill the wave that the last parts of it
-    leave. (In float32 they spill.)"""
+    """The tile over a packed weight: tiles that make S alone need no weight, and fill the wave that the last parts of
+    it leave. (In float32 they spill.)"""
     return replace(config, fused=config.fused and element_size == 4)
 
 

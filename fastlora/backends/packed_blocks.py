@@ -24,7 +24,9 @@ def why_bad_blocks(spec: LaunchSpec) -> str | None:
         return f"{packed.counts[1]} scales of the {name} weight, which 32 bits do not count"
     if name in FOUR_BIT:
         usual = (torch.uint8, *(torch.float32,) * 3) if packed.block[1] else (torch.float32,)
-        return None if packed.dtypes[1:] == usual else f"scales of the {name} weight are {packed.dtypes[1:]}, not {usual}"
+        return (
+            None if packed.dtypes[1:] == usual else f"scales of the {name} weight are {packed.dtypes[1:]}, not {usual}"
+        )
     _, n, k, _ = spec.sizes
     rows, columns = packed.block
     if (rows > 1 and columns != k) or k % columns or n % rows or packed.counts[1] * rows * columns != n * k:

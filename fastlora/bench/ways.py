@@ -96,9 +96,7 @@ def compare_ways(
     sets = sets_of(case, "cuda" if isinstance(clock, EventClock) else "cpu")
     spec = describe_packed(case, direction, sets[0], device)
     ways, errors = possible_ways(spec, modules)
-    candidates = {
-        way: (module, {"in_loop": way.in_loop, **_config(configs, way)}) for way, module in ways.items()
-    }
+    candidates = {way: (module, {"in_loop": way.in_loop, **_config(configs, way)}) for way, module in ways.items()}
     times, failed = time_candidates(candidates, case, direction, sets, clock)
     errors |= {way.describe(): error for way, error in failed.items()}
     if not times:

@@ -12,8 +12,8 @@ import torch
 
 from fastlora.backends import reference, tuning
 from fastlora.backends.configs import TILE_TABLES, choose_config, table_for
-from fastlora.backends.target import Target
 from fastlora.backends.cuda import quantised_launch as cuda_packed
+from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.backends.triton import quantised_launch as triton_packed
 from fastlora.backends.tuning import Tuned, load_choices, save_choices, shape_class

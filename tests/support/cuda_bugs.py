@@ -263,7 +263,10 @@ SEEDED_BUGS = {
         LOOP,
         replace(r"(mov\.u32 %r\d+), 16465;", r"\1, 16448;"),
     ),
-    "in the loop, codes from 8 on are taken for those below": (LOOP, replace(r"(and\.b32 [^;]*), 1145324612;", r"\1, 0;")),
+    "in the loop, codes from 8 on are taken for those below": (
+        LOOP,
+        replace(r"(and\.b32 [^;]*), 1145324612;", r"\1, 0;"),
+    ),
     "in the loop, elements take the scale of the next block": (
         LOOP,
         replace(

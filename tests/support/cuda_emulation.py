@@ -66,7 +66,6 @@ def entries_of(text: str) -> dict[str, str]:
     entries = {}
     for module in re.split(r"^(?=\.version )", text, flags=re.M)[1:]:
         starts = [match.start() for match in re.finditer(r"^[ \t]*(?:\.weak |\.visible )?\.entry ", module, re.M)]
-        if not starts: continue
         files = "\n".join(re.findall(r"^\s*\.file\s.*$", module, re.M))
         for start, end in zip(starts, [*starts[1:], len(module)], strict=True):
             body = re.split(r"^\.(?:file|section)\b", module[start:end], maxsplit=1, flags=re.M)[0]

@@ -116,8 +116,8 @@ def draw_e5m2(weight: Tensor) -> QuantisedWeight:
 
 
 class SelectedCase(NamedTuple):
-    """A format whose values are compared bit for bit with the library's. ``n``, ``k``: the weight's; ``block``: elements
-    of 4-bit formats that share a scale."""
+    """A format whose values are compared bit for bit with the library's. ``n``, ``k``: the weight's; ``block``:
+    elements of 4-bit formats that share a scale."""
 
     name: str
     n: int

@@ -29,7 +29,8 @@ from fastlora.quantised_weight import FOUR_BIT, QuantisedWeight
 
 _BYTE_CODES = {torch.int8: "int8", torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 _SCALES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-ROWS_IN_LOOP = 128  # the most of a forward without dropout whose products decode the weight in their loop: two row blocks
+# The most of a forward without dropout whose products decode the weight in their loop: two row blocks.
+ROWS_IN_LOOP = 128
 # Elements that a thread decodes, with one scale: once for all tiles, and in the loop (csrc/host/packed_weight.h).
 _TOGETHER, _IN_STAGE = 8, 32
 
@@ -86,8 +87,11 @@ def why_not_in_loop(spec: LaunchSpec) -> str | None:
 
 def decodes_in_loop(spec: LaunchSpec, tuned: bool = True) -> bool:
     """Whether the products of a launch should decode the weight in their loop, instead of tiles ahead of them: as was
-    found by ``fastlora tune``, unless ``tuned`` is False, else up to ROWS_IN_LOOP rows. By a model (python -m benchmarks.schedule --decoding) that is faster on average
-    over Llama's layers, up to half as many rows in each, and faster than Triton's kernels; nothing is measured."""
+    found by ``fastlora tune``, unless ``tuned`` is False, else up to ROWS_IN_LOOP rows.
+
+    By a model (python -m benchmarks.schedule --decoding) that is faster on average over Llama's layers, up to half as
+    many rows in each of them, and faster than the Triton kernels; nothing is measured.
+    """
     if why_not_in_loop(spec):
         return False
     found = tuned_in_loop("cuda", spec) if tuned else None

@@ -89,8 +89,8 @@ def choose_tile(
         ValueError: no kernel is compiled for the rank.
     """
     candidates = []
-    wanted = {"decodes": decodes, "in_loop": in_loop, "dropout": dropout, "backward": backward}
-    for kernel in kernels(r, transposed=transposed, **wanted):
+    weight = {"transposed": transposed, "decodes": decodes, "in_loop": in_loop}
+    for kernel in kernels(r, dropout=dropout, backward=backward, **weight):  # type: ignore[arg-type]
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
         group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
