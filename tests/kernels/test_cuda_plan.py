@@ -92,9 +92,10 @@ def test_formats_have_names():
         _plan(**{**SIZES, **DECODED_TILE, **NF4, "scale_format": 3})
 
 
-def test_more_parts_than_32_bits_count_are_refused():
-    wide = {"n": MOST, "k": MOST, "block": 1 << 30}
-    with pytest.raises(ValueError, match="more scales or parts of the packed weight than 32 bits count"):
+@pytest.mark.parametrize("what, size", (("scales", MOST), ("parts", 1 << 22)))
+def test_more_scales_or_parts_than_32_bits_count_are_refused(what, size):
+    wide = {"n": size, "k": size, "block": 1 << 30}
+    with pytest.raises(ValueError, match=f"more {what} of the packed weight than 32 bits count"):
         _plan(**{**SIZES, **DECODED_TILE, **INT8, **wide, "backward": True})
 
 

@@ -26,7 +26,7 @@ _LAUNCHES = tuple(
     for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_quantised", "cuda_range", "cuda_protocol")
 )
 _NAME = re.compile(
-    r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded)?(_segments)?(_dropout)?"
+    r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded|_in_loop)?(_segments)?(_dropout)?"
 )
 
 
@@ -113,9 +113,13 @@ class Compiled:
     def _compile(
         self, direction: str, element: str, m: str, n: str, rank: str, weight: str | None, segments: str | None
     ) -> dict[str, str]:
-        """The kernels of a line of variants.def: with dropout and without, or for rows in segments."""
+        """The kernels of a line of variants.def: with dropout and without, for rows in segments, or the one that decodes
+        in the loop."""
         macro, policy = f"FASTLORA_SM90{(segments or '').upper()}", f"{(weight or '_dense')[1:].capitalize()}Weight"
-        (self._csrc / "variants.def").write_text(f"{macro}({m}, {n}, {rank}, {policy})\n")
+        line = f"{macro}({m}, {n}, {rank}, {policy})"
+        if weight == "_in_loop":
+            line = f"FASTLORA_SM90_IN_LOOP({m}, {n}, {rank})"
+        (self._csrc / "variants.def").write_text(f"{line}\n")
         options = ("-std=c++17", "-arch=compute_90a", "-lineinfo", "-ptx", "-o", "-")
         defines = (f"-DFASTLORA_DIRECTION={direction}", f"-DFASTLORA_ELEMENT={element}")
         command = [toolkit.load_setup().NVCC, *options, *defines, str(self._csrc / "sm90" / "kernels.cu")]
