@@ -6,10 +6,12 @@ import pwd
 import sys
 import warnings
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastlora import dispatch, selection
 from fastlora.backends import reference, tuning
 from fastlora.backends.configs import TILE_TABLES, choose_config, table_for
 from fastlora.backends.cuda import quantised_launch as cuda_packed
@@ -292,6 +294,28 @@ def test_both_backends_launch_the_way_that_was_tuned(monkeypatch):
     assert [each.decodes_in_loop(spec) for each in DECODING for spec in (few, many)] == [False, True] * 2
     assert [each.decodes_in_loop(few, tuned=False) for each in DECODING] == [True, True]
     assert not any(each.decodes_in_loop(many._replace(dropout=True)) for each in DECODING)
+
+
+def test_the_backend_that_was_tuned_comes_first_over_a_packed_weight(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
+    refused = {"cuda": None, "triton": None}
+    monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: refused[name])
+    monkeypatch.setattr(
+        selection, "serving_module", lambda name, spec: SimpleNamespace(prepare=lambda spec: lambda given: name)
+    )
+    spec = packed_spec()
+
+    def serving(requested=None) -> str:
+        dispatch.forget_routes()
+        return dispatch._in_launch((1,), requested, ("a key",), lambda: ((1,), spec))()
+
+    assert dispatch.served_in_launch(spec, None) and serving() == "cuda"
+    key = shape_class("forward", *spec.sizes, spec.dtype, False, "nf4")
+    save_choices(DEVICE, {key: {"backend": "triton", "config": None, "in_loop": {"triton": True}}})
+    assert serving() == "triton" and serving("cuda") == "cuda"
+    refused["triton"] = "triton: not here"
+    assert serving() == "cuda"
+    dispatch.forget_routes()
 
 
 def test_triton_takes_the_tile_that_was_tuned_for_its_way(monkeypatch):

@@ -113,8 +113,8 @@ class Compiled:
     def _compile(
         self, direction: str, element: str, m: str, n: str, rank: str, weight: str | None, segments: str | None
     ) -> dict[str, str]:
-        """The kernels of a line of variants.def: with dropout and without, for rows in segments, or the one that decodes
-        in the loop."""
+        """The kernels of a line of variants.def: with dropout and without, for rows in segments, or the one that
+        decodes in the loop."""
         macro, policy = f"FASTLORA_SM90{(segments or '').upper()}", f"{(weight or '_dense')[1:].capitalize()}Weight"
         line = f"{macro}({m}, {n}, {rank}, {policy})"
         if weight == "_in_loop":
