@@ -11,7 +11,7 @@ from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.cuda import quantised_launch, segment_launch
 from fastlora.ops import lora_linear
 from fastlora.problem import Needs
-from tests.support import launches, numerics, quantised_checks, segments
+from tests.support import cuda_quantised_checks, launches, numerics, quantised_checks, segments
 from tests.support.cuda_checks import lying_transposed
 from tests.support.cuda_emulation import run_layer
 from tests.support.cuda_segment_checks import NEEDS as SEGMENT_NEEDS
@@ -102,6 +102,25 @@ def test_packed_weights_are_decoded_bit_for_bit(poisoned, name, tile):
             case, packed, Needs(True, True, True, True), lambda spec: quantised_launch.prepare(spec, tile, n_sms())
         )
         numerics.assert_accurate(results, case)
+
+
+@pytest.mark.parametrize("name", ("nf4", "nf4 nested", "fp4", "int8", "float8", "float8 e5m2"))
+def test_products_in_the_loop_see_the_librarys_own_bits(poisoned, name):
+    """By the tile that is chosen; and few rows with the branch."""
+    case, packed = cuda_quantised_checks.draw_selected(name, 1032, 416, torch.bfloat16, 64)
+    packed = packed._replace(tensors=tuple(tensor.cuda() for tensor in packed.tensors))
+
+    def prepare(spec):
+        return quantised_launch.prepare(spec, None, n_sms(), True)
+
+    results = quantised_checks.run_layer(on_device(case), packed, None, prepare, in_loop=True)
+    numerics.assert_exact({each: result.cpu() for each, result in results.items()}, case)
+    if name != "float8 e5m2":
+        case, packed = quantised_checks.draw(name, (48, 1032, 416, 64), torch.bfloat16)
+        packed = packed._replace(tensors=tuple(tensor.cuda() for tensor in packed.tensors))
+        for _ in range(3):
+            results = quantised_checks.run_layer(on_device(case), packed, None, prepare, in_loop=True)
+            numerics.assert_accurate(results, on_device(case))
 
 
 @pytest.mark.contact

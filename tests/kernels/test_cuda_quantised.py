@@ -67,6 +67,15 @@ def test_products_see_the_librarys_own_bits(number):
     checks.SELECTED[number].check(SCHEDULES[number % len(SCHEDULES)])
 
 
+@pytest.mark.sweep
+@pytest.mark.parametrize("splits", (1, 4, 8))
+@pytest.mark.parametrize("number", range(len(checks.SELECTED)), ids=lambda i: checks.SELECTED[i].describe())
+def test_products_see_the_librarys_own_bits_under_every_schedule(number, splits):
+    case = checks.SELECTED[number]._replace(k=512, tile=dataclasses.replace(checks.IN_LOOP, splits=splits))
+    for options in SCHEDULES:
+        case.check(options)
+
+
 @pytest.mark.parametrize("dtype, r", ((torch.bfloat16, 16), (torch.float16, 64)))
 def test_in_the_loop_results_are_as_accurate_as_eager(dtype, r):
     """With the branch; in fp16 its scaling is split."""
