@@ -118,7 +118,7 @@ def ceil_div(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes 3 Â
 
 
 def forward_rank(spec: LaunchSpec, config: TileConfig, target: Target) -> int:
-    """The rank as a forward's tiles hold it: of a masked product it may be the height (see tiles._shrink)."""
+    """The rank as a forward's tiles hold it: of a masked product it may be the height (see tiles.shrink)."""
     block_r = padded_rank(spec.sizes.r)
     masks = spec.dropout and spec.dtype.itemsize == 2
     return max(block_r, 64) if masks and config.block_m >= 64 and multiplies_by_warpgroup(target.arch) else block_r
