@@ -57,7 +57,7 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     """What serves every call of this description, with SharedForward or SharedBackward; ``config`` overrides the
     tables."""
     target = target_of(spec.device)
-    config = config or _choose(spec, target)
+    config = fitting(config or _choose(spec, target), spec, target)
     return _Forward(spec, config, target) if spec.direction == "forward" else _Backward(spec, config, target)
 
 
@@ -78,13 +78,16 @@ def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
         spec.direction, m, n, k, largest_rank(spec),
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
     )  # fmt: skip
-    return without_spill(config, spec)
-
-
-def without_spill(config: TileConfig, spec: LaunchSpec) -> TileConfig:
-    """A tile of the tables, narrower where these kernels would spill: they hold addresses where others have
-    descriptors."""
     return config
+
+
+def fitting(config: TileConfig, spec: LaunchSpec, target: Target) -> TileConfig:
+    """A tile of the tables, as these kernels can have it. On Hopper a forward with dropout leaves S to tiles of its
+    own: of a block that wgmma reads where it lies and the mask in registers, Triton 3.6 pipelines loads by pointers with
+    a buffer too few, and overwrites it while wgmma reads."""
+    by_wgmma = target.arch == 90 and spec.dtype.itemsize == 2 and config.block_m >= 64
+    reads_twice = by_wgmma and spec.dropout and spec.direction == "forward"
+    return replace(config, fused=config.fused and not reads_twice)
 
 
 # Numbers of another value than the first call's are not multiples of 16, as that may be.
