@@ -266,10 +266,11 @@ def served_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
 
 
 def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
-    """Of a DoRA layer alone: a quantised weight would be decoded to memory in front of the composed layer."""
-    if requested is not None or spec.column_scale is None:
+    """Of a DoRA layer, and of projections that share an input, whose launches nobody has tuned. A quantised weight
+    would be decoded to memory in front of the composed layer."""
+    if requested is not None or (spec.column_scale is None and not spec.members):
         return False
-    order = selection.preference(spec)
+    order = selection.preference(spec, tuned=not spec.members)
     return order.index("composed") < order.index("triton")
 
 

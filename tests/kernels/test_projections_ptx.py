@@ -1,4 +1,4 @@
-"""Projections that share an input, proven on the Triton kernels' own PTX as test_triton_ptx.py does for one layer: races,
+"""Projections that share an input, proven on the kernels' own PTX as test_triton_ptx.py does for one layer: races,
 missing waits, accesses out of bounds, reads of what nobody wrote, deadlocks."""
 
 import itertools
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.support import projection_checks as checks
-from tests.support.triton_checks import ARCHITECTURES, SCHEDULES, SMALL, needs_compiler
+from tests.support.triton_checks import ARCHITECTURES, SCHEDULES, needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("own_workspace", "poisoned")]
 TESTED = {("q, k, v", 80), ("q, k, v", 90), ("gate, up", 90), ("large ranks", 80), ("mixed", 80), ("eight", 80)}
@@ -20,10 +20,7 @@ def swept(condition: bool) -> tuple:
 
 @pytest.mark.parametrize(
     "name, arch",
-    [
-        pytest.param(*each, marks=swept(each not in TESTED))
-        for each in itertools.product(checks.GROUPS, ARCHITECTURES)
-    ],
+    [pytest.param(*each, marks=swept(each not in TESTED)) for each in itertools.product(checks.GROUPS, ARCHITECTURES)],
 )
 def test_integers_are_exact_under_every_schedule(name, arch):
     checks.check_integers(name, arch)

@@ -23,39 +23,40 @@ QUEUES = (
 )
 
 
-def expected(rows, columns, gradients, group_m, wave, fused, last) -> list[tuple[int, int, int]]:
-    """(row block or group, column, gradient tile or -1); column 0 makes S."""
+def expected(rows, columns, gradients, group_m, wave, fused, last, ahead=1) -> list[tuple[int, int, int]]:
+    """(row block or group, column, gradient tile or -1); the first columns, ``ahead`` of them, make S."""
 
     def listed(tile: Tile) -> tuple[int, int, int]:
         if tile.kind in ("dA", "dB"):
             return tile.block, 0, tile.column + (gradients[0] if tile.kind == "dA" else 0)
-        return tile.block, 0 if tile.kind == "shrink" else tile.column + (not fused), -1
+        return tile.block, tile.column if tile.kind == "shrink" or fused else tile.column + ahead, -1
 
     schedule = Schedule(group_m=group_m, fused=fused, gradients_last=last)
-    return [listed(tile) for tile in queue_order.build_queue(rows, columns, 1, gradients, schedule, wave)]
+    return [listed(tile) for tile in queue_order.build_queue(rows, columns, ahead, gradients, schedule, wave)]
 
 
 @pytest.mark.parametrize("last", (False, True))
 @pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("ahead", (1, 3))
 @pytest.mark.parametrize("rows, columns, gradients, group_m, wave", QUEUES)
-def test_triton(rows, columns, gradients, group_m, wave, fused, last):
-    """The source of locate itself, on Python's integers."""
+def test_triton(rows, columns, gradients, group_m, wave, ahead, fused, last):
+    """The source of locate itself, on Python's integers; also where several projections have a column that makes S."""
     pytest.importorskip("triton")
     from fastlora.backends.triton import schedule
 
-    if fused and not columns:
+    if fused and columns < ahead:
         return
     integers = types.SimpleNamespace(
         cdiv=queue_order.cdiv, minimum=min, maximum=max, where=lambda condition, yes, no: yes if condition else no
     )
     locate = types.FunctionType(schedule.locate.fn.__code__, {"tl": integers})
-    n_columns, n_gradients = columns + (not fused), sum(gradients)
+    n_columns, n_gradients = columns + (0 if fused else ahead), sum(gradients)
     n_tiles = rows * n_columns + queue_order.cdiv(rows, group_m) * n_gradients
     found = []
     for ticket in range(n_tiles):
-        row, column, group, gradient = locate(ticket, rows, n_columns, n_gradients, int(last), wave, group_m)
+        row, column, group, gradient = locate(ticket, rows, n_columns, n_gradients, int(last), wave, group_m, ahead)
         found.append((row, column, -1) if gradient < 0 else (group, 0, gradient))
-    assert found == expected(rows, columns, gradients, group_m, wave, fused, last)
+    assert found == expected(rows, columns, gradients, group_m, wave, fused, last, ahead)
 
 
 @pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")

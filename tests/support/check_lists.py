@@ -15,6 +15,7 @@ from tests.support import cuda_checks as cuda
 from tests.support import cuda_quantised_checks as cuda_quantised
 from tests.support import cuda_range
 from tests.support import cuda_segment_checks as cuda_segments
+from tests.support import projection_checks as projections
 from tests.support import quantised_checks as quantised
 from tests.support import scaled_checks as scaled
 from tests.support import segment_checks as segments
@@ -185,10 +186,49 @@ def triton_bad_ends(arch: int) -> Iterator[Check]:
     return _each([(f"sm_{arch} segments, bad ends", check, segments.BAD_ENDS_SCHEDULES)], triton.SCHEDULES)
 
 
+def triton_projections(arch: int) -> Iterator[Check]:
+    """Projections that share an input, those first that have most of their own."""
+    names = sorted(projections.GROUPS, key=lambda name: name != "mixed")
+    checks = (
+        (
+            f"sm_{arch} projections, {name}",
+            functools.partial(projections.check_integers, name, arch),
+            projections.schedules_of(name),
+        )
+        for name in names
+    )
+    yield from _each(checks, triton.SCHEDULES)
+    separate = (f"sm_{arch} projections, separate shrink", functools.partial(projections.check_separate, arch))
+    yield from _each([(*separate, triton.DROPPED_SCHEDULES)], triton.SCHEDULES)
+
+
+def triton_projections_dropped(arch: int) -> Iterator[Check]:
+    checks = (
+        (
+            f"sm_{arch} projections, dropout {dtype}",
+            functools.partial(projections.check_dropout, dtype, arch),
+            triton.DROPPED_SCHEDULES,
+        )
+        for dtype in (torch.float16, torch.bfloat16)
+    )
+    return _each(checks, triton.SCHEDULES)
+
+
+def triton_projections_float16(arch: int) -> Iterator[Check]:
+    yield f"sm_{arch} projections, float16 range", functools.partial(projections.check_float16_range, arch)
+
+
 def _family(module: str) -> str:
-    """Whose kernels a module is part of: those over packed weights, those of segments, those that scale columns, or
-    all."""
-    families = {"packed": "packed", "quantised": "packed", "segment": "segments", "segments": "segments"}
+    """Whose kernels a module is part of: those over packed weights, those of segments, those that scale columns, those
+    of projections, or all."""
+    families = {
+        "projection": "projections",
+        "projections": "projections",
+        "packed": "packed",
+        "quantised": "packed",
+        "segment": "segments",
+        "segments": "segments",
+    }
     families |= {"column": "scaled", "scaled": "scaled"}
     return families.get(module.partition("_")[0], "all")
 
@@ -212,6 +252,7 @@ def triton_kinds(module: str) -> list[list[Check]]:
             triton_missing,
             triton_bad_ends,
         ),
+        "projections": (triton_projections, triton_projections_dropped, triton_projections_float16),
     }
     by_family = {
         name: [[*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in each] for name, each in kinds.items()

@@ -92,7 +92,7 @@ def _direct_launcher(compiled: Any) -> _Direct | None:
     return _Direct(call, (compiled.function, *flags, *scratch_first), False, make_map)
 
 
-def _stand_in(argument: Any, kind: Any, device: str) -> Any:
+def _stand_in(argument: Any, kind: Any, device: str | None) -> Any:
     """An argument as ``compiled_as`` says, with tensors on a device in the place of null pointers."""
     if isinstance(kind, tuple) and argument is not None:
         return tuple(_stand_in(each, of_each, device) for each, of_each in zip(argument, kind, strict=True))

@@ -25,8 +25,8 @@ UNSPECIALISED = ("M", "n_words", "wave", "n_columns", "gradients_last")
 
 @triton.jit(do_not_specialize=UNSPECIALISED)
 def projections_forward_kernel(
-    x_ptr, weights, lora_as, lora_bs, bias_ptrs, y_ptrs, s_ptrs, workspace_ptr, M, K, N, R, bias_sizes, columns, n_words,
-    wave, n_columns, stride_xm, strides_wn, strides_ar, strides_bn, scale_s, in_s, on_branch, dropout,
+    x_ptr, weights, lora_as, lora_bs, bias_ptrs, y_ptrs, s_ptrs, workspace_ptr, M, K, N, R, bias_sizes, columns,
+    n_words, wave, n_columns, stride_xm, strides_wn, strides_ar, strides_bn, scale_s, in_s, on_branch, dropout,
     plain_variant: tl.constexpr,
 ):  # fmt: skip
     """Y_i = X·W_iᵀ + on_branch_i·S_i·B_iᵀ + bias_i and S_i = scale_s_i·in_s_i·drop_i(X)·A_iᵀ; in_s and on_branch are
@@ -108,9 +108,7 @@ def projections_backward_kernel(
                 N=n,
                 R=r,
             )
-            gradient_tile(
-                sums_b, counts_ptr + gradient - tile, tile, chunk, Dropout(0, 0, 1.0, 0), False, variant
-            )
+            gradient_tile(sums_b, counts_ptr + gradient - tile, tile, chunk, Dropout(0, 0, 1.0, 0), False, variant)
     elif gradient < n_b + n_a:
         if da_ptrs is not None:
             index, tile = find(gradient - n_b, tiles_a)
@@ -141,7 +139,5 @@ def projections_backward_kernel(
                 N=pick(N, index),
                 R=1,
             )
-            gradient_tile(
-                sums_bias, counts_ptr + gradient - tile, tile, chunk, Dropout(0, 0, 1.0, 0), False, variant
-            )
+            gradient_tile(sums_bias, counts_ptr + gradient - tile, tile, chunk, Dropout(0, 0, 1.0, 0), False, variant)
     reset_if_last(workspace_ptr, n_words, 1024)

@@ -5,6 +5,7 @@ to call (seeds) are compiled as others of their type, see ``_ODD``. Matrices are
 program cannot select one of several descriptors without loading by each in turn.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from fastlora.backends.triton.launch import (
     forward_rank,
     forward_scales,
     has_wide_loads,
+    overwrites_act,
     seed_arguments,
 )
 from fastlora.backends.triton.projection_kernels import projections_backward_kernel, projections_forward_kernel
@@ -57,7 +59,7 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     """What serves every call of this description, with SharedForward or SharedBackward; ``config`` overrides the
     tables."""
     target = target_of(spec.device)
-    config = fitting(config or _choose(spec, target), spec, target)
+    config = config or _choose(spec, target)
     return _Forward(spec, config, target) if spec.direction == "forward" else _Backward(spec, config, target)
 
 
@@ -74,20 +76,10 @@ def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
     """The tables' choice for one product with all columns (of dX, with all that is contracted)."""
     m, n, k, _ = spec.sizes
     aligned = has_wide_rows(spec)
-    config = choose_config(
+    return choose_config(
         spec.direction, m, n, k, largest_rank(spec),
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
     )  # fmt: skip
-    return config
-
-
-def fitting(config: TileConfig, spec: LaunchSpec, target: Target) -> TileConfig:
-    """A tile of the tables, as these kernels can have it. On Hopper a forward with dropout leaves S to tiles of its
-    own: of a block that wgmma reads where it lies and the mask in registers, Triton 3.6 pipelines loads by pointers with
-    a buffer too few, and overwrites it while wgmma reads."""
-    by_wgmma = target.arch == 90 and spec.dtype.itemsize == 2 and config.block_m >= 64
-    reads_twice = by_wgmma and spec.dropout and spec.direction == "forward"
-    return replace(config, fused=config.fused and not reads_twice)
 
 
 # Numbers of another value than the first call's are not multiples of 16, as that may be.
@@ -134,7 +126,7 @@ class _Shared(PreparedLaunch):
         count = len(self.members)
         return self.of_each(torch.int64), (_ODD[torch.int64],) * count, (_ODD[torch.int32],) * count, (None,) * count
 
-    def dropout_arguments(self, projections: list[Projection], inverse_keeps: tuple[float, ...]) -> tuple | None:
+    def dropout_arguments(self, projections: Sequence[Projection], inverse_keeps: tuple[float, ...]) -> tuple | None:
         """Addresses of seeds, seeds, thresholds and factors of what is kept."""
         if not self.spec.dropout:
             return None
@@ -147,22 +139,22 @@ class _Forward(_Shared):
     """Y [M, N] and S [M, R] of each projection in one launch."""
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
-        super().__init__(spec, config, target, fused=config.fused)
+        super().__init__(spec, config, target, fused=config.fused and not overwrites_act(spec, config, target))
         count, variant = len(self.members), self.variant
         columns = [ceil_div(n, config.block_n) + variant.shrink_columns - 1 for n in self.Ns]
         self.n_words = N_COUNTERS.value + count * self.n_rows
         self.columns, self.n_columns = tuple(columns), count + sum(columns)
         adapters = self.adapter_dtypes
         compiled_as: dict[int, Any] = {
-            _forward("lora_as"): self.of_each(adapters[0]),
-            _forward("lora_bs"): self.of_each(adapters[1]),
-            _forward("s_ptrs"): self.of_each(spec.dtype),
+            _IN_FORWARD("lora_as"): self.of_each(adapters[0]),
+            _IN_FORWARD("lora_bs"): self.of_each(adapters[1]),
+            _IN_FORWARD("s_ptrs"): self.of_each(spec.dtype),
         }
         self.bias_sizes = tuple(each.sizes.n * each.bias for each in self.members)
         if any(self.bias_sizes):
-            compiled_as[_forward("bias_ptrs")] = self.of_each(spec.dtype)
+            compiled_as[_IN_FORWARD("bias_ptrs")] = self.of_each(spec.dtype)
         if spec.dropout:
-            compiled_as[_forward("dropout")] = self.compiled_dropout()
+            compiled_as[_IN_FORWARD("dropout")] = self.compiled_dropout()
         self.launch = self.prepare_launch(
             projections_forward_kernel, self.n_rows * self.n_columns, ([], [], []), compiled_as
         )
@@ -182,7 +174,9 @@ class _Forward(_Shared):
         outputs = [like] * len(self.members)
         self.launch.compile(*self.arguments(operands, outputs, outputs, like.to(torch.int32)))
 
-    def arguments(self, operands: SharedForward, ys: list[Tensor], ss: list[Tensor | None], workspace: Tensor) -> tuple:
+    def arguments(
+        self, operands: SharedForward, ys: Sequence[Tensor], ss: Sequence[Tensor | None], workspace: Tensor
+    ) -> tuple:
         """Those of projections_forward_kernel, but its constants."""
         x, projections = operands
         weights, lora_as, lora_bs, biases, *_ = zip(*projections, strict=True)
@@ -191,9 +185,9 @@ class _Forward(_Shared):
         scales = [forward_scales(p.scaling, p.dropout_p, self.spec.dtype) for p in projections]
         of_sum, in_s, on_branch = zip(*scales, strict=True)
         return (
-            x, weights, lora_as, lora_bs, biases if any(self.bias_sizes) else None, tuple(ys), tuple(ss), workspace, m, k,
-            self.Ns, self.ranks, self.bias_sizes, self.columns, self.n_words, self.wave, self.n_columns, self.act_strides[0],
-            *self.matrices, of_sum, in_s if float16 else None,
+            x, weights, lora_as, lora_bs, biases if any(self.bias_sizes) else None, tuple(ys), tuple(ss), workspace,
+            m, k, self.Ns, self.ranks, self.bias_sizes, self.columns, self.n_words, self.wave, self.n_columns,
+            self.act_strides[0], *self.matrices, of_sum, in_s if float16 else None,
             tuple(1.0 if each is None else each for each in on_branch) if float16 else None,
             self.dropout_arguments(projections, (1.0,) * len(projections)),
         )  # fmt: skip
@@ -235,10 +229,7 @@ class _Backward(_Shared):
         )
         # (shape, dtype) of dA, dB and dbias of each.
         self.outputs = tuple(
-            [
-                (shape(each.sizes), dtype) if getattr(each.needs, name) else None
-                for each in members
-            ]
+            [(shape(each.sizes), dtype) if getattr(each.needs, name) else None for each in members]
             for name, shape, dtype in (
                 ("da", lambda sizes: (sizes.r, k), adapters[0]),
                 ("db", lambda sizes: (sizes.n, sizes.r), adapters[1]),
@@ -246,20 +237,20 @@ class _Backward(_Shared):
             )
         )
         compiled_as: dict[int, Any] = {
-            _backward("lora_as"): self.of_each(adapters[0]),
-            _backward("lora_bs"): self.of_each(adapters[1]),
-            _backward("s_ptrs"): self.of_each(spec.dtype),
+            _IN_BACKWARD("lora_as"): self.of_each(adapters[0]),
+            _IN_BACKWARD("lora_bs"): self.of_each(adapters[1]),
+            _IN_BACKWARD("s_ptrs"): self.of_each(spec.dtype),
         }
         if makes_ds:  # one kernel serves with dX and without it
-            compiled_as[_backward("dx_ptr")] = spec.dtype
+            compiled_as[_IN_BACKWARD("dx_ptr")] = spec.dtype
         for name, need, dtype in (
             ("a", needs.da, adapters[0]), ("b", needs.db, adapters[1]), ("bias", needs.dbias, spec.dtype)
         ):  # fmt: skip
             if need:
-                compiled_as[_backward(f"partial_{name}_ptr")] = torch.float32
-                compiled_as[_backward(f"d{name}_ptrs")] = self.of_each(dtype)
+                compiled_as[_IN_BACKWARD(f"partial_{name}_ptr")] = torch.float32
+                compiled_as[_IN_BACKWARD(f"d{name}_ptrs")] = self.of_each(dtype)
         if spec.dropout:
-            compiled_as[_backward("dropout")] = self.compiled_dropout()
+            compiled_as[_IN_BACKWARD("dropout")] = self.compiled_dropout()
         self.launch = self.prepare_launch(
             projections_backward_kernel, self.n_rows * n_columns + n_chunks * n_gradients, ([], [], []), compiled_as
         )
@@ -283,8 +274,9 @@ class _Backward(_Shared):
 
     def compile(self, operands: SharedBackward) -> None:
         """Compiles for such a call; the operands may be on the "meta" device."""
+
         def meta(made: tuple | None) -> Tensor | None:
-            return made and torch.empty(0, dtype=made[1], device="meta")
+            return None if made is None else torch.empty(0, dtype=made[1], device="meta")
 
         dx = torch.empty(0, dtype=self.spec.dtype, device="meta") if self.spec.needs.dx else None
         made, scratch = [[*map(meta, of_kind)] for of_kind in self.outputs], [*map(meta, self.scratch)]
@@ -296,7 +288,9 @@ class _Backward(_Shared):
         self, operands: SharedBackward, dx: Tensor | None, made: list[list], scratch: list, workspace: Tensor
     ) -> tuple:
         """Those of projections_backward_kernel, but its constants."""
-        kept = [each for each in zip(operands.dys, operands.projections, operands.ss, strict=True) if each[0] is not None]
+        kept = [
+            each for each in zip(operands.dys, operands.projections, operands.ss, strict=True) if each[0] is not None
+        ]
         dys, projections, ss = zip(*kept, strict=True)
         weights, lora_as, lora_bs, *_ = zip(*projections, strict=True)
         needs, (m, _, k, _), dtype = self.spec.needs, self.spec.sizes, self.spec.dtype
@@ -311,4 +305,6 @@ class _Backward(_Shared):
         )  # fmt: skip
 
 
-_forward, _backward = projections_forward_kernel.arg_names.index, projections_backward_kernel.arg_names.index
+_IN_FORWARD, _IN_BACKWARD = (
+    kernel.arg_names.index for kernel in (projections_forward_kernel, projections_backward_kernel)
+)

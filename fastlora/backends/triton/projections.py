@@ -123,7 +123,7 @@ def _part_of_dx(projections, dx_ptr, ds_ptr, index, M, K):
         bias_size=0,
         out=Matrix(dx_ptr, K),
         s=Matrix(ds_ptr + tl.cast(M, tl.int64) * sum_before(p.R, index), shape.R),
-        column_scale=0,
+        column_scale=0,  # type: ignore[arg-type]
     )
     return product, shape
 
@@ -165,10 +165,8 @@ def dx_tile(
 
 
 @triton.jit
-def _finish_dx(
-    acc, projections, dx_ptr, ds_ptr, flags_ptr, row, first_n, n_rows, M, K, variant: tl.constexpr
-):
-    """Adds every branch to the columns of dX from ``first_n`` on and stores them; in slices, as epilogue.finish_tile."""
+def _finish_dx(acc, projections, dx_ptr, ds_ptr, flags_ptr, row, first_n, n_rows, M, K, variant: tl.constexpr):
+    """Adds every branch to the columns of dX from ``first_n`` on, and stores them."""
     for i in range(variant.projections):
         wait_for(flags_ptr + i * n_rows + row, tl.minimum(pick(projections.R, i), 1))
     _add_branches(acc, projections, dx_ptr, ds_ptr, row, first_n, M, K, variant)
@@ -176,6 +174,7 @@ def _finish_dx(
 
 @triton.jit
 def _add_branches(acc, projections, dx_ptr, ds_ptr, row, first_n, M, K, variant: tl.constexpr):
+    """In slices, as epilogue.finish_tile."""
     BLOCK_N: tl.constexpr = acc.shape[1]
     if variant.dropout and variant.tile.slice_n < BLOCK_N:
         left, right = halves(acc)
