@@ -405,10 +405,10 @@ MUTANTS = (
     Mutant(
         "dX without the last projection",
         "projections",
-        "            for i in range(COUNT):\n                product, shape = _part_of_dx(projections, dx_ptr, ds_ptr, i, M, K)\n"
-        "                acc = multiply(acc, product, row, n, shape, variant)",
-        "            for i in range(COUNT - 1):\n                product, shape = _part_of_dx(projections, dx_ptr, ds_ptr, i, M, K)\n"
-        "                acc = multiply(acc, product, row, n, shape, variant)",
+        "            for i in range(COUNT):\n                product, shape = "
+        "_part_of_dx(projections, dx_ptr, ds_ptr, i, M, K)\n                acc = multiply(acc, product, row, n",
+        "            for i in range(COUNT - 1):\n                product, shape = "
+        "_part_of_dx(projections, dx_ptr, ds_ptr, i, M, K)\n                acc = multiply(acc, product, row, n",
         shows="projections",
     ),
     Mutant(

@@ -182,10 +182,10 @@ def assert_accurate(results, group: Group, *, against_eager: bool = True) -> Non
         )
 
 
-# M, K, and projections. Multiples of 16, as of a model's layers: q, k and v of attention by groups; gate and up; and
-# others: eight of them, other ranks, one without an adapter, one without a dY, one that trains its A alone. Contractions
-# have more steps than the pipeline has stages, and leave each remainder by them; M has more than one row group, the last
-# one ragged.
+# M, K, and projections. Multiples of 16, as of a model's layers: q, k and v of attention by groups; gate and up. Others:
+# eight of them, other ranks, one without an adapter, one without a dY, one that trains its A alone. Contractions have
+# more steps than the pipeline has stages, and leave each remainder by them; M has more than one row group, the last one
+# ragged.
 QKV = (Member(160, 16), Member(48, 16, scaling=-1.0), Member(32, 16, scaling=1.0))
 GATE_UP = (Member(192, 16, bias=True), Member(96, 16, scaling=0.5))
 LARGE_RANK = (Member(128, 96), Member(64, 80, bias=True, scaling=1.0))
