@@ -201,6 +201,13 @@ def together_backward(operands: SharedBackward, requested: str | None) -> Shared
     return launch and launch()
 
 
+def _launching_together(spec: LaunchSpec, requested: str | None) -> str | None:
+    """The backend whose one launch serves such a call, if any."""
+    if _prefers_composed(spec, requested):
+        return None
+    return _launching(spec, tuple(name for name in TOGETHER if requested in (None, name)))[0]
+
+
 def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor] | None:
     """Y and S of one launch that decodes its quantised weight, or None where none serves the call: then the reasons are
     counted as fallbacks, and the weight is to be decoded in front of a dense launch.
@@ -366,7 +373,7 @@ def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None
     """
     by_name: dict[str, list] = {"triton": [], "composed": []}
     for operands, spec in calls:
-        name = selection.select_backend(spec, requested)[0]
+        name = _launching_together(spec, requested) if spec.members else selection.select_backend(spec, requested)[0]
         if name == "triton" or (name == "composed" and spec.dropout):
             by_name[name].append((selection.serving_module(name, spec).prepare(spec), operands))
     return sum(selection.backend_module(name).compile_all(found, workers) for name, found in by_name.items() if found)

@@ -54,6 +54,7 @@ def test_shipped_tiles(tile):
     checks.check_shipped(tile)
 
 
+@pytest.mark.sweep
 def test_results_are_the_same_bits_under_every_schedule():
     group = checks.draw(139, 104, checks.DROPPED, torch.float16)
     first, *others = [checks.emulate(group, 80, options)[0] for options in SCHEDULES[1:4]]

@@ -475,13 +475,6 @@ MUTANTS = (
         shows="projections",
     ),
     Mutant(
-        "columns of S one short",
-        "projection_kernels",
-        "n_columns, 0, 0, wave, variant.tile.group_m, COUNT)",
-        "n_columns, 0, 0, wave, variant.tile.group_m, COUNT - 1)",
-        shows="projections",
-    ),
-    Mutant(
         "counts of gradients not reset",
         "projection_launch",
         "self.n_words = N_COUNTERS.value + count * self.n_rows + n_gradients",
