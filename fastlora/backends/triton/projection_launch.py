@@ -7,7 +7,8 @@ program cannot select one of several descriptors without loading by each in turn
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,13 +127,48 @@ class _Shared(PreparedLaunch):
         count = len(self.members)
         return self.of_each(torch.int64), (_ODD[torch.int64],) * count, (_ODD[torch.int32],) * count, (None,) * count
 
-    def dropout_arguments(self, projections: Sequence[Projection], inverse_keeps: tuple[float, ...]) -> tuple | None:
+    def numbers_of(self, projections: Sequence[Projection]) -> "_Numbers":
+        """What scalings and probabilities come to."""
+        return _numbers(tuple([(p.scaling, p.dropout_p) for p in projections]), self.spec.dtype)
+
+    def dropout_arguments(
+        self, projections: Sequence[Projection], thresholds: tuple[int, ...], inverse_keeps: tuple[float, ...]
+    ) -> tuple | None:
         """Addresses of seeds, seeds, thresholds and factors of what is kept."""
         if not self.spec.dropout:
             return None
-        seeds = [seed_arguments(p.seed) if p.dropout_p > 0.0 else (None, 0) for p in projections]
-        thresholds = tuple(philox.threshold(p.dropout_p) for p in projections)
-        return (*zip(*seeds, strict=True), thresholds, inverse_keeps)
+        ptrs, seeds = zip(*[seed_arguments(p.seed) if p.dropout_p else _NO_SEED for p in projections], strict=True)
+        return ptrs, seeds, thresholds, inverse_keeps
+
+
+_NO_SEED = (None, 0)
+
+
+class _Numbers(NamedTuple):
+    """Of each projection: see launch.forward_scales and backward_scales; where float16 splits no scaling, in_s is None;
+    and philox's threshold and inverse_keep."""
+
+    of_sum: tuple[float, ...]
+    in_s: tuple[float, ...] | None
+    on_branch: tuple[float, ...]
+    scaling: tuple[float, ...]
+    thresholds: tuple[int, ...]
+    inverse_keeps: tuple[float, ...]
+
+
+@lru_cache(maxsize=256)
+def _numbers(factors: tuple[tuple[float, float], ...], dtype: torch.dtype) -> _Numbers:
+    """Of (scaling, dropout_p) of each projection."""
+    of_sum, in_s, _ = zip(*(forward_scales(*each, dtype) for each in factors), strict=True)
+    scaling, dropouts = zip(*factors, strict=True)
+    return _Numbers(
+        of_sum,
+        in_s if dtype == torch.float16 else None,
+        tuple(split_scaling(each, dtype).on_branch for each in scaling),
+        scaling,
+        tuple(map(philox.threshold, dropouts)),
+        tuple(map(philox.inverse_keep, dropouts)),
+    )
 
 
 class _Forward(_Shared):
@@ -181,15 +217,13 @@ class _Forward(_Shared):
         x, projections = operands
         weights, lora_as, lora_bs, biases, *_ = zip(*projections, strict=True)
         m, _, k, _ = self.spec.sizes
-        float16 = self.spec.dtype == torch.float16
-        scales = [forward_scales(p.scaling, p.dropout_p, self.spec.dtype) for p in projections]
-        of_sum, in_s, on_branch = zip(*scales, strict=True)
+        numbers = self.numbers_of(projections)
         return (
             x, weights, lora_as, lora_bs, biases if any(self.bias_sizes) else None, tuple(ys), tuple(ss), workspace,
             m, k, self.Ns, self.ranks, self.bias_sizes, self.columns, self.n_words, self.wave, self.n_columns,
-            self.act_strides[0], *self.matrices, of_sum, in_s if float16 else None,
-            tuple(1.0 if each is None else each for each in on_branch) if float16 else None,
-            self.dropout_arguments(projections, (1.0,) * len(projections)),
+            self.act_strides[0], *self.matrices, numbers.of_sum, numbers.in_s,
+            None if numbers.in_s is None else numbers.on_branch,
+            self.dropout_arguments(projections, numbers.thresholds, (1.0,) * len(projections)),
         )  # fmt: skip
 
 
@@ -293,15 +327,15 @@ class _Backward(_Shared):
         ]
         dys, projections, ss = zip(*kept, strict=True)
         weights, lora_as, lora_bs, *_ = zip(*projections, strict=True)
-        needs, (m, _, k, _), dtype = self.spec.needs, self.spec.sizes, self.spec.dtype
+        needs, (m, _, k, _) = self.spec.needs, self.spec.sizes
         das, dbs, dbiases = (tuple(of_kind) if need else None for of_kind, need in zip(made, needs[1:], strict=True))
         ds, *partials = scratch
-        scaling = tuple(p.scaling for p in projections)
+        numbers = self.numbers_of(projections)
         return (
             dys, weights, lora_bs, operands.x if needs.da else None, lora_as, ss if needs.db else None, dx, ds,
             das, dbs, dbiases, *partials, workspace, m, k, self.Ns, self.ranks, *self.tiles, self.n_words, self.wave,
-            *self.numbers, scaling, tuple(split_scaling(each, dtype).on_branch for each in scaling),
-            self.dropout_arguments(projections, tuple(philox.inverse_keep(p.dropout_p) for p in projections)),
+            *self.numbers, numbers.scaling, numbers.on_branch,
+            self.dropout_arguments(projections, numbers.thresholds, numbers.inverse_keeps),
         )  # fmt: skip
 
 
