@@ -213,8 +213,12 @@ def tiles():
         aligned, few_rows = "unaligned" not in name, name.endswith(" few rows")
         rank = 256 if name.endswith(" large-rank") else FUSED_RANK
         if table_for(arch, rank, dtype.itemsize, aligned, few_rows) == name:
-            for config, backward in itertools.product(table, (False,) if few_rows else (False, True)):
+            makes_s = (True, False) if rank == FUSED_RANK and dtype != torch.float32 else (True,)
+            directions = (False,) if few_rows else (False, True)
+            for config, backward, fused in itertools.product(table, directions, makes_s):
+                config = dataclasses.replace(config, fused=fused)
                 tile = f"{config.block_m}x{config.block_n}-{'backward' if backward else 'forward'}"
+                tile += "" if fused else "-separate"
                 yield pytest.param(
                     arch, config, backward, rank, dtype, aligned, not few_rows, id=f"sm_{arch}-{name}-{tile}"
                 )

@@ -60,7 +60,7 @@ def prepare(spec: LaunchSpec, config: TileConfig | None = None) -> Launcher:
     """What serves every call of this description, with SharedForward or SharedBackward; ``config`` overrides the
     tables."""
     target = target_of(spec.device)
-    config = config or _choose(spec, target)
+    config = without_spill(config or _choose(spec, target), spec, target)
     return _Forward(spec, config, target) if spec.direction == "forward" else _Backward(spec, config, target)
 
 
@@ -81,6 +81,22 @@ def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
         spec.direction, m, n, k, largest_rank(spec),
         arch=target.arch, n_sms=target.n_sms, element_size=spec.dtype.itemsize, aligned=aligned, dropout=spec.dropout,
     )  # fmt: skip
+
+
+# Of the tables' tiles, those that spill with S made in one of the two ways: (architecture, direction, block_m, block_n)
+# -> whether the shrink is to be fused.
+_WITHOUT_SPILL = {
+    (100, "forward", 16, 64): False,
+    (100, "backward", 128, 128): False,
+    (120, "forward", 16, 32): True,
+}
+
+
+def without_spill(config: TileConfig, spec: LaunchSpec, target: Target) -> TileConfig:
+    """A tile of the tables, with S made as it does not spill."""
+    arch = 100 if target.arch == 103 else target.arch
+    key = (arch, spec.direction, config.block_m, config.block_n)
+    return replace(config, fused=_WITHOUT_SPILL.get(key, config.fused))
 
 
 # Numbers of another value than the first call's are not multiples of 16, as that may be.
