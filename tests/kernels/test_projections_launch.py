@@ -165,7 +165,7 @@ def test_a_group_is_one_launch_each_way_with_the_bits_of_single_launches(on_trit
         with emulated(80) as stats:
             ys = outputs(given, together)
             found[together] = [*ys, *torch.autograd.grad(ys, given, dys)]
-        assert len(stats) == (2 if together else 6)
+        assert len(stats) == (2 if together else 2 * len(members))
         counts = fastlora.dispatch_counts()
         fastlora.reset_dispatch_counts()
         assert counts["triton"] == len(stats) and counts["reference"] == 0 and not counts["fallbacks"]
@@ -179,7 +179,7 @@ def test_a_group_is_one_launch_each_way_with_the_bits_of_single_launches(on_trit
 @needs_compiler
 @pytest.mark.usefixtures("own_workspace", "poisoned")
 def test_a_refused_group_is_a_launch_each_and_counted(on_triton):
-    group = checks.draw(20, 32, (checks.Member(16, 4), checks.Member(24, 4)))
+    group = checks.draw(20, 32, (checks.Member(16, 4), checks.Member(16, 4, scaling=-1.3)))
     weights = [c.weight.t().contiguous().t() for c in group.cases]  # as [K, N]
     factors = [[getattr(c, name) for c in group.cases] for name in ("lora_a", "lora_b", "scaling")]
     with emulated(80) as stats:
