@@ -123,6 +123,23 @@ def test_loads_by_pointers_are_fused_with_no_masked_shrink_on_hopper(monkeypatch
         assert projection_launch.prepare(spec, config).variant.fused == fused
 
 
+@pytest.mark.parametrize(
+    "arch, table, tile, backward, fused",
+    [
+        (103, "blackwell", 1, True, False),
+        (103, "blackwell", 1, False, True),
+        (120, "ampere", 2, True, False),
+        (120, "ampere few rows", 3, False, True),
+        (80, "ampere few rows", 3, False, False),
+    ],
+)
+def test_s_is_made_as_it_does_not_spill(monkeypatch, arch, table, tile, backward, fused):
+    """Whatever the tables say; see test_shipped_tiles_on_other_architectures, which fails without."""
+    monkeypatch.setattr(projection_launch, "target_of", lambda device: Target(arch, n_sms=132))
+    config = dataclasses.replace(TILE_TABLES[table][tile], fused=table != "ampere few rows")
+    assert projection_launch.prepare(described(backward)[1], config).variant.fused == fused
+
+
 @pytest.fixture
 def on_triton(monkeypatch):
     """Calls on the CPU for Triton are a GPU's, and emulated; single layers and groups by the same tile."""

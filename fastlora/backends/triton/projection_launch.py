@@ -88,6 +88,7 @@ def _choose(spec: LaunchSpec, target: Target) -> TileConfig:
 _WITHOUT_SPILL = {
     (100, "forward", 16, 64): False,
     (100, "backward", 128, 128): False,
+    (120, "backward", 32, 64): False,
     (120, "forward", 16, 32): True,
 }
 
