@@ -74,6 +74,8 @@ def test_no_other_launch_takes_several_projections():
     [
         ({"ns": (64,) * 9, "ranks": (16,) * 9}, "9 projections share an input, and a launch has 8 at most"),
         ({"ranks": (None, None)}, "no projection has an adapter"),
+        ({"ns": (64, 0)}, "projection 1 has 0 columns and an adapter of rank 16"),
+        ({"ranks": (0, 16)}, "projection 0 has 64 columns and an adapter of rank 0"),
         ({"ranks": (16, 300)}, "projection 1: rank 300 is above 256"),
         ({"transposed": (True, False)}, "no kernel for a transposed base weight (projection 0) of projections that"),
         ({"adapter_dtypes": (torch.float32, torch.bfloat16)}, "adapters of projections that share an input differ"),

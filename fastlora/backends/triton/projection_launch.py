@@ -50,6 +50,8 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
     for i, each in enumerate(members):
         if each.base_format != "dense":
             return f"no kernel for a {each.base_format} base weight (projection {i}) of projections that share an input"
+        if each.sizes.n == 0 or (each.sizes.r == 0 and each.branch == "single"):
+            return f"projection {i} has {each.sizes.n} columns and an adapter of rank {each.sizes.r}"
         reason = single.why_unsupported(each._replace(branch="single"))
         if reason is not None:
             return f"projection {i}: {reason}"
