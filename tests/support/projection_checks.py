@@ -77,7 +77,7 @@ def draw(m: int, k: int, members: tuple[Member, ...], dtype=torch.bfloat16, *, i
 
 def operands(group: Group) -> tuple[Projection, ...]:
     return tuple(
-        Projection(c.weight, None, None, c.bias, 1.0, 0.0)
+        Projection(c.weight, None, None, c.bias, 1.0, each.dropout_p)
         if each.rank is None
         else Projection(c.weight, c.lora_a, c.lora_b, c.bias, c.scaling, c.dropout_p, c.seed)
         for each, c in zip(*group, strict=True)
@@ -233,7 +233,7 @@ DROPPED = (
     Member(48, 16, dropout_p=0.3, bias=True, scaling=1.7),
     Member(32, 16, dropout_p=0.0, scaling=-0.7),
     Member(40, 4, dropout_p=0.6, scaling=2.3),
-    Member(24, None, bias=True),
+    Member(24, None, bias=True, dropout_p=0.3),
 )
 
 

@@ -156,7 +156,7 @@ class _Shared(PreparedLaunch):
         """Addresses of seeds, seeds, thresholds and factors of what is kept."""
         if not self.spec.dropout:
             return None
-        ptrs, seeds = zip(*[seed_arguments(p.seed) if p.dropout_p else _NO_SEED for p in projections], strict=True)
+        ptrs, seeds = zip(*[_NO_SEED if p.seed is None else seed_arguments(p.seed) for p in projections], strict=True)
         return ptrs, seeds, thresholds, inverse_keeps
 
 
