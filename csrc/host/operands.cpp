@@ -74,6 +74,16 @@ class Maps {
 
 }  // namespace
 
+void check_no_projections(const Operands& o, size_t first) {
+  for (size_t i = first; i < o.projections.size(); ++i) {
+    const LayerOperands& each = o.projections[i];
+    const bool given = each.act.address || each.weight.address || each.lora_a.address || each.lora_b.address ||
+                       each.out.address || each.layer_input.address || each.saved_s.address || each.bias || each.s ||
+                       each.grad_a || each.grad_b || each.grad_bias || each.seed_address;
+    check_given(("of projection " + std::to_string(i)).c_str(), given, false);
+  }
+}
+
 std::pair<int64_t, int64_t> Plan::weight_sizes() const {
   const bool rows_are_of_out = variant_->backward == variant_->transposed;
   return rows_are_of_out ? std::pair(base_.n, base_.k) : std::pair(base_.k, base_.n);
@@ -98,14 +108,15 @@ void Plan::check_packed(const Operands& o) const {
 
 void Plan::check_operands(const Operands& o) const {
   const Params& p = base_;
-  const bool backward = variant_->backward, makes_s = problem_.makes_out || problem_.grad_a;
+  const bool backward = variant_->backward, has_adapter = p.r > 0;
+  const bool makes_s = has_adapter && (problem_.makes_out || problem_.grad_a);
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
   check_matrix("act", o.act, true, p.m, p.k);
   const auto [weight_rows, weight_columns] = weight_sizes();
   check_matrix("weight", o.weight, true, weight_rows, weight_columns);
   check_packed(o);
-  check_matrix("lora_a", o.lora_a, true, p.r, in_features);
-  check_matrix("lora_b", o.lora_b, true, out_features, p.r);
+  check_matrix("lora_a", o.lora_a, has_adapter, p.r, in_features);
+  check_matrix("lora_b", o.lora_b, has_adapter, out_features, p.r);
   const bool segmented = is_segmented();
   require(!segmented || (o.weight_stride % int64_t(kCopyAlignment / kElementBytes) == 0 &&
                          (p.segments.n_weights == 1 || o.weight_stride >= weight_rows * o.weight.stride)),
@@ -135,7 +146,7 @@ void Plan::check_operands(const Operands& o) const {
   require(!(o.seed_address && o.seed), [] { return "the seed is given by value and by address"; });
   require(variant_->dropout || (o.drop_threshold == 0 && o.inverse_keep == 1 && o.seed == 0),
           [] { return "dropout is given to a kernel without it"; });
-  require(!variant_->dropout || (o.drop_threshold >= 1 && o.drop_threshold <= 1 << 16), [&] {
+  require(!variant_->dropout || !has_adapter || (o.drop_threshold >= 1 && o.drop_threshold <= 1 << 16), [&] {
     return "a kernel with dropout takes a threshold of 1 to 65536, got " + std::to_string(o.drop_threshold);
   });
   require(variant_->fp16 || o.scale_on_branch == 1, [] { return "only fp16 kernels scale the branch"; });
@@ -143,6 +154,7 @@ void Plan::check_operands(const Operands& o) const {
 
 Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   check_operands(o);
+  check_no_projections(o, 0);
   Params p = base_;
   const bool backward = variant_->backward;
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;

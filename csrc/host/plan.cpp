@@ -17,8 +17,9 @@ const Variant* find_variant(const Problem& problem) {
   for (const Variant& v : variants()) {
     const bool fits = v.backward == problem.backward && v.fp16 == problem.fp16 && v.transposed == problem.transposed &&
                       v.decodes == (problem.code_format != CodeFormat::kNone) &&
-                      v.segments == (problem.n_segments != 0) && v.dropout == problem.dropout &&
-                      v.block_m == problem.block_m && v.block_n == problem.block_n && v.rank >= problem.r;
+                      v.segments == (problem.n_segments != 0) && v.shared == !problem.projections.empty() &&
+                      v.dropout == problem.dropout && v.block_m == problem.block_m && v.block_n == problem.block_n &&
+                      v.rank >= problem.r;
     if (fits && (!best || v.rank < best->rank)) best = &v;
   }
   return best;
@@ -26,9 +27,26 @@ const Variant* find_variant(const Problem& problem) {
 
 std::string describe_problem(const Problem& p) {
   return std::string(p.backward ? "backward" : "forward") + (p.transposed ? ", transposed weight" : "") +
-         (p.n_segments ? ", " + std::to_string(p.n_segments) + " segments" : "") + ", tile " +
+         (p.n_segments ? ", " + std::to_string(p.n_segments) + " segments" : "") +
+         (p.projections.empty() ? "" : ", " + std::to_string(p.projections.size()) + " projections") + ", tile " +
          std::to_string(p.block_m) + "x" + std::to_string(p.block_n) + ", M=" + std::to_string(p.m) +
          " N=" + std::to_string(p.n) + " K=" + std::to_string(p.k) + " R=" + std::to_string(p.r);
+}
+
+// With the sums of its projections' sizes and needs, and the highest of their ranks.
+Problem summed(Problem problem) {
+  if (problem.projections.empty()) return problem;
+  int64_t& out_features = problem.backward ? problem.k : problem.n;
+  out_features = problem.r = 0;
+  problem.grad_a = problem.grad_b = problem.grad_bias = false;
+  for (const Projection& each : problem.projections) {
+    out_features += each.out_features;
+    problem.r = std::max(problem.r, each.r);
+    problem.grad_a |= each.grad_a;
+    problem.grad_b |= each.grad_b;
+    problem.grad_bias |= each.grad_bias;
+  }
+  return problem;
 }
 
 }  // namespace
@@ -37,7 +55,10 @@ const std::vector<Variant>& variants() { return mutable_variants(); }
 
 Registration::Registration(const Variant& variant) { mutable_variants().push_back(variant); }
 
-Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(problem)), ctas_(problem.ctas) {
+Plan::Plan(const Problem& problem) : Plan(summed(problem), find_variant(summed(problem))) {}
+
+Plan::Plan(const Problem& problem, const Variant* variant_of_plan)
+    : problem_(problem), variant_(variant_of_plan), ctas_(problem.ctas) {
   const auto require = [&](bool holds, const std::string& what) {
     if (!holds) throw std::invalid_argument("fastlora: " + what + ": " + describe_problem(problem));
   };
@@ -45,7 +66,8 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   require(variant_, "no compiled kernel serves this");
   const Variant& variant = *variant_;
   constexpr int64_t kLimit = (int64_t(1) << 31) - 1024;
-  require(m > 0 && n > 0 && k > 0 && r > 0 && m <= kLimit && n <= kLimit && k <= kLimit && n % 8 == 0 && k % 8 == 0 &&
+  const bool needs_adapter = !variant.shared || !problem.projections.empty();  // one of several need not have one
+  require(m > 0 && n > 0 && k > 0 && (r > 0 || !needs_adapter) && m <= kLimit && n <= kLimit && k <= kLimit && n % 8 == 0 && k % 8 == 0 &&
               r % 8 == 0,
           "sizes must be positive, below 2^31, and N, K and R multiples of 8");
   require(problem.group_m > 0 && ctas_ > 0 && problem.splits > 0 &&
@@ -86,6 +108,7 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   s.gradients_last = problem.gradients_last || variant.segments;
   s.splits = problem.splits;
   if (variant.decodes) cut_panels();
+  if (!problem.projections.empty()) plan_projections();
 
   // Of segments, a gradient tile has a column of a chunk, of which each segment may begin one more, or zeroes that of
   // some adapters.
@@ -97,7 +120,8 @@ Plan::Plan(const Problem& problem) : problem_(problem), variant_(find_variant(pr
   const int64_t owners = std::max(problem.n_adapters, 1);  // of a gradient each
   const int64_t reductions = owners * s.gradient_tiles + (s.splits > 1 ? column_tiles : 0);
   constexpr int kFlagsOfReduction = 2;  // one for each warpgroup that computes
-  const int64_t words = kFlagsWord + (s.rows + kFlagsOfReduction * reductions) * variant.cluster + s.panels;
+  const int64_t row_flags = s.rows * std::max<int64_t>(problem.projections.size(), 1);
+  const int64_t words = kFlagsWord + (row_flags + kFlagsOfReduction * reductions) * variant.cluster + s.panels;
   require(words <= kLimit, "more flags than a 32-bit index counts");
   p.workspace_words = int(words);
   gradient_partial_floats_ =
@@ -146,7 +170,7 @@ void Plan::cut_panels() {
 std::vector<Tile> Plan::queue() const {
   std::vector<Tile> tiles;
   for (int ticket = 0; ticket < count_tiles(base_.schedule); ++ticket) {
-    tiles.push_back(locate(base_.schedule, ticket, ctas_ / variant_->cluster));
+    tiles.push_back(locate(base_.schedule, ticket, ctas_ / variant_->cluster, shrink_columns_));
   }
   return tiles;
 }

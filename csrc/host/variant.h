@@ -13,6 +13,7 @@ struct Variant {
   bool transposed;  // the base weight lies as [in_features, out_features]
   bool decodes;     // a packed base weight, in tiles of their own
   bool segments;    // rows lie in segments
+  bool shared;      // several projections of one input
   bool dropout;
   bool splits;  // the contraction of a tile may be split
   bool fuses;   // column 0 may make S fused with its own tile of the output

@@ -28,9 +28,9 @@ struct StoredWeight {
       const int column = i * kColumns;
       const uint32_t box = address + column * kSwizzleSpan;
       if constexpr (kTransposed) {
-        producer.copy_to_cluster(box, &producer.params.weight, matrix, n + column, k);
+        producer.copy_to_cluster(box, &producer.own().weight, matrix, n + column, k);
       } else {
-        producer.copy_to_cluster(box, &producer.params.weight, matrix, k, n + column);
+        producer.copy_to_cluster(box, &producer.own().weight, matrix, k, n + column);
       }
     });
   }

@@ -11,7 +11,8 @@ using fp16 = __half;
 // A kernel by its own name, so that profiles, disassembly and tests can tell variants apart.
 #define FL_KERNEL(NAME, ...)                                                                                 \
   extern "C" __global__ void __cluster_dims__(fastlora::sm90::KernelTraits<__VA_ARGS__>::kCluster, 1, 1)     \
-      __launch_bounds__(fastlora::sm90::kThreads, 1) NAME(const __grid_constant__ fastlora::Params params) { \
+      __launch_bounds__(fastlora::sm90::kThreads, 1) NAME(                                                    \
+          const __grid_constant__ fastlora::sm90::KernelTraits<__VA_ARGS__>::Params params) {                \
     fastlora::sm90::run<fastlora::sm90::KernelTraits<__VA_ARGS__>>(params);                                  \
   }                                                                                                          \
   static const fastlora::Registration NAME##_registration(                                                   \
@@ -21,15 +22,21 @@ using fp16 = __half;
 #define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
 #define FL_PAIR(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                            \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R,  \
-            false, fastlora::sm90::WEIGHT, false)                                                                     \
+            false, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kLayer)                                                                     \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
-            M, N, R, true, fastlora::sm90::WEIGHT, false)
+            M, N, R, true, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kLayer)
 #define FL_OF_SEGMENTS(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                      \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_segments), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
-            M, N, R, false, fastlora::sm90::WEIGHT, true)
+            M, N, R, false, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kSegments)
+#define FL_OF_PROJECTIONS(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                 \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_shared), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
+            M, N, R, false, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kProjections)                              \
+  FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_shared_dropout), fastlora::sm90::ELEMENT,                    \
+            fastlora::sm90::DIRECTION, M, N, R, true, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kProjections)
 // They expand the object's direction and element type, and the name's rest.
 #define FL_EXPAND(...) FL_PAIR(__VA_ARGS__)
 #define FL_EXPAND_OF_SEGMENTS(...) FL_OF_SEGMENTS(__VA_ARGS__)
+#define FL_EXPAND_OF_PROJECTIONS(...) FL_OF_PROJECTIONS(__VA_ARGS__)
 
 #define FL_REST_DenseWeight
 #define FL_REST_TransposedWeight _transposed
@@ -38,4 +45,6 @@ using fp16 = __half;
   FL_EXPAND(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
 #define FASTLORA_SM90_SEGMENTS(M, N, R, WEIGHT) \
   FL_EXPAND_OF_SEGMENTS(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
+#define FASTLORA_SM90_SHARED(M, N, R, WEIGHT) \
+  FL_EXPAND_OF_PROJECTIONS(FASTLORA_DIRECTION, FASTLORA_ELEMENT, M, N, R, WEIGHT, FL_REST_##WEIGHT)
 #include "../variants.def"
