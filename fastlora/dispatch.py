@@ -166,9 +166,9 @@ def backward(operands: Any, needs: Needs, requested: str | None, into: Tensor | 
     return computed._replace(dx=into.add_(computed.dx))
 
 
-# The backends that have one launch for several projections of one x, in order of preference: none yet. One that gets a
-# kernel is entered here, and from then on is asked ``why_unsupported`` of a LaunchSpec whose branch is "shared_input".
-TOGETHER: tuple[str, ...] = ()
+# The backends that have one launch for several projections of one x, in order of preference. Each is asked
+# ``why_unsupported`` of a LaunchSpec whose branch is "shared_input".
+TOGETHER: tuple[str, ...] = ("cuda",)
 
 
 def may_launch_together(tensor: Tensor, requested: str | None) -> bool:

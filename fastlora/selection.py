@@ -42,6 +42,10 @@ def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
         from fastlora.backends.triton import scaled_launch
 
         return scaled_launch
+    if spec.branch == "shared_input" and name == "cuda":
+        from fastlora.backends.cuda import shared_launch as cuda
+
+        return cuda
     if spec.branch == "segments" and name == "cuda":
         from fastlora.backends.cuda import segment_launch as cuda_segments
 

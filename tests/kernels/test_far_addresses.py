@@ -230,8 +230,8 @@ def test_a_gradient_of_cuda(poisoned, monkeypatch, name):
             named["s"].copy_(ds)
         real(prepared, tensors, numbers)
 
-    real = cuda._launch
-    monkeypatch.setattr(cuda, "_launch", launch_with_sums)
+    real = cuda.launch_bound
+    monkeypatch.setattr(cuda, "launch_bound", launch_with_sums)
     monkeypatch.setattr(cuda, "borrow_workspace", borrow)
     monkeypatch.setattr(cuda_emulation, "_WRITTEN", ("grad_a", "grad_b"))
     c = case

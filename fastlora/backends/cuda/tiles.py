@@ -70,9 +70,11 @@ def choose_tile(
     decodes: bool = False,
     dropout: bool = False,
     backward: bool = False,
+    projections: int = 0,
 ) -> CudaTile:
     """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
-    ``transposed``: over a base weight that lies as [in_features, out_features].
+    ``transposed``: over a base weight that lies as [in_features, out_features]; ``projections``: how many
+    share an input, if the launch is of several; n, or k of a backward, is then the sum of theirs.
 
     S is fused where that is faster and the kernel of this direction, with or without dropout, can do it. Where the
     launch ``decodes`` a packed weight first, S has tiles of its own: they need no weight, and fill the wave that the
@@ -83,7 +85,8 @@ def choose_tile(
         ValueError: no kernel is compiled for the rank.
     """
     candidates = []
-    for kernel in kernels(r, transposed=transposed, decodes=decodes, dropout=dropout, backward=backward):
+    weight = {"transposed": transposed, "decodes": decodes}
+    for kernel in kernels(r, **weight, dropout=dropout, backward=backward, shared=projections > 0):
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
         group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
@@ -98,7 +101,7 @@ def choose_tile(
     shrink_tiles = -(-m // tile.block_m) * tile.splits
     n_tiles = shrink_tiles * -(-n // tile.block_n)
     if dropout and not backward:
-        fused = fuses_drawn(shrink_tiles, n_tiles, n_sms)
+        fused = fuses_drawn(shrink_tiles * max(projections, 1), n_tiles, n_sms)
     else:
         fused = fuses_shrink(r, tile.block_n, n_tiles, n_sms)
     return replace(
@@ -136,11 +139,13 @@ def kernels(
     transposed: bool = False,
     decodes: bool = False,
     segments: bool = False,
+    shared: bool = False,
     dtype: str = "bfloat16",
 ) -> list[dict[str, Any]]:
     """For each tile that is compiled for rank r, its kernel: that of the least rank that is enough."""
     weight = {"transposed": transposed, "decodes": decodes}
-    wanted = {**weight, "segments": segments, "dropout": dropout, "backward": backward, "dtype": dtype}
+    weight |= {"segments": segments, "shared": shared}
+    wanted = {**weight, "dropout": dropout, "backward": backward, "dtype": dtype}
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for variant in variants():
         if variant.items() >= wanted.items() and variant["rank"] >= r:
