@@ -64,10 +64,11 @@ PyObject* as_dict(const Variant& v) {
       "{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:N, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
       "name", v.name, "arch", v.arch, "backward", PyBool_FromLong(v.backward), "dtype", v.fp16 ? "float16" : "bfloat16",
       "transposed", PyBool_FromLong(v.transposed), "decodes", PyBool_FromLong(v.decodes), "segments",
-      PyBool_FromLong(v.segments), "shared", PyBool_FromLong(v.shared), "dropout", PyBool_FromLong(v.dropout), "splits", PyBool_FromLong(v.splits), "fuses",
-      PyBool_FromLong(v.fuses), "cluster", v.cluster, "threads", v.threads, "block_m", v.block_m, "block_n", v.block_n,
-      "block_k", v.block_k, "rank", v.rank, "shared_bytes", v.shared_bytes, "gradient_columns", v.gradient_columns,
-      "split_partial_floats", v.split_partial_floats, "gradient_partial_floats", v.gradient_partial_floats);
+      PyBool_FromLong(v.segments), "shared", PyBool_FromLong(v.shared), "dropout", PyBool_FromLong(v.dropout), "splits",
+      PyBool_FromLong(v.splits), "fuses", PyBool_FromLong(v.fuses), "cluster", v.cluster, "threads", v.threads,
+      "block_m", v.block_m, "block_n", v.block_n, "block_k", v.block_k, "rank", v.rank, "shared_bytes", v.shared_bytes,
+      "gradient_columns", v.gradient_columns, "split_partial_floats", v.split_partial_floats, "gradient_partial_floats",
+      v.gradient_partial_floats);
 }
 
 PyObject* as_dict(const MapSpec& map) {

@@ -99,7 +99,7 @@ bool read_call(PyObject* value, Matrix& field) { return read(value, field.addres
 #define FASTLORA_FIELD(Owner, name, required)                                      \
   {#name, required, [](PyObject* v, Owner& owner) { return read(v, owner.name); }, \
    [](PyObject* v, Owner& owner) { return read_call(v, owner.name); }}
-#define FASTLORA_FIELD_AT(place, name, required)                                                     \
+#define FASTLORA_FIELD_AT(place, name, required)                                                   \
   {#place #name, required, [](PyObject* v, Operands& owner) { return read(v, owner.place name); }, \
    [](PyObject* v, Operands& owner) { return read_call(v, owner.place name); }}
 
@@ -138,25 +138,16 @@ const std::vector<Field<Problem>>& problem_fields() {
 }
 
 // What a launch has of a layer, or of one of several projections: PLACE is then "projections[0]." or so.
-#define FASTLORA_LAYER_FIELDS(PLACE, required) \
-  FASTLORA_FIELD_AT(PLACE, act, false), \
-  FASTLORA_FIELD_AT(PLACE, weight, false), \
-  FASTLORA_FIELD_AT(PLACE, lora_a, false), \
-  FASTLORA_FIELD_AT(PLACE, lora_b, false), \
-  FASTLORA_FIELD_AT(PLACE, out, false), \
-  FASTLORA_FIELD_AT(PLACE, layer_input, false), \
-  FASTLORA_FIELD_AT(PLACE, saved_s, false), \
-  FASTLORA_FIELD_AT(PLACE, bias, false), \
-  FASTLORA_FIELD_AT(PLACE, s, false), \
-  FASTLORA_FIELD_AT(PLACE, grad_a, false), \
-  FASTLORA_FIELD_AT(PLACE, grad_b, false), \
-  FASTLORA_FIELD_AT(PLACE, grad_bias, false), \
-  FASTLORA_FIELD_AT(PLACE, seed_address, false), \
-  FASTLORA_FIELD_AT(PLACE, seed, false), \
-  FASTLORA_FIELD_AT(PLACE, scale_in_s, required), \
-  FASTLORA_FIELD_AT(PLACE, scale_on_branch, false), \
-  FASTLORA_FIELD_AT(PLACE, inverse_keep, false), \
-  FASTLORA_FIELD_AT(PLACE, drop_threshold, false)
+#define FASTLORA_LAYER_FIELDS(PLACE, required)                                                          \
+  FASTLORA_FIELD_AT(PLACE, act, false), FASTLORA_FIELD_AT(PLACE, weight, false),                        \
+      FASTLORA_FIELD_AT(PLACE, lora_a, false), FASTLORA_FIELD_AT(PLACE, lora_b, false),                 \
+      FASTLORA_FIELD_AT(PLACE, out, false), FASTLORA_FIELD_AT(PLACE, layer_input, false),               \
+      FASTLORA_FIELD_AT(PLACE, saved_s, false), FASTLORA_FIELD_AT(PLACE, bias, false),                  \
+      FASTLORA_FIELD_AT(PLACE, s, false), FASTLORA_FIELD_AT(PLACE, grad_a, false),                      \
+      FASTLORA_FIELD_AT(PLACE, grad_b, false), FASTLORA_FIELD_AT(PLACE, grad_bias, false),              \
+      FASTLORA_FIELD_AT(PLACE, seed_address, false), FASTLORA_FIELD_AT(PLACE, seed, false),             \
+      FASTLORA_FIELD_AT(PLACE, scale_in_s, required), FASTLORA_FIELD_AT(PLACE, scale_on_branch, false), \
+      FASTLORA_FIELD_AT(PLACE, inverse_keep, false), FASTLORA_FIELD_AT(PLACE, drop_threshold, false)
 
 // Those of projections are named "projections[0].weight" and so on. But for the scaling all are optional here: the plan
 // checks which of them a launch needs.

@@ -55,8 +55,7 @@ void check_required(const char* function, const std::vector<Field<Owner>>& field
     if (!field.required) continue;
     const Ref name(PyUnicode_FromString(field.name)), of_first(PyUnicode_FromFormat("projections[0].%s", field.name));
     const bool found = std::any_of(given.begin(), given.end(), [&](PyObject* names) {
-      return names &&
-             (PySequence_Contains(names, name.get()) == 1 || PySequence_Contains(names, of_first.get()) == 1);
+      return names && (PySequence_Contains(names, name.get()) == 1 || PySequence_Contains(names, of_first.get()) == 1);
     });
     if (!found) throw TypeError(std::string(function) + "() misses the argument '" + field.name + "'");
   }

@@ -67,8 +67,8 @@ Plan::Plan(const Problem& problem, const Variant* variant_of_plan)
   const Variant& variant = *variant_;
   constexpr int64_t kLimit = (int64_t(1) << 31) - 1024;
   const bool needs_adapter = !variant.shared || !problem.projections.empty();  // one of several need not have one
-  require(m > 0 && n > 0 && k > 0 && (r > 0 || !needs_adapter) && m <= kLimit && n <= kLimit && k <= kLimit && n % 8 == 0 && k % 8 == 0 &&
-              r % 8 == 0,
+  require(m > 0 && n > 0 && k > 0 && (r > 0 || !needs_adapter) && m <= kLimit && n <= kLimit && k <= kLimit &&
+              n % 8 == 0 && k % 8 == 0 && r % 8 == 0,
           "sizes must be positive, below 2^31, and N, K and R multiples of 8");
   require(problem.group_m > 0 && ctas_ > 0 && problem.splits > 0 &&
               problem.splits <= ceil_div(int(k), variant.block_k) && (problem.splits == 1 || variant.splits),

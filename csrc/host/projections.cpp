@@ -28,11 +28,15 @@ auto of_projection(size_t number, Make make) {
 
 // The columns and gradient tiles of the schedule, and where among them those of each projection begin.
 void Plan::plan_projections() {
-  const auto require = [&](bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(std::string("fastlora: ") + what);
+  const auto require = [&](bool holds, const std::string& what) {
+    if (!holds) throw std::invalid_argument("fastlora: " + what);
   };
   const std::vector<Projection>& projections = problem_.projections;
-  require(projections.size() <= kMaxProjections, "a launch takes 4 projections at most");
+  require(projections.size() <= kMaxProjections,
+          "a launch takes " + std::to_string(kMaxProjections) + " projections at most");
+  const auto has_adapter = [](const Projection& each) { return each.r > 0; };
+  require(has_adapter(projections.front()) && std::is_partitioned(projections.begin(), projections.end(), has_adapter),
+          "one projection has an adapter at least, and those without one come last");
   for (size_t i = 0; i < projections.size(); ++i) {
     const Projection& each = projections[i];
     Problem layer = problem_;
@@ -46,9 +50,6 @@ void Plan::plan_projections() {
             "no kernel makes gradients of a projection without an adapter");
     layers_.push_back(of_projection(i, [&] { return Plan(layer, variant_); }));
   }
-  const auto has_adapter = [](const Projection& each) { return each.r > 0; };
-  require(std::is_partitioned(projections.begin(), projections.end(), has_adapter),
-          "projections without an adapter come last");
 
   Schedule& s = base_.schedule;
   if (!problem_.backward) {

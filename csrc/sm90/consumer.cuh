@@ -12,8 +12,8 @@ struct Consumer {
   const typename Traits::Params& params;
   SharedMemory<Traits> shared;
   PipelineState<Traits::kStages> pipeline;
-  int layer = 0;    // at hand
-  Dropout dropout;  // its mask
+  int layer = 0;                        // at hand
+  Dropout dropout;                      // its mask
   int warpgroup;                        // 0 or 1
   int warpgroup_row, warpgroup_column;  // in the tile
   uint32_t thread;                      // in the warpgroup

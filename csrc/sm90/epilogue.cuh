@@ -204,7 +204,8 @@ struct BiasEpilogue {
 
  private:
   // The bias of this thread's pairs of columns, in 64 from `column` on: the fragment of a block whose rows are all one.
-  // Where no layer of the launch has one, zeros lie there.
+  // In its place lie zeros where an only layer has none, and those of other layers' tiles where one of several has
+  // none.
   __device__ __forceinline__ static void load_bias(const Consumer<Traits>& c, int slot, int column,
                                                    float2 (&bias)[kBox / 8]) {
     if (Traits::kShared && !c.own().has_bias) {

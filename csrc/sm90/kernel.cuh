@@ -100,7 +100,8 @@ __device__ __forceinline__ void run(const typename Traits::Params& params) {
     }
     fence_barrier_init();
   }
-  if (!Traits::kBackward && !Traits::kShared && !params.has_bias) {  // zeros in its place: the epilogue adds what is there
+  // Zeros in the place of the bias: the epilogue adds what is there.
+  if (!Traits::kBackward && !Traits::kShared && !params.has_bias) {
     for (int i = threadIdx.x; i < 2 * Traits::kBiasBytes / 4; i += kThreads) store_shared(shared.bias(0) + i * 4, 0);
   }
   if (Traits::kBackward && threadIdx.x < Traits::kOnesBytes / 4) {

@@ -9,20 +9,20 @@ using fp16 = __half;
 }  // namespace fastlora::sm90
 
 // A kernel by its own name, so that profiles, disassembly and tests can tell variants apart.
-#define FL_KERNEL(NAME, ...)                                                                                 \
-  extern "C" __global__ void __cluster_dims__(fastlora::sm90::KernelTraits<__VA_ARGS__>::kCluster, 1, 1)     \
-      __launch_bounds__(fastlora::sm90::kThreads, 1) NAME(                                                    \
-          const __grid_constant__ fastlora::sm90::KernelTraits<__VA_ARGS__>::Params params) {                \
-    fastlora::sm90::run<fastlora::sm90::KernelTraits<__VA_ARGS__>>(params);                                  \
-  }                                                                                                          \
-  static const fastlora::Registration NAME##_registration(                                                   \
-      fastlora::sm90::variant_of<fastlora::sm90::KernelTraits<__VA_ARGS__>>(#NAME,                           \
+#define FL_KERNEL(NAME, ...)                                                                             \
+  extern "C" __global__ void __cluster_dims__(fastlora::sm90::KernelTraits<__VA_ARGS__>::kCluster, 1, 1) \
+      __launch_bounds__(fastlora::sm90::kThreads, 1)                                                     \
+          NAME(const __grid_constant__ fastlora::sm90::KernelTraits<__VA_ARGS__>::Params params) {       \
+    fastlora::sm90::run<fastlora::sm90::KernelTraits<__VA_ARGS__>>(params);                              \
+  }                                                                                                      \
+  static const fastlora::Registration NAME##_registration(                                               \
+      fastlora::sm90::variant_of<fastlora::sm90::KernelTraits<__VA_ARGS__>>(#NAME,                       \
                                                                             reinterpret_cast<const void*>(&NAME)));
 #define FL_NAME(DIRECTION, ELEMENT, M, N, R, REST) lora_sm90_##DIRECTION##_##ELEMENT##_##M##x##N##_r##R##REST
 #define FL_DEFINE(NAME, ...) FL_KERNEL(NAME, __VA_ARGS__)  // expands NAME
 #define FL_PAIR(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                            \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, M, N, R,  \
-            false, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kLayer)                                                                     \
+            false, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kLayer)                                              \
   FL_DEFINE(FL_NAME(DIRECTION, ELEMENT, M, N, R, REST##_dropout), fastlora::sm90::ELEMENT, fastlora::sm90::DIRECTION, \
             M, N, R, true, fastlora::sm90::WEIGHT, fastlora::sm90::Call::kLayer)
 #define FL_OF_SEGMENTS(DIRECTION, ELEMENT, M, N, R, WEIGHT, REST)                                                      \

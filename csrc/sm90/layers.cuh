@@ -3,8 +3,8 @@
 // the scaling and the mask.
 //
 // Two of them: one layer; and several projections of one input. A tile of the latter's Y, of its S and of its gradients
-// is of one projection. A tile of dX or dS is of all of them: dX is contracted over the columns of all dY, projection by
-// projection, each with its branch behind its last step; dS is made one by one.
+// is of one projection. A tile of dX or dS is of all of them: dX is contracted over the columns of all dY, projection
+// by projection, each with its branch behind its last step; dS is made one by one.
 #pragma once
 #include "row_map.cuh"
 
@@ -59,8 +59,8 @@ struct Projections {
   __device__ __forceinline__ static TileInfo describe(const Params& params, const fastlora::Tile& tile) {
     if (tile.gradient >= 0) {
       const int layer = find(params, params.first_gradient, tile.gradient);
-      TileInfo found = OneLayer::describe<kFuses>(
-          params.layers[layer], {tile.row, 0, 0, tile.gradient - params.first_gradient[layer]});
+      TileInfo found = OneLayer::describe<kFuses>(params.layers[layer],
+                                                  {tile.row, 0, 0, tile.gradient - params.first_gradient[layer]});
       found.split = layer;
       return found;
     }

@@ -116,8 +116,7 @@ struct Producer {
       if (number < 0) return {kDecodeTile, ticket / schedule.parts, ticket % schedule.parts, 0};
     }
     if (number >= RowMap::count_tiles(params, shared.segment_table())) return {kExit, 0, 0, 0};
-    const fastlora::Tile tile =
-        locate(schedule, number, gridDim.x / Traits::kCluster, Layers::shrink_columns(params));
+    const fastlora::Tile tile = locate(schedule, number, gridDim.x / Traits::kCluster, Layers::shrink_columns(params));
     return Layers::template describe<Traits::kFuses>(params, tile);
   }
 
@@ -258,8 +257,8 @@ struct Producer {
   }
 
   // One more step of the contraction for every 64 ranks: S and the expanding factor through the same stages. A fused
-  // tile has its rows of S in registers, where it is of one layer. dX's epilogue masks 64 columns of a warpgroup at a time; beyond rank 64 it
-  // also loads them so.
+  // tile has its rows of S in registers, where it is of one layer. dX's epilogue masks 64 columns of a warpgroup at a
+  // time; beyond rank 64 it also loads them so.
   __device__ __forceinline__ void load_expand(Tile tile, int m, int n, int first_slice, int end_slice) {
     const bool loads_s = tile.kind == kBaseTile || (Traits::kShared && Traits::kBackward);
     constexpr bool kSliced = Traits::kSlicedBranch;

@@ -102,8 +102,8 @@ __device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::T
 #pragma unroll 1
     while (drawn < KeepBits<Traits>::kCalls) keep.append(c, row, column, drawn++);
   }
-  // If nothing reads the accumulators before the expand product, do not wait; issue it behind the wgmmas in flight. (From
-  // one loop over projections to another, the assembler would lose sight of these.)
+  // If nothing reads the accumulators before the expand product, do not wait; issue it behind the wgmmas in flight.
+  // (From one loop over projections to another, the assembler would lose sight of these.)
   constexpr bool kLoops = Traits::kShared && Traits::kBackward;
   if constexpr (kShrink || Traits::kSplits || kDrawsKeepBits || Traits::kSplitsScaling || kLoops) {
     wgmma_wait<0>();
@@ -132,8 +132,7 @@ __device__ __forceinline__ void store_s(Consumer<Traits>& c, typename Traits::Ti
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* pair = shrink_acc + i * 8 + j * 2;
-      s[i][j] =
-          pack<Element>(Branch::scale(c.own(), scale_in_s, pair[0]), Branch::scale(c.own(), scale_in_s, pair[1]));
+      s[i][j] = pack<Element>(Branch::scale(c.own(), scale_in_s, pair[0]), Branch::scale(c.own(), scale_in_s, pair[1]));
       const int m = row + j % 2 * 8, r = i * kMmaK + j / 2 * 8 + c.fragment_column();
       if (c.warpgroup_column == 0 && RowMap::is_copied(c.params, m) && r < Branch::rank(c.own())) {
         *reinterpret_cast<uint32_t*>(out + int64_t(m + to_s) * Branch::rank(c.own()) + r) = s[i][j];

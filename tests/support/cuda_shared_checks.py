@@ -1,15 +1,17 @@
 """Projections that share an input run by the compiled CUDA kernels' own PTX in the emulator, and checked."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from fastlora import philox
+
 from fastlora.backends.cuda import shared_launch
 from fastlora.backends.cuda.tiles import CudaTile
-from fastlora.philox import inverse_keep, keep_mask
+from fastlora.philox import keep_mask
 from fastlora.problem import Needs, split_scaling
 from fastlora.projections import (
     Projection,
@@ -20,7 +22,16 @@ from fastlora.projections import (
 )
 from tests.emulator import LaunchOptions
 from tests.support import numerics
-from tests.support.cuda_checks import LARGE, MEDIUM, is_clean
+from tests.support.cuda_checks import (
+    ENDS,
+    LARGE,
+    MASKED_COLUMNS,
+    MASKED_ROWS,
+    MEDIUM,
+    draw_masked_integers,
+    is_clean,
+    masked_seed,
+)
 from tests.support.cuda_emulation import SCHEDULES, emulated, ptx_of, variants_for
 from tests.support.numerics import Case
 
@@ -114,7 +125,9 @@ def run(
     """Y and S of each, dX, and the gradients that ``needs`` names of each (None: it has no dY); and the launches'
     counters."""
     needs = [needs] * len(cases) if isinstance(needs, Needs) else needs
-    needs = [n if n is None or r else Needs(n.dx, False, False, False) for n, (_, r) in zip(needs, group.sizes, strict=True)]
+    needs = [
+        n if n is None or r else Needs(n.dx, False, False, False) for n, (_, r) in zip(needs, group.sizes, strict=True)
+    ]
     projections = _projections(group, cases)
     dys = tuple(None if n is None else c.dy for n, c in zip(needs, cases, strict=True))
     with emulated(options, ptx) as launched:
@@ -146,7 +159,7 @@ def expected(group: Group, cases: Sequence[Case], needs: Sequence[Needs | None] 
         if r:
             x = c.x
             if c.dropout_p:
-                x = x * keep_mask(c.seed, c.dropout_p, *x.shape) * inverse_keep(c.dropout_p)
+                x = x * keep_mask(c.seed, c.dropout_p, *x.shape) * philox.inverse_keep(c.dropout_p)
             s = split_scaling(c.scaling, case.x.dtype).in_s * (x @ c.lora_a.t())
         found["s"].append(s)
         if need is not None and need.dx:
@@ -168,10 +181,131 @@ def assert_exact(results, wanted, dtype=torch.bfloat16):
                 assert torch.equal(result.double(), value), f"{name} {i}"
 
 
-def check_integers(name: str, options: LaunchOptions | None = None, ptx=ptx_of, m: int | None = None, dtype=torch.bfloat16):
+def check_integers(
+    name: str, options: LaunchOptions | None = None, ptx=ptx_of, m: int | None = None, dtype=torch.bfloat16
+):
     """Row blocks, columns, steps and ranks end in tails; several groups make partial sums of the gradients."""
     group, tile = GROUPS[name]
     m = m or (600 if tile.block_n == 256 else 280)
     cases = draw(group, m, dtype)
     results, _ = run(group, cases, tile, options, ptx)
     assert_exact(results, expected(group, cases), dtype)
+
+
+# Groups of row blocks as long as those that are shipped (fastlora.backends.cuda.tiles.group_size).
+GROUPED = {
+    "groups of sixteen": (Group(((264, 16), (8, 8))), replace(WIDE, group_m=16, gradients_last=True), 72),
+    "groups of sixteen, fused": (Group(((264, 16), (8, 8))), replace(WIDE, group_m=16, fused=True), 72),
+    "groups of eight, dropped": (_dropped(Group(((136, 24), (72, 8)))), replace(NARROW, group_m=8, fused=True), 72),
+}
+
+
+def check_group(name: str, options: LaunchOptions | None = None, ptx=ptx_of):
+    """A whole group, and a ragged one behind it whose last row block has a tail."""
+    group, tile, k = GROUPED[name]
+    cases = draw(group, (tile.group_m + 2) * tile.block_m + 13, k=k)
+    results, _ = run(group, cases, tile, options, ptx)
+    assert_exact(results, expected(group, cases))
+
+
+# All gradients but one kind, one kind alone, and outputs without a gradient, or with some of those of others.
+_ALL = Needs(True, True, True, True)
+SUBSETS = {
+    "all": (_ALL, _ALL, _ALL),
+    "dX alone": (Needs(True, False, False, False),) * 3,
+    "no dX": (Needs(False, True, True, True), Needs(False, False, True, False), Needs(False, True, False, False)),
+    "dA of one": (Needs(False, False, True, False), Needs(False, True, False, False), Needs(False, False, True, False)),
+    "dbias alone": (Needs(False, False, False, True), None, None),
+    "the second has no dY": (NEEDS, None, NEEDS),
+    "the first has no dY": (None, NEEDS, Needs(True, False, True, False)),
+    "one has a dY": (None, None, NEEDS),
+}
+
+
+def check_needs(name: str, options: LaunchOptions | None = None, ptx=ptx_of, fused: bool = False):
+    needs, group = SUBSETS[name], replace(QKV, biases=(True, False, True))
+    needs = [n and n._replace(dbias=n.dbias and given) for n, given in zip(needs, group.biases, strict=True)]
+    cases = draw(group, 280)
+    results, _ = run(group, cases, replace(WIDE, fused=fused), options, ptx, needs, ctas=2)
+    assert_exact(results, expected(group, cases, needs))
+
+
+# Of numbers whose sums depend on their order.
+BITS = {
+    "q, k, v": (QKV, WIDE, torch.bfloat16),
+    "q, k, v, dropped": (replace(QKV, dropouts=(0.3, 0.1, 0.5, 0.0)), replace(WIDE, fused=True), torch.bfloat16),
+    "four": (MIXED, replace(NARROW, gradients_last=True), torch.bfloat16),
+    "float16": (GATE_UP, replace(WIDE, fused=True), torch.float16),
+    "float16, dropped": (replace(QKV, dropouts=(0.3, 0.1, 0.5, 0.0)), WIDE, torch.float16),
+}
+
+
+def check_schedules(name: str, schedules=SCHEDULES, ptx=ptx_of, m: int = 264):
+    """The same bits under all of them, twice over one workspace each, as accurate as the composed layers'. In float16
+    a scaling is above 1, which the forward splits."""
+    group, tile, dtype = BITS[name]
+    cases = draw(replace(group, scalings=(2.4, -0.7, 1.0, 4.5)), m, dtype, integers=False)
+    first, _ = run(group, cases, tile, ptx=ptx, ctas=2)
+    _assert_accurate(group, cases, first)
+    for options in schedules:
+        for _ in range(2):
+            results, _ = run(group, cases, tile, options, ptx, ctas=6)
+            for what, values in results.items():
+                for i, (result, wanted) in enumerate(zip(values, first[what], strict=True)):
+                    same = result is None or torch.equal(result.view(torch.int16), wanted.view(torch.int16))
+                    assert same, f"{what} {i}: other bits"
+
+
+def _assert_accurate(group: Group, cases: Sequence[Case], results: dict[str, list[Tensor | None]]) -> None:
+    exact, eager = (expected(group, cases, dtype=dtype) for dtype in (torch.float64, cases[0].x.dtype))
+    bounds = [numerics.bounds_of(replace(c, lora_b=c.lora_b if r else torch.zeros_like(c.lora_b)))
+              for c, (_, r) in zip(cases, group.sizes, strict=True)]  # fmt: skip
+    dx = sum((each.pop("dx") for each in bounds[1:]), start=bounds[0].pop("dx"))
+    bounds[0]["dx"] = dx * len(cases) ** 0.5
+    for name in ("y", "dx", "da", "db"):
+        for i, result in enumerate(results[name]):
+            if result is not None:
+                of_each = ({name: value[name][i]} for value in (exact, eager))
+                numerics.assert_obeyed({name: result}, *of_each, {name: bounds[i][name]}, torch.finfo(result.dtype).eps)
+
+
+MASKED = {"fused": (replace(WIDE, fused=True), 16), "separate": (WIDE, 16), "narrow": (NARROW, 64)}
+
+
+def check_masks(name: str, end: str | None, ptx=ptx_of):
+    """Each bit of each mask, as for a layer alone (cuda_checks.check_mask): other seeds, and thresholds of which one
+    is of ENDS (None: the threshold that bits equal)."""
+    tile, rank = MASKED[name]
+    seed, equal = masked_seed()
+    group = Group(((136, rank), (136, rank)), (1.0, 1.0), (ENDS[end] if end else equal, equal), (True, True))
+    cases = [
+        draw_masked_integers(MASKED_ROWS, n, MASKED_COLUMNS, r, seed + i * 977, p)
+        for i, ((n, r), p) in enumerate(zip(group.sizes, group.dropouts, strict=True))
+    ]
+    cases = [replace(c, x=cases[0].x, scaling=1.0) for c in cases]
+    keeps_scale = mock.Mock(return_value=1.0)
+    with (
+        mock.patch.object(philox, "inverse_keep", keeps_scale),
+        mock.patch.object(numerics, "inverse_keep", keeps_scale),
+    ):
+        results, _ = run(group, cases, tile, ptx=ptx)
+        assert_exact(results, expected(group, cases))
+
+
+def check_neighbours(options: LaunchOptions | None = None, ptx=ptx_of):
+    """NaN in the weight, factors and dY of a projection stays out of its neighbours, though boxes and tiles end in
+    their tails; but for dX, which is of all."""
+    group, tile = QKV, WIDE
+    cases = draw(group, 280)
+    wanted = expected(group, cases)
+    for broken in range(len(cases)):
+        nan = {
+            name: torch.full_like(getattr(cases[broken], name), torch.nan)
+            for name in ("weight", "lora_a", "lora_b", "dy")
+        }
+        given = [replace(c, **nan) if i == broken else c for i, c in enumerate(cases)]
+        results, _ = run(group, given, tile, options, ptx)
+        for name in ("y", "s", "da", "db"):
+            for i, (result, value) in enumerate(zip(results[name], wanted[name], strict=True)):
+                assert torch.equal(result.double(), value) if i != broken else result.isnan().any(), (name, i)
+        assert results["dx"][0].isnan().all()
