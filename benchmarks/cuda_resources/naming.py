@@ -40,11 +40,13 @@ PARTS = {
     "append": "mask",
     "load_expand": "expand",
     "finish_tile": "epilogue",
+    "run_several": "epilogue",
     "store_s": "store S",
     "reduce_splits": "reduce splits",
     "store_gradient": "store",
     "transfer_partials": "reduce",
 }
+_OUTPUT_TILES = ("compute_output_tile", "compute_shared_tile")
 # On the line of a call that the CTAs of a cluster take turns at, where there is one for some of them only.
 TURN = "box < kBoxes"
 
@@ -94,7 +96,7 @@ class Names:
         names = [name for name, _ in calls]
         part = next((PARTS[name] for name in reversed(names) if name in PARTS), "rest")
         for name, arguments in reversed(calls):
-            function = "multiply" if name == "compute_output_tile" else name
+            function = "multiply" if name in _OUTPUT_TILES else name
             if function in ("multiply", "compute_gradient") and arguments:
                 return f"consumer {TILES.get((function, arguments), f'<{arguments}>')}: {part}"
             if name == "decode_part":

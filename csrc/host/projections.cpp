@@ -35,8 +35,8 @@ void Plan::plan_projections() {
   require(projections.size() <= kMaxProjections,
           "a launch takes " + std::to_string(kMaxProjections) + " projections at most");
   const auto has_adapter = [](const Projection& each) { return each.r > 0; };
-  require(has_adapter(projections.front()) && std::is_partitioned(projections.begin(), projections.end(), has_adapter),
-          "one projection has an adapter at least, and those without one come last");
+  require(std::is_partitioned(projections.begin(), projections.end(), has_adapter),
+          "projections without an adapter come last");
   for (size_t i = 0; i < projections.size(); ++i) {
     const Projection& each = projections[i];
     Problem layer = problem_;

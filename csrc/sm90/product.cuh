@@ -213,13 +213,13 @@ __device__ __forceinline__ void compute_shared_tile(Consumer<Traits>& c, typenam
       float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(acc);
       multiply<false, true>(c, tile, acc, shrink_acc, keep);
       store_s(c, tile, shrink_acc, s);
-    } else if (tile.kind == kBaseTile || !c.has_branch(tile)) {
-      float unused[kShrinkAccumulators];
-      multiply<true, false>(c, tile, acc, unused, keep, continues);
-    } else {
+    } else if (tile.kind == kFusedTile && c.has_branch(tile)) {
       float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(extra_acc);
       multiply<true, true>(c, tile, acc, shrink_acc, keep, continues);
       store_s(c, tile, shrink_acc, s);
+    } else {
+      float unused[kShrinkAccumulators];
+      multiply<true, false>(c, tile, acc, unused, keep, continues);
     }
     if constexpr (Traits::kDropout) keep.save(c);
   });
