@@ -43,7 +43,7 @@ def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
 
         return scaled_launch
     if spec.branch == "shared_input" and name == "cuda":
-        from fastlora.backends.cuda import shared_launch as cuda
+        from fastlora.backends.cuda import projection_launch as cuda
 
         return cuda
     if spec.branch == "segments" and name == "cuda":

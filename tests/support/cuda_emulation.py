@@ -127,8 +127,8 @@ class EmulatedLaunch:
         self._error: Exception | None = None
 
     def launch(self, real: Callable, prepared, tensors, numbers) -> None:
-        """fastlora.backends.cuda.launch.launch_bound, given as ``real``, with its operands known to the emulator. Raises
-        what the emulator finds."""
+        """launch_bound of fastlora.backends.cuda.launch, given as ``real``, with its operands known to the emulator.
+        Raises what the emulator finds."""
         named = zip(prepared.tensors, tensors, strict=True)
         self.operands, self._error = {name: tensor for name, tensor in named if tensor is not None}, None
         try:

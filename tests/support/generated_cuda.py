@@ -26,7 +26,7 @@ _LAUNCHES = tuple(
     for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_quantised", "cuda_range", "cuda_protocol")
 )
 _NAME = re.compile(
-    r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded)?(_segments)?(_dropout)?"
+    r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded)?(_segments|_shared)?(_dropout)?"
 )
 
 
@@ -111,10 +111,10 @@ class Compiled:
         return self._found[kernel]
 
     def _compile(
-        self, direction: str, element: str, m: str, n: str, rank: str, weight: str | None, segments: str | None
+        self, direction: str, element: str, m: str, n: str, rank: str, weight: str | None, call: str | None
     ) -> dict[str, str]:
         """The kernels of a line of variants.def: with dropout and without, or for rows in segments."""
-        macro, policy = f"FASTLORA_SM90{(segments or '').upper()}", f"{(weight or '_dense')[1:].capitalize()}Weight"
+        macro, policy = f"FASTLORA_SM90{(call or '').upper()}", f"{(weight or '_dense')[1:].capitalize()}Weight"
         (self._csrc / "variants.def").write_text(f"{macro}({m}, {n}, {rank}, {policy})\n")
         options = ("-std=c++17", "-arch=compute_90a", "-lineinfo", "-ptx", "-o", "-")
         defines = (f"-DFASTLORA_DIRECTION={direction}", f"-DFASTLORA_ELEMENT={element}")
@@ -135,8 +135,8 @@ def _checks() -> list[tuple[str, set[str], Callable]]:
     """Those of one compilation together, of the kernels that serve most layers first."""
 
     def compiled(check: tuple[str, set[str], Callable]) -> tuple:
-        _, element, m, n, rank, weight, segments, dropout = _parts(check[1])
-        return (m, n) != ("128", "256"), int(rank), weight or "", segments or "", element, m, dropout or ""
+        _, element, m, n, rank, weight, call, dropout = _parts(check[1])
+        return (m, n) != ("128", "256"), int(rank), weight or "", call or "", element, m, dropout or ""
 
     return sorted(check_lists.cuda_checks(), key=compiled)
 
@@ -151,5 +151,5 @@ def _first_of_each_kind() -> Iterable[str]:
 
 
 def _parts(kernels: set[str]) -> tuple[str, ...]:
-    """Of the name of a check's kernels: direction, element, tile, rank, layout, segments, dropout."""
+    """Of the name of a check's kernels: direction, element, tile, rank, layout, what the call is about, dropout."""
     return _NAME.fullmatch(min(kernels)).groups()

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fastlora import philox
-
-from fastlora.backends.cuda import shared_launch
+from fastlora.backends.cuda import projection_launch
 from fastlora.backends.cuda.tiles import CudaTile
 from fastlora.philox import keep_mask
 from fastlora.problem import Needs, split_scaling
@@ -37,7 +36,7 @@ from tests.support.numerics import Case
 
 WIDE, NARROW = replace(LARGE, splits=1), replace(MEDIUM, group_m=2, splits=1)
 NEEDS = Needs(True, True, True, False)
-K = 264
+K = 200
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ def _dropped(group: Group) -> Group:
     return replace(group, dropouts=(0.5, 0.75, 0.5, 0.5), scalings=(1.0, -1.0, 1.0, 1.0))
 
 
-# Grouped attention, whose k and v have a quarter of q's columns; its ranks differ, and columns and ranks have tails. The
-# same with what an adapter may lack, and as many as there may be; gate and up.
-QKV = Group(((520, 16), (136, 8), (136, 16)))
+# Grouped attention, whose k and v have a quarter of q's columns; its ranks differ, and columns and ranks have tails.
+# Gate and up. And as many as there may be, one of them without an adapter.
+QKV = Group(((288, 16), (72, 8), (72, 16)))
 GATE_UP = Group(((264, 40), (264, 64)), biases=(False, False))
 MIXED = Group(((136, 0), (264, 24), (8, 8), (72, 16)))
 GROUPS = {
@@ -88,7 +87,7 @@ def kernels_of(group: Group, tile: CudaTile, dtype=torch.bfloat16) -> set[str]:
     return {each["name"] for each in variants_for(tile, group.drops, group.rank, dtype, shared=True)}
 
 
-def draw(group: Group, m: int, dtype=torch.bfloat16, integers: bool = True, k: int = K, bias_gradients=False):
+def draw(group: Group, m: int, dtype=torch.bfloat16, *, integers: bool = True, k: int = K, adapter_dtype=None):
     """A case of each projection, all of one x."""
     cases = []
     for i, (n, r) in enumerate(group.sizes):
@@ -102,11 +101,12 @@ def draw(group: Group, m: int, dtype=torch.bfloat16, integers: bool = True, k: i
         if integers and group.drops:
             thin = torch.rand(case.lora_b.shape, generator=torch.Generator().manual_seed(i)) < 0.3
             case = replace(case, lora_b=case.lora_b * thin)
-        cases.append(case)
+        factors = (t.to(adapter_dtype or dtype) for t in (case.lora_a, case.lora_b))
+        cases.append(replace(case, **dict(zip(("lora_a", "lora_b"), factors, strict=True))))
     return cases
 
 
-def _projections(group: Group, cases: Sequence[Case]) -> tuple[Projection, ...]:
+def projections_of(group: Group, cases: Sequence[Case]) -> tuple[Projection, ...]:
     return tuple(
         Projection(c.weight, *((c.lora_a, c.lora_b) if r else (None, None)), c.bias, c.scaling, c.dropout_p, c.seed)
         for c, (_, r) in zip(cases, group.sizes, strict=True)
@@ -128,16 +128,16 @@ def run(
     needs = [
         n if n is None or r else Needs(n.dx, False, False, False) for n, (_, r) in zip(needs, group.sizes, strict=True)
     ]
-    projections = _projections(group, cases)
+    projections = projections_of(group, cases)
     dys = tuple(None if n is None else c.dy for n, c in zip(needs, cases, strict=True))
     with emulated(options, ptx) as launched:
         operands, spec = describe_shared_forward(SharedForward(cases[0].x, projections))
-        assert shared_launch.why_not_compiled(spec) is None
-        ys, ss = shared_launch.prepare(spec, tile, ctas)(operands)
+        assert projection_launch.why_not_compiled(spec) is None
+        ys, ss = projection_launch.prepare(spec, tile, ctas)(operands)
         of_each = tuple(Needs(False, False, False, False) if n is None else n for n in needs)
         operands, spec = describe_shared_backward(SharedBackward(dys, cases[0].x, projections, tuple(ss), of_each))
-        assert shared_launch.why_not_compiled(spec) is None
-        dx, others = shared_launch.prepare(spec, tile, ctas)(operands)
+        assert projection_launch.why_not_compiled(spec) is None
+        dx, others = projection_launch.prepare(spec, tile, ctas)(operands)
     assert len(launched.stats) == 2, "one launch each way"
     assert is_clean(), "the workspace was left dirty"
     found = {"y": ys, "s": ss, "dx": [dx]}
@@ -186,7 +186,7 @@ def check_integers(
 ):
     """Row blocks, columns, steps and ranks end in tails; several groups make partial sums of the gradients."""
     group, tile = GROUPS[name]
-    m = m or (600 if tile.block_n == 256 else 280)
+    m = m or (392 if tile.block_n == 256 else 280)
     cases = draw(group, m, dtype)
     results, _ = run(group, cases, tile, options, ptx)
     assert_exact(results, expected(group, cases), dtype)
@@ -230,30 +230,33 @@ def check_needs(name: str, options: LaunchOptions | None = None, ptx=ptx_of, fus
     assert_exact(results, expected(group, cases, needs))
 
 
-# Of numbers whose sums depend on their order.
+# Of numbers whose sums depend on their order, in two columns of tiles and three row blocks.
+_SMALL = Group(((264, 16), (72, 8), (72, 16)), dropouts=(0.3, 0.1, 0.5, 0.0))
+_WHOLE = replace(_SMALL, dropouts=(0.0,) * 4)
 BITS = {
-    "q, k, v": (QKV, WIDE, torch.bfloat16),
-    "q, k, v, dropped": (replace(QKV, dropouts=(0.3, 0.1, 0.5, 0.0)), replace(WIDE, fused=True), torch.bfloat16),
-    "four": (MIXED, replace(NARROW, gradients_last=True), torch.bfloat16),
-    "float16": (GATE_UP, replace(WIDE, fused=True), torch.float16),
-    "float16, dropped": (replace(QKV, dropouts=(0.3, 0.1, 0.5, 0.0)), WIDE, torch.float16),
+    "three": (_WHOLE, WIDE, torch.bfloat16, SCHEDULES[::2]),
+    "three, dropped, fused": (_SMALL, replace(WIDE, fused=True, group_m=1), torch.bfloat16, SCHEDULES[1::2]),
+    "four": (MIXED, replace(NARROW, gradients_last=True), torch.bfloat16, SCHEDULES[3:]),
+    "four, dropped, fused": (_dropped(MIXED), replace(NARROW, fused=True), torch.bfloat16, SCHEDULES[:1]),
+    "float16, fused": (GATE_UP, replace(WIDE, fused=True), torch.float16, SCHEDULES[1:2]),
+    "float16, dropped": (_SMALL, WIDE, torch.float16, SCHEDULES[3:]),
 }
 
 
-def check_schedules(name: str, schedules=SCHEDULES, ptx=ptx_of, m: int = 264):
-    """The same bits under all of them, twice over one workspace each, as accurate as the composed layers'. In float16
-    a scaling is above 1, which the forward splits."""
-    group, tile, dtype = BITS[name]
-    cases = draw(replace(group, scalings=(2.4, -0.7, 1.0, 4.5)), m, dtype, integers=False)
+def check_schedules(name: str, schedules=None, ptx=ptx_of):
+    """The same bits under all of them, as accurate as the composed layers'. In float16 a scaling is above 1, which the
+    forward splits."""
+    group, tile, dtype, of_name = BITS[name]
+    schedules = of_name if schedules is None else schedules
+    cases = draw(replace(group, scalings=(2.4, -0.7, 1.0, 4.5)), 264, dtype, integers=False, k=136)
     first, _ = run(group, cases, tile, ptx=ptx, ctas=2)
     _assert_accurate(group, cases, first)
     for options in schedules:
-        for _ in range(2):
-            results, _ = run(group, cases, tile, options, ptx, ctas=6)
-            for what, values in results.items():
-                for i, (result, wanted) in enumerate(zip(values, first[what], strict=True)):
-                    same = result is None or torch.equal(result.view(torch.int16), wanted.view(torch.int16))
-                    assert same, f"{what} {i}: other bits"
+        results, _ = run(group, cases, tile, options, ptx, ctas=6)
+        for what, values in results.items():
+            for i, (result, wanted) in enumerate(zip(values, first[what], strict=True)):
+                same = result is None or torch.equal(result.view(torch.int16), wanted.view(torch.int16))
+                assert same, f"{what} {i}: other bits"
 
 
 def _assert_accurate(group: Group, cases: Sequence[Case], results: dict[str, list[Tensor | None]]) -> None:

@@ -1,7 +1,7 @@
 """Projections that share an input by the CUDA kernels, host side: which calls they serve, and the two launches of all.
 
-Each projection is to the kernels the layer that it would be alone. S is a tensor of its own for each, so that a backward
-by single launches reads it as it is.
+Each projection is to the kernels the layer that it would be alone. S is a tensor of its own for each: a backward by
+single launches reads it as it is.
 """
 
 from collections.abc import Sequence
