@@ -489,7 +489,8 @@ def test_a_backend_with_one_launch_is_asked_and_serves(monkeypatch):
         dispatch.forget_routes()
 
 
-def test_a_gpus_call_without_such_a_backend_is_counted():
+def test_a_gpus_call_without_such_a_backend_is_counted(monkeypatch):
+    monkeypatch.setattr(dispatch, "TOGETHER", ())
     fastlora.reset_dispatch_counts()
     on_gpu = SimpleNamespace(is_cpu=False, device=torch.device("cuda"))
     assert not dispatch.may_launch_together(on_gpu, None) and not dispatch.may_launch_together(on_gpu, "composed")
