@@ -66,9 +66,9 @@ Plan::Plan(const Problem& problem, const Variant* variant_of_plan)
   require(variant_, "no compiled kernel serves this");
   const Variant& variant = *variant_;
   constexpr int64_t kLimit = (int64_t(1) << 31) - 1024;
-  const bool needs_adapter = !variant.shared || !problem.projections.empty();  // one of several need not have one
-  require(m > 0 && n > 0 && k > 0 && (r > 0 || !needs_adapter) && m <= kLimit && n <= kLimit && k <= kLimit &&
-              n % 8 == 0 && k % 8 == 0 && r % 8 == 0,
+  const int64_t least_rank = variant.shared && problem.projections.empty() ? 0 : 1;  // one of several has none
+  require(m > 0 && n > 0 && k > 0 && r >= least_rank && m <= kLimit && n <= kLimit && k <= kLimit && n % 8 == 0 &&
+              k % 8 == 0 && r % 8 == 0,
           "sizes must be positive, below 2^31, and N, K and R multiples of 8");
   require(problem.group_m > 0 && ctas_ > 0 && problem.splits > 0 &&
               problem.splits <= ceil_div(int(k), variant.block_k) && (problem.splits == 1 || variant.splits),
@@ -88,7 +88,7 @@ Plan::Plan(const Problem& problem, const Variant* variant_of_plan)
     require(counts == std::array{0, 0, 0, 0}, "there are no stacks without segments");
   }
 
-  const bool makes_s = problem.makes_out || problem.grad_a;
+  const bool makes_s = r > 0 && (problem.makes_out || problem.grad_a);
   const int out_columns = problem.makes_out ? ceil_div(int(n), variant.block_n) : 0;
   const int gradient_columns = variant.gradient_columns * variant.cluster;
   Params& p = base_;

@@ -180,15 +180,24 @@ def test_what_is_compiled_is_what_the_list_says():
     """csrc/variants.def, for both directions and types, with and without dropout."""
     setup = toolkit.load_setup()
     text = (setup.CSRC / "variants.def").read_text()
-    lines = re.findall(r"^FASTLORA_SM90(_SEGMENTS)?\((\d+), (\d+), (\d+), (\w+)Weight\)$", text, re.M)
+    lines = re.findall(r"^FASTLORA_SM90(_SEGMENTS|_SHARED)?\((\d+), (\d+), (\d+), (\w+)Weight\)$", text, re.M)
     listed = {
-        (bool(segments), *map(int, sizes), weight == "Transposed", weight == "Decoded", backward, dtype, dropout)
-        for segments, *sizes, weight in lines
+        (
+            call == "_SEGMENTS",
+            call == "_SHARED",
+            *map(int, sizes),
+            weight == "Transposed",
+            weight == "Decoded",
+            backward,
+            dtype,
+            dropout,
+        )
+        for call, *sizes, weight in lines
         for backward in (False, True)
         for dtype in ("bfloat16", "float16")
-        for dropout in ((False,) if segments else (False, True))
+        for dropout in ((False,) if call == "_SEGMENTS" else (False, True))
     }
-    keys = ("segments", "block_m", "block_n", "rank", "transposed", "decodes", "backward", "dtype", "dropout")
+    keys = ("segments", "shared", "block_m", "block_n", "rank", "transposed", "decodes", "backward", "dtype", "dropout")
     assert {tuple(variant[key] for key in keys) for variant in extension.variants()} == listed
     assert len(extension.variants()) == len(listed)
 

@@ -98,3 +98,35 @@ def test_each_split_of_a_cuda_tile_is_claimed_once_and_in_order(m, ctas):
     for (row, column, split, _), i in place.items():
         assert split == 0 or place[row, column, split - 1, -1] < i
         assert column == 0 or place[row, 0, 2, -1] < i
+
+
+def expected_of_projections(rows, shrink_columns, columns, group_m, wave) -> list[tuple[int, int]]:
+    """(row block, column) of a forward of several projections: the first columns make S."""
+    groups = [[*range(first, min(first + group_m, rows))] for first in range(0, rows, group_m)]
+    of_s = [[(row, column) for row in group for column in range(shrink_columns)] for group in groups]
+    found, ahead = list(of_s[0]), [*of_s[1:], []]
+    for group, next_s in zip(groups, ahead, strict=True):
+        others = [(row, column) for column in range(shrink_columns, columns) for row in group]
+        cut = max(len(others) - wave, 0)
+        found += [*others[:cut], *next_s, *others[cut:]]
+    return found
+
+
+@pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
+@pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("tile", ((128, 256), (128, 128)))
+@pytest.mark.parametrize("rows, group_m, ctas", ((1, 1, 1), (7, 3, 2), (33, 8, 16), (36, 16, 66)))
+def test_projections_of_cuda(rows, group_m, ctas, tile, fused):
+    """Three columns of one, one of another, and two of one without an adapter."""
+    block_m, block_n = tile
+    cluster = 2 if block_n == 256 else 1
+    sizes = ((3 * block_n - 8, 64), (block_n, 8), (2 * block_n, 0))
+    plan = extension.loaded().Plan(
+        backward=False, fp16=False, dropout=False, m=rows * block_m * cluster - 5, n=0, k=64, r=0, block_m=block_m,
+        block_n=block_n, splits=1, fused=fused, group_m=group_m * cluster, ctas=ctas * cluster,
+        projections=[(n, r, False, False, False) for n, r in sizes],
+    )  # fmt: skip
+    assert plan.variant["shared"]
+    columns = 6 if fused else 8
+    found = [(row, column) for row, column, split, gradient in plan.queue()]
+    assert found == expected_of_projections(rows, 2, columns, group_m, plan.ctas // cluster)

@@ -12,6 +12,7 @@ import torch
 
 from tests.emulator import LaunchOptions
 from tests.support import cuda_checks as cuda
+from tests.support import cuda_projection_checks as cuda_projections
 from tests.support import cuda_quantised_checks as cuda_quantised
 from tests.support import cuda_range
 from tests.support import cuda_segment_checks as cuda_segments
@@ -268,6 +269,33 @@ def cuda_segment_checks() -> Iterator[tuple[str, set[str], Callable]]:
         yield f"segments, gradients {name}", kernels, check
 
 
+def cuda_projection_checks() -> Iterator[tuple[str, set[str], Callable]]:
+    """Those of projections that share an input, likewise."""
+    options = itertools.cycle(limited(cuda.SCHEDULES))
+    of_name = {
+        **{name: (group, tile) for name, (group, tile) in cuda_projections.GROUPS.items()},
+        **{name: (group, tile) for name, (group, tile, _) in cuda_projections.GROUPED.items()},
+    }
+    for name, (group, tile) in of_name.items():
+        checks = cuda_projections.check_integers if name in cuda_projections.GROUPS else cuda_projections.check_group
+        kernels = cuda_projections.kernels_of(group, tile)
+        yield f"projections, {name}", kernels, functools.partial(checks, name, next(options))
+    for name, (group, tile, dtype, schedules) in cuda_projections.BITS.items():
+        kernels = cuda_projections.kernels_of(group, tile, dtype)
+        check = functools.partial(cuda_projections.check_schedules, name)
+        for title, one in _each([(f"projections, bits of {name}", check, schedules)], cuda.SCHEDULES):
+            yield title, kernels, one
+    qkv = cuda_projections.kernels_of(cuda_projections.QKV, cuda_projections.WIDE)
+    for name in cuda_projections.SUBSETS:
+        yield f"projections, {name}", qkv, functools.partial(cuda_projections.check_needs, name, next(options))
+    yield "projections, a neighbour's NaN", qkv, functools.partial(cuda_projections.check_neighbours, next(options))
+    for name, (tile, rank) in cuda_projections.MASKED.items():
+        kernels = cuda_projections.kernels_of(cuda_projections.masked_group(rank, None), tile)
+        for end in (None, "65535"):
+            check = functools.partial(cuda_projections.check_masks, name, end)
+            yield f"projections, mask {name} threshold {end or 'that bits equal'}", kernels, check
+
+
 def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
     """(name, kernels that run, check). Rank 40, whose kernels hold most statements, goes first, and small tiles do."""
 
@@ -335,3 +363,4 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
     grouped = functools.partial(cuda_quantised.check_group, options)
     yield "packed groups", _kernels_of(cuda_quantised.GROUPED, False, 16, decodes=True), grouped
     yield from cuda_segment_checks()
+    yield from cuda_projection_checks()

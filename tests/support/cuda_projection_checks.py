@@ -275,12 +275,16 @@ def _assert_accurate(group: Group, cases: Sequence[Case], results: dict[str, lis
 MASKED = {"fused": (replace(WIDE, fused=True), 16), "separate": (WIDE, 16), "narrow": (NARROW, 64)}
 
 
+def masked_group(rank: int, end: str | None) -> Group:
+    _, equal = masked_seed()
+    return Group(((136, rank), (136, rank)), (1.0, 1.0), (ENDS[end] if end else equal, equal), (True, True))
+
+
 def check_masks(name: str, end: str | None, ptx=ptx_of):
     """Each bit of each mask, as for a layer alone (cuda_checks.check_mask): other seeds, and thresholds of which one
     is of ENDS (None: the threshold that bits equal)."""
     tile, rank = MASKED[name]
-    seed, equal = masked_seed()
-    group = Group(((136, rank), (136, rank)), (1.0, 1.0), (ENDS[end] if end else equal, equal), (True, True))
+    seed, group = masked_seed()[0], masked_group(rank, end)
     cases = [
         draw_masked_integers(MASKED_ROWS, n, MASKED_COLUMNS, r, seed + i * 977, p)
         for i, ((n, r), p) in enumerate(zip(group.sizes, group.dropouts, strict=True))

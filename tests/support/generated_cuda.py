@@ -19,11 +19,19 @@ from tests.support.generated import ROOT, Checks, Generated, Stillborn, run_test
 # Neither the bindings, which hold no arithmetic, nor what is generated (wgmma.cuh) or for debug builds (spin.cuh).
 _SHARED = "csrc/schedule.h"  # by the kernels and the host
 _KERNELS = (_SHARED, "csrc/sm90/*.cuh", "csrc/sm90/ptx/[!ws]*.cuh")
-_HOST = ("csrc/host/plan.cpp", "csrc/host/operands.cpp", "csrc/host/launch.cpp", "csrc/host/tensor_map.cpp")
+_HOST = tuple(f"csrc/host/{name}.cpp" for name in ("plan", "projections", "operands", "launch", "tensor_map"))
 _HOST_TESTS = ("tests/kernels/test_cuda_plan.py", "tests/kernels/test_cuda_host.py")
 _LAUNCHES = tuple(
     f"tests/kernels/test_{name}.py"
-    for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_quantised", "cuda_range", "cuda_protocol")
+    for name in (
+        "cuda_device",
+        "far_addresses",
+        "cuda_kernels",
+        "cuda_quantised",
+        "cuda_range",
+        "cuda_protocol",
+        "cuda_projections",
+    )
 )
 _NAME = re.compile(
     r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded)?(_segments|_shared)?(_dropout)?"
