@@ -4,7 +4,7 @@
 //
 // Two of them: one layer; and several projections of one input. A tile of the latter's Y, of its S and of its gradients
 // is of one projection. A tile of dX or dS is of all of them: dX is contracted over the columns of all dY, projection
-// by projection, each with its branch behind its last step; dS is made one by one.
+// by projection, and their branches follow; dS is made one by one.
 #pragma once
 #include "row_map.cuh"
 

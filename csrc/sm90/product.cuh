@@ -221,7 +221,7 @@ __device__ __forceinline__ void compute_shared_tile(Consumer<Traits>& c, typenam
       float unused[kShrinkAccumulators];
       multiply<true, false>(c, tile, acc, unused, keep, continues);
     }
-    if constexpr (Traits::kDropout) keep.save(c);
+    if (Traits::kDropout && tile.kind != kShrinkTile) keep.save(c);
   });
   if (tile.kind == kShrinkTile) return;
   Traits::Epilogue::run_several(c, tile, acc, extra_acc);
