@@ -43,9 +43,9 @@ def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
 
         return scaled_launch
     if spec.branch == "shared_input" and name == "cuda":
-        from fastlora.backends.cuda import projection_launch as cuda
+        from fastlora.backends.cuda import projection_launch as cuda_projections
 
-        return cuda
+        return cuda_projections
     if spec.branch == "segments" and name == "cuda":
         from fastlora.backends.cuda import segment_launch as cuda_segments
 

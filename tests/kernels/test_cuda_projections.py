@@ -1,12 +1,17 @@
 """Projections that share an input by the compiled CUDA kernels, in the emulator: values, masks, races, missing waits,
 accesses out of bounds, deadlocks; and which calls they refuse."""
 
+import functools
+
 import pytest
 import torch
 
+from benchmarks.host_calls import count_calls
 from fastlora import dispatch, selection
-from fastlora.backends.cuda import projection_launch
-from fastlora.problem import Needs
+from fastlora.backends.cuda import extension, projection_launch
+from fastlora.backends.cuda import launch as single
+from fastlora.operands import describe_backward, describe_forward
+from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from fastlora.projections import SharedBackward, SharedForward, describe_shared_backward, describe_shared_forward
 from tests.emulator import EmulatorError
 from tests.support import cuda_runtime
@@ -191,3 +196,34 @@ def test_maps_are_made_once():
     made = {int(call.split()[1], 16) for call in runtime.calls() if call.startswith("encode")}
     kept = {t.data_ptr() for c in cases for t in (c.weight, c.lora_a, c.lora_b, c.x, c.dy)}
     assert not made & kept
+
+
+@pytest.mark.parametrize("drops", (False, True))
+def test_a_launch_of_several_takes_fewer_calls_of_the_host_than_theirs(monkeypatch, drops):
+    """Calls of Python and C functions: prepared launches of three projections, and of each alone."""
+    group = Group(((72, 16), (8, 8), (8, 16)), dropouts=(0.1 * drops,) * 3)
+    cases, runtime = draw(group, 64, integers=False, k=72), cuda_runtime.runtime()
+    runtime.on_launch(None)
+    monkeypatch.setattr(extension, "load", lambda: (runtime.module, None))
+    monkeypatch.setattr(single, "raw_stream", lambda device: 0)
+    projections, needs = projections_of(group, cases), Needs(True, True, True, False)
+    forward = describe_shared_forward(SharedForward(cases[0].x, projections))
+    ss = tuple(projection_launch.prepare(forward[1], ctas=4)(forward[0]).ss)
+    dys, of_each = tuple(c.dy for c in cases), (needs,) * len(cases)
+    backward = describe_shared_backward(SharedBackward(dys, cases[0].x, projections, ss, of_each))
+    alone: list[list] = [[], []]
+    for c, s, (weight, lora_a, lora_b, bias, *numbers) in zip(cases, ss, projections, strict=True):
+        given = describe_forward(ForwardOperands(c.x, weight, lora_a, lora_b, bias, *numbers))
+        alone[0].append((single.prepare(given[1], ctas=4), given[0]))
+        given = describe_backward(BackwardOperands(c.dy, c.x, weight, lora_a, lora_b, s, *numbers), needs)
+        alone[1].append((single.prepare(given[1], ctas=4), given[0]))
+    for (operands, spec), launches in zip((forward, backward), alone, strict=True):
+        calls = [(projection_launch.prepare(spec, ctas=4), operands)], launches
+
+        def call_each(calls):
+            for launch, each in calls:
+                launch(each)
+
+        for _ in range(2):
+            counted = [count_calls(functools.partial(call_each, each)) for each in calls]
+        assert counted[0] < counted[1], counted

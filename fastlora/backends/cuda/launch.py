@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -149,7 +149,15 @@ def by_address_or_value(seed: Tensor) -> tuple[Tensor | None, int]:
     return (None, int(seed)) if seed.device.type == "cpu" else (seed, 0)
 
 
-def launch_bound(prepared: PreparedLaunch, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+class Bound(Protocol):
+    """A launcher of a plan, and the names in it of the tensors that each call gives."""
+
+    tensors: tuple[str, ...]
+    device: torch.device
+    bound: Any
+
+
+def launch_bound(prepared: Bound, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
     """Launches on the current stream of the operands' device, which need not be current itself. ``numbers``: those of
     NUMBERS, and with dropout the seed."""
     device = prepared.device.index or 0

@@ -5,6 +5,7 @@ single launches reads it as it is.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -92,33 +93,28 @@ class _Launch:
         self, spec: LaunchSpec, plan: Any, shared: dict[str, int], own: Sequence[dict[str, int]], **constants: Any
     ):
         self.spec, self.plan, self.device = spec, plan, spec.device
-        self.order = _order(spec)
-        self.members = [spec.members[i] for i in self.order]
         self.words, self.partials = plan.workspace_words, plan.gradient_partial_floats
-        strides, numbers = dict(shared), []
-        for i, (member, each) in enumerate(zip(self.members, own, strict=True)):
-            strides |= {_of(i, name): stride for name, stride in each.items()}
-            if member.sizes.r:
-                numbers += [_of(i, name) for name in (*single.NUMBERS, *(("seed",) if member.dropout else ()))]
+        strides = shared | {_of(i, name): stride for i, each in enumerate(own) for name, stride in each.items()}
+        adapted = [i for i, each in enumerate(own) if "lora_a" in each]
+        numbers = [_of(i, name) for i in adapted for name in single.NUMBERS]
+        seeds = [_of(i, "seed") for i in adapted if spec.dropout]
         # By their names in a plan, in the order in which `bound` is given them.
         self.tensors = (*strides, "workspace", *(("gradient_partials",) if self.partials else ()))
         matrices = {name: (0, stride) for name, stride in strides.items() if stride}
-        self.bound = plan.bind((*self.tensors, *numbers), **matrices, **constants)
+        self.bound = plan.bind((*self.tensors, *numbers, *seeds), **matrices, **constants)
 
-    def launch(self, shared: Sequence[Tensor | None], own: Sequence[Tensor | None], projections: Sequence[Projection]):
-        """A launch with these operands, of which None is one that it does not use. ``projections``: those of
-        ``members``."""
-        backward, dtype = self.spec.direction == "backward", self.spec.dtype
-        tensors = [*shared, *own, borrow_workspace(self.words, self.device)]
+    def launch(self, tensors: list[Tensor | None], branches: tuple[tuple[float, float], ...], seeds: list[int]) -> None:
+        """A launch with these operands, of which None is one that it does not use.
+
+        Args:
+            branches: scaling and probability of each projection with an adapter.
+            seeds: of each of these that drops elements; 0 where it is among the tensors.
+        """
+        tensors += (borrow_workspace(self.words, self.device),)
         if self.partials:
-            tensors.append(torch.empty(self.partials, dtype=torch.float32, device=self.device))
-        numbers: list[float] = []
-        for member, each in zip(self.members, projections, strict=True):
-            if member.sizes.r:
-                numbers += single.branch_numbers(each.scaling, each.dropout_p, dtype, backward)
-            if member.dropout and each.seed is not None:
-                numbers.append(single.by_address_or_value(each.seed)[1])
-        single.launch_bound(self, tensors, numbers)
+            tensors += (torch.empty(self.partials, dtype=torch.float32, device=self.device),)
+        numbers = _numbers(branches, self.spec.dtype, self.spec.direction == "backward")
+        single.launch_bound(self, tensors, (*numbers, *seeds))
 
 
 def _of(i: int, name: str) -> str:
@@ -126,8 +122,15 @@ def _of(i: int, name: str) -> str:
     return f"projections[{i}].{name}"
 
 
+@lru_cache(maxsize=256)
+def _numbers(branches: tuple[tuple[float, float], ...], dtype: torch.dtype, backward: bool) -> tuple[float, ...]:
+    """The values of NUMBERS, of each branch."""
+    return tuple(number for each in branches for number in single.branch_numbers(*each, dtype, backward))
+
+
 def _factors(member: LaunchSpec) -> dict[str, int]:
-    """The rows' strides of the weight and the factors, which are contiguous where they have been cast."""
+    """The rows' strides of the weight and the factors, which are contiguous where they have been cast; then, whether
+    a seed may have an address."""
     _, _, k, r = member.sizes
     given, casts = member.row_strides, single.cast_factors(member)
     if not r:
@@ -136,24 +139,29 @@ def _factors(member: LaunchSpec) -> dict[str, int]:
         "weight": given.weight,
         "lora_a": k if "lora_a" in casts else given.lora_a,
         "lora_b": r if "lora_b" in casts else given.lora_b,
+        **({"seed_address": 0} if member.dropout else {}),
     }
 
 
-def _seeds(member: LaunchSpec) -> dict[str, int]:
-    return {"seed_address": 0} if member.dropout and member.sizes.r else {}
-
-
-def _factors_of(projection: Projection, dtype: torch.dtype) -> list[Any]:
-    if projection.lora_a is None:
-        return [projection.weight]
-    return [projection.weight, cast(projection.lora_a, dtype), cast(projection.lora_b, dtype)]
-
-
-def _seed_of(projection: Projection) -> list[Tensor | None]:
-    """By its address, which is None where it is in reach of the CPU."""
-    if projection.lora_a is None or projection.seed is None:
-        return []
-    return [single.by_address_or_value(projection.seed)[0]]
+def _given(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[list, tuple, list[int]]:
+    """Of each projection the tensors of ``_factors``; of those with an adapter the arguments of ``_Launch.launch``."""
+    tensors: list = []
+    branches: tuple = ()
+    seeds: list[int] = []
+    for weight, lora_a, lora_b, _, scaling, dropout_p, seed in projections:
+        if lora_a is None or lora_b is None:
+            tensors += ((weight,),)
+            continue
+        if lora_a.dtype != dtype or lora_b.dtype != dtype:
+            lora_a, lora_b = cast(lora_a, dtype), cast(lora_b, dtype)
+        branches += ((scaling, dropout_p),)
+        if seed is None:
+            tensors += ((weight, lora_a, lora_b),)
+        else:
+            address, value = single.by_address_or_value(seed)
+            tensors += ((weight, lora_a, lora_b, address),)
+            seeds += (value,)
+    return tensors, branches, seeds
 
 
 class _Forward(_Launch):
@@ -161,29 +169,30 @@ class _Forward(_Launch):
 
     def __init__(self, spec: LaunchSpec, plan: Any):
         m, _, k, _ = spec.sizes
-        own = []
-        for i in _order(spec):
-            member = spec.members[i]
-            made = {"bias": 0, "out": member.sizes.n, **({"s": 0} if member.sizes.r else {})}
-            own.append({**_factors(member), **made, **_seeds(member)})
+        self.order = _order(spec)
+        members = [spec.members[i] for i in self.order]
+        self.sizes = [(each.sizes.n, each.sizes.r) for each in members]
+        own = [
+            {**_factors(each), "bias": 0, "out": each.sizes.n, **({"s": 0} if each.sizes.r else {})} for each in members
+        ]
         act = spec.members[0].row_strides.act
         super().__init__(spec, plan, {"act": act if m > 1 else k}, own)
 
     def __call__(self, operands: SharedForward) -> SharedOutputs:
         x, given = operands
-        m, dtype = self.spec.sizes.m, self.spec.dtype
+        m = self.spec.sizes.m
         projections = [given[i] for i in self.order]
+        factors, branches, seeds = _given(projections, self.spec.dtype)
+        tensors: list[Tensor | None] = [x]
         ys: list[Any] = [None] * len(given)
         ss: list[Tensor | None] = [None] * len(given)
-        own: list[Tensor | None] = []
-        for i, member, each in zip(self.order, self.members, projections, strict=True):
-            ys[i] = x.new_empty(m, member.sizes.n)
-            own += (*_factors_of(each, dtype), each.bias, ys[i])
-            if member.sizes.r:
-                ss[i] = s = x.new_empty(m, member.sizes.r)
-                own.append(s)
-            own += _seed_of(each)
-        self.launch((x,), own, projections)
+        for i, each, of_each, (n, r) in zip(self.order, projections, factors, self.sizes, strict=True):
+            ys[i] = y = x.new_empty(m, n)
+            tensors += (*of_each, each[3], y)
+            if r:
+                ss[i] = s = x.new_empty(m, r)
+                tensors += (s,)
+        self.launch(tensors, branches, seeds)
         return SharedOutputs(ys, ss)
 
 
@@ -195,49 +204,64 @@ class _Backward(_Launch):
         dtypes = {spec.dtype, *(dtype for each in spec.members for dtype in each.adapter_dtypes)}
         # All gradients of factors are stored in one dtype; if the adapters differ in theirs, some are cast.
         self.grad_dtype = spec.dtype if len(dtypes) == 1 else torch.float32
+        self.order = _order(spec)
+        members = [spec.members[i] for i in self.order]
+        self.made = [_made(each, self.grad_dtype) for each in members]
+        self.reads_s = [each.needs.db for each in members]
         own = []
-        for i in _order(spec):
-            member = spec.members[i]
-            act = {"act": member.row_strides.act if m > 1 else member.sizes.n}
-            saved = {"saved_s": member.sizes.r} if member.needs.db else {}
-            own.append({**act, **_factors(member), **saved, **dict.fromkeys(_made(member), 0), **_seeds(member)})
-        readers = [each.row_strides.saved_x for each in spec.members if each.needs.da]
+        for each, made in zip(members, self.made, strict=True):
+            act = {"act": each.row_strides.act if m > 1 else each.sizes.n}
+            saved = {"saved_s": each.sizes.r} if each.needs.db else {}
+            written = {name: 0 for name, how in zip(_WRITTEN, made, strict=True) if how}
+            own.append({**act, **_factors(each), **saved, **written})
+        readers = [each.row_strides.saved_x for each in members if each.needs.da]
         shared = {"layer_input": readers[0] if m > 1 else k} if readers else {}
         shared |= {"out": k} if spec.needs.dx else {}
         super().__init__(spec, plan, shared, own, fp32_grads=self.grad_dtype != spec.dtype)
 
     def __call__(self, operands: SharedBackward) -> SharedGradients:
-        dys, x, projections, ss, _ = operands
-        needs, dtype = self.spec.needs, self.spec.dtype
+        dys, x, given, ss, _ = operands
         m, _, k, _ = self.spec.sizes
+        needs = self.spec.needs
         present = [i for i, dy in enumerate(dys) if dy is not None]
-        dx = torch.empty((m, k), dtype=dtype, device=self.device) if needs.dx else None
-        shared = [t for t, needed in ((x, needs.da), (dx, needs.dx)) if needed]
-        own: list[Tensor | None] = []
-        launched, found = [], []
-        for place, member in zip(self.order, self.members, strict=True):
-            i = present[place]
-            each, made = projections[i], {}
-            for name, shape in _made(member).items():
-                of_factor = name in ("grad_a", "grad_b")
-                made[name] = torch.empty(shape, dtype=self.grad_dtype if of_factor else dtype, device=self.device)
-            own += (dys[i], *_factors_of(each, dtype), *((ss[i],) if member.needs.db else ()))
-            own += (*made.values(), *_seed_of(each))
-            launched.append(each)
-            found.append((i, made))
-        self.launch(shared, own, launched)
+        order = [present[i] for i in self.order]
+        projections = [given[i] for i in order]
+        factors, branches, seeds = _given(projections, self.spec.dtype)
+        tensors: list[Tensor | None] = [x] if needs.da else []
+        dx = None
+        if needs.dx:
+            dx = torch.empty((m, k), dtype=self.spec.dtype, device=self.device)
+            tensors += (dx,)
         others = [NO_GRADIENTS] * len(dys)
-        for i, made in found:
-            _, a, b, *_ = projections[i]
-            da, db = (cast(made[name], t.dtype) if name in made else None for name, t in (("grad_a", a), ("grad_b", b)))
-            others[i] = Gradients(None, da, db, made.get("grad_bias"))
+        for i, of_each, reads_s, hows in zip(order, factors, self.reads_s, self.made, strict=True):
+            tensors += (dys[i], *of_each)
+            if reads_s:
+                tensors += (ss[i],)
+            made = [how and torch.empty(how[0], dtype=how[1], device=self.device) for how in hows]
+            tensors += [each for each in made if each is not None]
+            others[i] = Gradients(None, *made[1:])
+        self.launch(tensors, branches, seeds)
+        if self.grad_dtype != self.spec.dtype:
+            others = [
+                each if p.lora_a is None or p.lora_b is None else _cast(each, p.lora_a.dtype, p.lora_b.dtype)
+                for each, p in zip(others, given, strict=True)
+            ]
         return SharedGradients(dx, others)
 
 
-def _made(member: LaunchSpec) -> dict[str, tuple[int, ...]]:
-    """What a backward writes of a projection: names in a plan, and shapes."""
+def _cast(gradients: Gradients, of_a: torch.dtype, of_b: torch.dtype) -> Gradients:
+    return gradients._replace(da=cast(gradients.da, of_a), db=cast(gradients.db, of_b))
+
+
+_WRITTEN = ("s", "grad_a", "grad_b", "grad_bias")  # names in a plan
+
+
+def _made(member: LaunchSpec, grad_dtype: torch.dtype) -> tuple[tuple[tuple[int, ...], torch.dtype] | None, ...]:
+    """Shape and dtype of each of _WRITTEN that a backward makes of a projection."""
     m, n, k, r = member.sizes
     dx, da, db, dbias = member.needs
-    shapes = {"s": (m, r), "grad_a": (r, k), "grad_b": (n, r), "grad_bias": (n,)}
-    made = {"s": r and (dx or da), "grad_a": da, "grad_b": db, "grad_bias": dbias}
-    return {name: shapes[name] for name, needed in made.items() if needed}
+    made = (
+        (r > 0 and (dx or da), (m, r), member.dtype), (da, (r, k), grad_dtype), (db, (n, r), grad_dtype),
+        (dbias, (n,), member.dtype),
+    )  # fmt: skip
+    return tuple((shape, dtype) if needed else None for needed, shape, dtype in made)

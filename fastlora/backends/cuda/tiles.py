@@ -85,8 +85,9 @@ def choose_tile(
         ValueError: no kernel is compiled for the rank.
     """
     candidates = []
-    weight = {"transposed": transposed, "decodes": decodes}
-    for kernel in kernels(r, **weight, dropout=dropout, backward=backward, shared=projections > 0):
+    for kernel in kernels(
+        r, transposed=transposed, decodes=decodes, shared=projections > 0, dropout=dropout, backward=backward
+    ):
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
         group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
