@@ -6,17 +6,19 @@ import functools
 import pytest
 import torch
 
+import fastlora
 from benchmarks.host_calls import count_calls
 from fastlora import dispatch, selection
 from fastlora.backends.cuda import extension, projection_launch
 from fastlora.backends.cuda import launch as single
+from fastlora.backends.cuda.tiles import choose_tile
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from fastlora.projections import SharedBackward, SharedForward, describe_shared_backward, describe_shared_forward
 from tests.emulator import EmulatorError
 from tests.support import cuda_runtime
 from tests.support.cuda_checks import ENDS, needs_kernels
-from tests.support.cuda_emulation import SCHEDULES
+from tests.support.cuda_emulation import SCHEDULES, emulated
 from tests.support.cuda_projection_bugs import COMPILED, PLANTED, Planted, check_changed, check_compiled
 from tests.support.cuda_projection_checks import (
     BITS,
@@ -25,10 +27,12 @@ from tests.support.cuda_projection_checks import (
     GROUPS,
     MASKED,
     MIXED,
+    NEEDS,
     QKV,
     SUBSETS,
     WIDE,
     Group,
+    assert_exact,
     check_group,
     check_integers,
     check_masks,
@@ -227,3 +231,38 @@ def test_a_launch_of_several_takes_fewer_calls_of_the_host_than_theirs(monkeypat
         for _ in range(2):
             counted = [count_calls(functools.partial(call_each, each)) for each in calls]
         assert counted[0] < counted[1], counted
+
+
+def test_lora_linears_trains_by_one_launch_each_way(monkeypatch):
+    """From the public function to the kernels: the second output is not used, the last one has no adapter."""
+    monkeypatch.setattr(projection_launch, "why_unsupported", projection_launch.why_not_compiled)
+    monkeypatch.setattr(single, "multiprocessors", lambda device: 4)
+    group = Group(((72, 16), (8, 8), (16, 0)), biases=(False, False, False))
+    cases = draw(group, 72, k=72)
+    x, given = cases[0].x.clone().requires_grad_(), []
+    for c, (_, r) in zip(cases, group.sizes, strict=True):
+        factors = [t.clone().requires_grad_() if r else None for t in (c.lora_a, c.lora_b)]
+        given.append((c.weight, *factors, c.scaling))
+    dispatch.forget_routes()
+    fastlora.reset_dispatch_counts()
+    try:
+        with emulated() as launched:
+            ys = fastlora.lora_linears(x, *zip(*given, strict=True), backend="cuda")
+            torch.autograd.backward([ys[0], ys[2]], [cases[0].dy, cases[2].dy])
+    finally:
+        dispatch.forget_routes()
+    counts = fastlora.dispatch_counts()
+    assert len(launched.stats) == counts["cuda"] == 2 and not counts["fallbacks"], counts
+    needs = (NEEDS, None, NEEDS)
+    grads = [(None, None) if a is None else (a.grad, b.grad) for _, a, b, _ in given]
+    results = {"y": ys, "dx": [x.grad], "da": [a for a, _ in grads], "db": [b for _, b in grads]}
+    wanted = expected(group, cases, needs)
+    assert_exact(results, {name: wanted[name] for name in results})
+
+
+def test_the_tile_suits_the_columns_of_all():
+    """Llama-8B's q, k and v: of few rows the small tiles make more."""
+    chosen = [choose_tile(m, 4096 + 2 * 1024, 4096, 16, 132, projections=3) for m in (256, 8192)]
+    assert [(tile.block_m, tile.block_n, tile.splits) for tile in chosen] == [(128, 128, 1), (128, 256, 1)]
+    with pytest.raises(ValueError, match="no CUDA kernel is compiled for rank 72"):
+        choose_tile(8192, 6144, 4096, 72, 132, projections=3)
