@@ -14,6 +14,10 @@ from fastlora.problem import Needs
 from tests.support import launches, numerics, quantised_checks, segments
 from tests.support.cuda_checks import lying_transposed
 from tests.support.cuda_emulation import run_layer
+from tests.support.cuda_projection_checks import GROUPS, assert_exact, expected
+from tests.support.cuda_projection_checks import NEEDS as PROJECTION_NEEDS
+from tests.support.cuda_projection_checks import draw as draw_projections
+from tests.support.cuda_projection_checks import launch as launch_projections
 from tests.support.cuda_segment_checks import NEEDS as SEGMENT_NEEDS
 from tests.support.cuda_segment_checks import SHORT, TALL
 from tests.support.segment_checks import LAYOUTS, draw, launch
@@ -75,6 +79,21 @@ def test_rows_in_segments(poisoned, layout, tile, transposed):
     for _ in range(10):
         again = launch(moved, tile, SEGMENT_NEEDS, segment_launch)
         assert all(torch.equal(again[name], result) for name, result in first.items())
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_projections_that_share_an_input(poisoned, name):
+    group, tile = GROUPS[name]
+    cases = draw_projections(group, 1000)
+    wanted = expected(group, cases)
+    moved = [on_device(case) for case in cases]
+    first = launch_projections(group, moved, tile, PROJECTION_NEEDS, n_sms())
+    on_host = {what: [each if each is None else each.cpu() for each in values] for what, values in first.items()}
+    assert_exact(on_host, wanted)
+    for _ in range(10):
+        again = launch_projections(group, moved, tile, PROJECTION_NEEDS, n_sms())
+        for what, values in again.items():
+            assert all(a is None or torch.equal(a, b) for a, b in zip(values, first[what], strict=True)), what
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))

@@ -13,6 +13,7 @@ from fastlora.backends.cuda.tiles import CudaTile
 from fastlora.philox import keep_mask
 from fastlora.problem import Needs, split_scaling
 from fastlora.projections import (
+    NO_NEEDS,
     Projection,
     SharedBackward,
     SharedForward,
@@ -113,6 +114,28 @@ def projections_of(group: Group, cases: Sequence[Case]) -> tuple[Projection, ...
     )
 
 
+Results = dict[str, list[Tensor | None]]
+
+
+def launch(group: Group, cases: Sequence[Case], tile: CudaTile, needs: Sequence[Needs | None] | Needs, ctas: int):
+    """Y and S of each, dX, and the gradients that ``needs`` names of each (None: it has no dY)."""
+    needs = [needs] * len(cases) if isinstance(needs, Needs) else needs
+    projections = projections_of(group, cases)
+    operands, spec = describe_shared_forward(SharedForward(cases[0].x, projections))
+    assert projection_launch.why_not_compiled(spec) is None
+    ys, ss = projection_launch.prepare(spec, tile, ctas)(operands)
+    dys = tuple(None if n is None else c.dy for n, c in zip(needs, cases, strict=True))
+    of_each = tuple(
+        NO_NEEDS if n is None else n if r else Needs(n.dx, False, False, False)
+        for n, (_, r) in zip(needs, group.sizes, strict=True)
+    )
+    operands, spec = describe_shared_backward(SharedBackward(dys, cases[0].x, projections, tuple(ss), of_each))
+    assert projection_launch.why_not_compiled(spec) is None
+    dx, others = projection_launch.prepare(spec, tile, ctas)(operands)
+    results: Results = {"y": [*ys], "s": ss, "dx": [dx]}
+    return results | {name: [getattr(each, name) for each in others] for name in ("da", "db", "dbias")}
+
+
 def run(
     group: Group,
     cases: Sequence[Case],
@@ -121,27 +144,13 @@ def run(
     ptx=ptx_of,
     needs: Sequence[Needs | None] | Needs = NEEDS,
     ctas: int = 4,
-) -> tuple[dict[str, list[Tensor | None]], list]:
-    """Y and S of each, dX, and the gradients that ``needs`` names of each (None: it has no dY); and the launches'
-    counters."""
-    needs = [needs] * len(cases) if isinstance(needs, Needs) else needs
-    needs = [
-        n if n is None or r else Needs(n.dx, False, False, False) for n, (_, r) in zip(needs, group.sizes, strict=True)
-    ]
-    projections = projections_of(group, cases)
-    dys = tuple(None if n is None else c.dy for n, c in zip(needs, cases, strict=True))
+) -> tuple[Results, list]:
+    """As ``launch``, in the emulator; and the launches' counters."""
     with emulated(options, ptx) as launched:
-        operands, spec = describe_shared_forward(SharedForward(cases[0].x, projections))
-        assert projection_launch.why_not_compiled(spec) is None
-        ys, ss = projection_launch.prepare(spec, tile, ctas)(operands)
-        of_each = tuple(Needs(False, False, False, False) if n is None else n for n in needs)
-        operands, spec = describe_shared_backward(SharedBackward(dys, cases[0].x, projections, tuple(ss), of_each))
-        assert projection_launch.why_not_compiled(spec) is None
-        dx, others = projection_launch.prepare(spec, tile, ctas)(operands)
+        results = launch(group, cases, tile, needs, ctas)
     assert len(launched.stats) == 2, "one launch each way"
     assert is_clean(), "the workspace was left dirty"
-    found = {"y": ys, "s": ss, "dx": [dx]}
-    return found | {name: [getattr(each, name) for each in others] for name in ("da", "db", "dbias")}, launched.stats
+    return results, launched.stats
 
 
 def expected(group: Group, cases: Sequence[Case], needs: Sequence[Needs | None] | Needs = NEEDS, dtype=torch.float64):
@@ -259,7 +268,7 @@ def check_schedules(name: str, schedules=None, ptx=ptx_of):
                 assert same, f"{what} {i}: other bits"
 
 
-def _assert_accurate(group: Group, cases: Sequence[Case], results: dict[str, list[Tensor | None]]) -> None:
+def _assert_accurate(group: Group, cases: Sequence[Case], results: Results) -> None:
     exact, eager = (expected(group, cases, dtype=dtype) for dtype in (torch.float64, cases[0].x.dtype))
     bounds = [numerics.bounds_of(replace(c, lora_b=c.lora_b if r else torch.zeros_like(c.lora_b)))
               for c, (_, r) in zip(cases, group.sizes, strict=True)]  # fmt: skip
