@@ -86,7 +86,7 @@ struct SharedParams : Params {
   Params layers[kMaxProjections];
   int count;
   int shrink_columns;                   // forward: projections with an adapter, which are the first ones; backward: 1
-  int last_shrunk;                      // of those whose S a shrink tile of a backward makes
+  int last_shrunk;                      // backward: the last one whose dS a shrink tile makes
   int first_column[kMaxProjections];    // forward: each one's columns that make no S, behind those that do
   int first_gradient[kMaxProjections];  // each one's gradient tiles of a group
 };
