@@ -211,11 +211,12 @@ struct Producer {
   }
 
   __device__ __forceinline__ void load_output(Tile tile, int slot) {
+    bool finishes = false;
     Layers::each(params, tile, [&](int of_tile, bool is_last) {
       layer = of_tile;
-      load_contraction(tile, slot, is_last);
+      finishes = load_contraction(tile, slot, is_last);
     });
-    if (!is_last_split<Traits>(params, tile.split)) return;
+    if (!finishes) return;
     if constexpr (Traits::kMasksSeveral) {
 #pragma unroll 1
       for (int slice = 0; slice < Traits::kColumns; slice += kBox) load_branches(tile, slice, slice + kBox);
@@ -233,7 +234,8 @@ struct Producer {
     });
   }
 
-  __device__ __forceinline__ void load_contraction(Tile tile, int slot, bool is_last) {
+  // Returns whether it was the last split of a contraction.
+  __device__ __forceinline__ bool load_contraction(Tile tile, int slot, bool is_last) {
     const int m = RowMap::first_row(tile), n = tile.column * Traits::kBlockN;
     const auto weight = RowMap::weight(params, tile);
     const bool makes_s = Traits::kFuses && tile.kind == kFusedTile && has_factors();
@@ -254,6 +256,7 @@ struct Producer {
       if (is_last) claim_at(step, steps);
       pipeline.advance();
     }
+    return finishes;
   }
 
   // One more step of the contraction for every 64 ranks: S and the expanding factor through the same stages. A fused
