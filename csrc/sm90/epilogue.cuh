@@ -242,7 +242,19 @@ struct MaskedBranchEpilogue {
   // With the branches of several layers, whose masks are in shared memory.
   __device__ __forceinline__ static void run_several(Consumer<Traits>& c, typename Traits::Tile tile,
                                                      const float (&acc)[Traits::kAccumulators],
-                                                     float (&branch)[Traits::kSliceAccumulators]) {
+                                                     float (&extra_acc)[Traits::kExtraAccumulators]) {
+    if constexpr (Traits::kExtraAccumulators == Traits::kSliceAccumulators) {
+      store_several(c, tile, acc, extra_acc);
+    } else {
+      float branch[Traits::kSliceAccumulators];
+      store_several(c, tile, acc, branch);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ static void store_several(Consumer<Traits>& c, typename Traits::Tile tile,
+                                                       const float (&acc)[Traits::kAccumulators],
+                                                       float (&branch)[Traits::kSliceAccumulators]) {
     using Element = typename Traits::Element;
     using Branch = typename Traits::Branch;
 #pragma unroll
@@ -276,7 +288,6 @@ struct MaskedBranchEpilogue {
     }
   }
 
- private:
   __device__ __forceinline__ static void store_masked(Consumer<Traits>& c, typename Traits::Tile tile,
                                                       const float (&acc)[Traits::kAccumulators],
                                                       float (&branch)[Traits::kSliceAccumulators],

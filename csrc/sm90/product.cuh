@@ -221,8 +221,7 @@ __device__ __forceinline__ void compute_shared_tile(Consumer<Traits>& c, typenam
       float unused[kShrinkAccumulators];
       multiply<true, false>(c, tile, acc, unused, keep, continues);
     }
-    // Of a shrink tile, which draws none, nobody reads them: a branch around this takes registers that there are not.
-    if constexpr (Traits::kDropout) keep.save(c);
+    if (Traits::kDropout && tile.kind != kShrinkTile) keep.save(c);
   });
   if (tile.kind == kShrinkTile) return;
   Traits::Epilogue::run_several(c, tile, acc, extra_acc);

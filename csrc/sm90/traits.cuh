@@ -89,7 +89,7 @@ struct KernelTraits {
   static constexpr int kAccumulators = kColumns / 2;
   static constexpr int kShrinkAccumulators = kRank / 2;
   static constexpr int kSliceAccumulators = kBox / 2;
-  static constexpr int kExtraAccumulators = kMasksSeveral ? kSliceAccumulators : kFuses ? kShrinkAccumulators : 1;
+  static constexpr int kExtraAccumulators = kFuses ? kShrinkAccumulators : 1;
   static constexpr int kSplitPartials = kAccumulators + kShrinkAccumulators;  // of a split tile, kept in memory
 
   // ---- gradient tiles: 64 rows a step of kGradColumns columns of dY or X, and of S or dS
