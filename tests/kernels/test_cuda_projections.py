@@ -58,7 +58,9 @@ def test_integers_are_exact(name):
     check_integers(name, schedule(name))
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(each, marks=[pytest.mark.sweep] if each == "groups of sixteen" else []) for each in GROUPED]
+)
 def test_groups_of_row_blocks_as_long_as_shipped(name):
     check_group(name, schedule(name))
 

@@ -56,9 +56,6 @@ PLANTED = {
     "one flag for the S of all projections": _TRAITS(
         "row_block * Traits::Layers::count(params) + layer;", "row_block * Traits::Layers::count(params);", FOUR
     ),
-    "the flag of another row block's S": _TRAITS(
-        "row_block * Traits::Layers::count(params) + layer;", "row_block + layer;"
-    ),
     "partial sums of gradients in the place of the first projection's": _GRADIENT(
         "Traits::Layers::first_gradient(c.params, c.layer) * Traits::kCluster", "0"
     ),
