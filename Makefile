@@ -70,6 +70,7 @@ check: install  ## the pages' tables and picture, the counted traffic and the ke
 	$(RUN) -m benchmarks.readme_picture --check
 	$(RUN) -m benchmarks.traffic --check
 	$(RUN) -m benchmarks.traffic.segments --check
+	$(RUN) -m benchmarks.traffic.projections --check
 	$(RUN) -m benchmarks.cuda_resources --check
 
 format: install  ## what ruff and clang-format can mend

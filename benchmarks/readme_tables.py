@@ -21,6 +21,8 @@ import click
 from benchmarks import ROOT, dora, experts, quantised_memory, recipes, saved_bytes, segments
 from benchmarks.defects import report as defects
 from benchmarks.mutation import report as mutation
+from benchmarks.schedule import projections as projection_schedule
+from benchmarks.traffic import projections as projection_traffic
 from benchmarks.traffic import report as traffic_report
 from benchmarks.traffic import segments as segment_traffic
 from fastlora.bench.claims import claims_tables
@@ -90,6 +92,8 @@ TABLES: dict[str, Callable[[dict], Table]] = {
     "recipes": recipes.results_table,
     "segments": segments.segments_table,
     "segment-traffic": segment_traffic.segment_table,
+    "projection-traffic": projection_traffic.projection_table,
+    "projection-schedule": projection_schedule.projection_table,
     "experts": experts.results_table,
     "mutation": mutation.readme_table,
     "defects": defects.readme_table,

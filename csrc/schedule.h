@@ -6,6 +6,8 @@
 //
 //   column 0 of group 0 | group 0 ..., column 0 of group 1, ... one wave | gradients of group 0 | group 1 ... and so on
 //
+// Of several projections that share an input, the first `shrink_columns` columns make S, each that of a projection.
+//
 // Where a tile of the output takes long, short gradient tiles between these make the last wave ragged; then all of them
 // come last, group by group.
 //
@@ -23,7 +25,7 @@ namespace fastlora {
 // A cluster of CTAs takes a tile each at a time, from neighbouring row blocks; so "row blocks" here are the cluster's.
 struct Schedule {
   int rows;            // row blocks of the output
-  int columns;         // columns of tiles; column 0 makes S
+  int columns;         // columns of tiles; column 0 makes S, or the first `shrink_columns` do
   int group_m;         // row blocks of a group
   int gradient_tiles;  // of each group
   int gradients_last;  // gradient tiles follow all other tiles, not their own group's
@@ -49,14 +51,16 @@ FL_HOST_DEVICE int count_tiles(const Schedule& s) { return count_column_tiles(s)
 FL_HOST_DEVICE int count_decode_tiles(const Schedule& s) { return s.panels * s.parts; }
 
 // What ticket number `ticket`, counted from the queue's first tile, stands for, where `wave` clusters run at once.
-FL_HOST_DEVICE Tile locate(const Schedule& s, int ticket, int wave) {
+FL_HOST_DEVICE Tile locate(const Schedule& s, int ticket, int wave, int shrink_columns = 1) {
   const int behind = ticket - count_column_tiles(s);
   if (s.gradients_last && behind >= 0) return {behind / s.gradient_tiles, 0, 0, behind % s.gradient_tiles};
 
-  const int column_tiles = s.columns > 0 ? s.splits : 0;  // of one row block, in column 0
-  const int other_columns = s.columns > 0 ? s.columns - 1 : 0;
+  const int column_tiles = s.columns > 0 ? s.splits * shrink_columns : 0;  // of one row block, that make S
+  const int other_columns = s.columns > 0 ? s.columns - shrink_columns : 0;
   const int first_rows = s.rows < s.group_m ? s.rows : s.group_m;
-  if (ticket < first_rows * column_tiles) return {ticket / s.splits, 0, ticket % s.splits, -1};
+  if (ticket < first_rows * column_tiles) {
+    return {ticket / s.splits / shrink_columns, ticket / s.splits % shrink_columns, ticket % s.splits, -1};
+  }
 
   // A group's stretch of the queue: its other columns, column 0 of the next group, its gradient tiles if they are here.
   // Only the last group is smaller.
@@ -74,11 +78,11 @@ FL_HOST_DEVICE Tile locate(const Schedule& s, int ticket, int wave) {
   if (t >= others + ahead) return {group, 0, 0, t - others - ahead};
   if (t >= ahead_start && t < ahead_start + ahead) {
     t -= ahead_start;
-    return {(group + 1) * s.group_m + t / s.splits, 0, t % s.splits, -1};
+    return {(group + 1) * s.group_m + t / s.splits / shrink_columns, t / s.splits % shrink_columns, t % s.splits, -1};
   }
   if (t >= ahead_start) t -= ahead;
   const int i = t / s.splits;
-  return {group * s.group_m + i % rows, 1 + i / rows, t % s.splits, -1};
+  return {group * s.group_m + i % rows, shrink_columns + i / rows, t % s.splits, -1};
 }
 
 }  // namespace fastlora

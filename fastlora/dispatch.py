@@ -36,6 +36,7 @@ from fastlora.projections import (
     describe_shared_forward,
     forward_keys,
 )
+from fastlora.quantised_weight import QuantisedWeight
 
 ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
@@ -166,19 +167,16 @@ def backward(operands: Any, needs: Needs, requested: str | None, into: Tensor | 
     return computed._replace(dx=into.add_(computed.dx))
 
 
-# The backends that have one launch for several projections of one x, in order of preference: none yet. One that gets a
-# kernel is entered here, and from then on is asked ``why_unsupported`` of a LaunchSpec whose branch is "shared_input".
-TOGETHER: tuple[str, ...] = ()
+# The backends that have one launch for several projections of one x, in order of preference. Each is asked
+# ``why_unsupported`` of a LaunchSpec whose branch is "shared_input".
+TOGETHER: tuple[str, ...] = ("cuda", "triton")
 
 
 def may_launch_together(tensor: Tensor, requested: str | None) -> bool:
-    """Whether a backend is to be asked for one launch of several projections, of which this is an operand. A GPU's call
-    that no backend has a launch for is counted as a fallback."""
-    if tensor.is_cpu or tensor.device.type != "cuda":
+    """Whether a backend is to be asked for one launch of several projections, of which this is an operand."""
+    if requested:
         return requested in TOGETHER
-    if not TOGETHER:
-        count_fallback("shared input: no backend has one launch for several projections yet")
-    return requested in TOGETHER if requested else bool(TOGETHER)
+    return not tensor.is_cpu and tensor.device.type == "cuda"
 
 
 def together_forward(operands: SharedForward, requested: str | None) -> SharedOutputs | None:
@@ -199,6 +197,13 @@ def together_backward(operands: SharedBackward, requested: str | None) -> Shared
     key = ("together", requested, backward_keys(operands))
     launch = _in_launch(operands, requested, key, lambda: describe_shared_backward(operands), TOGETHER)
     return launch and launch()
+
+
+def _launching_together(spec: LaunchSpec, requested: str | None) -> str | None:
+    """The backend whose one launch serves such a call, if any."""
+    if _prefers_composed(spec, requested):
+        return None
+    return _launching(spec, tuple(name for name in TOGETHER if requested in (None, name)))[0]
 
 
 def packed_forward(operands: Any, requested: str | None) -> tuple[Tensor, Tensor] | None:
@@ -266,16 +271,20 @@ def served_in_launch(spec: LaunchSpec, requested: str | None) -> bool:
 
 
 def _prefers_composed(spec: LaunchSpec, requested: str | None) -> bool:
-    """Of a DoRA layer alone: a quantised weight would be decoded to memory in front of the composed layer."""
-    if requested is not None or spec.column_scale is None:
+    """Of a DoRA layer, and of projections that share an input, whose launches nobody has tuned. A quantised weight
+    would be decoded to memory in front of the composed layer."""
+    if requested is not None or (spec.column_scale is None and not spec.members):
         return False
-    order = selection.preference(spec)
+    order = selection.preference(spec, tuned=not spec.members)
     return order.index("composed") < order.index("triton")
 
 
 def _launching(spec: LaunchSpec, backends: tuple[str, ...]) -> tuple[str | None, tuple[str, ...]]:
-    """The first of the backends whose launch serves such a call, if any, and why not one before it."""
+    """The first of the backends whose launch serves such a call, if any, and why not one before it. Over a packed
+    weight the one that ``fastlora tune`` found fastest comes first."""
     passed_over: list[str] = []
+    if spec.packed is not None and (fastest := tuning.tuned_backend(spec)) in backends:
+        backends = (fastest, *(name for name in backends if name != fastest))
     for name in backends:
         reason = selection.why_unsupported(name, spec)
         if reason is None:
@@ -336,17 +345,23 @@ def launch_forward(backend: ModuleType, operands: ForwardOperands, **choice: Any
 
     Args:
         backend: a module with ``prepare``.
-        operands: of one call.
+        operands: of one call; the weight may be a QuantisedWeight, where the module takes one.
         choice: what ``prepare`` uses instead of its own choice of a configuration.
     """
-    operands, spec = describe_forward(operands)
-    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
+    describe: Callable = quantised_operands.describe_forward if _is_packed(operands) else describe_forward
+    described, spec = describe(operands)
+    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(described)
 
 
 def launch_backward(backend: ModuleType, operands: BackwardOperands, needs: Needs, **choice: Any) -> Gradients:
     """The gradients that ``needs`` names, likewise."""
-    operands, spec = describe_backward(operands, needs)
-    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(operands)
+    describe: Callable = quantised_operands.describe_backward if _is_packed(operands) else describe_backward
+    described, spec = describe(operands, needs)
+    return (reference.prepare(spec) if spec.is_empty else backend.prepare(spec, **choice))(described)
+
+
+def _is_packed(operands: ForwardOperands | BackwardOperands) -> bool:
+    return isinstance(operands.weight, QuantisedWeight)
 
 
 def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None, workers: int) -> int:
@@ -365,7 +380,7 @@ def compile_ahead(calls: Iterable[tuple[Any, LaunchSpec]], requested: str | None
     """
     by_name: dict[str, list] = {"triton": [], "composed": []}
     for operands, spec in calls:
-        name = selection.select_backend(spec, requested)[0]
+        name = _launching_together(spec, requested) if spec.members else selection.select_backend(spec, requested)[0]
         if name == "triton" or (name == "composed" and spec.dropout):
             by_name[name].append((selection.serving_module(name, spec).prepare(spec), operands))
     return sum(selection.backend_module(name).compile_all(found, workers) for name, found in by_name.items() if found)

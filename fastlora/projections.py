@@ -50,7 +50,7 @@ class SharedBackward(NamedTuple):
     dys: tuple[Tensor | None, ...]  # [M, N] each; None: nothing depends on this output
     x: Tensor | None  # [M, K]
     projections: tuple[Projection, ...]
-    ss: tuple[Tensor | None, ...]  # [M, R] each; of one launch, the columns of one stacked [M, ΣR]
+    ss: tuple[Tensor | None, ...]  # [M, R] each
     needs: tuple[Needs, ...]  # of each projection; none where its dY is None
 
 

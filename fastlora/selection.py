@@ -42,6 +42,14 @@ def serving_module(name: str, spec: LaunchSpec) -> ModuleType:
         from fastlora.backends.triton import scaled_launch
 
         return scaled_launch
+    if spec.branch == "shared_input" and name == "cuda":
+        from fastlora.backends.cuda import projection_launch as cuda_projections
+
+        return cuda_projections
+    if spec.branch == "shared_input" and name == "triton":
+        from fastlora.backends.triton import projection_launch
+
+        return projection_launch
     if spec.branch == "segments" and name == "cuda":
         from fastlora.backends.cuda import segment_launch as cuda_segments
 

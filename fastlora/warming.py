@@ -1,5 +1,6 @@
 """Kernels compiled before the first step, side by side, instead of one after the other within it."""
 
+import itertools
 import os
 import sys
 import time
@@ -19,8 +20,16 @@ from fastlora.grouped.ahead import GroupedLayer
 from fastlora.module import LoRALinear
 from fastlora.operands import as_stored, describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs, ScaledBackward, ScaledForward
+from fastlora.projections import (
+    Projection,
+    SharedBackward,
+    SharedForward,
+    describe_shared_backward,
+    describe_shared_forward,
+)
 from fastlora.quantised_module import QuantisedLoRALinear
 from fastlora.quantised_weight import QuantisedWeight
+from fastlora.shared_input.plan import shared_inputs
 
 # Numbers of tokens that stand for all above FEW_ROWS: a tile is chosen by how many there are, of 32 rows at least, and
 # beyond 2048 rows of 128, so that no number in between has another.
@@ -66,7 +75,8 @@ def warmup(
     first steps or within the capture of a CUDA graph. Compiled kernels stay in Triton's cache on disk. Call it where
     the model is on its device, has the dtypes that it will be used in, and, if it will be used under
     ``torch.autocast``, under that. Layers on the CPU, and calls that the CUDA backend or the reference serves, have
-    nothing to compile; neither have FSDP units of single layers here.
+    nothing to compile; neither have FSDP units of single layers here. Where layers are grouped (``group=``), it is done
+    for the group and for its layers one by one, which is what calls come to that cannot be served together.
 
     Args:
         model: any module with LoRALinear layers, or a PEFT model that ``fastlora.integrations.peft.patch`` has turned.
@@ -102,7 +112,7 @@ def warmup(
     by_module = [_layers_of(module, adapter_names) for module in found]
     distinct = {_kind(layer): layer for _, layers in by_module for layer in layers}
     backend = backend or environment_backend()
-    calls = (
+    calls: Iterable[tuple] = (
         call
         for kind in distinct.values()
         for layer, trains, evaluates in _modes(kind, training, evaluation)
@@ -113,6 +123,12 @@ def warmup(
             else _calls(layer, m, trains, evaluates, backend)
         )
     )
+    if adapter_names is None:
+        groups = {tuple(map(_kind, layers)): layers for layers in _groups_of(model)}
+        of_groups = (
+            call for layers in groups.values() for m in rows for call in _group_calls(layers, m, training, evaluation)
+        )
+        calls = itertools.chain(calls, of_groups)
     workers = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     kernels = compile_ahead(calls, backend, workers)
     return Warmed(sum(count for count, _ in by_module), kernels, time.perf_counter() - started)
@@ -235,29 +251,64 @@ def _calls(
     layer: _Layer, m: int, training: bool, evaluation: bool, backend: str | None
 ) -> Iterator[tuple[tuple, LaunchSpec]]:
     """Operands on the "meta" device of a layer's calls with m rows, and their descriptions on its own."""
-    device = layer.weight.device
-    dtype = layer.weight.dtype
+    probabilities = {layer.dropout_p} if training else set()
+    for p in probabilities | ({0.0} if evaluation else set()):
+        operands = _forward_of(layer, m, p)
+        yield _described(layer, operands, None, backend)
+        if training and p == layer.dropout_p:
+            x, weight, lora_a, lora_b, _, scaling, _, seed = operands
+            dy, s = (x.new_empty(m, size) for size in lora_b.shape)
+            saved = BackwardOperands(dy, x, weight, lora_a, lora_b, s, scaling, p, seed)
+            yield _described(layer, saved, _needs_of(layer), backend)
+
+
+def _forward_of(layer: _Layer, m: int, dropout_p: float) -> ForwardOperands:
+    """A layer's call with m rows, on the "meta" device."""
+    device, dtype = layer.weight.device, layer.weight.dtype
     if device.type != "meta" and torch.is_autocast_enabled(device.type) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device.type)
 
     def meta(shape: Iterable[int], dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype, device="meta")
 
-    (n, k), r = layer.weight.shape, layer.lora_a.shape[0]
+    n, k = layer.weight.shape
     lora_a, lora_b = (
         meta(t.shape, torch.float32 if t.dtype == torch.float32 else dtype) for t in (layer.lora_a, layer.lora_b)
     )
     transposed = isinstance(layer.weight, Tensor) and as_stored(layer.weight)[1] is not layer.weight
     x, weight = meta((m, k)), meta((k, n)).t() if transposed else meta((n, k))
     bias = None if layer.bias is None else meta((n,))
+    seed = meta((), torch.int64) if dropout_p > 0.0 else None
+    return ForwardOperands(x, weight, lora_a, lora_b, bias, layer.scaling, dropout_p, seed)
+
+
+def _needs_of(layer: _Layer) -> Needs:
     trains_bias = layer.bias is not None and layer.bias.requires_grad
-    needs = Needs(True, layer.lora_a.requires_grad, layer.lora_b.requires_grad, trains_bias)
-    probabilities = {layer.dropout_p} if training else set()
-    for p in probabilities | ({0.0} if evaluation else set()):
-        seed = meta((), torch.int64) if p > 0.0 else None
-        operands = ForwardOperands(x, weight, lora_a, lora_b, bias, layer.scaling, p, seed)
-        yield _described(layer, operands, None, backend)
-        if training and p == layer.dropout_p:
-            dy, s = meta((m, n)), meta((m, r))
-            saved = BackwardOperands(dy, x, weight, lora_a, lora_b, s, layer.scaling, p, seed)
-            yield _described(layer, saved, needs, backend)
+    return Needs(True, layer.lora_a.requires_grad, layer.lora_b.requires_grad, trains_bias)
+
+
+def _groups_of(model: nn.Module) -> Iterator[tuple[_Layer, ...]]:
+    """Layers that are computed together because they share an input."""
+    for path, groups in shared_inputs(model).items():
+        parent = model.get_submodule(path)
+        for names in groups:
+            layers = [layer for name in names if (layer := _layer_of(parent.get_submodule(name))) is not None]
+            dense = [each for each in layers if isinstance(each.weight, Tensor) and each.magnitude is None]
+            if len(dense) > 1:
+                yield tuple(dense)
+
+
+def _group_calls(layers: tuple[_Layer, ...], m: int, training: bool, evaluation: bool) -> Iterator[tuple]:
+    """As ``_calls``, of layers that are computed together."""
+    for trains in (True,) * training + (False,) * evaluation:
+        of_each = [_forward_of(layer, m, layer.dropout_p if trains else 0.0) for layer in layers]
+        x, projections = of_each[0].x, tuple(Projection(*each[1:]) for each in of_each)
+        described = [describe_shared_forward(SharedForward(x, projections))]
+        if trains:
+            dys, ss = (tuple(x.new_empty(m, each.lora_b.shape[i]) for each in of_each) for i in (0, 1))
+            needs = tuple(map(_needs_of, layers))
+            described.append(describe_shared_backward(SharedBackward(dys, x, projections, ss, needs)))  # type: ignore[arg-type]
+        for operands, spec in described:
+            device = layers[0].weight.device
+            members = tuple(each._replace(device=device) for each in spec.members)
+            yield operands, spec._replace(device=device, members=members)

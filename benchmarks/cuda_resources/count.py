@@ -38,9 +38,16 @@ def _counts(code: Sequence[Instruction], way: Sequence[Instruction], issued: int
 
 
 def _loop_row(
-    loop: Loop, part: str, names: Names, cluster: int, waterfalls: int, also: Collection[str] = ()
+    loop: Loop,
+    part: str,
+    names: Names,
+    cluster: int,
+    waterfalls: int,
+    also: Collection[str] = (),
+    decoded: str | None = None,
 ) -> dict[str, int]:
-    """``also``: functions whose conditional copies belong to the step that is counted."""
+    """``also``: functions whose conditional copies belong to the step that is counted. ``decoded``: the one format of a
+    packed weight that the step decodes."""
     # The expand loop is in a function of its own; the condition of its call holds for the loop, not for a step of it.
     functions = ("load_expand",) if part == "expand" else tuple(LOADS)
 
@@ -51,7 +58,11 @@ def _loop_row(
     def shared(each: Instruction) -> bool:
         return cluster > 1 and each.is_a(*_COPIES) and names.is_shared(each) and not rare(each)
 
-    way = costliest_way(loop.code, lambda each: rare(each) and each.predicate is None, shared, cluster)
+    def avoided(each: Instruction) -> bool:
+        another = decoded is not None and names.format_of(each) not in (None, decoded)
+        return another or (rare(each) and each.predicate is None)
+
+    way = costliest_way(loop.code, avoided, shared, cluster)
     if way is None:
         way = list(loop.code)
     copies = [each for each in way if each.is_a(*_COPIES) and not rare(each)]
@@ -84,6 +95,8 @@ def count_kernel(code: Sequence[Instruction], names: Names, cluster: int) -> dic
         name = f"{owner}: loop" if part == "rest" or (works and part == "mask") else f"{owner}: {part} loop"
         inside = sum(each in loop for each in waterfalls)
         add(name, _loop_row(loop, part, names, cluster, inside))
+        for decoded in sorted({found for each in loop.code if (found := names.format_of(each))}):
+            add(f"{name}, {decoded}", _loop_row(loop, part, names, cluster, inside, decoded=decoded))
         if name == "producer base: loop" and any(_loads_down(each, names) for each in loop.code):
             add("producer fused: loop", _loop_row(loop, part, names, cluster, inside, also=("load_down",)))
 

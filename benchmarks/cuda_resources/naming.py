@@ -33,6 +33,9 @@ CODES = {
     "ByteCodes<CodeFormat::kFloat8E4M3>, AnyScale": "e4m3",
     "ByteCodes<CodeFormat::kFloat8E5M2>, AnyScale": "e5m2",
 }
+# Of a step that decodes a packed weight's stage, by the line of the call.
+_RUN = re.compile(r"body\(Run<CodeFormat::k(\w+)>")
+RUNS = {"Nf4": "nf4", "Fp4": "fp4", "Int8": "int8", "Float8E4M3": "e4m3", "Float8E5M2": "e5m2"}
 LOADS = {"load_output": "base", "load_shrink": "shrink", "load_gradient": "gradient"}
 # What a function does for the tile, the first that is met on the way outwards.
 PARTS = {
@@ -40,11 +43,13 @@ PARTS = {
     "append": "mask",
     "load_expand": "expand",
     "finish_tile": "epilogue",
+    "run_several": "epilogue",
     "store_s": "store S",
     "reduce_splits": "reduce splits",
     "store_gradient": "store",
     "transfer_partials": "reduce",
 }
+_OUTPUT_TILES = ("compute_output_tile", "compute_shared_tile")
 # On the line of a call that the CTAs of a cluster take turns at, where there is one for some of them only.
 TURN = "box < kBoxes"
 
@@ -94,7 +99,7 @@ class Names:
         names = [name for name, _ in calls]
         part = next((PARTS[name] for name in reversed(names) if name in PARTS), "rest")
         for name, arguments in reversed(calls):
-            function = "multiply" if name == "compute_output_tile" else name
+            function = "multiply" if name in _OUTPUT_TILES else name
             if function in ("multiply", "compute_gradient") and arguments:
                 return f"consumer {TILES.get((function, arguments), f'<{arguments}>')}: {part}"
             if name == "decode_part":
@@ -114,6 +119,13 @@ class Names:
         name = max(votes, key=lambda name: votes[name])
         sums_columns = any(each.opcode.startswith("HGMMA.64x8x16") for each in loop.code)
         return name if sums_columns else name.replace("dB, dbias", "dB")
+
+    def format_of(self, instruction: Instruction) -> str | None:
+        """The one format of a packed weight, of RUNS, whose codes an instruction in the loop of a product loads."""
+        if not instruction.is_a("LDS"):
+            return None  # the last of several formats may share their code
+        found = (_RUN.search(self.source(*place)) for place in instruction.places)
+        return next((RUNS[each[1]] for each in found if each), None)
 
     def is_conditional(self, instruction: Instruction, functions: Collection[str] = tuple(LOADS)) -> bool:
         """Whether a call on the way from one of these functions, which a loop of the producer is in, to the instruction

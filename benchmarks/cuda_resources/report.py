@@ -19,7 +19,8 @@ Shared memory, stack and spills are in bytes.
 _LOOPS = """
 ## By loop
 
-Kernels of the largest tile in bf16, at two ranks; all are in the JSON file. Loops are named by the functions of
+Kernels of the largest tile in bf16, at two ranks, and the one whose products decode a packed weight, whose loop has a
+way for each format; all are in the JSON file. Loops are named by the functions of
 `csrc/sm90/` that they come from, by the compiler's line information; the rest is straight code, which runs once a tile.
 
 - code: instructions as they lie in memory, loops inside counted once; step: those on the costliest way through one step
@@ -45,7 +46,7 @@ def as_markdown(table: dict) -> str:
         lines.append(_row(name, cells))
     lines += [_LOOPS, *_header(("kernel", "what", *COLUMNS))]
     for name, kernel in kernels.items():
-        if re.search("_bf16_128x256_r(16|64)($|_)", name):
+        if re.search("_bf16_(128x256_r(16|64)($|_)|.*_in_loop)", name):
             rows = ((what, counts) for what, counts in kernel["rows"].items() if what != "all")
             lines += [_row(name, [what, *(counts[column] for column in COLUMNS)]) for what, counts in rows]
     return "\n".join(lines) + "\n"

@@ -6,8 +6,10 @@ python -m benchmarks.schedule --sweep --measured results/layer.json calibrated b
 python -m benchmarks.schedule --stages                              three stages or four in the CUDA kernels' pipeline
 python -m benchmarks.schedule --decoding                            a packed weight decoded once or in the loop
 python -m benchmarks.schedule --experts                             rows in segments: 8 to 128 experts, skewed loads
+python -m benchmarks.schedule --projections                         q, k, v and gate, up in one launch
 """
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +18,7 @@ import click
 
 from benchmarks import RESULTS
 from benchmarks.schedule import decoding as packed_weights
+from benchmarks.schedule import projections as shared_input
 from benchmarks.schedule import segments as rows_in_segments
 from benchmarks.schedule.fit import as_launched, fit, read_measured
 from benchmarks.schedule.machine import Machine
@@ -48,9 +51,26 @@ from benchmarks.schedule.sweep import calibration_text, sweep, write_sweep
 @click.option("--stages", is_flag=True, help="Print what a fourth stage of the pipeline would cost and gain.")
 @click.option("--decoding", is_flag=True, help="Print where a packed weight is better decoded in its product's loop.")
 @click.option("--experts", is_flag=True, help="Print which tile suits experts, by their number and load (minutes).")
+@click.option("--projections", is_flag=True, help="q, k, v and gate, up in one launch; writes projection_schedule.*.")
 @click.option("--measured", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="fastlora bench JSON.")
 @click.option("--output", default=RESULTS, type=click.Path(file_okay=False, path_type=Path))
-def main(m, n, k, r, dropout, run_sweep, stages, decoding, experts, measured, output, fused, gradients_last, **queue):
+def main(
+    m,
+    n,
+    k,
+    r,
+    dropout,
+    run_sweep,
+    stages,
+    decoding,
+    experts,
+    projections,
+    measured,
+    output,
+    fused,
+    gradients_last,
+    **queue,
+):
     """The one-launch schedule's cost, by a discrete-event model."""
     if stages:
         click.echo(as_text())
@@ -60,6 +80,11 @@ def main(m, n, k, r, dropout, run_sweep, stages, decoding, experts, measured, ou
         return
     if experts:
         click.echo(rows_in_segments.as_text(rows_in_segments.sweep()))
+        return
+    if projections:
+        found = shared_input.report(shared_input.sweep())
+        (output / "projection_schedule.json").write_text(json.dumps(found, indent=1) + "\n")
+        (output / "projection_schedule.md").write_text(shared_input.projection_table(found).to_markdown())
         return
     schedule, fitted, machine = Schedule(**queue), None, Machine()
     choices = {"fused": fused, "gradients_last": gradients_last}

@@ -9,7 +9,7 @@ model's answer, never a measurement.
 import heapq
 import math
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -129,7 +129,7 @@ class Simulation:
         rows = len(self.row_map.blocks)
         self.shrink_width = problem.r if schedule.fused else min(problem.r, schedule.shrink_width)
         self.shrink = cdiv(problem.r, self.shrink_width) if problem.r else 0
-        self.rank = cdiv(problem.r, 16) * 16
+        self.rank = self.sum_rank = cdiv(problem.r, 16) * 16  # of S in a tile; of a gradient tile
         wanted = problem.backward and problem.r
         grads = tuple(cdiv(size, schedule.grad_columns) if wanted else 0 for size in (problem.n, problem.k))
         parts = len(self.row_map.chunks)
@@ -208,8 +208,8 @@ class Simulation:
         columns = 0 if separate else schedule.block_n
         columns += max(width, machine.shrink_floor) if width else 0
         block = self.row_map.blocks[tile.block]
-        for chunk, first in enumerate(range(0, problem.reduction, self.chunk)):
-            depth = min(self.chunk, problem.reduction - first)
+        steps = self._steps(tile)
+        for chunk, depth in steps:
             act, weight, down = (size * depth * 2 for size in (*self._extent(tile), width))
             loads = [(("act", tile.block, chunk), act, False)]
             if separate:
@@ -225,9 +225,9 @@ class Simulation:
                     drawn = max(0.0, drawn - 2 * schedule.block_m * schedule.block_n * depth / self.sm_flops)
                 seconds += drawn
             port_bytes = block.loaded * depth * 2 + weight / schedule.cluster + down
-            yield self._load(sm, loads, port_bytes, seconds, first=chunk == 0)
+            yield self._load(sm, loads, port_bytes, seconds, first=chunk == steps[0][0])
         if width:
-            made = self._extent(tile)[0] * self.rank * 2 if tile.column == 0 else 0
+            made = self._made(tile)
             self._at(self.busy[sm], partial(self._store, sm, [(("S", tile.block), made, True)], made))
             self._signal(("S", tile.block, tile.column), self.busy[sm] + machine.tile_overhead + machine.flag_latency)
         if separate:
@@ -235,7 +235,7 @@ class Simulation:
             return
         if problem.r:
             if not width:
-                for column in range(self.shrink):
+                for column in self._awaited(tile):
                     yield ("S", tile.block, column)
                 self.stalled += max(0.0, self.now - self.busy[sm])
             self._expand(sm, tile, reads_s=not width)
@@ -263,6 +263,24 @@ class Simulation:
         loads = [(("up", expert, tile.column), up, False)] + [(("S", tile.block), s, False)] * reads_s
         self._load(sm, loads, up + s * reads_s, seconds)
 
+    def _steps(self, tile: Tile) -> list[tuple[int, int]]:
+        """The chunks that a tile contracts, and their depths."""
+        total = self.problem.reduction
+        return [(chunk, min(self.chunk, total - first)) for chunk, first in enumerate(range(0, total, self.chunk))]
+
+    def _made(self, tile: Tile) -> int:
+        """Bytes of S that are written with a shrink tile: all of them with the first."""
+        return self._extent(tile)[0] * self.rank * 2 if tile.column == 0 else 0
+
+    def _awaited(self, tile: Tile) -> Iterable[int]:
+        """The shrink columns whose S a tile reads."""
+        return range(self.shrink)
+
+    def _gradient_width(self, tile: Tile) -> int:
+        """Columns of X or dY that a gradient tile covers."""
+        total, width = self.problem.k if tile.kind == "dA" else self.problem.n, self.schedule.grad_columns
+        return min(width, total - tile.column * width)
+
     def _extent(self, tile: Tile) -> tuple[int, int]:
         """Rows and columns of the output that this tile covers, less at the edges."""
         schedule, problem = self.schedule, self.problem
@@ -279,9 +297,8 @@ class Simulation:
         """Sums over a part of M, then adds the part to the others'; or stores zeros, over nothing."""
         schedule, machine = self.schedule, self.machine
         chunk = self.row_map.chunks[tile.block]
-        total = self.problem.k if tile.kind == "dA" else self.problem.n
-        width = min(schedule.grad_columns, total - tile.column * schedule.grad_columns)
-        size = width * self.rank * 4
+        width, rank = self._gradient_width(tile), self.sum_rank
+        size = width * rank * 4
         if not chunk.blocks:
             self.busy[sm] = max(self.busy[sm], self.now) + machine.tile_overhead
             stored = chunk.zeroed * size
@@ -290,14 +307,14 @@ class Simulation:
             return
         for block in chunk.blocks:
             rows, loaded, summed, _ = self.row_map.blocks[block]
-            seconds = 2 * summed * schedule.grad_columns * max(self.rank, machine.shrink_floor) / self.sm_flops
+            seconds = 2 * summed * schedule.grad_columns * max(rank, machine.shrink_floor) / self.sm_flops
             if self.problem.dropout and tile.kind == "dA":
                 seconds += summed * schedule.grad_columns * machine.philox
-            left, right = rows * width * 2, rows * self.rank * 2
-            port_bytes = min(loaded, summed) * (width + self.rank) * 2
+            left, right = rows * width * 2, rows * rank * 2
+            port_bytes = min(loaded, summed) * (width + rank) * 2
             if tile.kind == "dA":
                 before = self.now
-                for column in range(self.shrink):
+                for column in self._awaited(tile):
                     yield ("S", block, column)
                 self.stalled += self.now - max(before, min(self.now, self.busy[sm]))
                 loads = [(("X", block, tile.column), left, False), (("S", block), right, False)]

@@ -73,6 +73,18 @@ def summed(launches: list[tuple[LaunchStats, dict[str, str]]]) -> dict:
     return total
 
 
+def added_up(counters: list[dict]) -> dict:
+    """Launches and bytes of several counters, in one."""
+    total: dict = {"launches": 0, "tensors": {}}
+    for each in counters:
+        total["launches"] += each["launches"]
+        for name, tensor in each["tensors"].items():
+            into = total["tensors"].setdefault(name, dict.fromkeys(tensor, 0))
+            for counter, value in tensor.items():
+                into[counter] += value
+    return total
+
+
 class PeerRun:
     """Runs plain Triton launches in the emulator and keeps their counters; memory that nobody wrote may not be read."""
 

@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from benchmarks import RESULTS
-from benchmarks.traffic.count import OPTIONS, TRITON_NAMES, PeerRun, count_triton, own_workspace, square_tile, summed
+from benchmarks.traffic.count import (
+    OPTIONS,
+    TRITON_NAMES,
+    PeerRun,
+    added_up,
+    count_triton,
+    own_workspace,
+    square_tile,
+    summed,
+)
 from benchmarks.traffic.peer_kernels import elementwise, product
 from fastlora.backends.configs import TileConfig
 from fastlora.environment import package_versions
@@ -94,18 +103,7 @@ def count_each(case: segments.Case) -> Counters:
         )  # fmt: skip
         forward, backward = count_triton(alone, ARCH, replace(tile(), fused=True))
         forwards.append(forward), backwards.append(backward)
-    return _total(forwards), _total(backwards)
-
-
-def _total(counters: list[dict]) -> dict:
-    """Of several launches."""
-    total: dict = {"launches": len(counters), "tensors": {}}
-    for each in counters:
-        for name, tensor in each["tensors"].items():
-            into = total["tensors"].setdefault(name, dict.fromkeys(tensor, 0))
-            for counter, value in tensor.items():
-                into[counter] += value
-    return total
+    return added_up(forwards), added_up(backwards)
 
 
 class _Plain(PeerRun):

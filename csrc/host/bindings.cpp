@@ -61,13 +61,14 @@ Ref list_of(const Range& range, Convert convert) {
 
 PyObject* as_dict(const Variant& v) {
   return Py_BuildValue(
-      "{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
+      "{s:s, s:i, s:N, s:s, s:N, s:N, s:N, s:N, s:N, s:N, s:N, s:N, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i, s:i}",  //
       "name", v.name, "arch", v.arch, "backward", PyBool_FromLong(v.backward), "dtype", v.fp16 ? "float16" : "bfloat16",
-      "transposed", PyBool_FromLong(v.transposed), "decodes", PyBool_FromLong(v.decodes), "segments",
-      PyBool_FromLong(v.segments), "dropout", PyBool_FromLong(v.dropout), "splits", PyBool_FromLong(v.splits), "fuses",
-      PyBool_FromLong(v.fuses), "cluster", v.cluster, "threads", v.threads, "block_m", v.block_m, "block_n", v.block_n,
-      "block_k", v.block_k, "rank", v.rank, "shared_bytes", v.shared_bytes, "gradient_columns", v.gradient_columns,
-      "split_partial_floats", v.split_partial_floats, "gradient_partial_floats", v.gradient_partial_floats);
+      "transposed", PyBool_FromLong(v.transposed), "decodes", PyBool_FromLong(v.decodes), "in_loop",
+      PyBool_FromLong(v.in_loop), "segments", PyBool_FromLong(v.segments), "shared", PyBool_FromLong(v.shared),
+      "dropout", PyBool_FromLong(v.dropout), "splits", PyBool_FromLong(v.splits), "fuses", PyBool_FromLong(v.fuses),
+      "cluster", v.cluster, "threads", v.threads, "block_m", v.block_m, "block_n", v.block_n, "block_k", v.block_k,
+      "rank", v.rank, "shared_bytes", v.shared_bytes, "gradient_columns", v.gradient_columns, "split_partial_floats",
+      v.split_partial_floats, "gradient_partial_floats", v.gradient_partial_floats);
 }
 
 PyObject* as_dict(const MapSpec& map) {
@@ -137,9 +138,10 @@ PyObject* parameters(PyObject* self, PyObject* arguments, PyObject* named) {
     read_named("parameters", operand_fields(), named, operands);
     check_required("parameters", operand_fields(), {named});
     std::vector<MapSpec> maps;
-    const Params params = value_of<Plan>(self).parameters(operands, maps);
-    const Ref described = list_of(maps, [](const MapSpec& map) { return as_dict(map); });
-    return Ref(Py_BuildValue("(y#O)", &params, Py_ssize_t(sizeof params), described.get()));
+    return value_of<Plan>(self).with_parameters(operands, maps, [&](const auto& params) {
+      const Ref described = list_of(maps, [](const MapSpec& map) { return as_dict(map); });
+      return Ref(Py_BuildValue("(y#O)", &params, Py_ssize_t(sizeof params), described.get()));
+    });
   });
 }
 

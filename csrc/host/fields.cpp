@@ -71,6 +71,22 @@ bool read(PyObject* value, Matrix& field) {
          read(PyTuple_GetItem(value, 1), field.stride);
 }
 
+// A list of (out_features, rank, grad_a, grad_b, grad_bias).
+bool read(PyObject* value, std::vector<Projection>& field) {
+  field.clear();
+  for (Py_ssize_t i = 0; PyList_Check(value) && i < PyList_Size(value); ++i) {
+    PyObject* given = PyList_GetItem(value, i);
+    Projection each;
+    if (!PyTuple_Check(given) || PyTuple_Size(given) != 5 || !read(PyTuple_GetItem(given, 0), each.out_features) ||
+        !read(PyTuple_GetItem(given, 1), each.r) || !read(PyTuple_GetItem(given, 2), each.grad_a) ||
+        !read(PyTuple_GetItem(given, 3), each.grad_b) || !read(PyTuple_GetItem(given, 4), each.grad_bias)) {
+      return false;
+    }
+    field.push_back(each);
+  }
+  return PyList_Check(value);
+}
+
 template <class T>
 bool read_call(PyObject* value, T& field) {
   return read(value, field);
@@ -83,6 +99,9 @@ bool read_call(PyObject* value, Matrix& field) { return read(value, field.addres
 #define FASTLORA_FIELD(Owner, name, required)                                      \
   {#name, required, [](PyObject* v, Owner& owner) { return read(v, owner.name); }, \
    [](PyObject* v, Owner& owner) { return read_call(v, owner.name); }}
+#define FASTLORA_FIELD_AT(place, name, required)                                                   \
+  {#place #name, required, [](PyObject* v, Operands& owner) { return read(v, owner.place name); }, \
+   [](PyObject* v, Operands& owner) { return read_call(v, owner.place name); }}
 
 const std::vector<Field<Problem>>& problem_fields() {
   static const std::vector<Field<Problem>> fields = {
@@ -100,6 +119,7 @@ const std::vector<Field<Problem>>& problem_fields() {
       FASTLORA_FIELD(Problem, fused, true),
       FASTLORA_FIELD(Problem, ctas, true),
       FASTLORA_FIELD(Problem, transposed, false),
+      FASTLORA_FIELD(Problem, projections, false),
       FASTLORA_FIELD(Problem, n_segments, false),
       FASTLORA_FIELD(Problem, n_weights, false),
       FASTLORA_FIELD(Problem, n_adapters, false),
@@ -113,25 +133,32 @@ const std::vector<Field<Problem>>& problem_fields() {
       FASTLORA_FIELD(Problem, scale_format, false),
       FASTLORA_FIELD(Problem, block, false),
       FASTLORA_FIELD(Problem, nested_block, false),
+      FASTLORA_FIELD(Problem, in_loop, false),
   };
   return fields;
 }
 
-// But for the scaling all are optional here: the plan checks which of them a launch needs.
+// What a launch has of a layer, or of one of several projections: PLACE is then "projections[0]." or so.
+#define FASTLORA_LAYER_FIELDS(PLACE, required)                                                          \
+  FASTLORA_FIELD_AT(PLACE, act, false), FASTLORA_FIELD_AT(PLACE, weight, false),                        \
+      FASTLORA_FIELD_AT(PLACE, lora_a, false), FASTLORA_FIELD_AT(PLACE, lora_b, false),                 \
+      FASTLORA_FIELD_AT(PLACE, out, false), FASTLORA_FIELD_AT(PLACE, layer_input, false),               \
+      FASTLORA_FIELD_AT(PLACE, saved_s, false), FASTLORA_FIELD_AT(PLACE, bias, false),                  \
+      FASTLORA_FIELD_AT(PLACE, s, false), FASTLORA_FIELD_AT(PLACE, grad_a, false),                      \
+      FASTLORA_FIELD_AT(PLACE, grad_b, false), FASTLORA_FIELD_AT(PLACE, grad_bias, false),              \
+      FASTLORA_FIELD_AT(PLACE, seed_address, false), FASTLORA_FIELD_AT(PLACE, seed, false),             \
+      FASTLORA_FIELD_AT(PLACE, scale_in_s, required), FASTLORA_FIELD_AT(PLACE, scale_on_branch, false), \
+      FASTLORA_FIELD_AT(PLACE, inverse_keep, false), FASTLORA_FIELD_AT(PLACE, drop_threshold, false)
+
+// Those of projections are named "projections[0].weight" and so on. But for the scaling all are optional here: the plan
+// checks which of them a launch needs.
 const std::vector<Field<Operands>>& operand_fields() {
   static const std::vector<Field<Operands>> fields = {
-      FASTLORA_FIELD(Operands, act, false),
-      FASTLORA_FIELD(Operands, weight, false),
-      FASTLORA_FIELD(Operands, lora_a, false),
-      FASTLORA_FIELD(Operands, lora_b, false),
-      FASTLORA_FIELD(Operands, out, false),
-      FASTLORA_FIELD(Operands, layer_input, false),
-      FASTLORA_FIELD(Operands, saved_s, false),
-      FASTLORA_FIELD(Operands, bias, false),
-      FASTLORA_FIELD(Operands, s, false),
-      FASTLORA_FIELD(Operands, grad_a, false),
-      FASTLORA_FIELD(Operands, grad_b, false),
-      FASTLORA_FIELD(Operands, grad_bias, false),
+      FASTLORA_LAYER_FIELDS(, true),
+      FASTLORA_LAYER_FIELDS(projections[0]., false),
+      FASTLORA_LAYER_FIELDS(projections[1]., false),
+      FASTLORA_LAYER_FIELDS(projections[2]., false),
+      FASTLORA_LAYER_FIELDS(projections[3]., false),
       FASTLORA_FIELD(Operands, workspace, false),
       FASTLORA_FIELD(Operands, gradient_partials, false),
       FASTLORA_FIELD(Operands, split_partials, false),
@@ -149,17 +176,13 @@ const std::vector<Field<Operands>>& operand_fields() {
       FASTLORA_FIELD(Operands, wide_experts, false),
       FASTLORA_FIELD(Operands, wide_adapters, false),
       FASTLORA_FIELD(Operands, weight_stride, false),
-      FASTLORA_FIELD(Operands, seed_address, false),
-      FASTLORA_FIELD(Operands, seed, false),
-      FASTLORA_FIELD(Operands, scale_in_s, true),
-      FASTLORA_FIELD(Operands, scale_on_branch, false),
-      FASTLORA_FIELD(Operands, inverse_keep, false),
-      FASTLORA_FIELD(Operands, drop_threshold, false),
       FASTLORA_FIELD(Operands, fp32_grads, false),
   };
   return fields;
 }
 
+#undef FASTLORA_LAYER_FIELDS
+#undef FASTLORA_FIELD_AT
 #undef FASTLORA_FIELD
 
 }  // namespace fastlora

@@ -46,15 +46,16 @@ void read_named(const char* function, const std::vector<Field<Owner>>& fields, P
   }
 }
 
-// Throws where none of `given`, each a dict, a tuple or null, has the name of a required field.
+// Throws where none of `given`, each a dict, a tuple or null, has the name of a required field, or that of the first of
+// several projections.
 template <class Owner>
 void check_required(const char* function, const std::vector<Field<Owner>>& fields,
                     std::initializer_list<PyObject*> given) {
   for (const Field<Owner>& field : fields) {
     if (!field.required) continue;
-    const Ref name(PyUnicode_FromString(field.name));
+    const Ref name(PyUnicode_FromString(field.name)), of_first(PyUnicode_FromFormat("projections[0].%s", field.name));
     const bool found = std::any_of(given.begin(), given.end(), [&](PyObject* names) {
-      return names && PySequence_Contains(names, name.get()) == 1;
+      return names && (PySequence_Contains(names, name.get()) == 1 || PySequence_Contains(names, of_first.get()) == 1);
     });
     if (!found) throw TypeError(std::string(function) + "() misses the argument '" + field.name + "'");
   }

@@ -63,16 +63,17 @@ void Plan::launch(const Operands& operands, int device, uintptr_t stream) const 
   }
   const DeviceGuard guard(device);
   std::vector<MapSpec> maps;
-  maps.reserve(16);
-  Params parameters = this->parameters(operands, maps);
-  for (const MapSpec& spec : maps) {
-    *reinterpret_cast<CUtensorMap*>(reinterpret_cast<char*>(&parameters) + spec.offset) = cached_map(spec);
-  }
-  allow_shared_memory(*variant_, device);
-  void* arguments[] = {&parameters};
-  check(cudaLaunchKernel(variant_->kernel, dim3(ctas_), dim3(variant_->threads), arguments, variant_->shared_bytes,
-                         reinterpret_cast<cudaStream_t>(stream)),
-        [&] { return "launching " + describe(); });
+  maps.reserve(layers_.empty() ? 16 : 64);
+  with_parameters(operands, maps, [&](auto parameters) {
+    for (const MapSpec& spec : maps) {
+      *reinterpret_cast<CUtensorMap*>(reinterpret_cast<char*>(&parameters) + spec.offset) = cached_map(spec);
+    }
+    allow_shared_memory(*variant_, device);
+    void* arguments[] = {&parameters};
+    check(cudaLaunchKernel(variant_->kernel, dim3(ctas_), dim3(variant_->threads), arguments, variant_->shared_bytes,
+                           reinterpret_cast<cudaStream_t>(stream)),
+          [&] { return "launching " + describe(); });
+  });
 }
 
 }  // namespace fastlora

@@ -54,14 +54,21 @@ struct Stack {
 // Collects descriptions of the matrices that a kernel copies boxes of.
 class Maps {
  public:
-  Maps(std::vector<MapSpec>& maps, bool fp16) : maps_(maps), fp16_(fp16) {}
+  Maps(std::vector<MapSpec>& maps, bool fp16)
+      : maps_(maps), element_(fp16 ? MapElement::kFloat16 : MapElement::kBfloat16) {}
 
   void add(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows, int box_columns, int box_rows,
            int swizzle, const Stack& stack = {}) {
     if (!matrix.address) return;
     maps_.push_back({offset, matrix.address, uint64_t(columns), uint64_t(rows), uint64_t(matrix.stride) * kElementBytes,
-                     uint32_t(box_columns), uint32_t(box_rows), uint32_t(swizzle), fp16_, uint64_t(stack.matrices),
+                     uint32_t(box_columns), uint32_t(box_rows), uint32_t(swizzle), element_, uint64_t(stack.matrices),
                      uint64_t(stack.stride) * kElementBytes});
+  }
+  // A contiguous matrix of bytes.
+  void add_bytes(size_t offset, uintptr_t address, int64_t columns, int64_t rows, int box_columns, int box_rows,
+                 int swizzle) {
+    maps_.push_back({offset, address, uint64_t(columns), uint64_t(rows), uint64_t(columns), uint32_t(box_columns),
+                     uint32_t(box_rows), uint32_t(swizzle), MapElement::kByte});
   }
   void add_square(size_t offset, const Matrix& matrix, int64_t columns, int64_t rows) {
     add(offset, matrix, columns, rows, kBox, kBox, kSwizzleSpan);
@@ -69,10 +76,20 @@ class Maps {
 
  private:
   std::vector<MapSpec>& maps_;
-  bool fp16_;
+  MapElement element_;
 };
 
 }  // namespace
+
+void check_no_projections(const Operands& o, size_t first) {
+  for (size_t i = first; i < o.projections.size(); ++i) {
+    const LayerOperands& each = o.projections[i];
+    const bool given = each.act.address || each.weight.address || each.lora_a.address || each.lora_b.address ||
+                       each.out.address || each.layer_input.address || each.saved_s.address || each.bias || each.s ||
+                       each.grad_a || each.grad_b || each.grad_bias || each.seed_address;
+    check_given(("of projection " + std::to_string(i)).c_str(), given, false);
+  }
+}
 
 std::pair<int64_t, int64_t> Plan::weight_sizes() const {
   const bool rows_are_of_out = variant_->backward == variant_->transposed;
@@ -81,7 +98,7 @@ std::pair<int64_t, int64_t> Plan::weight_sizes() const {
 
 // What a packed weight is decoded from.
 void Plan::check_packed(const Operands& o) const {
-  const bool packed = variant_->decodes, nested = problem_.scale_format == ScaleFormat::kNested;
+  const bool packed = is_packed(), nested = problem_.scale_format == ScaleFormat::kNested;
   const uintptr_t scale_bytes = nested ? 1 : problem_.scale_format == ScaleFormat::kFloat32 ? sizeof(float) : 2;
   check_vector("codes", o.codes, packed, kCopyAlignment);
   check_vector("scales", o.scales, packed, scale_bytes);
@@ -90,7 +107,7 @@ void Plan::check_packed(const Operands& o) const {
     check_vector(name, address, nested, sizeof(float));
   }
   const int64_t in_features = variant_->backward ? base_.n : base_.k;
-  require(!packed || o.weight.stride == in_features, [&] {
+  require(!variant_->decodes || o.weight.stride == in_features, [&] {
     return "a packed weight is decoded into rows without gaps of " + std::to_string(in_features) + " elements, not " +
            std::to_string(o.weight.stride) + " apart";
   });
@@ -98,14 +115,15 @@ void Plan::check_packed(const Operands& o) const {
 
 void Plan::check_operands(const Operands& o) const {
   const Params& p = base_;
-  const bool backward = variant_->backward, makes_s = problem_.makes_out || problem_.grad_a;
+  const bool backward = variant_->backward, has_adapter = p.r > 0;
+  const bool makes_s = has_adapter && (problem_.makes_out || problem_.grad_a);
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
   check_matrix("act", o.act, true, p.m, p.k);
   const auto [weight_rows, weight_columns] = weight_sizes();
-  check_matrix("weight", o.weight, true, weight_rows, weight_columns);
+  check_matrix("weight", o.weight, !variant_->in_loop, weight_rows, weight_columns);
   check_packed(o);
-  check_matrix("lora_a", o.lora_a, true, p.r, in_features);
-  check_matrix("lora_b", o.lora_b, true, out_features, p.r);
+  check_matrix("lora_a", o.lora_a, has_adapter, p.r, in_features);
+  check_matrix("lora_b", o.lora_b, has_adapter, out_features, p.r);
   const bool segmented = is_segmented();
   require(!segmented || (o.weight_stride % int64_t(kCopyAlignment / kElementBytes) == 0 &&
                          (p.segments.n_weights == 1 || o.weight_stride >= weight_rows * o.weight.stride)),
@@ -135,7 +153,7 @@ void Plan::check_operands(const Operands& o) const {
   require(!(o.seed_address && o.seed), [] { return "the seed is given by value and by address"; });
   require(variant_->dropout || (o.drop_threshold == 0 && o.inverse_keep == 1 && o.seed == 0),
           [] { return "dropout is given to a kernel without it"; });
-  require(!variant_->dropout || (o.drop_threshold >= 1 && o.drop_threshold <= 1 << 16), [&] {
+  require(!variant_->dropout || !has_adapter || (o.drop_threshold >= 1 && o.drop_threshold <= 1 << 16), [&] {
     return "a kernel with dropout takes a threshold of 1 to 65536, got " + std::to_string(o.drop_threshold);
   });
   require(variant_->fp16 || o.scale_on_branch == 1, [] { return "only fp16 kernels scale the branch"; });
@@ -143,6 +161,7 @@ void Plan::check_operands(const Operands& o) const {
 
 Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   check_operands(o);
+  check_no_projections(o, 0);
   Params p = base_;
   const bool backward = variant_->backward;
   const int64_t in_features = backward ? p.n : p.k, out_features = backward ? p.k : p.n;
@@ -155,6 +174,12 @@ Params Plan::parameters(const Operands& o, std::vector<MapSpec>& specs) const {
   const SegmentParams& stacks = p.segments;
   maps.add(offsetof(Params, weight), o.weight, weight_columns, weight_rows, kBox, weight_box, kSwizzleSpan,
            {stacks.n_weights, o.weight_stride});
+  if (variant_->in_loop) {  // its codes, a step of a tile's columns in a box; see Run in sm90/decode_stage.cuh
+    const CodeFormat format = problem_.code_format;
+    const int bytes = code_bytes(format, variant_->block_k);
+    maps.add_bytes(offsetof(Params, weight), o.codes, code_bytes(format, p.k), p.n, bytes, variant_->block_n,
+                   is_four_bit(format) ? 0 : bytes);
+  }
   if (p.grad_b_tiles) maps.add_square(offsetof(Params, act_square), o.act, p.k, p.m);
   maps.add(offsetof(Params, lora_a), o.lora_a, in_features, p.r, kBox, ranks, kSwizzleSpan,
            {stacks.n_adapters, p.r * in_features});

@@ -33,6 +33,7 @@ constexpr int kSwizzleSpan = kBox * kElementBytes;  // bytes
 constexpr int ranks_per_step(int rank) { return rank < kBox ? rank : kBox; }
 
 constexpr int kMaxSegments = 1023;       // whose table fits shared memory, with the rows past the last end
+constexpr int kMaxProjections = 4;       // that share an input, in one launch
 constexpr int kAdaptersOfZeroTile = 16;  // whose gradients one tile zeroes, where no row adds anything to them
 
 // Rows in segments: what every CTA reads of them, and what is stored by pointers because its rows end with a segment.
@@ -50,7 +51,8 @@ struct SegmentParams {
 
 struct Params {
   CUtensorMap act;                    // block_m x 64
-  CUtensorMap weight;                 // W0: 128 x 64 where it is contiguous along the contraction, else 64 x 64
+  CUtensorMap weight;                 // W0: 128 x 64 where it is contiguous along the contraction, else 64 x 64; where
+                                      // products decode it its codes, block_n x 64
   CUtensorMap lora_a, lora_b;         // A [R, in_features]: ranks x 64; B [out_features, R]: 64 x ranks
   CUtensorMap s;                      // 64 x ranks boxes of the S (forward) or dS (backward) that this launch makes
   CUtensorMap out;                    // 64 x 64
@@ -74,8 +76,20 @@ struct Params {
   float scale_in_s, inverse_keep;
   uint32_t last_dropped;                           // see sm90/dropout.cuh
   float scale_on_branch, inverse_scale_on_branch;  // a power of two and its inverse; see KernelTraits::kSplitsScaling
-  PackedWeight packed;                             // where the base weight is packed: `weight` maps its decoded form
+  PackedWeight packed;                             // where the base weight is packed
   SegmentParams segments;                          // of kernels for rows in segments
+};
+
+// Several projections of one input. Each is described as the layer that it would be alone: of a forward all read the
+// same `act`, of a backward all have the same `out` and `layer_input`; one without an adapter has rank 0. The base says
+// what the launch has once: M, schedule, workspace and partial sums. More than 4 KiB are passed so: CUDA 12.1.
+struct SharedParams : Params {
+  Params layers[kMaxProjections];
+  int count;
+  int shrink_columns;                   // forward: projections with an adapter, which are the first ones; backward: 1
+  int last_shrunk;                      // backward: the last one whose dS a shrink tile makes
+  int first_column[kMaxProjections];    // forward: each one's columns that make no S, behind those that do
+  int first_gradient[kMaxProjections];  // each one's gradient tiles of a group
 };
 
 }  // namespace fastlora

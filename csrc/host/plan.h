@@ -13,6 +13,12 @@
 
 namespace fastlora {
 
+// One of several projections of an input; rank 0: without an adapter.
+struct Projection {
+  int64_t out_features = 0, r = 0;
+  bool grad_a = false, grad_b = false, grad_bias = false;
+};
+
 // What a launch computes and how it is cut into tiles; sizes are the output's, as in params.h.
 struct Problem {
   bool backward = false, fp16 = false;
@@ -22,6 +28,8 @@ struct Problem {
   int n_segments = 0, n_weights = 0, n_adapters = 0, n_biases = 0;
   int block_m = 0, block_n = 0;
   int64_t m = 0, n = 0, k = 0, r = 0;
+  // Where there are any, they say out_features, rank and gradients of weights: what is given of these is not read.
+  std::vector<Projection> projections;
   int group_m = 0;              // row blocks of a group
   int splits = 1;               // of the contraction of each tile
   bool fused = false;           // S is made fused with column 0
@@ -32,6 +40,7 @@ struct Problem {
   CodeFormat code_format = CodeFormat::kNone;
   ScaleFormat scale_format = ScaleFormat::kFloat32;
   int64_t block = 0, nested_block = 0;
+  bool in_loop = false;  // products decode it, not tiles ahead of them
 };
 
 // A matrix of 16-bit elements in device memory; a null address stands for "not given".
@@ -40,24 +49,34 @@ struct Matrix {
   int64_t stride = 0;  // elements from row to row
 };
 
-// Everything a launch reads and writes, by its name in Params.
-struct Operands {
-  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;  // of a packed weight, `weight` is where it is decoded
+// What a launch reads and writes of a layer, by its name in Params.
+struct LayerOperands {
+  // Of a packed weight, `weight` is where it is decoded, and nothing where products decode it.
+  Matrix act, weight, lora_a, lora_b, out, layer_input, saved_s;
   uintptr_t bias = 0, s = 0, grad_a = 0, grad_b = 0, grad_bias = 0;
-  uintptr_t workspace = 0, gradient_partials = 0, split_partials = 0;
-  uintptr_t codes = 0, scales = 0, zeros = 0, absmax2 = 0, code2 = 0, offset = 0;
-  // Of rows in segments, whose `s` has rows for whole row blocks; a forward keeps S [M, R] for the backward besides.
-  uintptr_t ends = 0, experts = 0, adapters = 0, scalings = 0, kept_s = 0;
-  bool wide_experts = false, wide_adapters = false;  // 64-bit numbers
-  int64_t weight_stride = 0;                         // elements from one weight to the next
   uintptr_t seed_address = 0;
   uint64_t seed = 0;
   double scale_in_s = 0,
          scale_on_branch = 1;  // the scaling is their product; the latter, a power of two, is 1 but in fp16
   double inverse_keep = 1;
   uint32_t drop_threshold = 0;
+};
+
+// Everything that a launch reads and writes. Of several projections, what all have is in the base (`act` and
+// `layer_input`, which are X, or `out`, which is dX), and what each has of its own in `projections`.
+struct Operands : LayerOperands {
+  std::array<LayerOperands, kMaxProjections> projections;
+  uintptr_t workspace = 0, gradient_partials = 0, split_partials = 0;
+  uintptr_t codes = 0, scales = 0, zeros = 0, absmax2 = 0, code2 = 0, offset = 0;
+  // Of rows in segments, whose `s` has rows for whole row blocks; a forward keeps S [M, R] for the backward besides.
+  uintptr_t ends = 0, experts = 0, adapters = 0, scalings = 0, kept_s = 0;
+  bool wide_experts = false, wide_adapters = false;  // 64-bit numbers
+  int64_t weight_stride = 0;                         // elements from one weight to the next
   bool fp32_grads = false;
 };
+
+// Throws unless the operands of projections from number `first` on are not given.
+void check_no_projections(const Operands& operands, size_t first);
 
 // A needed operand is missing, or an operand is given that the launch does not use.
 struct OperandNameError : std::invalid_argument {
@@ -82,16 +101,26 @@ class Plan {
   // segments, as if there were as many row blocks as there may be.
   std::vector<Tile> queue() const;
 
-  // The kernel's parameters but for its tensor maps, which `maps` describes. Throws std::invalid_argument where an
-  // operand is missing, is of no use, or lies in memory as no kernel can read it.
-  Params parameters(const Operands& operands, std::vector<MapSpec>& maps) const;
+  // What `use` returns of the kernel's parameters, of which `maps` describes the tensor maps. Throws
+  // std::invalid_argument where an operand is missing, is of no use, or lies in memory as no kernel can read it.
+  template <class Use>
+  auto with_parameters(const Operands& operands, std::vector<MapSpec>& maps, Use use) const {
+    if (!layers_.empty()) return use(shared_parameters(operands, maps));
+    return use(parameters(operands, maps));
+  }
   void launch(const Operands& operands, int device, uintptr_t stream) const;
   std::string describe() const;
 
  private:
+  Plan(const Problem& problem, const Variant* variant);
+  Params parameters(const Operands& operands, std::vector<MapSpec>& maps) const;
+  SharedParams shared_parameters(const Operands& operands, std::vector<MapSpec>& maps) const;
   bool is_segmented() const { return variant_->segments; }
+  bool is_packed() const { return variant_->decodes || variant_->in_loop; }
   std::pair<int64_t, int64_t> weight_sizes() const;  // rows and columns, as it lies in memory
+  void take_packed();
   void cut_panels();
+  void plan_projections();
   void check_operands(const Operands& operands) const;
   void check_packed(const Operands& operands) const;
 
@@ -100,6 +129,10 @@ class Plan {
   Params base_{};
   int ctas_;
   int64_t gradient_partial_floats_, split_partial_floats_;
+  std::vector<Plan> layers_;  // of several projections, each as it would be alone
+  // As in SharedParams.
+  int shrink_columns_ = 1, last_shrunk_ = 0;
+  std::array<int, kMaxProjections> first_column_{}, first_gradient_{};
 };
 
 }  // namespace fastlora

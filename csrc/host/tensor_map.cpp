@@ -55,14 +55,25 @@ CUtensorMapSwizzle swizzle_of(uint32_t span_bytes) {
   }
 }
 
+CUtensorMapDataType type_of(MapElement element) {
+  switch (element) {
+    case MapElement::kBfloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    case MapElement::kFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    default:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+  }
+}
+
 CUtensorMap encode(const MapSpec& s) {
   CUtensorMap map;
   const cuuint64_t sizes[3] = {s.columns, s.rows, s.matrices}, strides[2] = {s.stride_bytes, s.matrix_stride_bytes};
   const cuuint32_t box[3] = {s.box_columns, s.box_rows, 1}, steps[3] = {1, 1, 1};
-  const CUresult result = encode_function()(
-      &map, s.fp16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, s.matrices ? 3 : 2,
-      reinterpret_cast<void*>(s.address), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-      swizzle_of(s.swizzle), CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      encode_function()(&map, type_of(s.element), s.matrices ? 3 : 2, reinterpret_cast<void*>(s.address), sizes,
+                        strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle_of(s.swizzle),
+                        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error("fastlora: cuTensorMapEncodeTiled failed with error " + std::to_string(result) +
                              " for a matrix " + describe(s));
@@ -74,7 +85,7 @@ struct HashSpec {
   size_t operator()(const MapSpec& s) const {
     uint64_t hash = s.address;
     for (uint64_t word : {s.columns, s.rows, s.stride_bytes, uint64_t(s.box_columns) << 32 | s.box_rows,
-                          uint64_t(s.swizzle) << 1 | s.fp16, s.matrices, s.matrix_stride_bytes}) {
+                          uint64_t(s.swizzle) << 2 | uint64_t(s.element), s.matrices, s.matrix_stride_bytes}) {
       hash = (hash ^ word) * 0x9E3779B97F4A7C15u;
       hash ^= hash >> 29;
     }
@@ -86,7 +97,7 @@ struct HashSpec {
 
 bool MapSpec::operator==(const MapSpec& o) const {
   return address == o.address && columns == o.columns && rows == o.rows && stride_bytes == o.stride_bytes &&
-         box_columns == o.box_columns && box_rows == o.box_rows && swizzle == o.swizzle && fp16 == o.fp16 &&
+         box_columns == o.box_columns && box_rows == o.box_rows && swizzle == o.swizzle && element == o.element &&
          matrices == o.matrices && matrix_stride_bytes == o.matrix_stride_bytes;
 }
 

@@ -12,7 +12,9 @@ struct Variant {
   bool backward, fp16;
   bool transposed;  // the base weight lies as [in_features, out_features]
   bool decodes;     // a packed base weight, in tiles of their own
+  bool in_loop;     // likewise, in the loop of its products
   bool segments;    // rows lie in segments
+  bool shared;      // several projections of one input
   bool dropout;
   bool splits;  // the contraction of a tile may be split
   bool fuses;   // column 0 may make S fused with its own tile of the output

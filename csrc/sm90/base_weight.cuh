@@ -1,12 +1,13 @@
 // Policy: the base weight. It defines how many bytes of a stage a tile's columns occupy, how a step of them is copied
 // there, and by which descriptor the base product reads them.
 //
-// Today's three: 16-bit elements, as they lie in memory, one way or the other, and packed ones, which tiles at the head
-// of the queue have decoded to such (decode.cuh). The next one (decoded in a stage) goes here: a struct with the same
-// members, whose kConverts is true and whose convert() the consumers run between wait_stage() and the base product; a
-// template argument of KernelTraits names it.
+// Today's four: 16-bit elements, as they lie in memory, one way or the other, and packed ones, which tiles at the head
+// of the queue have decoded to such (decode.cuh), or consumers decode between wait_stage() and the base product
+// (kConverts, decode_stage.cuh). The next one goes here: a struct with the same members; a template argument of
+// KernelTraits names it.
 #pragma once
 #include "layout.cuh"
+#include "row_map.cuh"
 
 namespace fastlora::sm90 {
 
@@ -20,6 +21,9 @@ struct StoredWeight {
   static constexpr int kStageBytes = kBlockN * kSwizzleSpan;
   static constexpr int kAdvance = kTransposed ? kAdvanceStrided<kSwizzleSpan> : kAdvanceContiguous;
 
+  // Of a stage, that load() copies.
+  __device__ __forceinline__ static constexpr uint32_t copied_bytes(const Params&) { return kStageBytes; }
+
   // Copies columns n to n + kBlockN, contracted elements k to k + kBlockK, of `matrix` in a stack of weights.
   template <class Producer, class Matrix>
   __device__ __forceinline__ static void load(Producer& producer, uint32_t address, Matrix matrix, int n, int k) {
@@ -28,9 +32,9 @@ struct StoredWeight {
       const int column = i * kColumns;
       const uint32_t box = address + column * kSwizzleSpan;
       if constexpr (kTransposed) {
-        producer.copy_to_cluster(box, &producer.params.weight, matrix, n + column, k);
+        producer.copy_to_cluster(box, &producer.own().weight, matrix, n + column, k);
       } else {
-        producer.copy_to_cluster(box, &producer.params.weight, matrix, k, n + column);
+        producer.copy_to_cluster(box, &producer.own().weight, matrix, k, n + column);
       }
     });
   }
@@ -58,6 +62,26 @@ struct DecodedWeight : DenseWeight<kBackward, kBlockN> {
   template <class Producer>
   __device__ __forceinline__ static void await(Producer& producer, int column) {
     producer.wait_panel(kBackward ? 0 : column);
+  }
+};
+
+// Decoded, a step of the columns lies in the stage as a dense weight's, behind it its codes. `weight` maps these, as
+// bytes.
+template <bool kBackward, int kBlockN>
+struct InLoopWeight : DenseWeight<kBackward, kBlockN> {
+  static_assert(!kBackward && kBlockN == kTallBox, "codes lie in rows of W0, and one box has those of a tile");
+  static constexpr bool kConverts = true;
+  static constexpr int kCodesOffset = DenseWeight<kBackward, kBlockN>::kStageBytes;
+  static constexpr int kStageBytes = kCodesOffset + kBlockN * kBlockK;  // a byte a code, or half of one
+
+  __device__ __forceinline__ static uint32_t copied_bytes(const Params& params) {
+    return kBlockN * code_bytes(params.packed.code_format, kBlockK);
+  }
+
+  template <class Producer>
+  __device__ __forceinline__ static void load(Producer& producer, uint32_t address, OnlyMatrix, int n, int k) {
+    const Params& params = producer.params;
+    producer.copy(address + kCodesOffset, &params.weight, code_bytes(params.packed.code_format, k), n);
   }
 };
 

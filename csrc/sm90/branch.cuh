@@ -30,9 +30,9 @@ struct SingleAdapter {
                                                    int k) {
     producer.template share_boxes<kRank / kRankStep>(first_box, [&](int i) {
       if constexpr (kBackward) {
-        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_b, matrix, i * kBox, k);
+        producer.copy_to_cluster(address + i * kBoxBytes, &producer.own().lora_b, matrix, i * kBox, k);
       } else {
-        producer.copy_to_cluster(address + i * kBoxBytes, &producer.params.lora_a, matrix, k, i * kBox);
+        producer.copy_to_cluster(address + i * kBoxBytes, &producer.own().lora_a, matrix, k, i * kBox);
       }
     });
   }
@@ -42,9 +42,9 @@ struct SingleAdapter {
   __device__ __forceinline__ static void load_up(Producer& producer, uint32_t address, Matrix matrix, int column,
                                                  int rank) {
     if constexpr (kBackward) {
-      producer.copy_to_cluster(address, &producer.params.lora_a, matrix, column, rank);
+      producer.copy_to_cluster(address, &producer.own().lora_a, matrix, column, rank);
     } else {
-      producer.copy_to_cluster(address, &producer.params.lora_b, matrix, rank, column);
+      producer.copy_to_cluster(address, &producer.own().lora_b, matrix, rank, column);
     }
   }
 

@@ -9,17 +9,18 @@ template <class Traits>
 struct Consumer {
   using Element = typename Traits::Element;
 
-  const Params& params;
+  const typename Traits::Params& params;
   SharedMemory<Traits> shared;
   PipelineState<Traits::kStages> pipeline;
-  Dropout dropout;
+  int layer = 0;                        // at hand
+  Dropout dropout;                      // its mask
   int warpgroup;                        // 0 or 1
   int warpgroup_row, warpgroup_column;  // in the tile
   uint32_t thread;                      // in the warpgroup
   uint32_t warp;                        // in the warpgroup
   int in_flight_stage = -1;             // that wgmmas in flight may still read, or -1
 
-  __device__ __forceinline__ Consumer(const Params& kernel_params, SharedMemory<Traits> shared_memory)
+  __device__ __forceinline__ Consumer(const typename Traits::Params& kernel_params, SharedMemory<Traits> shared_memory)
       : params(kernel_params),
         shared(shared_memory),
         thread(threadIdx.x & (kWarpgroupThreads - 1)),
@@ -27,11 +28,24 @@ struct Consumer {
     warpgroup = int(warp_id() >> 2) - 1;
     warpgroup_row = warpgroup % Traits::kWarpgroupsM;
     warpgroup_column = warpgroup / Traits::kWarpgroupsM;
+    if constexpr (!Traits::Layers::kSeveral) choose(0);
+  }
+
+  // What the launch has of the layer at hand.
+  __device__ __forceinline__ const Params& own() const { return Traits::Layers::of(params, layer); }
+
+  // Makes a layer the one at hand.
+  __device__ __forceinline__ void choose(int chosen) {
+    layer = chosen;
     if constexpr (Traits::kDropout) {
-      const int columns = Traits::kBackward ? params.n : params.k;
-      dropout = {params.seed_address ? *params.seed_address : params.seed, params.last_dropped,
+      const int columns = Traits::kBackward ? own().n : own().k;
+      dropout = {own().seed_address ? *own().seed_address : own().seed, own().last_dropped,
                  uint32_t(columns) / kElementsPerCall};
     }
+  }
+
+  __device__ __forceinline__ bool has_branch(typename Traits::Tile tile) const {
+    return Traits::Layers::kSeveral ? own().r > 0 : Traits::RowMap::has_branch(tile);
   }
 
   // A barrier of the warpgroup's threads; hardware barrier 0 is __syncthreads's.
@@ -81,7 +95,8 @@ struct Consumer {
 
   // This warpgroup's flag of a serial reduction: of a gradient block, or of an output tile's splits.
   __device__ __forceinline__ int* reduction_flag(int index) const {
-    return row_flag<Traits>(params, params.schedule.rows * Traits::kCluster) + index * kConsumerWarpgroups + warpgroup;
+    return row_flag<Traits>(params, params.schedule.rows * Traits::kCluster, 0) + index * kConsumerWarpgroups +
+           warpgroup;
   }
 
   // Makes the warpgroup's writes to global memory visible to whoever acquires the flag.

@@ -24,9 +24,9 @@ struct ExpandOperands {
 // Divides the accumulators by the branch's scale, a power of two; the epilogue multiplies what is then acc + S*up^T.
 template <class Traits>
 __device__ __forceinline__ void divide_by_branch_scale(const Consumer<Traits>& c, float (&acc)[Traits::kAccumulators]) {
-  if (c.params.scale_on_branch != 1.f) {
+  if (c.own().scale_on_branch != 1.f) {
 #pragma unroll
-    for (int i = 0; i < Traits::kAccumulators; ++i) acc[i] *= c.params.inverse_scale_on_branch;
+    for (int i = 0; i < Traits::kAccumulators; ++i) acc[i] *= c.own().inverse_scale_on_branch;
   }
 }
 
@@ -36,7 +36,7 @@ __device__ __forceinline__ void expand(Consumer<Traits>& c, typename Traits::Til
                                        float (&acc)[Traits::kAccumulators], const uint32_t (*s)[4]) {
   using Element = typename Traits::Element;
   using Branch = typename Traits::Branch;
-  const int ranks = !Traits::RowMap::has_branch(tile) ? 0 : Traits::kFuses ? 1 : Branch::rank(c.params);
+  const int ranks = !c.has_branch(tile) ? 0 : Traits::kFuses ? 1 : Branch::rank(c.own());
   if constexpr (Traits::kSplitsScaling) divide_by_branch_scale(c, acc);
 #pragma unroll 1
   for (int r = 0; r < ranks; r += Branch::kRankStep) {
@@ -111,7 +111,7 @@ __device__ __forceinline__ void store_slice(Consumer<Traits>& c, typename Traits
   if (c.thread == 0) {
 #pragma unroll
     for (int back = kPerPhase - 1; back >= 0; --back) {
-      tma_store(&c.params.out, staging - back * kBoxBytes, c.first_column(tile) + (j - back) * kBox, c.first_row(tile));
+      tma_store(&c.own().out, staging - back * kBoxBytes, c.first_column(tile) + (j - back) * kBox, c.first_row(tile));
     }
     tma_store_commit();
   }
@@ -139,6 +139,20 @@ struct KeepBits {
     words[kWords - 1] = words[kWords - 1] >> 8 | fresh << 24;
   }
 
+  // In shared memory, for the layer at hand, where a tile has masks of several.
+  __device__ __forceinline__ static uint32_t address(const Consumer<Traits>& c, int word) {
+    const int thread = c.warpgroup * kWarpgroupThreads + int(c.thread);
+    return c.shared.keep_bits() +
+           ((c.layer * kWords + word) * kConsumerWarpgroups * kWarpgroupThreads + thread) * uint32_t(sizeof(uint32_t));
+  }
+  __device__ __forceinline__ void save(const Consumer<Traits>& c) const {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) store_shared(address(c, i), words[i]);
+  }
+  __device__ __forceinline__ static uint32_t load(const Consumer<Traits>& c, int word) {
+    return load_shared(address(c, word));
+  }
+
   // `value` where bit `i` of the word is set, else 0. From C++, bit 0 would be tested unlike the others, and the
   // instruction that moves seven bits to predicates could serve only six of them.
   __device__ __forceinline__ static float select(uint32_t word, int i, float value) {
@@ -154,6 +168,20 @@ struct KeepBits {
 // Stores acc + S*up^T, and in a forward the bias.
 template <class Traits>
 struct BiasEpilogue {
+  // A tile of dX with the branches of several layers.
+  __device__ __forceinline__ static void run_several(Consumer<Traits>& c, typename Traits::Tile tile,
+                                                     float (&acc)[Traits::kAccumulators],
+                                                     float (&)[Traits::kExtraAccumulators]) {
+    Traits::Layers::each(c.params, tile, [&](int layer, bool) {
+      c.layer = layer;
+      expand(c, tile, acc, nullptr);
+    });
+#pragma unroll
+    for (int j = 0; j < Traits::kSlices; ++j) {
+      store_slice(c, tile, j, [&](int i) { return acc[j * Traits::kSliceAccumulators + i]; });
+    }
+  }
+
   __device__ __forceinline__ static void run(Consumer<Traits>& c, typename Traits::Tile tile, int slot,
                                              float (&acc)[Traits::kAccumulators], float (&)[Traits::kExtraAccumulators],
                                              const uint32_t (*s)[4], const KeepBits<Traits>&) {
@@ -168,7 +196,7 @@ struct BiasEpilogue {
         load_bias(c, slot, c.warpgroup_column * Traits::kColumns + j * kBox, bias);
         store_slice(c, tile, j, [&](int i) {
           const float of_bias = i % 2 ? bias[i / 4].y : bias[i / 4].x;
-          return Traits::kSplitsScaling ? fmaf(sums[i], c.params.scale_on_branch, of_bias) : sums[i] + of_bias;
+          return Traits::kSplitsScaling ? fmaf(sums[i], c.own().scale_on_branch, of_bias) : sums[i] + of_bias;
         });
       }
     }
@@ -176,8 +204,15 @@ struct BiasEpilogue {
 
  private:
   // The bias of this thread's pairs of columns, in 64 from `column` on: the fragment of a block whose rows are all one.
+  // In its place lie zeros where an only layer has none, and those of other layers' tiles where one of several has
+  // none.
   __device__ __forceinline__ static void load_bias(const Consumer<Traits>& c, int slot, int column,
                                                    float2 (&bias)[kBox / 8]) {
+    if (Traits::kShared && !c.own().has_bias) {
+#pragma unroll
+      for (float2& pair : bias) pair = make_float2(0.f, 0.f);
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kBox / 8; i += 4) {
       uint32_t pairs[4];
@@ -204,7 +239,55 @@ struct MaskedBranchEpilogue {
     }
   }
 
+  // With the branches of several layers, whose masks are in shared memory.
+  __device__ __forceinline__ static void run_several(Consumer<Traits>& c, typename Traits::Tile tile,
+                                                     const float (&acc)[Traits::kAccumulators],
+                                                     float (&extra_acc)[Traits::kExtraAccumulators]) {
+    if constexpr (Traits::kExtraAccumulators == Traits::kSliceAccumulators) {
+      store_several(c, tile, acc, extra_acc);
+    } else {
+      float branch[Traits::kSliceAccumulators];
+      store_several(c, tile, acc, branch);
+    }
+  }
+
  private:
+  __device__ __forceinline__ static void store_several(Consumer<Traits>& c, typename Traits::Tile tile,
+                                                       const float (&acc)[Traits::kAccumulators],
+                                                       float (&branch)[Traits::kSliceAccumulators]) {
+    using Element = typename Traits::Element;
+    using Branch = typename Traits::Branch;
+#pragma unroll
+    for (int j = 0; j < Traits::kSlices; ++j) {
+      // The accumulators stay as they are: the assembler would serialise products into what is added to otherwise.
+      float sums[Traits::kSliceAccumulators];
+#pragma unroll
+      for (int i = 0; i < Traits::kSliceAccumulators; ++i) sums[i] = acc[j * Traits::kSliceAccumulators + i];
+      Traits::Layers::each(c.params, tile, [&](int layer, bool) {
+        c.layer = layer;
+        if (!c.has_branch(tile)) return;
+        const ExpandOperands<Traits> operands(c, c.wait_stage(), kBox);
+        wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < Branch::kRankStep / kMmaK; ++i) {
+          wgmma<Element, 0, 1>(branch, advance(operands.left, i * kAdvanceContiguous),
+                               advance(operands.right, i * Branch::kUpAdvance), i > 0);
+        }
+        wgmma_commit();
+        const uint32_t keep = KeepBits<Traits>::load(c, j);
+        wgmma_wait<0>();
+        pin(branch);
+        c.advance_stage();
+        c.release_in_flight_stage();
+#pragma unroll
+        for (int i = 0; i < Traits::kSliceAccumulators; ++i) {
+          sums[i] = fmaf(KeepBits<Traits>::select(keep, i, branch[i]), c.own().inverse_keep, sums[i]);
+        }
+      });
+      store_slice(c, tile, j, [&](int i) { return sums[i]; });
+    }
+  }
+
   __device__ __forceinline__ static void store_masked(Consumer<Traits>& c, typename Traits::Tile tile,
                                                       const float (&acc)[Traits::kAccumulators],
                                                       float (&branch)[Traits::kSliceAccumulators],
@@ -215,7 +298,7 @@ struct MaskedBranchEpilogue {
 #pragma unroll
     for (int j = 0; j < Traits::kSlices; ++j) {
 #pragma unroll 1
-      for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(c.params)); r += Branch::kRankStep) {
+      for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(c.own())); r += Branch::kRankStep) {
         if (!Traits::kFuses) stage = c.wait_stage();
         const ExpandOperands<Traits> operands(c, stage, Traits::kFuses ? Traits::kColumns : kBox);
         wgmma_fence();
@@ -239,7 +322,7 @@ struct MaskedBranchEpilogue {
       }
       store_slice(c, tile, j, [&](int i) {
         const float kept = KeepBits<Traits>::select(keep.words[j], i, branch[i]);
-        return fmaf(kept, c.params.inverse_keep, acc[j * Traits::kSliceAccumulators + i]);
+        return fmaf(kept, c.own().inverse_keep, acc[j * Traits::kSliceAccumulators + i]);
       });
     }
   }

@@ -129,7 +129,7 @@ __device__ __forceinline__ void store_gradient(const Consumer<Traits>& c, int ow
                                                const float (&product)[Traits::kShrinkAccumulators],
                                                const float (&ones_acc)[Traits::kOnesAccumulators]) {
   using Element = typename Traits::Element;
-  const Params& params = c.params;
+  const Params& params = c.own();
   const int columns = kIsA ? params.n : params.k;  // n and k are the output's: in_features and out_features
   const int64_t column_step = kIsA ? 1 : params.r, rank_step = kIsA ? params.n : 1;
   const float scale = kIsA ? params.inverse_keep : kIsFp16<Element> ? params.scale_on_branch : 1.f;
@@ -164,8 +164,9 @@ __device__ __forceinline__ void compute_gradient(Consumer<Traits>& c, typename T
   accumulate<kIsA && Traits::kDropout, kSumsColumns>(c, tile, acc, extra_acc, ones_acc);
   const ReductionStep step = RowMap::reduction_step(c.params, c.shared.segment_table(), tile);
   const int owner = RowMap::owner(tile);
-  const int block = owner * c.params.schedule.gradient_tiles * Traits::kCluster +
-                    (kIsA ? c.params.grad_b_tiles * Traits::kCluster : 0) + tile.column;
+  const int first = Traits::Layers::first_gradient(c.params, c.layer) * Traits::kCluster;
+  const int block = owner * c.params.schedule.gradient_tiles * Traits::kCluster + first +
+                    (kIsA ? c.own().grad_b_tiles * Traits::kCluster : 0) + tile.column;
   int* steps_done = c.reduction_flag(block);
   float* partials = c.params.gradient_partials +
                     int64_t(block * kConsumerWarpgroups + c.warpgroup) * Traits::kGradPartials * kWarpgroupThreads;
@@ -201,12 +202,13 @@ template <class Traits>
 __device__ __forceinline__ void compute_gradient_tile(Consumer<Traits>& c, typename Traits::Tile tile,
                                                       float (&acc)[Traits::kAccumulators],
                                                       float (&extra_acc)[Traits::kExtraAccumulators]) {
+  if constexpr (Traits::kShared) c.choose(Traits::Layers::of_tile(tile));
   if (tile.kind == kGradATile) {
     compute_gradient<true, false>(c, tile, acc, extra_acc);
     return;
   }
   if constexpr (!Traits::RowMap::kSegmented) {
-    if (Traits::kRank >= 128 || c.params.grad_bias) {  // a third loop over so many accumulators would spill
+    if (Traits::kRank >= 128 || c.own().grad_bias) {  // a third loop over so many accumulators would spill
       compute_gradient<false, true>(c, tile, acc, extra_acc);
       return;
     }

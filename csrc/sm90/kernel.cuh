@@ -35,7 +35,7 @@ __device__ __forceinline__ void store_constants(Consumer<Traits>& consumer, type
 }
 
 template <class Traits>
-__device__ __forceinline__ void consume(const Params& params, SharedMemory<Traits> shared) {
+__device__ __forceinline__ void consume(const typename Traits::Params& params, SharedMemory<Traits> shared) {
   Consumer<Traits> consumer(params, shared);
   int first = 0;
   if constexpr (Traits::BaseWeight::kDecodes) first = decode_tiles(consumer);
@@ -84,7 +84,7 @@ __device__ __forceinline__ void sync_cluster() {
 }
 
 template <class Traits>
-__device__ __forceinline__ void run(const Params& params) {
+__device__ __forceinline__ void run(const typename Traits::Params& params) {
   if (lane_id() == 0) note_tile(-1, 0, 0, 0);
   extern __shared__ __align__(kSwizzleRows * kSwizzleSpan) unsigned char memory[];
   const SharedMemory<Traits> shared = {shared_address(memory)};
@@ -100,7 +100,8 @@ __device__ __forceinline__ void run(const Params& params) {
     }
     fence_barrier_init();
   }
-  if (!Traits::kBackward && !params.has_bias) {  // zeros in its place: the epilogue adds what is there
+  // Zeros in the place of the bias: the epilogue adds what is there.
+  if (!Traits::kBackward && !Traits::kShared && !params.has_bias) {
     for (int i = threadIdx.x; i < 2 * Traits::kBiasBytes / 4; i += kThreads) store_shared(shared.bias(0) + i * 4, 0);
   }
   if (Traits::kBackward && threadIdx.x < Traits::kOnesBytes / 4) {
@@ -130,10 +131,12 @@ Variant variant_of(const char* name, const void* kernel) {
   v.fp16 = kIsFp16<typename Traits::Element>;
   v.transposed = Traits::BaseWeight::kStoredTransposed;
   v.segments = Traits::RowMap::kSegmented;
+  v.shared = Traits::kShared;
   v.dropout = Traits::kDropout;
   v.splits = Traits::kSplits;
   v.fuses = Traits::kFuses;
   v.decodes = Traits::BaseWeight::kDecodes;
+  v.in_loop = Traits::BaseWeight::kConverts;
   v.cluster = Traits::kCluster;
   v.threads = kThreads;
   v.block_m = Traits::kBlockM;

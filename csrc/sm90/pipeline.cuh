@@ -44,6 +44,7 @@ struct SharedMemory {
   }
   __device__ __forceinline__ uint32_t ones() const { return base + Traits::kOnesOffset; }
   __device__ __forceinline__ uint32_t segment_table() const { return base + Traits::kTableOffset; }
+  __device__ __forceinline__ uint32_t keep_bits() const { return base + Traits::kKeepOffset; }
   // Full: the first CTA's producer has written the tile. Empty: all its readers have read it; the first CTA's counts.
   __device__ __forceinline__ uint32_t tile_full(int slot) const { return barrier(slot); }
   __device__ __forceinline__ uint32_t tile_empty(int slot) const { return barrier(2 + slot); }
@@ -89,10 +90,10 @@ __device__ __forceinline__ void release_tile(SharedMemory<Traits> shared, int sl
   }
 }
 
-// Steps of a split of a tile's contraction.
+// Steps of a split of a tile's contraction over a layer.
 template <class Traits>
-__device__ __forceinline__ Steps steps_of(const Params& params, int split) {
-  const int steps = ceil_div(params.k, kBlockK);
+__device__ __forceinline__ Steps steps_of(const Params& params, const Params& layer, int split) {
+  const int steps = ceil_div(layer.k, kBlockK);
   if constexpr (!Traits::kSplits) return {0, steps};
   const int splits = params.schedule.splits;
   return {int(int64_t(steps) * split / splits), int(int64_t(steps) * (split + 1) / splits)};

@@ -10,23 +10,25 @@ struct Producer {
   using BaseWeight = typename Traits::BaseWeight;
   using Branch = typename Traits::Branch;
   using RowMap = typename Traits::RowMap;
+  using Layers = typename Traits::Layers;
   using Tile = typename Traits::Tile;
 
-  const Params& params;
+  const typename Traits::Params& params;
   SharedMemory<Traits> shared;
   PipelineState<Traits::kStages> pipeline;
   int ticket;
+  int layer = 0;           // at hand
   uint32_t cta;            // in the cluster; CTA 0 claims tiles for all
   int awaited_panel = -1;  // of a packed weight, the last one that was waited for
 
-  __device__ __forceinline__ Producer(const Params& kernel_params, SharedMemory<Traits> shared_memory)
+  __device__ __forceinline__ Producer(const typename Traits::Params& kernel_params, SharedMemory<Traits> shared_memory)
       : params(kernel_params), shared(shared_memory), cta(Traits::kCluster == 1 ? 0 : cta_in_cluster()) {}
 
   __device__ __forceinline__ int claim() { return fetch_add_relaxed(params.workspace + kTicketWord, 1); }
 
   __device__ __forceinline__ void run() {
     if (cta == 0) ticket = claim();
-    for (const CUtensorMap* map : {&params.act, &params.weight, &params.lora_a, &params.lora_b}) prefetch_map(map);
+    prefetch_maps();
     for (int i = 0;; ++i) {
       const int slot = i & 1;
       Tile tile;
@@ -58,6 +60,23 @@ struct Producer {
       }
     }
   }
+
+  // What the launch has of the layer at hand.
+  __device__ __forceinline__ const Params& own() const { return Layers::of(params, layer); }
+
+  __device__ __forceinline__ void prefetch_maps() {
+#pragma unroll 1
+    for (layer = 0; layer < Layers::count(params); ++layer) {
+      prefetch_map(&own().act);
+      prefetch_map(&own().weight);
+      if (!has_factors()) continue;
+      prefetch_map(&own().lora_a);
+      prefetch_map(&own().lora_b);
+    }
+    layer = 0;
+  }
+
+  __device__ __forceinline__ bool has_factors() const { return !Layers::kSeveral || own().r > 0; }
 
   // Waits until the slot of the cluster's i-th tile is free.
   __device__ __forceinline__ void wait_slot(int i) { mbarrier_wait(shared.tile_empty(i & 1), (i >> 1 & 1) ^ 1); }
@@ -97,12 +116,8 @@ struct Producer {
       if (number < 0) return {kDecodeTile, ticket / schedule.parts, ticket % schedule.parts, 0};
     }
     if (number >= RowMap::count_tiles(params, shared.segment_table())) return {kExit, 0, 0, 0};
-    const fastlora::Tile tile = locate(schedule, number, gridDim.x / Traits::kCluster);
-    if (tile.gradient >= params.grad_b_tiles) return {kGradATile, tile.row, tile.gradient - params.grad_b_tiles, 0};
-    if (tile.gradient >= 0) return {kGradBTile, tile.row, tile.gradient, 0};
-    const bool fused = Traits::kFuses && params.fused_shrink;
-    if (tile.column == 0) return {fused ? kFusedTile : kShrinkTile, tile.row, 0, tile.split};
-    return {kBaseTile, tile.row, fused ? tile.column : tile.column - 1, tile.split};
+    const fastlora::Tile tile = locate(schedule, number, gridDim.x / Traits::kCluster, Layers::shrink_columns(params));
+    return Layers::template describe<Traits::kFuses>(params, tile);
   }
 
   // Waits for an empty stage and announces the bytes that will be copied into it.
@@ -156,7 +171,7 @@ struct Producer {
 
   // Waits until the rows of S of a row block are in memory, and lets the copy engine read them.
   __device__ __forceinline__ void wait_s(int row_block) {
-    wait_for(row_flag<Traits>(params, row_block), Traits::kWarpgroupsM);
+    wait_for(row_flag<Traits>(params, row_block, layer), Traits::kWarpgroupsM);
     fence_async_global();
   }
 
@@ -168,10 +183,18 @@ struct Producer {
     awaited_panel = panel;
   }
 
-  __device__ __forceinline__ void load_act(uint32_t address, int m, int k) { copy(address, &params.act, k, m); }
+  __device__ __forceinline__ void load_act(uint32_t address, int m, int k) { copy(address, &own().act, k, m); }
 
   __device__ __forceinline__ void load_shrink(Tile tile) {
-    const Steps steps = steps_of<Traits>(params, tile.split);
+    Layers::each(params, tile, [&](int of_tile, bool is_last) {
+      layer = of_tile;
+      load_shrink_of_layer(tile, is_last);
+    });
+  }
+
+  // `is_last`: of a tile's layers.
+  __device__ __forceinline__ void load_shrink_of_layer(Tile tile, bool is_last) {
+    const Steps steps = steps_of<Traits>(params, own(), tile.split);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; step += Traits::kShrinkSteps) {
       const uint32_t stage = open_stage(Traits::kShrinkSteps * (Traits::kActBytes + Traits::kDownBytes));
@@ -182,19 +205,44 @@ struct Producer {
         const uint32_t down = stage + Traits::kShrinkDownOffset + j * Traits::kDownBytes;
         Branch::load_down(*this, j, down, RowMap::adapter(tile), k);
       }
-      claim_at(step, steps, Traits::kShrinkSteps);
+      if (is_last) claim_at(step, steps, Traits::kShrinkSteps);
       pipeline.advance();
     }
   }
 
   __device__ __forceinline__ void load_output(Tile tile, int slot) {
+    bool finishes = false;
+    Layers::each(params, tile, [&](int of_tile, bool is_last) {
+      layer = of_tile;
+      finishes = load_contraction(tile, slot, is_last);
+    });
+    if (!finishes) return;
+    if constexpr (Traits::kMasksSeveral) {
+#pragma unroll 1
+      for (int slice = 0; slice < Traits::kColumns; slice += kBox) load_branches(tile, slice, slice + kBox);
+    } else {
+      load_branches(tile, 0, Traits::kSlicedBranch ? Traits::kColumns : kBox);
+    }
+  }
+
+  // Loads slices of the branch of each layer.
+  __device__ __forceinline__ void load_branches(Tile tile, int first_slice, int end_slice) {
+    Layers::each(params, tile, [&](int of_tile, bool) {
+      layer = of_tile;
+      if (!RowMap::has_branch(tile) || !has_factors()) return;
+      load_expand(tile, RowMap::first_row_of_s(tile), tile.column * Traits::kBlockN, first_slice, end_slice);
+    });
+  }
+
+  // Returns whether it was the last split of a contraction.
+  __device__ __forceinline__ bool load_contraction(Tile tile, int slot, bool is_last) {
     const int m = RowMap::first_row(tile), n = tile.column * Traits::kBlockN;
     const auto weight = RowMap::weight(params, tile);
-    const bool makes_s = Traits::kFuses && tile.kind == kFusedTile;
+    const bool makes_s = Traits::kFuses && tile.kind == kFusedTile && has_factors();
     const bool finishes = is_last_split<Traits>(params, tile.split);
-    const bool loads_bias = finishes && params.has_bias;
-    const uint32_t bytes = Traits::kActBytes + BaseWeight::kStageBytes + (makes_s ? Traits::kDownBytes : 0);
-    const Steps steps = steps_of<Traits>(params, tile.split);
+    const bool loads_bias = finishes && own().has_bias;
+    const uint32_t bytes = Traits::kActBytes + BaseWeight::copied_bytes(own()) + (makes_s ? Traits::kDownBytes : 0);
+    const Steps steps = steps_of<Traits>(params, own(), tile.split);
     BaseWeight::await(*this, tile.column);
 #pragma unroll 1
     for (int step = steps.first; step < steps.end; ++step) {
@@ -204,31 +252,31 @@ struct Producer {
       load_act(stage, m, k);
       BaseWeight::load(*this, stage + Traits::kWeightOffset, weight, n, k);
       if (makes_s) Branch::load_down(*this, 0, stage + Traits::kFusedDownOffset, RowMap::adapter(tile), k);
-      if (bias_now) copy(shared.bias(slot), &params.bias, n, RowMap::bias(params, tile));
-      claim_at(step, steps);
+      if (bias_now) copy(shared.bias(slot), &own().bias, n, RowMap::bias(params, tile));
+      if (is_last) claim_at(step, steps);
       pipeline.advance();
     }
-    if (finishes && RowMap::has_branch(tile)) load_expand(tile, RowMap::first_row_of_s(tile), n);
+    return finishes;
   }
 
   // One more step of the contraction for every 64 ranks: S and the expanding factor through the same stages. A fused
-  // tile has its rows of S in registers. dX's epilogue masks 64 columns of a warpgroup at a time; beyond rank 64 it
-  // also loads them so.
-  __device__ __forceinline__ void load_expand(Tile tile, int m, int n) {
-    const bool loads_s = tile.kind == kBaseTile;
-    constexpr bool kSliced = Traits::kBackward && Traits::kDropout && !Traits::kFuses;
+  // tile has its rows of S in registers, where it is of one layer. dX's epilogue masks 64 columns of a warpgroup at a
+  // time; beyond rank 64 it also loads them so.
+  __device__ __forceinline__ void load_expand(Tile tile, int m, int n, int first_slice, int end_slice) {
+    const bool loads_s = tile.kind == kBaseTile || (Traits::kShared && Traits::kBackward);
+    constexpr bool kSliced = Traits::kSlicedBranch;
     constexpr int kBoxes = kSliced ? Traits::kWarpgroupsN : Traits::kBlockN / kBox;
     constexpr int kBoxStride = kSliced ? Traits::kColumns : kBox;
     constexpr int kRankBoxBytes = kBox * Branch::kRankSpan;
     if (loads_s) wait_s(tile.row);
 #pragma unroll 1
-    for (int slice = 0; slice < (kSliced ? Traits::kColumns : kBox); slice += kBox) {
+    for (int slice = first_slice; slice < end_slice; slice += kBox) {
 #pragma unroll 1
-      for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(params)); r += Branch::kRankStep) {
+      for (int r = 0; r < (Traits::kFuses ? 1 : Branch::rank(own())); r += Branch::kRankStep) {
         const uint32_t stage = open_stage((kBoxes + (loads_s ? Traits::kWarpgroupsM : 0)) * kRankBoxBytes);
         if (loads_s) {
 #pragma unroll
-          for (int i = 0; i < Traits::kWarpgroupsM; ++i) copy(stage + i * kRankBoxBytes, &params.s, r, m + i * kBox);
+          for (int i = 0; i < Traits::kWarpgroupsM; ++i) copy(stage + i * kRankBoxBytes, &own().s, r, m + i * kBox);
         }
         share_boxes<kBoxes>(0, [&](int j) {
           const uint32_t box = stage + Traits::kWeightOffset + j * kRankBoxBytes;
@@ -240,9 +288,9 @@ struct Producer {
   }
 
   __device__ __forceinline__ void load_gradient(Tile tile) {
+    layer = Layers::of_tile(tile);
     const bool is_a = tile.kind == kGradATile;
-    const CUtensorMap *left = is_a ? &params.layer_input : &params.act_square,
-                      *right = is_a ? &params.s : &params.saved_s;
+    const CUtensorMap *left = is_a ? &own().layer_input : &own().act_square, *right = is_a ? &own().s : &own().saved_s;
     const int column = tile.column * Traits::kGradColumns;
     const Steps steps = RowMap::gradient_steps(params, tile);
 #pragma unroll 1

@@ -1,5 +1,6 @@
 // A tile of out = act*weight^T + S*up^T, of S = scale * act*down^T, or of both, by two consumer warpgroups.
 #pragma once
+#include "decode_stage.cuh"
 #include "epilogue.cuh"
 
 namespace fastlora::sm90 {
@@ -21,15 +22,17 @@ __device__ __forceinline__ void load_dropped(const Consumer<Traits>& c, uint32_t
   __syncwarp();  // one lane releases the stage for all, which must have read it
 }
 
-// The tile's contraction without the expand steps: acc = act*weight^T if kBase, shrink_acc = act*down^T if kShrink.
-template <bool kBase, bool kShrink, class Traits>
+// The tile's contraction over the layer at hand, without the expand steps: acc = act*weight^T if kBase, which
+// `continues` has added to what is there; shrink_acc = act*down^T if kShrink. `conversion` runs between a stage's
+// copies and the base product.
+template <bool kBase, bool kShrink, class Traits, class Conversion>
 __device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::Tile tile,
                                          float (&acc)[Traits::kAccumulators],
-                                         float (&shrink_acc)[Traits::kShrinkAccumulators], KeepBits<Traits>& keep) {
+                                         float (&shrink_acc)[Traits::kShrinkAccumulators], KeepBits<Traits>& keep,
+                                         Conversion conversion, bool continues = false) {
   using Element = typename Traits::Element;
   using BaseWeight = typename Traits::BaseWeight;
   using Branch = typename Traits::Branch;
-  static_assert(!BaseWeight::kConverts, "a conversion of the stage would stand here");
   constexpr int kTransposed = Traits::kBackward;  // the shrinking factor is contiguous along the ranks
   constexpr bool kDropsAct = kShrink && Traits::kDropout && !Traits::kBackward;
   constexpr bool kDrawsKeepBits = kBase && Traits::kDropout && Traits::kBackward;
@@ -38,11 +41,12 @@ __device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::T
       kBase ? (Traits::kFuses ? Traits::kFusedDownOffset : Traits::kWeightOffset) : Traits::kShrinkDownOffset;
   const int row = c.first_row(tile) + c.fragment_row();
   const int column = c.first_column(tile);
-  const Steps steps = steps_of<Traits>(c.params, tile.split);
+  const Steps steps = steps_of<Traits>(c.params, c.own(), tile.split);
   int drawn = 0;
 #pragma unroll 1
   for (int step = steps.first; step < steps.end; step += kSteps) {
     const uint32_t stage = c.wait_stage();
+    if constexpr (kBase) conversion.convert(c, stage, step);
     wgmma_fence();
     if constexpr (kBase) {
       const uint64_t act = swizzled_operand<kSwizzleSpan>(stage + c.warpgroup_row * kBoxBytes);
@@ -51,7 +55,7 @@ __device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::T
       for (int i = 0; i < kMmasPerStep; ++i) {
         wgmma<Element, 0, BaseWeight::kTransposed>(acc, advance(act, i * kAdvanceContiguous),
                                                    advance(weight, i * BaseWeight::kAdvance),
-                                                   step > steps.first || i > 0);
+                                                   continues || step > steps.first || i > 0);
       }
     }
     if constexpr (kBase && kDropsAct) wgmma_commit();
@@ -101,7 +105,9 @@ __device__ __forceinline__ void multiply(Consumer<Traits>& c, typename Traits::T
     while (drawn < KeepBits<Traits>::kCalls) keep.append(c, row, column, drawn++);
   }
   // If nothing reads the accumulators before the expand product, do not wait; issue it behind the wgmmas in flight.
-  if constexpr (kShrink || Traits::kSplits || kDrawsKeepBits || Traits::kSplitsScaling) {
+  // (From one loop over projections to another, the assembler would lose sight of these.)
+  constexpr bool kLoops = Traits::kShared && Traits::kBackward;
+  if constexpr (kShrink || Traits::kSplits || kDrawsKeepBits || Traits::kSplitsScaling || kLoops) {
     wgmma_wait<0>();
     c.release_in_flight_stage();
     if constexpr (kBase) pin(acc);
@@ -118,32 +124,31 @@ __device__ __forceinline__ void store_s(Consumer<Traits>& c, typename Traits::Ti
   using Element = typename Traits::Element;
   using Branch = typename Traits::Branch;
   using RowMap = typename Traits::RowMap;
-  const float scale_in_s = Branch::scale_in_s(c.params, tile);
+  const float scale_in_s = Branch::scale_in_s(c.own(), tile);
   const int row = c.first_row(tile) + c.fragment_row();
   const int to_s = RowMap::first_row_of_s(tile) - RowMap::first_row(tile);
-  auto* out = static_cast<Element*>(c.params.s_out);
+  auto* out = static_cast<Element*>(c.own().s_out);
   [[maybe_unused]] auto* kept = static_cast<Element*>(c.params.segments.kept_s);
 #pragma unroll
   for (int i = 0; i < Traits::kRank / kMmaK; ++i) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float* pair = shrink_acc + i * 8 + j * 2;
-      s[i][j] =
-          pack<Element>(Branch::scale(c.params, scale_in_s, pair[0]), Branch::scale(c.params, scale_in_s, pair[1]));
+      s[i][j] = pack<Element>(Branch::scale(c.own(), scale_in_s, pair[0]), Branch::scale(c.own(), scale_in_s, pair[1]));
       const int m = row + j % 2 * 8, r = i * kMmaK + j / 2 * 8 + c.fragment_column();
-      if (c.warpgroup_column == 0 && RowMap::is_copied(c.params, m) && r < Branch::rank(c.params)) {
-        *reinterpret_cast<uint32_t*>(out + int64_t(m + to_s) * Branch::rank(c.params) + r) = s[i][j];
+      if (c.warpgroup_column == 0 && RowMap::is_copied(c.params, m) && r < Branch::rank(c.own())) {
+        *reinterpret_cast<uint32_t*>(out + int64_t(m + to_s) * Branch::rank(c.own()) + r) = s[i][j];
       }
       if constexpr (RowMap::kSegmented) {
-        if (c.warpgroup_column == 0 && kept && m < tile.end_row && r < Branch::rank(c.params)) {
-          *reinterpret_cast<uint32_t*>(kept + int64_t(m) * Branch::rank(c.params) + r) = s[i][j];
+        if (c.warpgroup_column == 0 && kept && m < tile.end_row && r < Branch::rank(c.own())) {
+          *reinterpret_cast<uint32_t*>(kept + int64_t(m) * Branch::rank(c.own()) + r) = s[i][j];
         }
       }
     }
   }
   if (c.warpgroup_column == 0) {
     fence_async_global();
-    c.release_flag(row_flag<Traits>(c.params, tile.row));
+    c.release_flag(row_flag<Traits>(c.params, tile.row, c.layer));
   }
 }
 
@@ -154,7 +159,7 @@ __device__ __forceinline__ void zero_padding_ranks(const Consumer<Traits>& c, ui
 #pragma unroll
   for (int i = 0; i < Traits::kRank / kMmaK; ++i) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) s[i][j] = i * kMmaK + j / 2 * 8 < Traits::Branch::rank(c.params) ? s[i][j] : 0;
+    for (int j = 0; j < 4; ++j) s[i][j] = i * kMmaK + j / 2 * 8 < Traits::Branch::rank(c.own()) ? s[i][j] : 0;
   }
 }
 
@@ -194,24 +199,59 @@ __device__ __forceinline__ bool reduce_splits(Consumer<Traits>& c, typename Trai
   return true;
 }
 
+// A tile of dX, of all dS, or of both: contracted over all projections, one after the other, and then their branches.
+// Also where it has made dS itself, that comes from memory: registers would not hold it for all.
+template <class Traits>
+__device__ __forceinline__ void compute_shared_tile(Consumer<Traits>& c, typename Traits::Tile tile,
+                                                    float (&acc)[Traits::kAccumulators],
+                                                    float (&extra_acc)[Traits::kExtraAccumulators]) {
+  constexpr int kShrinkAccumulators = Traits::kShrinkAccumulators;
+  Traits::Layers::each(c.params, tile, [&](int layer, bool) {
+    c.choose(layer);
+    const bool continues = layer > 0;
+    KeepBits<Traits> keep;
+    uint32_t s[Traits::kRank / kMmaK][4];
+    if (tile.kind == kShrinkTile) {
+      float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(acc);
+      multiply<false, true>(c, tile, acc, shrink_acc, keep, NoConversion());
+      store_s(c, tile, shrink_acc, s);
+    } else if (tile.kind == kFusedTile && c.has_branch(tile)) {
+      float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(extra_acc);
+      multiply<true, true>(c, tile, acc, shrink_acc, keep, NoConversion(), continues);
+      store_s(c, tile, shrink_acc, s);
+    } else {
+      float unused[kShrinkAccumulators];
+      multiply<true, false>(c, tile, acc, unused, keep, NoConversion(), continues);
+    }
+    if (Traits::kDropout && tile.kind != kShrinkTile) keep.save(c);
+  });
+  if (tile.kind == kShrinkTile) return;
+  Traits::Epilogue::run_several(c, tile, acc, extra_acc);
+}
+
 template <class Traits>
 __device__ __forceinline__ void compute_output_tile(Consumer<Traits>& c, typename Traits::Tile tile, int slot,
                                                     float (&acc)[Traits::kAccumulators],
                                                     float (&extra_acc)[Traits::kExtraAccumulators]) {
   constexpr int kShrinkAccumulators = Traits::kShrinkAccumulators;
+  if constexpr (Traits::kShared && Traits::kBackward) {
+    compute_shared_tile(c, tile, acc, extra_acc);
+    return;
+  }
+  if constexpr (Traits::kShared) c.choose(Traits::Layers::of_tile(tile));
   KeepBits<Traits> keep;
   uint32_t s[Traits::kRank / kMmaK][4];
   if (tile.kind == kShrinkTile) {
     float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(acc);
-    multiply<false, true>(c, tile, acc, shrink_acc, keep);
+    multiply<false, true>(c, tile, acc, shrink_acc, keep, NoConversion());
     if (reduce_splits<false, true>(c, tile, acc, shrink_acc)) store_s(c, tile, shrink_acc, s);
   } else if (tile.kind == kBaseTile) {
     float unused[kShrinkAccumulators];
-    multiply<true, false>(c, tile, acc, unused, keep);
+    with_conversion(c, tile, [&](auto conversion) { multiply<true, false>(c, tile, acc, unused, keep, conversion); });
     if (reduce_splits<true, false>(c, tile, acc, unused)) finish_tile(c, tile, slot, acc, extra_acc, nullptr, keep);
   } else if constexpr (Traits::kFuses) {
     float (&shrink_acc)[kShrinkAccumulators] = slice<0, kShrinkAccumulators>(extra_acc);
-    multiply<true, true>(c, tile, acc, shrink_acc, keep);
+    multiply<true, true>(c, tile, acc, shrink_acc, keep, NoConversion());
     if (reduce_splits<true, true>(c, tile, acc, shrink_acc)) {
       store_s(c, tile, shrink_acc, s);
       zero_padding_ranks(c, s);

@@ -15,7 +15,8 @@ namespace fastlora::sm90 {
 enum TileKind { kBaseTile, kFusedTile, kShrinkTile, kGradBTile, kGradATile, kExit, kDecodeTile, kFillTile, kZeroTile };
 
 // A tile as the producer hands it to the consumers; 16 bytes. In units of the cluster's tiles. A gradient tile's row is
-// its group, its split is unused; a decode tile's row is its panel, its column its part.
+// its group, its split is unused; a decode tile's row is its panel, its column its part. Of several projections, a
+// tile's split is its projection (layers.cuh).
 struct TileInfo {
   int kind, row, column, split;
 };

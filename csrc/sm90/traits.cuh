@@ -4,6 +4,7 @@
 
 #include "base_weight.cuh"
 #include "branch.cuh"
+#include "layers.cuh"
 #include "row_map.cuh"
 
 namespace fastlora::sm90 {
@@ -27,14 +28,18 @@ struct MaskedBranchEpilogue;
 
 constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// What a launch is about: a layer; rows in segments, each with a weight and an adapter of its own; or several layers of
+// one input.
+enum class Call { kLayer, kSegments, kProjections };
+
 // kRank: the rank rounded up to one that is compiled.
-// kSegmented: rows lie in segments, each with a weight and an adapter of its own.
 template <class Element_, bool kBackward_, int kBlockM_, int kBlockN_, int kRank_, bool kDropout_,
-          template <bool, int> class BaseWeight_, bool kSegmented>
+          template <bool, int> class BaseWeight_, Call kCall>
 struct KernelTraits {
   using Element = Element_;
   static constexpr bool kBackward = kBackward_, kDropout = kDropout_;
   static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kRank = kRank_;
+  static constexpr bool kSegmented = kCall == Call::kSegments, kShared = kCall == Call::kProjections;
   static_assert(kBlockM == kMmaM || kBlockM == 2 * kMmaM, "a warpgroup computes 64 rows");
   static_assert(kRank <= kBox || kRank <= kBlockN, "the shrinking factor takes the weight's place in a stage");
 
@@ -46,7 +51,7 @@ struct KernelTraits {
   // step together.
   static constexpr int kCluster = kBlockN == 256 ? 2 : 1;
   // The contraction of smaller tiles may be split, where there are too few tiles for all multiprocessors.
-  static constexpr bool kSplits = kCluster == 1 && !kSegmented;
+  static constexpr bool kSplits = kCluster == 1 && kCall == Call::kLayer;
 
   // ---- policies
   using BaseWeight = BaseWeight_<kBackward, kBlockN>;
@@ -54,7 +59,10 @@ struct KernelTraits {
                                     SingleAdapter<kBackward, kRank, kSplitsScaling>>;
   using RowMap = std::conditional_t<kSegmented, Segments<kBlockM>, OneSegment<kBlockM, kCluster>>;
   using Tile = typename RowMap::Tile;
+  using Layers = std::conditional_t<kShared, Projections<kBackward>, OneLayer>;
+  using Params = typename Layers::Params;
   static_assert(!kSegmented || (kCluster == 1 && !kDropout), "no such kernel for rows in segments");
+  static_assert(!kShared || kRank <= kBox, "no such kernel for several projections");
   using Epilogue =
       std::conditional_t<kBackward && kDropout, MaskedBranchEpilogue<KernelTraits>, BiasEpilogue<KernelTraits>>;
 
@@ -63,12 +71,18 @@ struct KernelTraits {
   static constexpr int kColumns = kBlockN / kWarpgroupsN;  // of a warpgroup
   static constexpr int kSlices = kColumns / kBox;          // in which a warpgroup finishes its columns
 
-  // Column 0 may make S fused with its own tile where both accumulators fit.
-  static constexpr bool kFuses = kRank <= 64 && !kSegmented;
+  // Column 0 may make S fused with its own tile where both accumulators fit; not where few rows make short tiles, and
+  // all would wait for a longer one.
+  static constexpr bool kFuses = kRank <= 64 && !kSegmented && !BaseWeight::kConverts;
   // Fragments of X that a forward masks between two commits: all of a step's, or half of them where a fused tile's
   // accumulators leave no room for more. Then the second half waits for all products in flight, the base product's too,
   // and the tensor cores have the other warpgroup's meanwhile.
   static constexpr int kFusedFragments = kBlockN == 256 && kRank > 32 ? kMmasPerStep / 2 : kMmasPerStep;
+
+  // dX under the masks of several branches: each slice of a tile is finished with all of them, and they are loaded so.
+  static constexpr bool kMasksSeveral = kShared && kBackward && kDropout;
+  // Beyond rank 64 the only branch is loaded slice by slice as well.
+  static constexpr bool kSlicedBranch = kBackward && kDropout && (!kFuses || kMasksSeveral);
 
   // ---- registers of a thread
   // The accumulators of an output tile, or of whatever else a tile sums; the extra ones hold S in a fused tile, a slice
@@ -99,9 +113,11 @@ struct KernelTraits {
       kShrinkSteps == 1 ? (kFuses ? kFusedDownOffset : kWeightOffset) : kShrinkSteps * kActBytes;
   static_assert(!kBackward || kGradBytes <= kStageBytes, "a gradient step fits a stage");
 
-  // ---- shared memory: staging buffers of finished tiles, two biases, barriers, ones, the table of segments, then the
-  // pipeline's stages
-  static constexpr int kStagingBuffers = kBlockN == 256 && kRank >= 64 ? 2 : kSlices;  // of a box, of a warpgroup
+  // ---- shared memory: staging buffers of finished tiles, two biases, barriers, ones, the table of segments, what
+  // dropout keeps of each of several branches, then the pipeline's stages
+  static constexpr int kKeepBytes = kMasksSeveral ? kMaxProjections * kConsumerWarpgroups * kMmaM * kColumns / 8 : 0;
+  static constexpr int kStagingBuffers =
+      kBlockN == 256 && (kRank >= 64 || kMasksSeveral) ? 2 : kSlices;  // of a box, of a warpgroup
   static_assert(kSlices % kStagingBuffers == 0, "a tile starts with the buffer that was filled longest ago");
   // Slices that are staged between two barriers: all of them where the whole tile fits.
   static constexpr int kSlicesPerPhase = kStagingBuffers == kSlices ? kSlices : 1;
@@ -113,7 +129,8 @@ struct KernelTraits {
   static constexpr int kOnesBytes = 8 * kMmaK * kElementBytes;  // an 8 x 16 matrix of ones, for dbias
   static constexpr int kOnesOffset = round_up(kBarrierOffset + kBarrierBytes, kOnesBytes);
   static constexpr int kTableOffset = kOnesOffset + kOnesBytes;
-  static constexpr int kStageOffset = round_up(kTableOffset + RowMap::kTableBytes, kSwizzleRows* kSwizzleSpan);
+  static constexpr int kKeepOffset = kTableOffset + RowMap::kTableBytes;
+  static constexpr int kStageOffset = round_up(kKeepOffset + kKeepBytes, kSwizzleRows* kSwizzleSpan);
   static constexpr int kStages = (kSharedLimit - kStageOffset) / kStageBytes < kMaxStages
                                      ? (kSharedLimit - kStageOffset) / kStageBytes
                                      : kMaxStages;
@@ -121,10 +138,10 @@ struct KernelTraits {
   static_assert(kStages >= 3, "the pipeline is too short to hide a load");
 };
 
-// The flag of a row block; behind these lie the flags of the serial reductions.
+// The flag of a row block's S of a layer; behind these lie the flags of the serial reductions.
 template <class Traits>
-__device__ __forceinline__ int* row_flag(const Params& params, int row_block) {
-  return params.workspace + kFlagsWord + row_block;
+__device__ __forceinline__ int* row_flag(const typename Traits::Params& params, int row_block, int layer) {
+  return params.workspace + kFlagsWord + row_block * Traits::Layers::count(params) + layer;
 }
 
 // The flag of a panel of a packed weight: the last words.

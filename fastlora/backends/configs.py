@@ -173,6 +173,12 @@ def table_for(arch: int, rank: int, element_size: int, aligned: bool, few_rows: 
     return f"{family} few rows" if few_rows and f"{family} few rows" in TILE_TABLES else family
 
 
+def over_packed(config: TileConfig, element_size: int) -> TileConfig:
+    """The tile over a packed weight: tiles that make S alone need no weight, and fill the wave that the last parts of
+    it leave. (In float32 they spill.)"""
+    return replace(config, fused=config.fused and element_size == 4)
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
     direction: Direction,

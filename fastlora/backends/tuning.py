@@ -10,7 +10,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, fields
 from functools import cache, lru_cache
 from pathlib import Path
@@ -25,16 +25,19 @@ from fastlora.problem import BACKENDS, LaunchSpec
 FORMAT = 2
 SHIPPED = Path(__file__).parent.parent / "tuned"
 DIRECTIONS = ("forward", "backward")
+DECODING = ("cuda", "triton")  # the backends whose launches decode a packed weight
 _LARGEST = 1 << 16  # no field of a configuration is larger than this
 _POWERS_OF_TWO = ("block_m", "block_n", "block_k", "gradient_m", "gradient_n", "slice_n")
 
 
 class Tuned(NamedTuple):
     """What was found for a class of shapes: the fastest backend, and the configuration of Triton's kernels, whichever
-    backend that is; None where that is not on record."""
+    backend that is; None where that is not on record. Over a packed weight, by backend, whether products should decode
+    it in their loop, instead of tiles ahead of them: the configuration is for Triton's way."""
 
     backend: str | None
     config: TileConfig | None
+    in_loop: Mapping[str, bool] = {}
 
 
 def cache_directory() -> Path:
@@ -53,8 +56,11 @@ def cache_file(device_name: str, directory: Path | None = None) -> Path:
     return (directory or cache_directory()) / f"tuned-{name}.json"
 
 
-def shape_class(direction: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool) -> str:
+def shape_class(
+    direction: str, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool, packed: str | None = None
+) -> str:
     """The class of shapes that share a choice: every size rounded up to a power of two, the rank as tiles hold it.
+    ``packed``: the format of the base weight, if it is packed.
 
     Raises:
         ValueError: the direction is neither "forward" nor "backward".
@@ -62,7 +68,7 @@ def shape_class(direction: str, m: int, n: int, k: int, r: int, dtype: torch.dty
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
     sizes = " ".join(f"{name}{1 << (size - 1).bit_length()}" for name, size in (("m", m), ("n", n), ("k", k)))
-    tail = " dropout" if dropout else ""
+    tail = (" dropout" if dropout else "") + (f" {packed}" if packed else "")
     return f"{direction} {sizes} r{padded_rank(r)} {str(dtype).removeprefix('torch.')}{tail}"
 
 
@@ -89,7 +95,12 @@ def _parse_choice(key: str, entry: object) -> Tuned:
     backend, values = entry["backend"], entry["config"]
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"{key}: backend cannot be {backend!r}")
-    return Tuned(backend, None if values is None else _parse_config(key, values))
+    in_loop = entry.get("in_loop", {})
+    if not isinstance(in_loop, dict) or not all(
+        name in DECODING and type(value) is bool for name, value in in_loop.items()
+    ):
+        raise ValueError(f"{key}: in_loop cannot be {in_loop!r}")
+    return Tuned(backend, None if values is None else _parse_config(key, values), in_loop)
 
 
 def _parse_config(key: str, values: object) -> TileConfig:
@@ -123,8 +134,8 @@ def save_choices(
 
     Args:
         device_name: as torch.cuda.get_device_name says it.
-        choices: shape class -> {"backend": its name or None, "config": TileConfig or None, ...} with whatever else
-            should be on record.
+        choices: shape class -> {"backend": its name or None, "config": TileConfig or None, ...}: over a packed weight
+            "in_loop", as Tuned has it, and whatever else should be on record.
         dropped: shape classes whose earlier choice, if any, no longer holds.
         directory: the user's cache directory by default.
 
@@ -186,14 +197,41 @@ def tuned_backend(spec: LaunchSpec) -> str | None:
     """Likewise the backend for a call; None where its rows are not aligned, too, as those of what was timed were."""
     if not all(spec.aligned):
         return None
-    return _choice(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout).backend
+    return _choice_of(spec).backend
+
+
+def tuned_in_loop(backend: str, spec: LaunchSpec) -> bool | None:
+    """Likewise whether products of such a call's packed weight should decode it in their loop."""
+    return _choice_of(spec).in_loop.get(backend) if all(spec.aligned) else None
+
+
+def tuned_way(spec: LaunchSpec, in_loop: bool) -> TileConfig | None:
+    """Likewise the configuration of Triton's kernels over such a call's packed weight, where it was found for this way
+    to decode it."""
+    choice = _choice_of(spec)
+    return choice.config if choice.in_loop.get("triton", False) == in_loop and all(spec.aligned) else None
+
+
+def _choice_of(spec: LaunchSpec) -> Tuned:
+    packed = None if spec.packed is None else spec.base_format
+    return _choice(spec.direction, spec.device, *spec.sizes, spec.dtype, spec.dropout, packed)
 
 
 def _choice(
-    direction: str, device: torch.device, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool
-) -> Tuned:
-    choices = _choices_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else {}
-    return choices.get(shape_class(direction, m, n, k, r, dtype, dropout), _NOTHING) if choices else _NOTHING
+    direction: str, device: torch.device, m: int, n: int, k: int, r: int, dtype: torch.dtype, dropout: bool,
+    packed: str | None = None,
+) -> Tuned:  # fmt: skip
+    choices = _choices_for(device)
+    return choices.get(shape_class(direction, m, n, k, r, dtype, dropout, packed), _NOTHING) if choices else _NOTHING
+
+
+def _choices_for(device: torch.device) -> dict[str, Tuned]:
+    if device.type != "cuda":
+        return {}
+    try:
+        return _choices_of(torch.cuda.get_device_name(device))
+    except (RuntimeError, AssertionError):
+        return {}  # a device that cannot be asked now
 
 
 _NOTHING = Tuned(None, None)

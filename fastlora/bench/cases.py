@@ -52,6 +52,17 @@ class LayerCase:
         return f"M={self.m} N={self.n} K={self.k} R={self.r}{dropout} {self.dtype}"
 
 
+@dataclass(frozen=True)
+class PackedCase(LayerCase):
+    """A layer over a base weight that is packed in the format ``base``, one of finetune.settings.BASE_QUANTS."""
+
+    base: str = "nf4"
+
+    @property
+    def label(self) -> str:
+        return f"{super().label} over {self.base}"
+
+
 def _grid(tokens, layers, ranks, dropouts, dtypes) -> list[LayerCase]:
     return [
         LayerCase(m, n, k, r, p, dtype)

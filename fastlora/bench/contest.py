@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -10,7 +10,7 @@ from fastlora import selection
 from fastlora.backends import reference
 from fastlora.backends.configs import TileConfig
 from fastlora.bench.cases import LayerCase
-from fastlora.bench.layer import input_sets
+from fastlora.bench.packed import decoded, sets_of
 from fastlora.bench.timing import EventClock, time_rounds
 from fastlora.bench.tuner import FINAL_ROUNDS, MIN_GAIN, check_results, make_call
 from fastlora.operands import uses_tf32
@@ -78,23 +78,47 @@ def compare_backends(
     spec = describe(case, direction, device)
     reasons = {name: selection.why_unsupported(name, spec) for name in BACKENDS}
     default = next(name for name in selection.preference(spec, tuned=False) if reasons[name] is None)
-    sets = input_sets(case, "cuda" if isinstance(clock, EventClock) else "cpu")
-    wanted = make_call(reference, direction, sets[0], case.dropout)()
-    calls: dict[str, list] = {}
+    sets = sets_of(case, "cuda" if isinstance(clock, EventClock) else "cpu")
+    candidates = {}
     for name in (name for name, reason in reasons.items() if reason is None):
         module = modules[name] if modules else selection.backend_module(name)
-        choice = {"config": config} if name == "triton" and config is not None else {}
+        candidates[name] = module, {"config": config} if name == "triton" and config is not None else {}
+    times, errors = time_candidates(candidates, case, direction, sets, clock)
+    reasons |= errors
+    if not times:
+        raise RuntimeError(f"no backend serves {case.label} {direction}: {'; '.join(map(str, reasons.values()))}")
+    entrants = tuple(Entrant(name, times.get(name), reasons[name]) for name in BACKENDS)
+    return Contest(default, faster(times, default), entrants)
+
+
+Key = TypeVar("Key")
+
+
+def time_candidates(
+    candidates: Mapping[Key, tuple[Any, dict[str, Any]]], case: LayerCase, direction: str, sets: list, clock: Any
+) -> tuple[dict[Key, float], dict[Key, str]]:
+    """Median times in µs of those candidates whose results are the reference's, in turn on rotating inputs; and why
+    there is none of the others.
+
+    Args:
+        candidates: a module with ``prepare``, and what it is to use instead of its own choice.
+        sets: of inputs, as sets_of makes them.
+    """
+    wanted = make_call(reference, direction, decoded(sets[0]), case.dropout)()
+    calls: dict[Key, list] = {}
+    errors: dict[Key, str] = {}
+    for key, (module, choice) in candidates.items():
         try:
             check_results(make_call(module, direction, sets[0], case.dropout, **choice)(), wanted, case.torch_dtype)
-            calls[name] = [make_call(module, direction, tensors, case.dropout, **choice) for tensors in sets]
+            calls[key] = [make_call(module, direction, tensors, case.dropout, **choice) for tensors in sets]
         except Exception as error:  # each backend says it differently
-            reasons[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-    if not calls:
-        raise RuntimeError(f"no backend serves {case.label} {direction}: {'; '.join(map(str, reasons.values()))}")
-    times = dict(zip(calls, time_rounds(list(calls.values()), clock, FINAL_ROUNDS, warm_up=1), strict=True))
-    entrants = tuple(
-        Entrant(name, times[name].median_us if name in times else None, reasons[name]) for name in BACKENDS
-    )
-    fastest = min(times, key=lambda name: times[name].median_us)
-    stays = default in times and times[fastest].median_us > times[default].median_us * (1 - MIN_GAIN)
-    return Contest(default, default if stays else fastest, entrants)
+            errors[key] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    timed = zip(calls, time_rounds(list(calls.values()), clock, FINAL_ROUNDS, warm_up=1), strict=True) if calls else ()
+    return {key: timing.median_us for key, timing in timed}, errors
+
+
+def faster(times: Mapping[Key, float], default: Key) -> Key:
+    """The fastest; the default where no other is faster by MIN_GAIN."""
+    fastest = min(times, key=lambda key: times[key])
+    stays = default in times and times[fastest] > times[default] * (1 - MIN_GAIN)
+    return default if stays else fastest

@@ -113,6 +113,14 @@ def _with_fastlora(model: nn.Module, case: ModelCase) -> nn.Module:
     return model
 
 
+def _with_groups(model: nn.Module, case: ModelCase) -> nn.Module:
+    """q, k and v, and gate and up, computed together."""
+    from fastlora.model import inject
+
+    inject(model, PROJECTIONS, r=case.r, alpha=SCALING * case.r, group=True)
+    return model
+
+
 def _with_peft(model: nn.Module, case: ModelCase) -> nn.Module:
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -128,12 +136,14 @@ def _with_patched_peft(model: nn.Module, case: ModelCase) -> nn.Module:
     return model
 
 
+GROUPED = "fastlora, layers of one input together"
 # Whole models leave out the eager composition but for its check: a step takes seconds on a CPU.
 WHOLE_MODEL_VARIANTS = ("frozen", "fastlora", "peft", "peft patched by fastlora")
 
 VARIANTS: dict[str, Callable[[nn.Module, ModelCase], nn.Module]] = {
     "frozen": lambda model, case: model,
     "fastlora": _with_fastlora,
+    GROUPED: _with_groups,
     "eager": _with_eager,
     "peft": _with_peft,
     "peft patched by fastlora": _with_patched_peft,

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastlora.backends import reference
-from fastlora.backends.configs import FEW_ROWS, TILE_TABLES, TileConfig, choose_config, table_for
+from fastlora.backends.configs import FEW_ROWS, TILE_TABLES, TileConfig, choose_config, over_packed, table_for
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.correctness import TOLERANCE, WrongResult
-from fastlora.bench.layer import input_sets
+from fastlora.bench.packed import decoded, sets_of
 from fastlora.bench.peers import SCALING, LayerTensors
 from fastlora.bench.timing import EventClock, time_rounds
 from fastlora.dispatch import launch_backward, launch_forward
@@ -58,7 +58,8 @@ def around(config: TileConfig) -> list[TileConfig]:
 
 
 def make_call(backend, direction: str, tensors: LayerTensors, dropout_p: float, **config) -> Callable[[], tuple]:
-    """One launch of a direction over one set of inputs; ``config=`` where it is not the backend's own choice."""
+    """One launch of a direction over one set of inputs; ``config=``, and over a packed weight ``in_loop=``, where it is
+    not the backend's own choice."""
     t = tensors
     seed = torch.tensor(1, dtype=torch.int64) if dropout_p else None
     shared = (SCALING, dropout_p, seed)
@@ -84,7 +85,9 @@ def check_results(found: tuple, wanted: tuple, dtype: torch.dtype) -> None:
             raise WrongResult(f"a result is off by {error:.2e} of its norm; rounding explains {TOLERANCE[dtype]:.0e}")
 
 
-def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, clock=None) -> Choice:
+def tune_case(
+    case: LayerCase, direction: str, target, backend, seconds: float, clock=None, in_loop: bool | None = None
+) -> Choice:
     """Finds the fastest configuration of one case: quick rounds over the table and then around its best, and a
     longer interleaved one over the best of all. A configuration whose results are wrong counts as one that fails.
 
@@ -94,25 +97,28 @@ def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, 
         backend: a module whose ``prepare`` takes ``config``.
         seconds: stop trying new configurations after this long.
         clock: EventClock by default.
+        in_loop: over a packed weight, the way that decodes it; None over a dense one.
 
     Raises:
         RuntimeError: the table's own choice does not run.
     """
     clock = clock or EventClock()
-    sets = input_sets(case, "cuda" if isinstance(clock, EventClock) else "cpu")
-    size = case.torch_dtype.itemsize
+    sets = sets_of(case, "cuda" if isinstance(clock, EventClock) else "cpu")
+    size, way = case.torch_dtype.itemsize, {} if in_loop is None else {"in_loop": in_loop}
     table = choose_config(
         direction, case.m, case.n, case.k, case.r,
         arch=target.arch, n_sms=target.n_sms, element_size=size, aligned=True, dropout=case.dropout > 0,
+        one_row_block=bool(in_loop),
     )  # fmt: skip
-    wanted = make_call(reference, direction, sets[0], case.dropout)()
+    table = table if in_loop is None else over_packed(table, size)
+    wanted = make_call(reference, direction, decoded(sets[0]), case.dropout)()
     started = time.perf_counter()
     quick: dict[TileConfig, Measured] = {}
 
     def try_all(configs) -> list[Measured]:
         for config in configs:
             if config not in quick and (not quick or time.perf_counter() - started < seconds):
-                quick[config] = _measure_one(backend, direction, sets, config, case, wanted, clock)
+                quick[config] = _measure_one(backend, direction, sets, config, case, wanted, clock, way)
         ran = (entry for entry in quick.values() if entry.error is None)
         return sorted(ran, key=lambda entry: entry.median_us)
 
@@ -121,26 +127,27 @@ def tune_case(case: LayerCase, direction: str, target, backend, seconds: float, 
         raise RuntimeError(f"the table's choice for {case.label} {direction} does not run: {quick[table].error}")
     ran = try_all(around(ran[0].config))
     finalists = list(dict.fromkeys([table, *(entry.config for entry in ran[:SURVIVORS])]))
-    final = _measure_together(backend, direction, sets, finalists, case.dropout, clock)
+    final = _measure_together(backend, direction, sets, finalists, case.dropout, clock, way)
     best = min(final, key=lambda entry: entry.median_us)
     if best.median_us > final[0].median_us * (1 - MIN_GAIN):
         best = final[0]
     return Choice(final[0], best, len(quick), sum(entry.error is not None for entry in quick.values()))
 
 
-def _measure_one(backend, direction, sets, config, case, wanted, clock) -> Measured:
+def _measure_one(backend, direction, sets, config, case, wanted, clock, way) -> Measured:
     try:
-        found = make_call(backend, direction, sets[0], case.dropout, config=config)()
+        found = make_call(backend, direction, sets[0], case.dropout, config=config, **way)()
         check_results(found, wanted, case.torch_dtype)
-        return _measure_together(backend, direction, sets, [config], case.dropout, clock, QUICK_ROUNDS)[0]
+        return _measure_together(backend, direction, sets, [config], case.dropout, clock, way, QUICK_ROUNDS)[0]
     except Exception as error:  # too many registers, too much shared memory: each compiler version says it differently
         return Measured(config, None, f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
-def _measure_together(backend, direction, sets, configs, dropout_p, clock, rounds=FINAL_ROUNDS) -> list[Measured]:
+def _measure_together(backend, direction, sets, configs, dropout_p, clock, way, rounds=FINAL_ROUNDS) -> list[Measured]:
     """Medians of several configurations, in turn on rotating inputs."""
     calls = [
-        [make_call(backend, direction, tensors, dropout_p, config=config) for tensors in sets] for config in configs
+        [make_call(backend, direction, tensors, dropout_p, config=config, **way) for tensors in sets]
+        for config in configs
     ]
     times = time_rounds(calls, clock, rounds, warm_up=1)
     return [Measured(config, timing.median_us) for config, timing in zip(configs, times, strict=True)]

@@ -32,12 +32,13 @@ def quantise_linears(model: nn.Module, name: str, compute_dtype: torch.dtype) ->
     for path, linear in list(model.named_modules()):
         if type(linear) is nn.Linear and not is_head(model, path):
             parent, _, child = path.rpartition(".")
-            setattr(model.get_submodule(parent), child, _quantised(linear, name, compute_dtype))
+            setattr(model.get_submodule(parent), child, quantised_linear(linear, name, compute_dtype))
     model.is_loaded_in_4bit = _LIBRARIES[name] == "bitsandbytes"  # what PEFT chooses its class of layer by
     return model
 
 
-def _quantised(linear: nn.Linear, name: str, compute_dtype: torch.dtype) -> nn.Module:
+def quantised_linear(linear: nn.Linear, name: str, compute_dtype: torch.dtype) -> nn.Module:
+    """One such layer: a new one of bitsandbytes', or the same one with torchao's weight; arguments as above."""
     device = linear.weight.device
     if _LIBRARIES[name] == "torchao":
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_

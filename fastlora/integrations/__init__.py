@@ -160,7 +160,7 @@ differ. Two backward passes through different layers of a group need ``retain_gr
 input requires no gradient. A layer whose result nothing uses gets a gradient of zero under DDP, for which it counts as
 used. Seeds of a group are drawn together: where a model draws random numbers between the layers' calls, or does not
 call one of them after all, the masks are not those of single layers, though they are as random, and the same in a
-recomputation. No kernel computes a group in one launch yet: on a GPU each layer is a launch of its own, counted.
+recomputation. On a GPU one launch each way serves a group; where none can, each layer is a launch of its own, counted.
 
 **FSDP2.** Put LoRA in first, then shard: blocks, LoRA layers or leaves. Under ``torchrun`` this is one of several
 processes. A patched PEFT model stays fused in whatever way FSDP wraps it: FSDP2 over blocks, whole models, LoRA layers

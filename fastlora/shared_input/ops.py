@@ -271,8 +271,9 @@ def lora_linears(
 
     Returns:
         Tensors [..., out_features_i] of x's dtype, none a view of another. An output that nothing depends on costs the
-        backward nothing, and its parameters get no gradient. No kernel computes several projections in one launch
-        yet: on a GPU each is a launch of its own, counted as a fallback, and has the values of ``lora_linear``.
+        backward nothing, and its parameters get no gradient. On a GPU one launch computes them all, and one their
+        gradients; where no backend has such a launch (more than eight projections, weights as [K, N], say), each is a
+        launch of its own, and the reason is counted as a fallback.
 
         Under ``torch.compile``, a transform of ``torch.func``, forward-mode AD, ``torch.jit.trace`` or a dispatch mode,
         and over tensors that are no plain ones (quantised weights, nested tensors, DTensors), each projection is a

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import fastlora
 from fastlora.bench import models
 from fastlora.bench.correctness import WrongResult
 from fastlora.bench.cost import model_cost
@@ -31,6 +32,15 @@ def test_every_variant_is_measured(whole):
         assert (
             row["tflops"] == cost.flops / row["median_us"] / 1e6 and row["gbs"] == cost.bytes / row["median_us"] / 1e3
         )
+
+
+def test_layers_of_one_input_are_computed_together_in_their_variant_alone():
+    """q, k, v and gate, up of each of two layers, forward; the run of all variants is one."""
+    models_of, stages, _ = models.build_stages(TINY, *models.make_inputs(TINY, "cpu"), whole=False)
+    for name in models_of:
+        fastlora.reset_dispatch_counts()
+        stages[name].forward()
+        assert fastlora.dispatch_counts().get("groups", 0) == (4 if name == models.GROUPED else 0)
 
 
 @pytest.mark.parametrize("whole, variants", [(False, ("frozen", "eager")), (True, ("frozen",))])

@@ -6,19 +6,23 @@ import pwd
 import sys
 import warnings
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fastlora import dispatch, selection
 from fastlora.backends import reference, tuning
 from fastlora.backends.configs import TILE_TABLES, choose_config, table_for
+from fastlora.backends.cuda import quantised_launch as cuda_packed
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
-from fastlora.backends.tuning import load_choices, save_choices, shape_class
+from fastlora.backends.triton import quantised_launch as triton_packed
+from fastlora.backends.tuning import Tuned, load_choices, save_choices, shape_class
 from fastlora.bench import tuner
 from fastlora.bench.cases import LayerCase
 from fastlora.bench.timing import HostClock
-from fastlora.problem import LaunchSpec, Sizes
+from fastlora.problem import LaunchSpec, Packed, Sizes
 
 DEVICE = "NVIDIA Imaginary 9000 (test)"
 KEY = shape_class("forward", 8192, 4096, 4096, 16, torch.bfloat16, False)
@@ -26,6 +30,7 @@ CASE = LayerCase(64, 48, 32, 4, 0.0, "float32")
 
 
 HOPPER = Target(arch=90, n_sms=132)
+DECODING = (cuda_packed, triton_packed)
 
 
 HEADLINE = LayerCase(8192, 4096, 4096, 16)
@@ -71,7 +76,9 @@ def test_choices_survive_and_add_up():
     path = save_choices(DEVICE, {KEY: {"backend": "cuda", "config": first, "median_us": 1.5}})
     assert path.name == "tuned-nvidia-imaginary-9000-test.json"
     save_choices(DEVICE, {**choices(another=second), "third": {"backend": "composed", "config": None}})
-    assert load_choices(DEVICE) == {KEY: ("cuda", first), "another": (None, second), "third": ("composed", None)}
+    assert load_choices(DEVICE) == {
+        KEY: Tuned("cuda", first), "another": Tuned(None, second), "third": Tuned("composed", None),
+    }  # fmt: skip
     assert json.loads(path.read_text())["choices"][KEY]["median_us"] == 1.5
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -79,7 +86,7 @@ def test_choices_survive_and_add_up():
 def test_a_choice_that_no_longer_holds_is_dropped():
     save_choices(DEVICE, choices(KEY=table_config(), another=table_config()))
     save_choices(DEVICE, {}, [KEY, "never there"])
-    assert load_choices(DEVICE) == {"another": (None, table_config())}
+    assert load_choices(DEVICE) == {"another": Tuned(None, table_config())}
 
 
 def test_shipped_choices_serve_where_the_user_has_none_of_his_own(monkeypatch, tmp_path):
@@ -173,6 +180,18 @@ DAMAGE = {
         json.dumps(stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "fused": 1}}})),
         "fused cannot be 1",
     ),
+    "a way of a backend that decodes nothing": (
+        json.dumps(stored(choices={KEY: {"backend": None, "config": None, "in_loop": {"composed": True}}})),
+        "in_loop cannot be {'composed': True}",
+    ),
+    "a way that is none": (
+        json.dumps(stored(choices={KEY: {"backend": None, "config": None, "in_loop": {"cuda": 1}}})),
+        "in_loop cannot be {'cuda': 1}",
+    ),
+    "one way for all": (
+        json.dumps(stored(choices={KEY: {"backend": None, "config": None, "in_loop": True}})),
+        "in_loop cannot be True",
+    ),
     "NaN": (
         json.dumps(
             stored(choices={KEY: {"backend": None, "config": {**asdict(table_config()), "group_m": float("nan")}}})
@@ -192,7 +211,7 @@ def test_a_damaged_file_is_ignored_with_a_warning_and_replaced_by_the_next_tunin
         assert load_choices(DEVICE) == {}
     assert reason in str(caught[0].message)
     save_choices(DEVICE, choices(KEY=table_config()))
-    assert load_choices(DEVICE) == {KEY: (None, table_config())}
+    assert load_choices(DEVICE) == {KEY: Tuned(None, table_config())}
 
 
 def test_binary_rubbish_is_ignored_with_a_warning(cache):
@@ -201,7 +220,7 @@ def test_binary_rubbish_is_ignored_with_a_warning(cache):
     with pytest.warns(UserWarning, match="ignoring"):
         assert load_choices(DEVICE) == {}
     save_choices(DEVICE, choices(KEY=table_config()))
-    assert load_choices(DEVICE) == {KEY: (None, table_config())}
+    assert load_choices(DEVICE) == {KEY: Tuned(None, table_config())}
 
 
 def test_a_failed_write_leaves_the_old_file(monkeypatch):
@@ -228,6 +247,87 @@ def test_a_call_gets_its_class_choice_or_none(monkeypatch):
     assert tuning.tuned_config("forward", device, 16, 4096, 4096, 16, torch.bfloat16, False) is None
     cpu = torch.device("cpu")
     assert tuning.tuned_config("forward", cpu, 8192, 4096, 4096, 16, torch.bfloat16, False) is None
+
+
+def packed_spec(**changes):
+    """A forward's of 64 rows over nf4."""
+    dtype, codes = torch.bfloat16, (torch.uint8, torch.float32)
+    packed = Packed((64, 0), codes, (4096 * 4096 // 2, 4096 * 64), (True, True), True)
+    sizes = Sizes(64, 4096, 4096, 16)
+    spec = LaunchSpec("forward", sizes, dtype, (dtype, dtype), torch.device("cuda", 0), "nf4", packed=packed)
+    return spec._replace(**changes)
+
+
+def test_a_packed_weights_class_is_its_own(monkeypatch):
+    """The way to decode by backend; the configuration for Triton's way alone; nothing of another format, of dense
+    weights, or of rows that are not aligned."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
+    spec, chosen = packed_spec(), replace(table_config(), group_m=3)
+    key = shape_class("forward", *spec.sizes, spec.dtype, False, "nf4")
+    assert key == "forward m64 n4096 k4096 r16 bfloat16 nf4"
+    save_choices(DEVICE, {key: {"backend": "triton", "config": chosen, "in_loop": {"cuda": False, "triton": True}}})
+    assert tuning.tuned_in_loop("cuda", spec) is False and tuning.tuned_in_loop("triton", spec) is True
+    assert tuning.tuned_way(spec, True) == chosen and tuning.tuned_way(spec, False) is None
+    assert tuning.tuned_backend(spec) == "triton"
+    others = (
+        spec._replace(base_format="fp4"), spec._replace(packed=None, base_format="dense"),
+        spec._replace(aligned=spec.aligned._replace(act=False)), spec._replace(device=torch.device("cpu")),
+    )  # fmt: skip
+    for other in others:
+        assert (
+            tuning.tuned_in_loop("triton", other)
+            is tuning.tuned_way(other, True)
+            is tuning.tuned_backend(other)
+            is None
+        )
+
+
+def test_both_backends_launch_the_way_that_was_tuned(monkeypatch):
+    """Few rows once, many in the loop; but not where that is impossible."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
+    few, many = packed_spec(), packed_spec(sizes=Sizes(512, 4096, 4096, 16))
+    assert [each.decodes_in_loop(spec) for each in DECODING for spec in (few, many)] == [True, False] * 2
+    for spec, in_loop in ((few, False), (many, True)):
+        ways = {"cuda": in_loop, "triton": in_loop}
+        key = shape_class("forward", *spec.sizes, spec.dtype, False, "nf4")
+        save_choices(DEVICE, {key: {"backend": None, "config": None, "in_loop": ways}})
+    assert [each.decodes_in_loop(spec) for each in DECODING for spec in (few, many)] == [False, True] * 2
+    assert [each.decodes_in_loop(few, tuned=False) for each in DECODING] == [True, True]
+    assert not any(each.decodes_in_loop(many._replace(dropout=True)) for each in DECODING)
+
+
+def test_the_backend_that_was_tuned_comes_first_over_a_packed_weight(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
+    refused = {"cuda": None, "triton": None}
+    monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: refused[name])
+    monkeypatch.setattr(
+        selection, "serving_module", lambda name, spec: SimpleNamespace(prepare=lambda spec: lambda given: name)
+    )
+    spec = packed_spec()
+
+    def serving(requested=None) -> str:
+        dispatch.forget_routes()
+        return dispatch._in_launch((1,), requested, ("a key",), lambda: ((1,), spec))()
+
+    assert dispatch.served_in_launch(spec, None) and serving() == "cuda"
+    key = shape_class("forward", *spec.sizes, spec.dtype, False, "nf4")
+    save_choices(DEVICE, {key: {"backend": "triton", "config": None, "in_loop": {"triton": True}}})
+    assert serving() == "triton" and serving("cuda") == "cuda"
+    refused["triton"] = "triton: not here"
+    assert serving() == "cuda"
+    dispatch.forget_routes()
+
+
+def test_triton_takes_the_tile_that_was_tuned_for_its_way(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: DEVICE)
+    monkeypatch.setattr(triton_packed, "target_of", lambda device: HOPPER)
+    spec, chosen = packed_spec(), replace(table_config(), block_m=64, group_m=3, fused=False)
+    key = shape_class("forward", *spec.sizes, spec.dtype, False, "nf4")
+    save_choices(DEVICE, {key: {"backend": None, "config": chosen, "in_loop": {"triton": False}}})
+    assert triton_packed.prepare(spec).config == chosen
+    assert triton_packed.prepare(spec, in_loop=True).config != chosen
+    odd = packed_spec(sizes=Sizes(64, 4088, 4096, 16))
+    assert triton_packed.prepare(odd).config != chosen, "rows that Triton does not know to be aligned"
 
 
 @pytest.mark.parametrize("direction, dropout", [("forward", False), ("backward", True)])

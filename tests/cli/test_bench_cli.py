@@ -11,7 +11,7 @@ import torch
 
 from fastlora.backends import tuning
 from fastlora.backends.configs import TILE_TABLES, table_for
-from fastlora.bench import claims, contest, run, timing, tuner
+from fastlora.bench import claims, contest, packed, run, timing, tuner, ways
 from fastlora.bench.correctness import WrongResult
 from fastlora.finetune.settings import Settings
 from fastlora.tables import WIDTH
@@ -125,7 +125,7 @@ def test_the_fastest_backend_is_kept_whatever_becomes_of_tritons_tiles(fastlora_
     assert tuned.code == 2 and "1 not tuned: no image" in tuned.err
     assert "triton 20.0 µs, composed 10.0 µs, cuda none (cuda: not built): composed serves it, instead of" in tuned.out
     choices = tuning.load_choices("Imaginary")
-    assert {key: backend for key, (backend, _) in choices.items()} == {
+    assert {key: each.backend for key, each in choices.items()} == {
         "backward m64 n64 k64 r16 bfloat16": "composed", "forward m128 n64 k64 r16 bfloat16": "composed",
     }  # fmt: skip
     assert choices["forward m128 n64 k64 r16 bfloat16"].config is None
@@ -138,7 +138,7 @@ def test_without_triton_the_others_are_compared(fastlora_cli, monkeypatch, a_gpu
     tuned = fastlora_cli("tune", *CASES[:2])
     assert tuned.code == 0 and "triton: no C compiler" in tuned.out
     (chosen,) = tuning.load_choices("Imaginary").values()
-    assert chosen == ("composed", None)
+    assert chosen == tuning.Tuned("composed", None)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ def test_tuning_keeps_what_beats_the_table_and_forgets_what_no_longer_does(fastl
     assert tuned.code == 0 and "50.0% faster" in tuned.out and "the table's choice stays" in tuned.out, tuned.err
     keys = ["forward m64 n64 k64 r16 bfloat16", "backward m128 n64 k64 r16 bfloat16"]
     choices = tuning.load_choices("Imaginary")
-    assert {key: (backend, config.group_m) for key, (backend, config) in choices.items()} == {
+    assert {key: (each.backend, each.config.group_m) for key, each in choices.items()} == {
         keys[0]: ("triton", 8), keys[1]: ("triton", 4),
     }  # fmt: skip
     shown = fastlora_cli("tune", "--show")
@@ -286,6 +286,47 @@ def test_what_ends_one_search_takes_nothing_from_the_others(fastlora_cli, monkey
     assert tuned.code == code and tuned.err.strip().splitlines()[-1] == line
     expected = {64} if code == 130 else {64, 256}
     assert set(tuning.load_choices("Imaginary")) == {f"forward m{m} n64 k64 r16 bfloat16" for m in expected}
+
+
+def ways_of(winner, in_loop, untuned=True):
+    cuda, triton = (ways.Way(name, True) for name in ("cuda", "triton"))
+    medians = {cuda: 20.0, triton: 10.0, cuda._replace(in_loop=False): None}
+    chosen = {"cuda": True, "triton": in_loop}
+    return ways.Outcome(cuda, winner, chosen, dict.fromkeys(chosen, untuned), medians, {"cuda once": "it is off"})
+
+
+def test_tuning_over_a_packed_weight_keeps_the_way_to_decode(fastlora_cli, monkeypatch, a_gpu):
+    """With Triton's tile for its way; a backward has one."""
+    pytest.importorskip("bitsandbytes")
+    searched, compared = [], []
+    monkeypatch.setattr(packed, "sets_of", lambda case, device, sets_of=packed.sets_of: sets_of(case, "cpu"))
+
+    def tune_case(case, direction, target, module, seconds, in_loop):
+        searched.append((direction, in_loop, seconds))
+        return choice(4 if in_loop else 8, table=16)
+
+    def compare_ways(case, direction, device, configs):
+        compared.append((case.base, direction, {way: config.group_m for way, config in configs.items()}))
+        loop = direction == "forward"
+        return ways_of(ways.Way("triton", loop), loop, untuned=loop)
+
+    monkeypatch.setattr(tuner, "tune_case", tune_case)
+    monkeypatch.setattr(ways, "compare_ways", compare_ways)
+    tuned = fastlora_cli("tune", "--base-quant", "nf4", *CASES[:2], "--seconds", "6")
+    assert tuned.code == 0, tuned.err
+    assert searched == [("forward", False, 3.0), ("forward", True, 3.0), ("backward", False, 6.0)]
+    assert compared == [("nf4", "forward", {False: 8, True: 4}), ("nf4", "backward", {False: 8})]
+    assert "cuda in the loop 20.0 µs, triton in the loop 10.0 µs, cuda once none (it is off): triton in the loop" in (
+        tuned.out
+    )
+    found = tuning.load_choices("Imaginary")
+    keys = [f"{direction} m64 n64 k64 r16 bfloat16 nf4" for direction in ("forward", "backward")]
+    assert {key: (each.backend, each.config.group_m, each.in_loop) for key, each in found.items()} == {
+        keys[0]: ("triton", 4, {"cuda": True, "triton": True}),
+        keys[1]: ("triton", 8, {"cuda": True, "triton": False}),
+    }
+    shown = fastlora_cli("tune", "--show").out
+    assert "cuda decodes in the loop, triton decodes once" in shown
 
 
 def test_peers_are_named(fastlora_cli):

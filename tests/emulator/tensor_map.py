@@ -85,7 +85,13 @@ class TensorMap:
 
 
 _FORM = struct.Struct("<QQII5Q4Q5IIII")
-_DRIVER_TYPES = {3: torch.int32, 6: torch.float16, 7: torch.float32, 9: torch.bfloat16}
+_DRIVER_TYPES = {
+    0: (torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2),  # bytes, whatever they stand for
+    3: (torch.int32,),
+    6: (torch.float16,),
+    7: (torch.float32,),
+    9: (torch.bfloat16,),
+}
 
 
 def unpack(data, offset, by_address):
@@ -102,7 +108,7 @@ def unpack(data, offset, by_address):
         return None
     sizes, strides, box, (swizzle, _, element_type) = rest[:5], rest[5:9], rest[9:14], rest[14:]
     tensor = by_address.get(address)
-    if tensor is None or tensor.dtype != _DRIVER_TYPES.get(element_type):
+    if tensor is None or tensor.dtype not in _DRIVER_TYPES.get(element_type, ()):
         what = "no operand" if tensor is None else f"a tensor of {tensor.dtype}"
         raise LaunchError(f"a tensor map of the driver's element type {element_type} lies over {what}")
     return TensorMap(

@@ -177,20 +177,38 @@ def test_choices_of_tile():
 
 @needs_extension
 def test_what_is_compiled_is_what_the_list_says():
-    """csrc/variants.def, for both directions and types, with and without dropout."""
+    """csrc/variants.def, for both directions and types, with and without dropout; in the loop of few rows' products,
+    a forward without."""
     setup = toolkit.load_setup()
     text = (setup.CSRC / "variants.def").read_text()
-    lines = re.findall(r"^FASTLORA_SM90(_SEGMENTS)?\((\d+), (\d+), (\d+), (\w+)Weight\)$", text, re.M)
+    lines = re.findall(r"^FASTLORA_SM90(_SEGMENTS|_SHARED)?\((\d+), (\d+), (\d+), (\w+)Weight\)$", text, re.M)
     listed = {
-        (bool(segments), *map(int, sizes), weight == "Transposed", weight == "Decoded", backward, dtype, dropout)
-        for segments, *sizes, weight in lines
+        (
+            call == "_SEGMENTS",
+            call == "_SHARED",
+            *map(int, sizes),
+            weight == "Transposed",
+            weight == "Decoded",
+            backward,
+            dtype,
+            dropout,
+        )
+        for call, *sizes, weight in lines
         for backward in (False, True)
         for dtype in ("bfloat16", "float16")
-        for dropout in ((False,) if segments else (False, True))
+        for dropout in ((False,) if call == "_SEGMENTS" else (False, True))
     }
-    keys = ("segments", "block_m", "block_n", "rank", "transposed", "decodes", "backward", "dtype", "dropout")
-    assert {tuple(variant[key] for key in keys) for variant in extension.variants()} == listed
-    assert len(extension.variants()) == len(listed)
+    keys = ("segments", "shared", "block_m", "block_n", "rank", "transposed", "decodes", "backward", "dtype", "dropout")
+    others = [variant for variant in extension.variants() if not variant["in_loop"]]
+    assert {tuple(variant[key] for key in keys) for variant in others} == listed
+    assert len(others) == len(listed)
+    in_loop = {
+        (False, False, *map(int, sizes), False, False, False, dtype, False)
+        for sizes in re.findall(r"^FASTLORA_SM90_IN_LOOP\((\d+), (\d+), (\d+)\)$", text, re.M)
+        for dtype in ("bfloat16", "float16")
+    }
+    found = [tuple(variant[key] for key in keys) for variant in extension.variants() if variant["in_loop"]]
+    assert set(found) == in_loop and len(found) == len(in_loop) == 2
 
 
 @needs_extension

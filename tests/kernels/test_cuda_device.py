@@ -11,9 +11,13 @@ from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.cuda import quantised_launch, segment_launch
 from fastlora.ops import lora_linear
 from fastlora.problem import Needs
-from tests.support import launches, numerics, quantised_checks, segments
+from tests.support import cuda_quantised_checks, launches, numerics, quantised_checks, segments
 from tests.support.cuda_checks import lying_transposed
 from tests.support.cuda_emulation import run_layer
+from tests.support.cuda_projection_checks import GROUPS, assert_exact, expected
+from tests.support.cuda_projection_checks import NEEDS as PROJECTION_NEEDS
+from tests.support.cuda_projection_checks import draw as draw_projections
+from tests.support.cuda_projection_checks import launch as launch_projections
 from tests.support.cuda_segment_checks import NEEDS as SEGMENT_NEEDS
 from tests.support.cuda_segment_checks import SHORT, TALL
 from tests.support.segment_checks import LAYOUTS, draw, launch
@@ -77,6 +81,21 @@ def test_rows_in_segments(poisoned, layout, tile, transposed):
         assert all(torch.equal(again[name], result) for name, result in first.items())
 
 
+@pytest.mark.parametrize("name", GROUPS)
+def test_projections_that_share_an_input(poisoned, name):
+    group, tile = GROUPS[name]
+    cases = draw_projections(group, 1000)
+    wanted = expected(group, cases)
+    moved = [on_device(case) for case in cases]
+    first = launch_projections(group, moved, tile, PROJECTION_NEEDS, n_sms())
+    on_host = {what: [each if each is None else each.cpu() for each in values] for what, values in first.items()}
+    assert_exact(on_host, wanted)
+    for _ in range(10):
+        again = launch_projections(group, moved, tile, PROJECTION_NEEDS, n_sms())
+        for what, values in again.items():
+            assert all(a is None or torch.equal(a, b) for a, b in zip(values, first[what], strict=True)), what
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("dropout_p", (0.0, 0.1))
@@ -102,6 +121,25 @@ def test_packed_weights_are_decoded_bit_for_bit(poisoned, name, tile):
             case, packed, Needs(True, True, True, True), lambda spec: quantised_launch.prepare(spec, tile, n_sms())
         )
         numerics.assert_accurate(results, case)
+
+
+@pytest.mark.parametrize("name", ("nf4", "nf4 nested", "fp4", "int8", "float8", "float8 e5m2"))
+def test_products_in_the_loop_see_the_librarys_own_bits(poisoned, name):
+    """By the tile that is chosen; and few rows with the branch."""
+    case, packed = cuda_quantised_checks.draw_selected(name, 1032, 416, torch.bfloat16, 64)
+    packed = packed._replace(tensors=tuple(tensor.cuda() for tensor in packed.tensors))
+
+    def prepare(spec):
+        return quantised_launch.prepare(spec, None, n_sms(), True)
+
+    results = quantised_checks.run_layer(on_device(case), packed, None, prepare, in_loop=True)
+    numerics.assert_exact({each: result.cpu() for each, result in results.items()}, case)
+    if name != "float8 e5m2":
+        case, packed = quantised_checks.draw(name, (48, 1032, 416, 64), torch.bfloat16)
+        packed = packed._replace(tensors=tuple(tensor.cuda() for tensor in packed.tensors))
+        for _ in range(3):
+            results = quantised_checks.run_layer(on_device(case), packed, None, prepare, in_loop=True)
+            numerics.assert_accurate(results, on_device(case))
 
 
 @pytest.mark.contact

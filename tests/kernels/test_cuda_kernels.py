@@ -146,7 +146,7 @@ def test_a_seed_on_the_device_gives_the_same_mask(poisoned, monkeypatch, dropout
     case = numerics.draw_case(136, 136, 72, 16, torch.bfloat16, dropout_p=dropout_p)
     with emulated() as launch:
         results, _ = run_layer(case, MEDIUM, ctas=2)
-        monkeypatch.setattr(cuda, "_by_address_or_value", lambda seed: (seed, 0))
+        monkeypatch.setattr(cuda, "by_address_or_value", lambda seed: (seed, 0))
         on_device, _ = run_layer(case, MEDIUM, ctas=2)
     assert launch.stats[-1].buffers["seed_address"].bytes_read > 0
     assert all(torch.equal(results[name], on_device[name]) for name in results)

@@ -1,23 +1,28 @@
 """A plan of a CUDA launch refuses, by name, what no kernel can do or read. Of csrc's host code as it is now, over the
 emulated runtime."""
 
-import random
 import struct
 
 import pytest
 
 from tests.support import cuda_runtime
+from tests.support.cuda_plans import (
+    BACKWARD_ONLY,
+    IN,
+    LARGE_TILE,
+    MATRICES,
+    MOST,
+    OUT,
+    SIZES,
+    TILE,
+    VECTORS,
+    M,
+    R,
+    arguments,
+    make_plan,
+)
 
 pytestmark = pytest.mark.skipif(cuda_runtime.unavailable() is not None, reason=f"{cuda_runtime.unavailable()}")
-
-SIZES = dict(backward=False, fp16=False, dropout=False, group_m=4, splits=1, fused=False, ctas=4, m=64, n=64, k=64, r=8)
-TILE, LARGE_TILE = {"block_m": 64, "block_n": 128}, {"block_m": 128, "block_n": 256}
-MOST = 2**31 - 1024  # of M, N, K, tiles and flags
-_BACKWARD_ONLY = ("layer_input", "saved_s", "grad_a", "grad_b", "grad_bias")
-
-
-def _plan(**problem):
-    return cuda_runtime.runtime().module.Plan(**problem)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ def _plan(**problem):
 )
 def test_a_problem_that_no_launch_can_count_is_refused(changes, reason):
     with pytest.raises(ValueError, match=reason):
-        _plan(**{**SIZES, **TILE, **changes})
+        make_plan(**{**SIZES, **TILE, **changes})
 
 
 @pytest.mark.parametrize(
@@ -56,7 +61,7 @@ def test_a_problem_that_no_launch_can_count_is_refused(changes, reason):
     ids=str,
 )
 def test_the_smallest_and_the_largest_problems_are_planned(changes):
-    _plan(**{**SIZES, **TILE, **changes})
+    make_plan(**{**SIZES, **TILE, **changes})
 
 
 # A packed base weight of 64 x 64: scales of 64 elements each.
@@ -82,20 +87,21 @@ NESTED, INT8 = {**NF4, "scale_format": "nested", "nested_block": 256}, {**NF4, "
 )
 def test_a_packed_weight_that_no_kernel_decodes_is_refused(packed, reason):
     with pytest.raises(ValueError, match=reason):
-        _plan(**{**SIZES, **DECODED_TILE, **packed})
+        make_plan(**{**SIZES, **DECODED_TILE, **packed})
 
 
 def test_formats_have_names():
     with pytest.raises(TypeError, match=r"Plan\(\) cannot take 'nf5' as the argument 'code_format'"):
-        _plan(**{**SIZES, **DECODED_TILE, **NF4, "code_format": "nf5"})
+        make_plan(**{**SIZES, **DECODED_TILE, **NF4, "code_format": "nf5"})
     with pytest.raises(TypeError, match=r"Plan\(\) cannot take 3 as the argument 'scale_format'"):
-        _plan(**{**SIZES, **DECODED_TILE, **NF4, "scale_format": 3})
+        make_plan(**{**SIZES, **DECODED_TILE, **NF4, "scale_format": 3})
 
 
-def test_more_parts_than_32_bits_count_are_refused():
-    wide = {"n": MOST, "k": MOST, "block": 1 << 30}
-    with pytest.raises(ValueError, match="more scales or parts of the packed weight than 32 bits count"):
-        _plan(**{**SIZES, **DECODED_TILE, **INT8, **wide, "backward": True})
+@pytest.mark.parametrize("what, size", (("scales", MOST), ("parts", 1 << 22)))
+def test_more_scales_or_parts_than_32_bits_count_are_refused(what, size):
+    wide = {"n": size, "k": size, "block": 1 << 30}
+    with pytest.raises(ValueError, match=f"more {what} of the packed weight than 32 bits count"):
+        make_plan(**{**SIZES, **DECODED_TILE, **INT8, **wide, "backward": True})
 
 
 @pytest.mark.parametrize("backward", (False, True))
@@ -103,7 +109,7 @@ def test_what_a_launch_over_a_packed_weight_takes_of_memory(backward):
     """Forward, three panels of 128 rows, each in three parts of 32 Ki elements; in dX one panel, in five."""
     rows, columns = 304, 520
     sizes = {"m": 257, "backward": backward, "n": columns if backward else rows, "k": rows if backward else columns}
-    plans = [_plan(**{**SIZES, **DECODED_TILE, **sizes, **packed}) for packed in ({}, NF4)]
+    plans = [make_plan(**{**SIZES, **DECODED_TILE, **sizes, **packed}) for packed in ({}, NF4)]
     panels, parts = (1, 5) if backward else (3, 3)
     assert plans[1].workspace_words == plans[0].workspace_words + panels
     assert [plan.decode_tiles for plan in plans] == [0, panels * parts]
@@ -111,7 +117,7 @@ def test_what_a_launch_over_a_packed_weight_takes_of_memory(backward):
 
 
 def test_the_tensors_of_a_packed_weight_are_given_where_it_is_decoded():
-    plans = {name: _plan(**{**SIZES, **DECODED_TILE, **packed}) for name, packed in PACKED.items()}
+    plans = {name: make_plan(**{**SIZES, **DECODED_TILE, **packed}) for name, packed in PACKED.items()}
     tensors = {"dense": (), "nf4": ("codes", "scales"), "int8": ("codes", "scales"), "nested": NESTED_TENSORS}
     for name, plan in plans.items():
         given = arguments(plan, **dict.fromkeys(tensors[name], 1 << 20))
@@ -145,7 +151,7 @@ PACKED: dict[str, dict] = {"dense": {}, "nf4": NF4, "int8": INT8, "nested": NEST
 def test_what_a_backward_takes_of_memory(wanted, fused, splits):
     """5 row blocks in 2 groups, 2 columns of dX and 1 of S, 2 tiles of dA and 3 of dB."""
     sizes = {"m": 257, "n": 256, "k": 384, "group_m": 4, "fused": fused, "splits": splits, "backward": True}
-    plan = _plan(**{**SIZES, **TILE, **sizes}, **dict.fromkeys(wanted, True))
+    plan = make_plan(**{**SIZES, **TILE, **sizes}, **dict.fromkeys(wanted, True))
     variant = plan.variant
     column_tiles = 5 * (2 + (not fused))
     gradient_tiles = 3 * bool({"grad_b", "grad_bias"} & {*wanted}) + 2 * ("grad_a" in wanted)
@@ -156,39 +162,29 @@ def test_what_a_backward_takes_of_memory(wanted, fused, splits):
 
 
 def test_a_grid_is_no_larger_than_its_tiles():
-    assert _plan(**{**SIZES, **TILE, "ctas": 132}).ctas == 2, "a tile of S and one of Y"
-    assert _plan(**{**SIZES, **TILE, "ctas": 132, "m": 64 * 200}).ctas == 132
+    assert make_plan(**{**SIZES, **TILE, "ctas": 132}).ctas == 2, "a tile of S and one of Y"
+    assert make_plan(**{**SIZES, **TILE, "ctas": 132, "m": 64 * 200}).ctas == 132
     of_clusters = {**SIZES, **LARGE_TILE, "m": 128 * 200}
-    assert _plan(**{**of_clusters, "ctas": 131}).ctas == 130 and _plan(**{**of_clusters, "ctas": 1}).ctas == 2
+    assert make_plan(**{**of_clusters, "ctas": 131}).ctas == 130 and make_plan(**{**of_clusters, "ctas": 1}).ctas == 2
 
 
 def test_plans_that_cannot_be_launched_say_why():
     with pytest.raises(ValueError, match=r"no compiled kernel serves this: forward, tile 96x128, M=64 N=64 K=64 R=8"):
-        _plan(**SIZES, block_m=96, block_n=128)
+        make_plan(**SIZES, block_m=96, block_n=128)
     with pytest.raises(ValueError, match="no compiled kernel"):
-        _plan(**{**SIZES, "r": 128}, block_m=64, block_n=128)
+        make_plan(**{**SIZES, "r": 128}, block_m=64, block_n=128)
     with pytest.raises(ValueError, match="no compiled kernel serves this: forward, transposed weight, tile 128x256"):
-        _plan(**{**SIZES, "r": 72, "transposed": True}, block_m=128, block_n=256)
+        make_plan(**{**SIZES, "r": 72, "transposed": True}, block_m=128, block_n=256)
     with pytest.raises(ValueError, match="multiples of 8"):
-        _plan(**{**SIZES, "k": 60}, block_m=64, block_n=128)
+        make_plan(**{**SIZES, "k": 60}, block_m=64, block_n=128)
     with pytest.raises(ValueError, match="splits"):
-        _plan(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
-
-
-def arguments(plan, **changes):
-    """Addresses that a plan of SIZES, with all gradients, can be launched with; None takes one out."""
-    matrices = {"act": 64, "weight": 64, "lora_a": 64, "lora_b": 8, "out": 64, "layer_input": 64, "saved_s": 8}
-    given = {name: (1 << 20, stride) for name, stride in matrices.items()}
-    given |= dict.fromkeys(("s", "grad_a", "grad_b", "grad_bias", "workspace"), 1 << 20) | {"scale_in_s": 1.5}
-    if not plan.variant["backward"]:
-        given = {n: t for n, t in given.items() if n not in _BACKWARD_ONLY}
-    return {name: value for name, value in {**given, **changes}.items() if value is not None}
+        make_plan(**{**SIZES, "splits": 2}, block_m=128, block_n=256)
 
 
 @pytest.mark.parametrize("backward", (False, True))
 def test_operands_that_no_kernel_can_read_are_refused(backward):
     gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
-    plan = _plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
+    plan = make_plan(**{**SIZES, "backward": backward, **gradients}, block_m=64, block_n=128)
     plan.parameters(**arguments(plan))
     for name in arguments(plan):
         with pytest.raises(TypeError, match=f"{name} is missing|misses the argument '{name}'"):
@@ -213,19 +209,13 @@ def test_operands_that_no_kernel_can_read_are_refused(backward):
 
 @pytest.mark.parametrize("threshold, fits", ((0, False), (1, True), (65536, True), (65537, False)))
 def test_a_threshold_of_dropout_has_sixteen_bits(threshold, fits):
-    plan = _plan(**{**SIZES, "dropout": True}, block_m=64, block_n=128)
+    plan = make_plan(**{**SIZES, "dropout": True}, block_m=64, block_n=128)
     given = arguments(plan, drop_threshold=threshold, seed=5)
     if fits:
         plan.parameters(**given)
     else:
         with pytest.raises(ValueError, match=f"a threshold of 1 to 65536, got {threshold}"):
             plan.parameters(**given)
-
-
-# Unlike each other, as are the strides and the addresses below.
-M, IN, OUT, R = 304, 136, 200, 24
-MATRICES = {"act": 1, "weight": 2, "lora_a": 3, "lora_b": 4, "out": 5, "layer_input": 6, "saved_s": 7}
-VECTORS = {"s": 8, "bias": 9, "grad_a": 10, "grad_b": 11, "grad_bias": 12, "gradient_partials": 13, "workspace": 14}
 
 
 def described(backward: bool, transposed: bool = False) -> tuple[bytes, dict[int, list[tuple]]]:
@@ -241,10 +231,10 @@ def described(backward: bool, transposed: bool = False) -> tuple[bytes, dict[int
     columns |= {"out": IN if backward else OUT, "layer_input": IN}
     gradients = dict.fromkeys(("grad_a", "grad_b", "grad_bias"), backward)
     problem = {**SIZES, "m": M, "k": columns["act"], "n": columns["out"], "r": R, "ctas": 4, "group_m": 2, **gradients}
-    plan = _plan(**{**problem, "backward": backward, "transposed": transposed}, block_m=128, block_n=128)
+    plan = make_plan(**{**problem, "backward": backward, "transposed": transposed}, block_m=128, block_n=128)
     given: dict = {name: (number << 20, columns[name] + 8 * number) for name, number in MATRICES.items()}
     given |= {name: number << 20 for name, number in VECTORS.items()} | {"scale_in_s": 1.5}
-    unused = ("bias",) if backward else (*_BACKWARD_ONLY, "gradient_partials")
+    unused = ("bias",) if backward else (*BACKWARD_ONLY, "gradient_partials")
     packed, maps = plan.parameters(**{name: value for name, value in given.items() if name not in unused})
     assert len({each["offset"] for each in maps}) == len(maps)
     found: dict[int, list[tuple]] = {}
@@ -303,7 +293,7 @@ def test_every_vector_is_passed_in_its_place(backward):
 def test_a_queue_has_every_tile_once(gradients, splits):
     """5 row blocks in 2 groups, a column of S and 2 of dX; 2 tiles of dA, 3 of dB with dbias."""
     sizes = {"m": 257, "n": 256, "k": 384, "splits": splits, "backward": True}
-    queue = _plan(**{**SIZES, **TILE, **sizes}, **dict.fromkeys(gradients, True)).queue()
+    queue = make_plan(**{**SIZES, **TILE, **sizes}, **dict.fromkeys(gradients, True)).queue()
     n_gradients = 2 * ("grad_a" in gradients) + 3 * ("grad_b" in gradients)
     products = {(row, column, split, -1) for row in range(5) for column in range(3) for split in range(splits)}
     assert {tile for tile in queue if tile[3] < 0} == products
@@ -314,34 +304,34 @@ def test_a_queue_has_every_tile_once(gradients, splits):
 
 
 def test_a_gradient_that_is_not_made_has_no_place_to_go():
-    plan = _plan(**{**SIZES, "backward": True}, block_m=64, block_n=128)
+    plan = make_plan(**{**SIZES, "backward": True}, block_m=64, block_n=128)
     with pytest.raises(TypeError, match="operand layer_input is given"):
         plan.parameters(**arguments(plan, grad_a=None, grad_b=None, grad_bias=None))
     with pytest.raises(ValueError, match="a forward makes no gradients"):
-        _plan(**SIZES, block_m=64, block_n=128, grad_a=True)
+        make_plan(**SIZES, block_m=64, block_n=128, grad_a=True)
 
 
 def test_a_fused_s_that_no_kernel_can_make_is_refused():
     tile = {"block_m": 128, "block_n": 256, "fused": True}
     with pytest.raises(ValueError, match="S cannot be fused"):
-        _plan(**{**SIZES, "r": 72, "dropout": True, **tile})
+        make_plan(**{**SIZES, "r": 72, "dropout": True, **tile})
     with pytest.raises(ValueError, match="S cannot be fused"):
-        _plan(**{**SIZES, "backward": True, **tile}, makes_out=False, grad_a=True)
+        make_plan(**{**SIZES, "backward": True, **tile}, makes_out=False, grad_a=True)
 
 
 @pytest.mark.parametrize("name", sorted(SIZES))
 def test_names_of_a_problem_are_checked(name):
     tile = {"block_m": 64, "block_n": 128}
     with pytest.raises(TypeError, match=f"Plan.. misses the argument '{name}'"):
-        _plan(**{key: value for key, value in SIZES.items() if key != name}, **tile)
+        make_plan(**{key: value for key, value in SIZES.items() if key != name}, **tile)
     with pytest.raises(TypeError, match="Plan.. has no argument 'nonsense'"):
-        _plan(**SIZES, **tile, nonsense=7)
+        make_plan(**SIZES, **tile, nonsense=7)
     with pytest.raises(TypeError, match=f"Plan.. cannot take 'many' as the argument '{name}'"):
-        _plan(**{**SIZES, name: "many"}, **tile)
+        make_plan(**{**SIZES, name: "many"}, **tile)
 
 
 def test_names_of_operands_are_checked():
-    plan = _plan(**SIZES, block_m=64, block_n=128)
+    plan = make_plan(**SIZES, block_m=64, block_n=128)
     given = arguments(plan)
     with pytest.raises(TypeError, match="parameters.. has no argument 'nonsense'"):
         plan.parameters(**given, nonsense=7)
@@ -352,7 +342,7 @@ def test_names_of_operands_are_checked():
 
 
 def test_a_launcher_is_given_what_it_was_bound_for():
-    plan = _plan(**SIZES, block_m=64, block_n=128)
+    plan = make_plan(**SIZES, block_m=64, block_n=128)
     strides = {"act": (0, 64), "weight": (0, 64)}
     bound = plan.bind(("act", "weight", "scale_in_s"), **strides)
     with pytest.raises(TypeError, match="a launch takes 5 arguments, got 4"):
@@ -369,131 +359,3 @@ def test_a_launcher_is_given_what_it_was_bound_for():
         plan.bind(("act",), weight=(0, 64))
     with pytest.raises(TypeError, match="cannot create"):
         type(bound)()
-
-
-OF_SEGMENTS = {"n_segments": 5, "n_weights": 3, "n_adapters": 40, "n_biases": 3}
-
-
-@pytest.mark.parametrize(
-    "changes, reason",
-    (
-        ({"n_segments": 1024}, "a kernel takes 1 to 1023 segments"),
-        ({"n_segments": 0}, "there are no stacks without segments"),
-        ({"n_segments": -1}, "a kernel takes 1 to 1023 segments"),
-        ({"n_weights": 0}, "one weight and adapter at least"),
-        ({"n_adapters": 0}, "one weight and adapter at least"),
-        ({"n_biases": 2}, "there is one bias, or one for each weight"),
-        ({"backward": True, "grad_bias": True}, "no kernel for rows in segments makes the bias's gradient"),
-        ({"k": 128, "splits": 2}, "bad group_m, ctas or splits"),
-        ({"fused": True}, "S cannot be fused"),
-        ({"dropout": True}, "no compiled kernel serves this: forward, 5 segments"),
-    ),
-    ids=str,
-)
-def test_segments_that_no_kernel_takes_are_refused(changes, reason):
-    _plan(**{**SIZES, **TILE, **OF_SEGMENTS})
-    with pytest.raises(ValueError, match=reason):
-        _plan(**{**SIZES, **TILE, **OF_SEGMENTS, **changes})
-
-
-def test_no_segments_have_more_row_blocks_than_a_plan():
-    draw = random.Random(0)
-    for _ in range(500):
-        tile, lengths = draw.choice((64, 128)), [draw.randrange(0, 300) for _ in range(draw.randrange(1, 9))]
-        rows_after = draw.choice((0, 0, 200))
-        stacks = {**OF_SEGMENTS, "n_segments": len(lengths)}
-        plan = _plan(**{**SIZES, **stacks, "m": sum(lengths) + rows_after + 1}, block_m=tile, block_n=128)
-        blocks = sum(-(-length // tile) for length in (*lengths, rows_after + 1))
-        assert plan.s_rows >= blocks * tile
-    assert _plan(**{**SIZES, **TILE, **OF_SEGMENTS, "m": 3}).s_rows == 3 * 64, "a row block has a row at least"
-    assert _plan(**{**SIZES, **TILE, **OF_SEGMENTS, "m": 640}).s_rows == (640 + 6 * 63) // 64 * 64
-    assert _plan(**{**SIZES, **TILE, "m": 640}).s_rows == 640
-
-
-def test_what_a_backward_of_segments_takes_of_memory():
-    """15 row blocks at most, 2 columns of dX and 1 of S, 2 tiles of dA and 3 of dB of each adapter."""
-    sizes = {"m": 640, "n": 256, "k": 384, "backward": True, "grad_a": True, "grad_b": True}
-    plan = _plan(**{**SIZES, **TILE, **sizes, **OF_SEGMENTS})
-    assert plan.workspace_words == 2 + 15 + 2 * 40 * 5
-    assert plan.gradient_partial_floats == 40 * 5 * plan.variant["gradient_partial_floats"]
-    assert plan.variant["segments"] and plan.variant["name"].endswith("_segments")
-
-
-def described_segments(backward: bool, transposed: bool, **changes) -> tuple[bytes, dict[int, list[tuple]]]:
-    """As ``described``; sizes are (matrices, rows, columns), and the stride goes from matrix to matrix."""
-    columns = {"act": OUT if backward else IN, "weight": OUT if transposed else IN, "lora_a": IN, "lora_b": R}
-    columns |= {"saved_s": R, "out": IN if backward else OUT, "layer_input": IN}
-    gradients = dict.fromkeys(("grad_a", "grad_b"), backward)
-    problem = {**SIZES, "m": M, "k": columns["act"], "n": columns["out"], "r": R, **gradients, **OF_SEGMENTS}
-    problem |= {"backward": backward, "transposed": transposed, "n_biases": 0 if backward else 3}
-    plan = _plan(**problem, block_m=128, block_n=128)
-    given: dict = {name: (number << 20, columns[name]) for name, number in MATRICES.items()}
-    given |= {name: number << 20 for name, number in VECTORS.items() if name != "grad_bias"} | {"scale_in_s": 1.5}
-    of_segments = ("ends", "experts", "adapters", "scalings", "kept_s")
-    given |= {name: number << 20 for number, name in enumerate(of_segments, 20)} | {"weight_stride": 10**6}
-    unused = ("bias", "kept_s") if backward else (*_BACKWARD_ONLY, "gradient_partials")
-    kept = {name: value for name, value in {**given, **changes}.items() if name not in unused and value is not None}
-    packed, maps = plan.parameters(**kept)
-    found: dict[int, list[tuple]] = {}
-    for each in maps:
-        sizes = (
-            (each["matrices"], each["rows"], each["columns"]) if each["matrices"] else (each["rows"], each["columns"])
-        )
-        found.setdefault(each["address"] >> 20, []).append((sizes, each["matrix_stride_bytes"] // 2, each["box"]))
-    return packed, found
-
-
-@pytest.mark.parametrize("transposed", (False, True))
-@pytest.mark.parametrize("backward", (False, True))
-def test_the_maps_of_segments(backward, transposed):
-    """Of stacks: a box lies in one matrix of them, and what it has beyond that is zero."""
-    weight = (3, IN, OUT) if transposed else (3, OUT, IN)
-    box = (128, 64) if backward == transposed else (64, 64)
-    blocks = (M + 6 * 127) // 128
-    found = described_segments(backward, transposed)[1]
-    assert found[2] == [(weight, 10**6, box)]
-    assert found[3] == [((40, R, IN), R * IN, (64, 64))] and found[4] == [((40, OUT, R), OUT * R, (64, 64))]
-    assert found[8] == [((blocks * 128, R), 0, (64, 64))]
-    if backward:
-        assert found[7] == [((M, R), 0, (64, 64))]
-    else:
-        assert found[9] == [((3, OUT), 0, (1, 128))]
-
-
-@pytest.mark.parametrize("backward", (False, True))
-def test_what_a_kernel_reads_of_segments_is_passed_in_its_place(backward):
-    packed, _ = described_segments(backward, False)
-    words = struct.unpack_from(f"<{len(packed) // 8}Q", packed)
-    at = words.index(20 << 20)
-    kept = 0 if backward else 24 << 20
-    assert words[at : at + 7] == (20 << 20, 21 << 20, 22 << 20, 23 << 20, 5 << 20, kept, IN if backward else OUT)
-    wide, _ = described_segments(backward, False, wide_experts=True)
-    numbers = struct.unpack_from("<6i", wide, 8 * (at + 7))
-    assert numbers == (1, 0, 5, 3, 40, 0 if backward else 3)
-
-
-@pytest.mark.parametrize(
-    "changes, error, reason",
-    (
-        ({"ends": None}, TypeError, "ends is missing"),
-        ({"kept_s": None}, TypeError, "kept_s is missing"),
-        ({"bias": None}, TypeError, "bias is missing"),
-        ({"ends": 1 << 20 | 2}, ValueError, "ends does not start on 4 bytes"),
-        ({"experts": 1 << 20 | 4, "wide_experts": True}, ValueError, "experts does not start on 8 bytes"),
-        ({"weight_stride": IN * OUT - 8}, ValueError, "they must not overlap"),
-        ({"weight_stride": 10**6 + 4}, ValueError, "they must not overlap"),
-        ({"lora_a": (3 << 20, IN + 8)}, ValueError, "rows with gaps between them"),
-        ({"lora_b": (4 << 20, R + 8)}, ValueError, "rows with gaps between them"),
-    ),
-    ids=str,
-)
-def test_operands_of_segments_that_no_kernel_can_read_are_refused(changes, error, reason):
-    with pytest.raises(error, match=reason):
-        described_segments(False, False, **changes)
-
-
-def test_what_segments_have_is_refused_where_there_are_none():
-    plan = _plan(**SIZES, **TILE)
-    for name in ("ends", "experts", "adapters", "scalings", "kept_s"):
-        with pytest.raises(TypeError, match=f"operand {name} is given to a launch that does not use it"):
-            plan.parameters(**arguments(plan, **{name: 1 << 20}))

@@ -11,13 +11,14 @@ import torch
 
 from fastlora import quantised_operands
 from fastlora.backends.cuda import launch as cuda
+from fastlora.backends.cuda import quantised_launch as cuda_quantised_launch
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.backends.triton import quantised_launch
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
 from tests.emulator import LaunchOptions
-from tests.support import cuda_checks, cuda_emulation, launches, numerics, quantised_checks
+from tests.support import cuda_checks, cuda_emulation, cuda_quantised_checks, launches, numerics, quantised_checks
 from tests.support.triton_checks import ARCHITECTURES, SMALL, needs_compiler, run
 from tests.support.triton_emulation import emulated
 
@@ -230,8 +231,8 @@ def test_a_gradient_of_cuda(poisoned, monkeypatch, name):
             named["s"].copy_(ds)
         real(prepared, tensors, numbers)
 
-    real = cuda._launch
-    monkeypatch.setattr(cuda, "_launch", launch_with_sums)
+    real = cuda.launch_bound
+    monkeypatch.setattr(cuda, "launch_bound", launch_with_sums)
     monkeypatch.setattr(cuda, "borrow_workspace", borrow)
     monkeypatch.setattr(cuda_emulation, "_WRITTEN", ("grad_a", "grad_b"))
     c = case
@@ -267,3 +268,32 @@ def test_a_packed_weight_of_triton(monkeypatch):
         ticket = prepared.n_panels * prepared.parts - 1
         launch_last(prepared, lambda workspace: prepared.arguments(operands, y, s, workspace), 80, ticket, 1)
     assert quantised_checks.same_bits(scratch[0][-rows:], last.dequantize())
+
+
+@cuda_checks.needs_kernels
+def test_a_packed_weight_in_the_loop_of_cuda(monkeypatch):
+    """The last column of tiles: its codes and scales. S, which the tile reads, is there already: zeros."""
+    tile = dataclasses.replace(cuda_quantised_checks.IN_LOOP, splits=1)
+    k, rows = 1024, tile.block_n
+    last = quantised_checks.draw_packed("nf4", torch.randn(rows, k, dtype=torch.bfloat16))
+    n = FAR // k + rows
+    codes, scales = torch.empty(n * k // 2, 1, dtype=torch.uint8), torch.empty(n * k // 64)
+    codes[-rows * k // 2 :], scales[-rows * k // 64 :] = last.tensors
+    packed = last._replace(tensors=(codes, scales), shape=(n, k))
+    x, lora_a, lora_b = torch.eye(64, k, dtype=torch.bfloat16), reserved(8, k), torch.zeros(n, 8, dtype=torch.bfloat16)
+    operands, spec = quantised_operands.describe_forward((x, packed, lora_a, lora_b, None, 1.0, 0.0, None))
+    workspaces = []
+
+    def borrow(n_words, device):
+        workspaces.append(torch.zeros(n_words, dtype=torch.int32))
+        workspaces[-1][0] = n // rows  # the tiles before, one of S among them, have been claimed,
+        workspaces[-1][2] = 1  # and the row block's flag of S is up
+        return workspaces[-1]
+
+    monkeypatch.setattr(cuda, "borrow_workspace", borrow)
+    monkeypatch.setattr(cuda_emulation, "_WRITTEN", tuple(name for name in cuda_emulation._WRITTEN if name != "s"))
+    monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)
+    with cuda_emulation.emulated(OPTIONS):
+        y, _ = cuda_quantised_launch.prepare(spec, tile, 1, True)(operands)
+    assert not workspaces[0].any()
+    assert quantised_checks.same_bits(y[:, -rows:].t().contiguous(), last.dequantize()[:, :64].contiguous())

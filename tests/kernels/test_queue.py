@@ -23,39 +23,40 @@ QUEUES = (
 )
 
 
-def expected(rows, columns, gradients, group_m, wave, fused, last) -> list[tuple[int, int, int]]:
-    """(row block or group, column, gradient tile or -1); column 0 makes S."""
+def expected(rows, columns, gradients, group_m, wave, fused, last, ahead=1) -> list[tuple[int, int, int]]:
+    """(row block or group, column, gradient tile or -1); the first columns, ``ahead`` of them, make S."""
 
     def listed(tile: Tile) -> tuple[int, int, int]:
         if tile.kind in ("dA", "dB"):
             return tile.block, 0, tile.column + (gradients[0] if tile.kind == "dA" else 0)
-        return tile.block, 0 if tile.kind == "shrink" else tile.column + (not fused), -1
+        return tile.block, tile.column if tile.kind == "shrink" or fused else tile.column + ahead, -1
 
     schedule = Schedule(group_m=group_m, fused=fused, gradients_last=last)
-    return [listed(tile) for tile in queue_order.build_queue(rows, columns, 1, gradients, schedule, wave)]
+    return [listed(tile) for tile in queue_order.build_queue(rows, columns, ahead, gradients, schedule, wave)]
 
 
 @pytest.mark.parametrize("last", (False, True))
 @pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("ahead", (1, 3))
 @pytest.mark.parametrize("rows, columns, gradients, group_m, wave", QUEUES)
-def test_triton(rows, columns, gradients, group_m, wave, fused, last):
-    """The source of locate itself, on Python's integers."""
+def test_triton(rows, columns, gradients, group_m, wave, ahead, fused, last):
+    """The source of locate itself, on Python's integers; also where several projections have a column that makes S."""
     pytest.importorskip("triton")
     from fastlora.backends.triton import schedule
 
-    if fused and not columns:
+    if fused and columns < ahead:
         return
     integers = types.SimpleNamespace(
         cdiv=queue_order.cdiv, minimum=min, maximum=max, where=lambda condition, yes, no: yes if condition else no
     )
     locate = types.FunctionType(schedule.locate.fn.__code__, {"tl": integers})
-    n_columns, n_gradients = columns + (not fused), sum(gradients)
+    n_columns, n_gradients = columns + (0 if fused else ahead), sum(gradients)
     n_tiles = rows * n_columns + queue_order.cdiv(rows, group_m) * n_gradients
     found = []
     for ticket in range(n_tiles):
-        row, column, group, gradient = locate(ticket, rows, n_columns, n_gradients, int(last), wave, group_m)
+        row, column, group, gradient = locate(ticket, rows, n_columns, n_gradients, int(last), wave, group_m, ahead)
         found.append((row, column, -1) if gradient < 0 else (group, 0, gradient))
-    assert found == expected(rows, columns, gradients, group_m, wave, fused, last)
+    assert found == expected(rows, columns, gradients, group_m, wave, fused, last, ahead)
 
 
 @pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
@@ -98,3 +99,35 @@ def test_each_split_of_a_cuda_tile_is_claimed_once_and_in_order(m, ctas):
     for (row, column, split, _), i in place.items():
         assert split == 0 or place[row, column, split - 1, -1] < i
         assert column == 0 or place[row, 0, 2, -1] < i
+
+
+def expected_of_projections(rows, shrink_columns, columns, group_m, wave) -> list[tuple[int, int]]:
+    """(row block, column) of a forward of several projections: the first columns make S."""
+    groups = [[*range(first, min(first + group_m, rows))] for first in range(0, rows, group_m)]
+    of_s = [[(row, column) for row in group for column in range(shrink_columns)] for group in groups]
+    found, ahead = list(of_s[0]), [*of_s[1:], []]
+    for group, next_s in zip(groups, ahead, strict=True):
+        others = [(row, column) for column in range(shrink_columns, columns) for row in group]
+        cut = max(len(others) - wave, 0)
+        found += [*others[:cut], *next_s, *others[cut:]]
+    return found
+
+
+@pytest.mark.skipif(extension.load()[0] is None, reason=f"{extension.load()[1]}")
+@pytest.mark.parametrize("fused", (False, True))
+@pytest.mark.parametrize("tile", ((128, 256), (128, 128)))
+@pytest.mark.parametrize("rows, group_m, ctas", ((1, 1, 1), (7, 3, 2), (33, 8, 16), (36, 16, 66)))
+def test_projections_of_cuda(rows, group_m, ctas, tile, fused):
+    """Three columns of one, one of another, and two of one without an adapter."""
+    block_m, block_n = tile
+    cluster = 2 if block_n == 256 else 1
+    sizes = ((3 * block_n - 8, 64), (block_n, 8), (2 * block_n, 0))
+    plan = extension.loaded().Plan(
+        backward=False, fp16=False, dropout=False, m=rows * block_m * cluster - 5, n=0, k=64, r=0, block_m=block_m,
+        block_n=block_n, splits=1, fused=fused, group_m=group_m * cluster, ctas=ctas * cluster,
+        projections=[(n, r, False, False, False) for n, r in sizes],
+    )  # fmt: skip
+    assert plan.variant["shared"]
+    columns = 6 if fused else 8
+    found = [(row, column) for row, column, split, gradient in plan.queue()]
+    assert found == expected_of_projections(rows, 2, columns, group_m, plan.ctas // cluster)

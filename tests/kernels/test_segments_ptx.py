@@ -9,6 +9,7 @@ import torch
 import triton
 
 from fastlora.backends import workspace
+from fastlora.backends.configs import TILE_TABLES
 from fastlora.backends.triton import segment_kernels
 from tests.emulator import TrapError
 from tests.support.segment_checks import (
@@ -29,7 +30,7 @@ from tests.support.segment_checks import (
     run,
     schedules_of,
 )
-from tests.support.segments import assert_exact, changed
+from tests.support.segments import assert_exact, changed, draw_case
 from tests.support.triton_checks import ARCHITECTURES, SCHEDULES, SMALL, needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("own_workspace", "poisoned")]
@@ -77,6 +78,14 @@ def test_results_are_the_same_bits_under_every_schedule():
     case = draw("ragged", *SIZES, torch.bfloat16, bias="each", scaling="each")
     first, *others = [run(case, SMALL[80], 80, options)[0] for options in SCHEDULES]
     assert all(torch.equal(other[name], first[name]) for other in others for name in first)
+
+
+@pytest.mark.sweep
+def test_under_dropout_on_hopper_no_block_is_overwritten_while_wgmma_reads_it():
+    """By the largest tile, whose fused shrink would have that race; see launch.overwrites_act."""
+    options = {"dropout_p": 0.2, "scaling": "each"}
+    case = draw_case([200, 150], 256, 256, 64, torch.bfloat16, **options)
+    run(case, TILE_TABLES["hopper"][0], 90, SCHEDULES[3], None)
 
 
 BROKEN = {

@@ -12,6 +12,7 @@ from benchmarks import ROOT
 from benchmarks.readme_tables import block_text
 from benchmarks.traffic import __main__ as command
 from benchmarks.traffic import count as traffic
+from benchmarks.traffic import projections as projection_traffic
 from benchmarks.traffic import segments as segment_traffic
 from benchmarks.traffic.peer_orders import ORDERS
 from benchmarks.traffic.report import Claims, as_markdown, claims, excess, faults, frozen_rows, is_ours, key_of
@@ -221,3 +222,26 @@ class TestSegments:
     @pytest.mark.sweep
     def test_the_file_is_what_is_counted_now(self):
         assert segment_traffic.make_report() == json.loads(segment_traffic.RESULT.read_text())
+
+
+class TestProjections:
+    def test_the_page_is_made_of_the_file(self):
+        report = json.loads(projection_traffic.RESULT.read_text())
+        table = projection_traffic.projection_table(report)
+        assert projection_traffic.RESULT.with_suffix(".md").read_text() == table.to_markdown()
+
+    def test_one_launch_writes_dx_once_and_reads_x_once(self):
+        """As it is in the file; others write a dX each, and autograd reads two and writes one for each addition."""
+        rows = {(r["group"], r["order"]): r for r in json.loads(projection_traffic.RESULT.read_text())["rows"]}
+        for group, ns in projection_traffic.GROUPS.items():
+            ours, each = (rows[group, o] for o in (projection_traffic.OURS, projection_traffic.EACH))
+            n, size = len(ns), projection_traffic.M * projection_traffic.K * 2
+            assert (ours["forward"]["launches"], ours["backward"]["launches"]) == (1, 1)
+            assert (each["forward"]["launches"], each["backward"]["launches"]) == (n, 2 * n - 1)
+            assert ours["forward"]["tensors"]["X"]["read_distinct"] == size
+            assert ours["backward"]["tensors"]["dX"]["written"] == size
+            assert each["backward"]["tensors"]["dX"]["written"] == (2 * n - 1) * size
+
+    @pytest.mark.sweep
+    def test_the_file_is_what_is_counted_now(self):
+        assert projection_traffic.make_report() == json.loads(projection_traffic.RESULT.read_text())

@@ -1,5 +1,7 @@
 """fastlora.warmup: what it compiles is what a run asks for, side by side, and nothing is launched."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -11,8 +13,17 @@ from fastlora import dispatch, selection
 from fastlora.backends import workspace
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
-from fastlora.backends.triton import masked
+from fastlora.backends.triton import masked, projection_launch
 from fastlora.bench.cases import LLAMA_8B
+from fastlora.problem import Needs
+from fastlora.projections import (
+    Projection,
+    SharedBackward,
+    SharedForward,
+    describe_shared_backward,
+    describe_shared_forward,
+)
+from fastlora.shared_input.plan import group
 from tests.support.compile_target import compile_for
 from tests.support.injected_experts import make_injected
 from tests.support.specialisations import DROPOUT, RANK, Step, asked_for, walk
@@ -67,6 +78,36 @@ def test_a_run_compiles_nothing_after_a_warm_up(on_triton, arch, tokens):
         )
     assert warmed.layers == 8 and 0 < len(foreseen) <= 12
     assert found == foreseen
+
+
+@needs_compiler
+def test_groups_are_compiled_as_their_calls_are(on_triton):
+    """Besides their layers alone; once for all decoder layers of a kind."""
+    model = nn.ModuleList()
+    for _ in range(2):
+        options = {"bias": False, "r": RANK, "device": "meta", "dtype": torch.bfloat16, "dropout": DROPOUT}
+        names = {"q": 512, "k": 128, "v": 128}
+        model.append(nn.ModuleDict({name: fastlora.LoRALinear(512, n, **options) for name, n in names.items()}))
+    group(model, {str(i): [tuple(names)] for i in range(2)}, fastlora.LoRALinear)
+    with asked_for(90) as found:
+        assert fastlora.warmup(model, (512, 4096), backend="triton").layers == 6
+        foreseen = set(found)
+        for m, p in itertools.product((500, 4001), (DROPOUT, 0.0)):
+            layers = list(model[0].values())
+            x = torch.empty(m, 512, dtype=torch.bfloat16, device="meta")
+            seed = torch.tensor(16) if p else None
+            projections = tuple(
+                Projection(each.weight, each.lora_A, each.lora_B, None, each.scaling, p, seed) for each in layers
+            )
+            operands, spec = describe_shared_forward(SharedForward(x, projections))
+            projection_launch.prepare(spec).compile(operands)
+            if p:
+                dys, ss = (tuple(x.new_empty(m, each.lora_B.shape[i]) for each in layers) for i in (0, 1))
+                needs = (Needs(True, True, True, False),) * 3
+                operands, spec = describe_shared_backward(SharedBackward(dys, x, projections, ss, needs))
+                projection_launch.prepare(spec).compile(operands)
+    assert found == foreseen
+    assert {"projections_forward_kernel", "projections_backward_kernel"} <= {name for name, _ in found}
 
 
 @needs_compiler

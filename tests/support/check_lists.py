@@ -12,9 +12,11 @@ import torch
 
 from tests.emulator import LaunchOptions
 from tests.support import cuda_checks as cuda
+from tests.support import cuda_projection_checks as cuda_projections
 from tests.support import cuda_quantised_checks as cuda_quantised
 from tests.support import cuda_range
 from tests.support import cuda_segment_checks as cuda_segments
+from tests.support import projection_checks as projections
 from tests.support import quantised_checks as quantised
 from tests.support import scaled_checks as scaled
 from tests.support import segment_checks as segments
@@ -185,10 +187,49 @@ def triton_bad_ends(arch: int) -> Iterator[Check]:
     return _each([(f"sm_{arch} segments, bad ends", check, segments.BAD_ENDS_SCHEDULES)], triton.SCHEDULES)
 
 
+def triton_projections(arch: int) -> Iterator[Check]:
+    """Projections that share an input, those first that have most of their own."""
+    names = sorted(projections.GROUPS, key=lambda name: name != "mixed")
+    checks = (
+        (
+            f"sm_{arch} projections, {name}",
+            functools.partial(projections.check_integers, name, arch),
+            projections.schedules_of(name),
+        )
+        for name in names
+    )
+    yield from _each(checks, triton.SCHEDULES)
+    separate = (f"sm_{arch} projections, separate shrink", functools.partial(projections.check_separate, arch))
+    yield from _each([(*separate, triton.DROPPED_SCHEDULES)], triton.SCHEDULES)
+
+
+def triton_projections_dropped(arch: int) -> Iterator[Check]:
+    checks = (
+        (
+            f"sm_{arch} projections, dropout {dtype}",
+            functools.partial(projections.check_dropout, dtype, arch),
+            triton.DROPPED_SCHEDULES,
+        )
+        for dtype in (torch.float16, torch.bfloat16)
+    )
+    return _each(checks, triton.SCHEDULES)
+
+
+def triton_projections_float16(arch: int) -> Iterator[Check]:
+    yield f"sm_{arch} projections, float16 range", functools.partial(projections.check_float16_range, arch)
+
+
 def _family(module: str) -> str:
-    """Whose kernels a module is part of: those over packed weights, those of segments, those that scale columns, or
-    all."""
-    families = {"packed": "packed", "quantised": "packed", "segment": "segments", "segments": "segments"}
+    """Whose kernels a module is part of: those over packed weights, those of segments, those that scale columns, those
+    of projections, or all."""
+    families = {
+        "projection": "projections",
+        "projections": "projections",
+        "packed": "packed",
+        "quantised": "packed",
+        "segment": "segments",
+        "segments": "segments",
+    }
     families |= {"column": "scaled", "scaled": "scaled"}
     return families.get(module.partition("_")[0], "all")
 
@@ -212,6 +253,7 @@ def triton_kinds(module: str) -> list[list[Check]]:
             triton_missing,
             triton_bad_ends,
         ),
+        "projections": (triton_projections, triton_projections_dropped, triton_projections_float16),
     }
     by_family = {
         name: [[*of_kind(arch)] for arch in triton.ARCHITECTURES for of_kind in each] for name, each in kinds.items()
@@ -232,7 +274,7 @@ def triton_checks(module: str) -> list[Check]:
 
 
 def _kernels_of(tile, dropout: bool, rank: int, dtype=torch.bfloat16, **weight: bool) -> set[str]:
-    """Names of the forward and the backward kernel; ``weight``: whether it lies transposed, or is decoded."""
+    """Names of the forward and the backward kernel; ``weight``: whether it lies transposed, or is decoded, and how."""
     return {variant["name"] for variant in variants_for(tile, dropout, rank, dtype, **weight)}
 
 
@@ -266,6 +308,33 @@ def cuda_segment_checks() -> Iterator[tuple[str, set[str], Callable]]:
         check = functools.partial(cuda_segments.check_needs, needs, next(options))
         kernels = cuda_segments.kernels_of(cuda_segments.SHORT, cuda_segments.SIZES[2])
         yield f"segments, gradients {name}", kernels, check
+
+
+def cuda_projection_checks() -> Iterator[tuple[str, set[str], Callable]]:
+    """Those of projections that share an input, likewise."""
+    options = itertools.cycle(limited(cuda.SCHEDULES))
+    of_name = {
+        **{name: (group, tile) for name, (group, tile) in cuda_projections.GROUPS.items()},
+        **{name: (group, tile) for name, (group, tile, _) in cuda_projections.GROUPED.items()},
+    }
+    for name, (group, tile) in of_name.items():
+        checks = cuda_projections.check_integers if name in cuda_projections.GROUPS else cuda_projections.check_group
+        kernels = cuda_projections.kernels_of(group, tile)
+        yield f"projections, {name}", kernels, functools.partial(checks, name, next(options))
+    for name, (group, tile, dtype, schedules) in cuda_projections.BITS.items():
+        kernels = cuda_projections.kernels_of(group, tile, dtype)
+        check = functools.partial(cuda_projections.check_schedules, name)
+        for title, one in _each([(f"projections, bits of {name}", check, schedules)], cuda.SCHEDULES):
+            yield title, kernels, one
+    qkv = cuda_projections.kernels_of(cuda_projections.QKV, cuda_projections.WIDE)
+    for name in cuda_projections.SUBSETS:
+        yield f"projections, {name}", qkv, functools.partial(cuda_projections.check_needs, name, next(options))
+    yield "projections, a neighbour's NaN", qkv, functools.partial(cuda_projections.check_neighbours, next(options))
+    for name, (tile, rank) in cuda_projections.MASKED.items():
+        kernels = cuda_projections.kernels_of(cuda_projections.masked_group(rank, None), tile)
+        for end in (None, "65535"):
+            check = functools.partial(cuda_projections.check_masks, name, end)
+            yield f"projections, mask {name} threshold {end or 'that bits equal'}", kernels, check
 
 
 def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
@@ -331,7 +400,17 @@ def cuda_checks() -> Iterator[tuple[str, set[str], Callable]]:
         options = limited([cuda.schedule_of_group(number)])[0]
         kernels = _kernels_of(each.tile, each.dropout_p > 0, each.sizes[3], each.dtype, decodes=True)
         yield f"packed {each.describe()}", kernels, functools.partial(each.check, options)
+    for sizes, tile in cuda_quantised.IN_LOOP_INTEGERS:
+        check = functools.partial(cuda_quantised.check_integers_in_loop, sizes, tile)
+        title = f"in the loop, integers splits {tile.splits} {sizes}"
+        for name, one in _each([(title, check, cuda.SCHEDULES)], cuda.SCHEDULES):
+            yield name, _kernels_of(tile, False, sizes[3], in_loop=True), one
+    for number, each in enumerate(cuda_quantised.SELECTED):
+        options = limited([cuda.schedule_of_group(number)])[0]
+        kernels = _kernels_of(each.tile, False, 8, each.dtype, in_loop=True)
+        yield f"in the loop, {each.describe()}", kernels, functools.partial(each.check, options)
     options = dataclasses.replace(cuda.SCHEDULES[1], timeout_s=2 * LAUNCH_LIMIT_S)
     grouped = functools.partial(cuda_quantised.check_group, options)
     yield "packed groups", _kernels_of(cuda_quantised.GROUPED, False, 16, decodes=True), grouped
     yield from cuda_segment_checks()
+    yield from cuda_projection_checks()

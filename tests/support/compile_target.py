@@ -7,7 +7,7 @@ import re
 import subprocess
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -33,7 +33,16 @@ class Launch:
 
     kernel: Any  # triton's CompiledKernel
     grid: tuple[int, int, int]
-    args: dict[str, Any]  # what is left of the arguments after specialisation, in order
+    args: dict[str, Any]  # what is left of the arguments after specialisation, in order; "name.0" of a tuple's
+
+
+def _at_run_time(name: str, argument: Any, signature: Any) -> Iterator[tuple[str, Any]]:
+    """What a compiled kernel is passed of an argument, by name; each element of a tuple by itself."""
+    if isinstance(signature, tuple):
+        for i, (each, of_each) in enumerate(zip(argument, signature, strict=True)):
+            yield from _at_run_time(f"{name}.{i}", each, of_each)
+    elif signature != "constexpr":
+        yield name, argument
 
 
 class _CompileOnlyDriver(DriverBase):
@@ -60,7 +69,7 @@ class _CompileOnlyDriver(DriverBase):
             def __call__(self, grid_x, grid_y, grid_z, stream, function, packed, metadata, on_enter, on_exit, *args):
                 kernel = next(k for k in compiled_kernels(self.source.fn, driver.device) if k.function is function)
                 named = zip(self.source.fn.arg_names, args, strict=True)
-                runtime = {name: a for name, a in named if self.source.signature[name] != "constexpr"}
+                runtime = dict(flat for name, a in named for flat in _at_run_time(name, a, self.source.signature[name]))
                 driver.launched.append(Launch(kernel, (grid_x, grid_y, grid_z), runtime))
                 if driver.on_launch is not None:
                     driver.on_launch(driver.launched[-1])

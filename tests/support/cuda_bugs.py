@@ -11,7 +11,7 @@ from tests.emulator import LaunchOptions
 from tests.support import deletions, numerics
 from tests.support.cuda_checks import FUSED, LARGE, MEDIUM, ONE_GROUP, SMALL, check_masks, is_clean, lying_transposed
 from tests.support.cuda_emulation import emulated, ptx_of, run_layer, variants_for
-from tests.support.cuda_quantised_checks import FormatCase
+from tests.support.cuda_quantised_checks import IN_LOOP, FormatCase, SelectedCase
 
 
 def replace(pattern: str, replacement: str | Callable[[re.Match], str], count: int = 0):
@@ -52,7 +52,8 @@ RELAXED_RELEASE = replace(r"red\.release\.gpu", "red.relaxed.gpu")
 
 class Broken(NamedTuple):
     """A layer's kernels of one tile, and which of the two an edit breaks. ``masks``: what shows the mask's single bits
-    is run in the layer's place. ``packed``: the format of its base weight, if it is packed."""
+    is run in the layer's place. ``packed``: the format of its base weight, if it is packed; ``in_loop``: its products
+    decode it."""
 
     tile: CudaTile
     direction: str
@@ -62,15 +63,15 @@ class Broken(NamedTuple):
     masks: bool = False
     transposed: bool = False
     packed: str = ""
+    in_loop: bool = False
 
     @property
     def kernel(self) -> str:
         """Its name."""
         drops = self.dropout_p > 0.0 or self.masks
-        forward, backward = variants_for(
-            self.tile, drops, self.rank, self.dtype, transposed=self.transposed, decodes=bool(self.packed)
-        )
-        return (forward if self.direction == "forward" else backward)["name"]
+        weight = {"decodes": bool(self.packed) and not self.in_loop, "in_loop": self.in_loop}
+        kernels = variants_for(self.tile, drops, self.rank, self.dtype, transposed=self.transposed, **weight)
+        return kernels[self.direction == "backward"]["name"]
 
 
 FORWARD, BACKWARD, DROPOUT = Broken(LARGE, "forward"), Broken(LARGE, "backward"), Broken(LARGE, "forward", 0.5)
@@ -82,6 +83,8 @@ FORWARD_OVER_TRANSPOSED, DX_OVER_TRANSPOSED = (
 )
 PACKED, PACKED_BACKWARD = Broken(LARGE, "forward", packed="nf4"), Broken(MEDIUM, "backward", packed="nf4")
 NESTED = Broken(MEDIUM, "forward", packed="nf4 nested")
+LOOP, NESTED_LOOP = (Broken(IN_LOOP, "forward", packed=name, in_loop=True) for name in ("nf4", "nf4 nested"))
+BYTE_LOOP = LOOP._replace(packed="int8")
 FORWARD_MASK, BACKWARD_MASK = Broken(SMALL, "forward", masks=True), Broken(SMALL, "backward", masks=True)
 
 # A tile is stored into the other CTA's memory: its bytes are announced, and the addresses there are derived from those
@@ -246,12 +249,52 @@ SEEDED_BUGS = {
             r"\3fma.rn.f32 \4, \2, \5;",
         ),
     ),
+    "in the loop, a stage's codes are read before they have arrived": (
+        LOOP,
+        delete("wait for an mbarrier", "c.wait_stage();"),
+    ),
+    "no proxy fence between decoded elements and their product": (
+        LOOP,
+        delete("fence.proxy.async.shared::cta", "conversion.convert("),
+    ),
+    "a product reads elements that others have not decoded": (LOOP, delete("bar.sync", "conversion.convert(")),
+    "in the loop, the two codes of a byte are swapped": (LOOP, replace(r"(mov\.u32 %r\d+), 16465;", r"\1, 20800;")),
+    "in the loop, both codes of a byte are its lower half": (
+        LOOP,
+        replace(r"(mov\.u32 %r\d+), 16465;", r"\1, 16448;"),
+    ),
+    "in the loop, codes from 8 on are taken for those below": (
+        LOOP,
+        replace(r"(and\.b32 [^;]*), 1145324612;", r"\1, 0;"),
+    ),
+    "in the loop, elements take the scale of the next block": (
+        LOOP,
+        replace(
+            r"ld\.global\.nc\.u32 (%r\d+), \[(%rd\d+)\];",
+            r"{ .reg .b64 next; xor.b64 next, \2, 4; ld.global.nc.u32 \1, [next]; }",
+        ),
+    ),
+    "in the loop, elements take the nested scale of the next block": (
+        NESTED_LOOP,
+        replace(
+            r"ld\.global\.nc\.u8 (%r\d+), \[(%rd\d+)\];",
+            r"{ .reg .b64 next; xor.b64 next, \2, 1; ld.global.nc.u8 \1, [next]; }",
+        ),
+    ),
+    "in the loop, a nested scale's offset is left out": (
+        NESTED_LOOP,
+        replace(r"add\.rn\.f32 (\s*%f\d+, %f\d+), %f\d+;", r"mov.f32 \1;"),
+    ),
+    "in the loop, rows of bytes are read as if they were not swizzled": (
+        BYTE_LOOP,
+        replace(r"(shr\.u32 %r\d+, %r\d+, 1;\s*)and\.b32 (%r\d+), %r\d+, 3;(\s*xor)", r"\1mov.b32 \2, 0;\3"),
+    ),
 }
 
 
 def check_seeded(name: str):
     broken, edit = SEEDED_BUGS[name]
-    tile, _, dropout_p, dtype, rank, masks, transposed, packed = broken
+    tile, _, dropout_p, dtype, rank, masks, transposed, packed, in_loop = broken
     case = numerics.draw_case(520 if tile.block_m == 128 else 136, 328, 264, rank, dtype, dropout_p=dropout_p)
     case = lying_transposed(case) if transposed else case
 
@@ -263,6 +306,9 @@ def check_seeded(name: str):
         return
     if packed:
         options = LaunchOptions(timeout_s=60, proxy_fence="both")  # each of the two is proven
+        if in_loop:
+            SelectedCase(packed, 136, 160, tile, dtype).check(options, ptx)
+            return
         FormatCase(packed, (136, 272, 264, rank), tile, dtype).check(options, ptx)
         return
     with emulated(LaunchOptions(timeout_s=60), ptx):

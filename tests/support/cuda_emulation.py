@@ -86,21 +86,25 @@ def variants_for(
     *,
     transposed: bool = False,
     decodes: bool = False,
-) -> tuple[dict, dict]:
-    """The two compiled kernels, forward and backward, that serve a layer; ``decodes``: over a packed base weight."""
+    in_loop: bool = False,
+    shared: bool = False,
+) -> tuple[dict, ...]:
+    """The compiled kernels, forward and backward, that serve a layer; ``decodes``: over a packed base weight;
+    ``shared``: of several projections. Where products decode the weight ``in_loop``, there is the forward alone."""
     size = {"block_m": tile.block_m, "block_n": tile.block_n}
     wanted = {
         "dropout": dropout,
         "transposed": transposed,
         "decodes": decodes,
+        "in_loop": in_loop,
+        "shared": shared,
         "dtype": str(dtype).removeprefix("torch."),
     }
     found = (
         [kernel for kernel in tiles.kernels(rank, backward=each, **wanted) if kernel.items() >= size.items()]
-        for each in (False, True)
+        for each in ((False,) if in_loop else (False, True))
     )
-    (forward,), (backward,) = found
-    return forward, backward
+    return tuple(kernel for (kernel,) in found)
 
 
 @functools.lru_cache(maxsize=128)
@@ -124,8 +128,8 @@ class EmulatedLaunch:
         self._error: Exception | None = None
 
     def launch(self, real: Callable, prepared, tensors, numbers) -> None:
-        """fastlora.backends.cuda.launch._launch, given as ``real``, with its operands known to the emulator. Raises
-        what the emulator finds."""
+        """launch_bound of fastlora.backends.cuda.launch, given as ``real``, with its operands known to the emulator.
+        Raises what the emulator finds."""
         named = zip(prepared.tensors, tensors, strict=True)
         self.operands, self._error = {name: tensor for name, tensor in named if tensor is not None}, None
         try:
@@ -146,7 +150,8 @@ class EmulatedLaunch:
         if self._ptx is ptx_of:  # the kernel as it is: every instruction must have a conformance case
             coverage.check(ptx_of(asked.kernel))
         module, tensors = _module(self._ptx(asked.kernel)), self.operands
-        written = (*_WRITTEN, "weight") if "codes" in tensors else _WRITTEN  # where a launch decodes the weight
+        of_launch = (*_WRITTEN, "weight") if "codes" in tensors else _WRITTEN  # where a launch decodes the weight
+        written = [name for name in tensors if name.split(".")[-1] in of_launch]  # of projections as well
         raw = ctypes.string_at(asked.parameters, module.param_bytes(asked.kernel))
         self.stats.append(
             module.launch(
@@ -158,7 +163,7 @@ class EmulatedLaunch:
                 shared_bytes=asked.shared_bytes,
                 buffers=tensors,
                 read_only=[name for name in tensors if name not in written and name != "workspace"],
-                uninitialised=[name for name in tensors if name in written],
+                uninitialised=written,
                 options=self.options,
             )
         )
@@ -172,7 +177,7 @@ def emulated(options: LaunchOptions | None = None, ptx: Callable[[str], str] = p
     runtime.on_launch(launch)
     try:
         with (
-            mock.patch.object(cuda, "_launch", functools.partial(launch.launch, cuda._launch)),
+            mock.patch.object(cuda, "launch_bound", functools.partial(launch.launch, cuda.launch_bound)),
             mock.patch.object(extension, "load", lambda: (runtime.module, None)),
             mock.patch.object(cuda, "raw_stream", lambda device: STREAM),
         ):

@@ -30,8 +30,9 @@ PROBLEM = dict(
     block_m=64, block_n=128,
 )  # fmt: skip
 _FIELDS = (
-    "name", "kernel", "arch", "backward", "fp16", "transposed", "decodes", "segments", "dropout", "splits", "fuses",
-    "cluster", "threads", "block_m", "block_n", "block_k", "rank", "shared_bytes", "gradient_columns",
+    "name", "kernel", "arch", "backward", "fp16", "transposed", "decodes", "in_loop", "segments", "shared", "dropout",
+    "splits",
+    "fuses", "cluster", "threads", "block_m", "block_n", "block_k", "rank", "shared_bytes", "gradient_columns",
     "split_partial_floats", "gradient_partial_floats",
 )  # fmt: skip
 # Those of a Variant that are numbers, in C++.

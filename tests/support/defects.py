@@ -102,6 +102,8 @@ def triton_planted() -> list[Defect]:
             ("segments", check_lists.triton_segments),
             ("segments, dropout", check_lists.triton_segments_dropped),
             ("bad ends", check_lists.triton_bad_ends),
+            ("projections", check_lists.triton_projections),
+            ("projections, dropout", check_lists.triton_projections_dropped),
         )
     }
     checks["packed values"] = [*check_lists.triton_packed_formats()]

@@ -15,10 +15,6 @@ REASONS: dict[tuple[str, str], str] = {
         "WGMMA: tl.constexpr = variant.wgmma and sums.right.data.dtype.element_ty.primitive_bitwidth == 16",
     ): "S and dS have the dtype of dY and X",
     (
-        "epilogue.py",
-        "branch += tl.load(product.bias_ptr + offs_n, mask=offs_n < shape.N, other=1.0)[None, :].to(tl.float32)",
-    ): "columns past the end are not stored",
-    (
         "launch.py",
         'outputs = [made and torch.empty(1, dtype=made[1], device="meta") for made in self.outputs]',
     ): "stands for a tensor of any size",

@@ -19,14 +19,25 @@ from tests.support.generated import ROOT, Checks, Generated, Stillborn, run_test
 # Neither the bindings, which hold no arithmetic, nor what is generated (wgmma.cuh) or for debug builds (spin.cuh).
 _SHARED = "csrc/schedule.h"  # by the kernels and the host
 _KERNELS = (_SHARED, "csrc/sm90/*.cuh", "csrc/sm90/ptx/[!ws]*.cuh")
-_HOST = ("csrc/host/plan.cpp", "csrc/host/operands.cpp", "csrc/host/launch.cpp", "csrc/host/tensor_map.cpp")
-_HOST_TESTS = ("tests/kernels/test_cuda_plan.py", "tests/kernels/test_cuda_host.py")
+_HOST = tuple(f"csrc/host/{name}.cpp" for name in ("plan", "projections", "operands", "launch", "tensor_map"))
+_HOST_TESTS = tuple(
+    f"tests/kernels/test_cuda_{name}.py" for name in ("plan", "plan_segments", "plan_projections", "host")
+)
 _LAUNCHES = tuple(
     f"tests/kernels/test_{name}.py"
-    for name in ("cuda_device", "far_addresses", "cuda_kernels", "cuda_quantised", "cuda_range", "cuda_protocol")
+    for name in (
+        "cuda_device",
+        "far_addresses",
+        "cuda_kernels",
+        "cuda_quantised",
+        "cuda_range",
+        "cuda_protocol",
+        "cuda_projections",
+    )
 )
 _NAME = re.compile(
-    r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded)?(_segments)?(_dropout)?"
+    r"lora_sm90_(forward|backward)_(bf16|fp16)_(\d+)x(\d+)_r(\d+)(_transposed|_decoded|_in_loop)?(_segments|_shared)?"
+    r"(_dropout)?"
 )
 
 
@@ -111,11 +122,15 @@ class Compiled:
         return self._found[kernel]
 
     def _compile(
-        self, direction: str, element: str, m: str, n: str, rank: str, weight: str | None, segments: str | None
+        self, direction: str, element: str, m: str, n: str, rank: str, weight: str | None, call: str | None
     ) -> dict[str, str]:
-        """The kernels of a line of variants.def: with dropout and without, or for rows in segments."""
-        macro, policy = f"FASTLORA_SM90{(segments or '').upper()}", f"{(weight or '_dense')[1:].capitalize()}Weight"
-        (self._csrc / "variants.def").write_text(f"{macro}({m}, {n}, {rank}, {policy})\n")
+        """The kernels of a line of variants.def: with dropout and without, for rows in segments, or the one that
+        decodes in the loop."""
+        macro, policy = f"FASTLORA_SM90{(call or '').upper()}", f"{(weight or '_dense')[1:].capitalize()}Weight"
+        line = f"{macro}({m}, {n}, {rank}, {policy})"
+        if weight == "_in_loop":
+            line = f"FASTLORA_SM90_IN_LOOP({m}, {n}, {rank})"
+        (self._csrc / "variants.def").write_text(f"{line}\n")
         options = ("-std=c++17", "-arch=compute_90a", "-lineinfo", "-ptx", "-o", "-")
         defines = (f"-DFASTLORA_DIRECTION={direction}", f"-DFASTLORA_ELEMENT={element}")
         command = [toolkit.load_setup().NVCC, *options, *defines, str(self._csrc / "sm90" / "kernels.cu")]
@@ -135,8 +150,8 @@ def _checks() -> list[tuple[str, set[str], Callable]]:
     """Those of one compilation together, of the kernels that serve most layers first."""
 
     def compiled(check: tuple[str, set[str], Callable]) -> tuple:
-        _, element, m, n, rank, weight, segments, dropout = _parts(check[1])
-        return (m, n) != ("128", "256"), int(rank), weight or "", segments or "", element, m, dropout or ""
+        _, element, m, n, rank, weight, call, dropout = _parts(check[1])
+        return (m, n) != ("128", "256"), int(rank), weight or "", call or "", element, m, dropout or ""
 
     return sorted(check_lists.cuda_checks(), key=compiled)
 
@@ -151,5 +166,5 @@ def _first_of_each_kind() -> Iterable[str]:
 
 
 def _parts(kernels: set[str]) -> tuple[str, ...]:
-    """Of the name of a check's kernels: direction, element, tile, rank, layout, segments, dropout."""
+    """Of the name of a check's kernels: direction, element, tile, rank, layout, what the call is about, dropout."""
     return _NAME.fullmatch(min(kernels)).groups()

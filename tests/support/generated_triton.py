@@ -50,7 +50,7 @@ def _quiet() -> Iterator[None]:
 _HOST_TESTS = (
     ((), ("tests/kernels/test_queue.py", "tests/kernels/test_triton_launch.py", "tests/kernels/test_configs.py",
           "tests/kernels/test_quantised_launch.py", "tests/kernels/test_scaled_launch.py",
-          "tests/kernels/test_segments_launch.py")),
+          "tests/kernels/test_segments_launch.py", "tests/kernels/test_projections_launch.py")),
 )  # fmt: skip
 # What the checks above have run already.
 _DONE = ("integers_are_exact", "dropout_and_ranks", "float16", "infinities", "asked_for", "shipped", "lies_transposed")
@@ -60,5 +60,6 @@ _TESTS = (
     ((), ("tests/kernels/test_triton_compile.py", "tests/kernels/test_warming.py", "tests/kernels/test_traffic.py",
           "tests/kernels/test_triton_driver.py", "tests/kernels/test_far_addresses.py",
           "tests/kernels/test_quantised_ptx.py", "tests/kernels/test_scaled_ptx.py",
-          "tests/kernels/test_segments_ptx.py", "tests/kernels/test_segments_compile.py")),
+          "tests/kernels/test_segments_ptx.py", "tests/kernels/test_segments_compile.py",
+          "tests/kernels/test_projections_ptx.py")),
 )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from fastlora.backends.target import Target
-from fastlora.backends.triton import launch, segment_launch
+from fastlora.backends.triton import launch, projection_launch, segment_launch
 from fastlora.bench.cases import LLAMA_8B
 from fastlora.operands import describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs
@@ -40,8 +40,10 @@ def asked_for(arch: int) -> Iterator[set]:
     def target(device):
         return Target(arch, N_SMS[arch])
 
-    single, segments = (mock.patch.object(module, "target_of", target) for module in (launch, segment_launch))
-    with compile_for(arch), single, segments, mock.patch.object(JITFunction, "_do_compile", do_compile):
+    single, segments, projections = (
+        mock.patch.object(module, "target_of", target) for module in (launch, segment_launch, projection_launch)
+    )
+    with compile_for(arch), single, segments, projections, mock.patch.object(JITFunction, "_do_compile", do_compile):
         yield found
 
 

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -34,7 +34,7 @@ def _noting(device: cuda_driver.EmulatedDevice, launch: Callable) -> Callable:
     """CompiledLaunch.__call__, which tells the device of the tensors and kernels that it is called with."""
 
     def noting(self, *args):
-        for tensor in args:
+        for tensor in _flat(args):
             if isinstance(tensor, torch.Tensor):
                 device.know(tensor)
         self.compile(*args)
@@ -45,6 +45,14 @@ def _noting(device: cuda_driver.EmulatedDevice, launch: Callable) -> Callable:
             raise device.error
 
     return noting
+
+
+def _flat(args: tuple) -> Iterator:
+    for each in args:
+        if isinstance(each, tuple):
+            yield from _flat(each)
+        else:
+            yield each
 
 
 def _in_wide_rows(matrix: torch.Tensor) -> torch.Tensor:
@@ -92,7 +100,37 @@ def run(directory: Path, dropout_p: float) -> dict[str, list[int]]:
         needs = Needs(True, True, True, True)
         gradients = dispatch.backward(BackwardOperands(c.dy, c.x, *shared, s, *numbers), needs, "triton")
         numerics.assert_accurate({"y": y, **gradients._asdict()}, c)
+    if dropout_p:
+        _run_projections(device)
     return {name: [getattr(each, name) for each in device.stats] for name in ("tma_loads", "wgmma", "threads")}
+
+
+def _run_projections(device: cuda_driver.EmulatedDevice) -> None:
+    """Projections that share an input, by tuples of arguments: null pointers, seeds and the number 1 among them; twice,
+    for what is compiled for the first call's seeds serves others."""
+    from unittest import mock
+
+    from fastlora import dispatch
+    from fastlora.backends.target import Target
+    from fastlora.backends.triton import projection_launch
+    from fastlora.projections import SharedForward
+    from tests.support import projection_checks as checks
+
+    with mock.patch.object(projection_launch, "target_of", lambda device: Target(90, N_SMS)):
+        for seed in (0, 16 * 12345):
+            group = checks.draw(40, 72, checks.DROPPED)
+            cases = [c if c.seed is None else dataclasses.replace(c, seed=torch.tensor(seed)) for c in group.cases]
+            group = checks.Group(group.members, (*cases,))
+            made = dispatch.together_forward(SharedForward(group.cases[0].x, checks.operands(group)), "triton")
+            assert made is not None
+            gradients = dispatch.together_backward(checks.backward_of(group, made.ss), "triton")
+            assert gradients is not None
+            found = [
+                {"y": y} | {name: g for name, g in of_one._asdict().items() if g is not None}
+                for y, of_one in zip(made.ys, gradients.others, strict=True)
+            ]
+            checks.assert_accurate(({"dx": gradients.dx}, found), group)
+    assert len(device.stats) == 6
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ def _is_output(name: str, launch: Launch) -> bool:
     names = launch.kernel.src.fn.arg_names
     if "dropped_ptr" in names:  # masked.masked_backward_kernel adds to dX
         return name == "dropped_ptr"
-    saved = name in ("s_ptr", "unscaled_ptr") and "ds_ptr" in names  # the backward reads S, and Y before its scale
+    # The backward reads S, and Y before its scale.
+    saved = name.startswith(("s_ptr", "unscaled_ptr")) and "ds_ptr" in names
     return name.startswith(_OUTPUTS) and not saved
 
 

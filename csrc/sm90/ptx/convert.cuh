@@ -53,4 +53,11 @@ __device__ __forceinline__ float2 unpack<__half>(uint32_t packed) {
 
 #undef FL_UNPACK
 
+// Four bytes out of eight, `low`'s first: each nibble of the selector, below 8, is the number of one.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+  return bytes;
+}
+
 }  // namespace fastlora::sm90

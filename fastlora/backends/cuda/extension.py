@@ -30,9 +30,10 @@ def loaded() -> ModuleType:
 @lru_cache(maxsize=1)
 def variants() -> tuple[dict[str, Any], ...]:
     """Every compiled kernel: arch, backward, dtype ("bfloat16" or "float16"), transposed (the base weight lies as
-    [in_features, out_features]), segments (rows lie in segments), dropout, block_m, block_n, block_k, rank (the highest
-    that it serves), cluster, threads, shared_bytes, gradient_columns, and what it can do: ``splits`` (the contraction
-    of a tile) and ``fuses`` (S with the output's first column of tiles).
+    [in_features, out_features]), decodes (a packed base weight, in tiles ahead of the products), in_loop (likewise, in
+    the loop of the products), segments (rows lie in segments), shared (several projections of one input), dropout,
+    block_m, block_n, block_k, rank (the highest that it serves), cluster, threads, shared_bytes, gradient_columns, and
+    what it can do: ``splits`` (the contraction of a tile) and ``fuses`` (S with the output's first column of tiles).
 
     Raises:
         RuntimeError: the extension is not built.

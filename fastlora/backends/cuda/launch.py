@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -62,14 +62,18 @@ def why_not_compiled(spec: LaunchSpec, branch: str = "single") -> str | None:
     if spec.column_scale is not None:
         return "no kernel scales the columns of Y"
     transposed = spec.base_format == "transposed"
-    compiled = [v for v in extension.variants() if v["segments"] == (branch == "segments")]
+    kinds = {"segments": branch == "segments", "shared": branch == "shared_input"}
+    compiled = [v for v in extension.variants() if v.items() >= kinds.items()]
     served = [v for v in compiled if getattr(torch, v["dtype"]) == spec.dtype]
     if not served:
         dtypes = " or ".join(sorted({variant["dtype"] for variant in extension.variants()}, reverse=True))
         return f"dtype {spec.dtype} is not {dtypes}"
-    if r > (max_rank := max(v["rank"] for v in served if v["transposed"] == transposed)):
-        of_segments = " of rows in segments" if branch == "segments" else ""
-        return f"rank {r}{of_segments} is above {max_rank}" + (" over a transposed base weight" if transposed else "")
+    ranks = [v["rank"] for v in served if v["transposed"] == transposed]
+    if not ranks:
+        return f"no kernel for a {spec.base_format} base weight with a {branch} branch"
+    if r > max(ranks):
+        of_branch = {"segments": " of rows in segments", "shared_input": " of several projections"}.get(branch, "")
+        return f"rank {r}{of_branch} is above {max(ranks)}" + (" over a transposed base weight" if transposed else "")
     if n % 8 or k % 8 or r % 8:
         return f"out_features {n}, in_features {k} and rank {r} must be multiples of 8"
     # Factors of another dtype are cast, and the cast is aligned.
@@ -124,7 +128,7 @@ class PreparedLaunch:
         # By their names in a plan, in the order in which `bound` is given them.
         seed_address, seed = (("seed_address",), ("seed",)) if spec.dropout else ((), ())
         self.tensors = (*self.operands, "workspace", *scratch, *seed_address)
-        self.bound = plan.bind((*self.tensors, *_NUMBERS, *seed), **matrices, **constants)
+        self.bound = plan.bind((*self.tensors, *NUMBERS, *seed), **matrices, **constants)
         self.scratch = tuple(scratch.values())
         self.words = plan.workspace_words
 
@@ -132,33 +136,41 @@ class PreparedLaunch:
         """A launch with these ``operands``, of which None is one that it does not use."""
         partials = [torch.empty(size, dtype=torch.float32, device=self.device) for size in self.scratch]
         tensors = [*operands, borrow_workspace(self.words, self.device), *partials]
-        numbers = _numbers(scaling, dropout_p, self.spec.dtype, self.spec.direction == "backward")
+        numbers = branch_numbers(scaling, dropout_p, self.spec.dtype, self.spec.direction == "backward")
         if seed is not None:
-            address, value = _by_address_or_value(seed)
+            address, value = by_address_or_value(seed)
             tensors.append(address)
             numbers = (*numbers, value)
-        _launch(self, tensors, numbers)
+        launch_bound(self, tensors, numbers)
 
 
-def _by_address_or_value(seed: Tensor) -> tuple[Tensor | None, int]:
+def by_address_or_value(seed: Tensor) -> tuple[Tensor | None, int]:
     """By value where it is in reach of the CPU."""
     return (None, int(seed)) if seed.device.type == "cpu" else (seed, 0)
 
 
-def _launch(prepared: PreparedLaunch, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
+class Bound(Protocol):
+    """A launcher of a plan, and the names in it of the tensors that each call gives."""
+
+    tensors: tuple[str, ...]
+    device: torch.device
+    bound: Any
+
+
+def launch_bound(prepared: Bound, tensors: Sequence[Tensor | None], numbers: Sequence[float]) -> None:
     """Launches on the current stream of the operands' device, which need not be current itself. ``numbers``: those of
-    _NUMBERS, and with dropout the seed."""
+    NUMBERS, and with dropout the seed."""
     device = prepared.device.index or 0
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
     prepared.bound(device, raw_stream(device), *addresses, *numbers)
 
 
-_NUMBERS = ("scale_in_s", "scale_on_branch", "drop_threshold", "inverse_keep")
+NUMBERS = ("scale_in_s", "scale_on_branch", "drop_threshold", "inverse_keep")
 
 
 @lru_cache(maxsize=256)
-def _numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: bool) -> tuple[float, ...]:
-    """The values of _NUMBERS: the factors of the branch, and what dropout drops and keeps."""
+def branch_numbers(scaling: float, dropout_p: float, dtype: torch.dtype, backward: bool) -> tuple[float, ...]:
+    """The values of NUMBERS: the factors of the branch, and what dropout drops and keeps."""
     scales = split_scaling(scaling, dtype)
     drops = (philox.threshold(dropout_p), philox.inverse_keep(dropout_p)) if dropout_p > 0.0 else (0, 1.0)
     return (scaling if backward else scales.in_s, scales.on_branch, *drops)
@@ -172,7 +184,8 @@ def prepare(spec: LaunchSpec, tile: CudaTile | None = None, ctas: int | None = N
 
 
 def make_plan(spec: LaunchSpec, tile: CudaTile | None, ctas: int | None, **packed: Any) -> Any:
-    """The fastlora._C.Plan of a description; ``packed``: its fields of a base weight that the launch decodes."""
+    """The fastlora._C.Plan of a description; ``packed``: its fields of a base weight that the launch decodes, where it
+    does at all."""
     m, n, k, r = spec.sizes
     backward = spec.direction == "backward"
     out_columns, contracted = (k, n) if backward else (n, k)
@@ -180,7 +193,9 @@ def make_plan(spec: LaunchSpec, tile: CudaTile | None, ctas: int | None, **packe
     kernel = {
         "transposed": spec.base_format == "transposed", "dropout": spec.dropout, "backward": backward
     }  # fmt: skip
-    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, decodes=bool(packed), **kernel)
+    in_loop = packed.get("in_loop", False)
+    decoding = {"decodes": bool(packed) and not in_loop, "in_loop": in_loop}
+    tile = tile or choose_tile(m, out_columns, contracted, r, ctas, **decoding, **kernel)
     needs = spec.needs
     makes = {"makes_out": needs.dx, "grad_a": needs.da, "grad_b": needs.db, "grad_bias": needs.dbias}
     return extension.loaded().Plan(

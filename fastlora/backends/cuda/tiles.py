@@ -38,6 +38,11 @@ _SM_BYTES_PER_CLOCK = 40
 _DRAM_BYTES_PER_CLOCK = 2800  # of the whole chip
 _TILE_CLOCKS = 3000  # filling the pipeline, storing the last tile
 _REDUCTION_BYTES_PER_CLOCK = 40
+_LANES = 128  # of a multiprocessor: instructions of a thread that it issues in a clock
+# Of an element of nf4 with nested statistics, in the loop of a product that decodes it, of everything in that loop
+# (benchmarks/results/cuda_resources.md).
+IN_LOOP_INSTRUCTIONS = 281 / 32
+_PACKED_BYTES = 1 / 2 + 1 / 64  # of such an element
 
 
 def group_size(cluster: int, m: int, *, draws_over: int | None = None) -> int:
@@ -68,22 +73,27 @@ def choose_tile(
     *,
     transposed: bool = False,
     decodes: bool = False,
+    in_loop: bool = False,
     dropout: bool = False,
     backward: bool = False,
+    projections: int = 0,
 ) -> CudaTile:
     """The tile for an output [m, n] contracted over k with rank r that a rough model of waves and memory finds fastest.
-    ``transposed``: over a base weight that lies as [in_features, out_features].
+    ``transposed``: over a base weight that lies as [in_features, out_features]; ``projections``: how many
+    share an input, if the launch is of several; n, or k of a backward, is then the sum of theirs.
 
     S is fused where that is faster and the kernel of this direction, with or without dropout, can do it. Where the
     launch ``decodes`` a packed weight first, S has tiles of its own: they need no weight, and fill the wave that the
-    last parts of it leave.
+    last parts of it leave. So it has where products decode the weight ``in_loop``.
 
     Raises:
         RuntimeError: the extension is not built.
         ValueError: no kernel is compiled for the rank.
     """
     candidates = []
-    for kernel in kernels(r, transposed=transposed, decodes=decodes, dropout=dropout, backward=backward):
+    weight = {"transposed": transposed, "decodes": decodes, "in_loop": in_loop}
+    shared = projections > 0
+    for kernel in kernels(r, dropout=dropout, backward=backward, shared=shared, **weight):  # type: ignore[arg-type]
         splits = [s for s in SPLITS if s * kernel["block_k"] <= k] if kernel["splits"] else []
         group_m = group_size(kernel["cluster"], m, draws_over=k if dropout and backward else None)
         candidates += [(CudaTile(kernel["block_m"], kernel["block_n"], group_m, s), kernel) for s in splits or (1,)]
@@ -98,7 +108,7 @@ def choose_tile(
     shrink_tiles = -(-m // tile.block_m) * tile.splits
     n_tiles = shrink_tiles * -(-n // tile.block_n)
     if dropout and not backward:
-        fused = fuses_drawn(shrink_tiles, n_tiles, n_sms)
+        fused = fuses_drawn(shrink_tiles * max(projections, 1), n_tiles, n_sms)
     else:
         fused = fuses_shrink(r, tile.block_n, n_tiles, n_sms)
     return replace(
@@ -135,12 +145,15 @@ def kernels(
     backward: bool,
     transposed: bool = False,
     decodes: bool = False,
+    in_loop: bool = False,
     segments: bool = False,
+    shared: bool = False,
     dtype: str = "bfloat16",
 ) -> list[dict[str, Any]]:
     """For each tile that is compiled for rank r, its kernel: that of the least rank that is enough."""
-    weight = {"transposed": transposed, "decodes": decodes}
-    wanted = {**weight, "segments": segments, "dropout": dropout, "backward": backward, "dtype": dtype}
+    weight = {"transposed": transposed, "decodes": decodes, "in_loop": in_loop}
+    weight |= {"segments": segments, "shared": shared}
+    wanted = {**weight, "dropout": dropout, "backward": backward, "dtype": dtype}
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for variant in variants():
         if variant.items() >= wanted.items() and variant["rank"] >= r:
@@ -155,9 +168,16 @@ def _estimated_clocks(tile: CudaTile, kernel: dict[str, Any], m: int, n: int, k:
     waves = -(-rows * columns * tile.splits // n_sms)
     block_k = kernel["block_k"]
     steps = -(-k // (block_k * tile.splits))
+    weight_bytes = _PACKED_BYTES if kernel["in_loop"] else 2
     # Rows past the end are multiplied but not read.
-    step_bytes = (min(m, tile.block_m) + tile.block_n) * block_k * 2
-    step = max(tile.block_m * tile.block_n * block_k / _FMA_PER_CLOCK, step_bytes / _SM_BYTES_PER_CLOCK)
+    step_bytes = (min(m, tile.block_m) * 2 + tile.block_n * weight_bytes) * block_k
+    step = max(
+        tile.block_m * tile.block_n * block_k / _FMA_PER_CLOCK,
+        step_bytes / _SM_BYTES_PER_CLOCK,
+        tile.block_n * block_k * IN_LOOP_INSTRUCTIONS / _LANES if kernel["in_loop"] else 0,
+    )
     reduction = (tile.splits - 1) * min(m, tile.block_m) * tile.block_n * 4 / _REDUCTION_BYTES_PER_CLOCK
-    traffic = 2 * (m * k + k * n + m * n) / _DRAM_BYTES_PER_CLOCK
-    return max(waves * steps * step, traffic) + _TILE_CLOCKS + reduction
+    traffic = (2 * m * (k + n) + k * n * weight_bytes) / _DRAM_BYTES_PER_CLOCK
+    # Of short tiles the ends count.
+    ends = (waves if kernel["in_loop"] else 1) * _TILE_CLOCKS
+    return max(waves * steps * step, traffic) + ends + reduction

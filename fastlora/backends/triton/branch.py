@@ -3,19 +3,18 @@
 import triton
 import triton.language as tl
 
-from fastlora.backends.triton.memory import load_block
-from fastlora.backends.triton.row_map import rows_to_load
+from fastlora.backends.triton.memory import keep_mask, load_block
+from fastlora.backends.triton.row_map import rows_of_block, rows_to_load
 
-# One adapter serves a tile, whatever others a launch has: segments.py hands each tile its own as factors by themselves.
-# The next branch goes here: where a column block's projection has an adapter of its own, these functions add the
-# adapter's offset to the rows that they load.
+# One adapter serves a tile, whatever others a launch has: segments.py hands each tile that of its rows, projections.py
+# that of its columns, as factors by themselves.
 
 
 @triton.jit
 def s_is_made(shape, variant: tl.constexpr):
     """What a row block's flag says once its S is stored. Rows without an adapter, whose rank is 0, have no S: 0, which
     every flag says from the start."""
-    if variant.segments:
+    if variant.may_lack_adapter:
         return tl.minimum(shape.R, 1)
     else:
         return 1
@@ -45,6 +44,21 @@ def rounded_s(acc_s, scales, dtype: tl.constexpr):
         rounded = acc_s.to(dtype).to(tl.float32)
         acc_s = tl.where(tl.abs(rounded) == float("inf"), rounded, acc_s) * scales.in_s
     return acc_s.to(dtype)
+
+
+@triton.jit
+def add_branch(acc, product, row, first_n, shape, on_branch, dropout, variant: tl.constexpr):
+    """acc + the branch of a row block, from column ``first_n`` on; see ``expand``. That of dX dropout masks before it
+    is added."""
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    MASKED: tl.constexpr = variant.dropout and not variant.forward
+    offs_n = first_n + tl.arange(0, BLOCK_N)
+    branch = tl.zeros_like(acc) if MASKED else acc
+    branch = expand(branch, product, row, offs_n, shape, on_branch, variant)
+    if MASKED:
+        keep = keep_mask(dropout, rows_of_block(row, variant), first_n, shape.N, BLOCK_N)
+        branch = acc + tl.where(keep, branch * dropout.inverse_keep, 0.0)
+    return branch
 
 
 @triton.jit

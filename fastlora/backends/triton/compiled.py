@@ -92,6 +92,17 @@ def _direct_launcher(compiled: Any) -> _Direct | None:
     return _Direct(call, (compiled.function, *flags, *scratch_first), False, make_map)
 
 
+def _stand_in(argument: Any, kind: Any, device: str | None) -> Any:
+    """An argument as ``compiled_as`` says, with tensors on a device in the place of null pointers."""
+    if isinstance(kind, tuple) and argument is not None:
+        return tuple(_stand_in(each, of_each, device) for each, of_each in zip(argument, kind, strict=True))
+    if isinstance(kind, int):
+        return kind if device == "meta" else argument
+    if argument is None and kind is not None:
+        return torch.empty(1, dtype=kind, device=device)
+    return argument
+
+
 class CompiledLaunch:
     """One kernel for the calls of one description.
 
@@ -102,6 +113,7 @@ class CompiledLaunch:
         blocks: for each of the first three arguments the block that its TMA descriptor loads; None: it is a pointer.
         compiled_as: index of an argument -> what it is compiled as, whatever the first call has there. A dtype: a
             pointer, null at run time where the argument is None (any other None is compiled for). A number: its type.
+            A tuple: of each element of an argument that is one. None: what the first call has.
         constants: the kernel's last arguments, all constexpr.
         options: of the compilation.
     """
@@ -112,7 +124,7 @@ class CompiledLaunch:
         grid: int,
         device: torch.device,
         blocks: tuple[list[int] | None, ...],
-        compiled_as: dict[int, torch.dtype | int],
+        compiled_as: dict[int, Any],
         constants: tuple,
         options: dict[str, Any],
     ):
@@ -182,13 +194,10 @@ class CompiledLaunch:
             matrix if block is None else TensorDescriptor.from_tensor(matrix, block)
             for matrix, block in zip(args, self.blocks, strict=False)
         )
-        rest = list(args[3:])
+        bound = [*matrices, *args[3:]]
         for index, kind in self.compiled_as.items() if stand_ins else ():
-            if isinstance(kind, int):
-                rest[index - 3] = kind if stand_ins == "meta" else rest[index - 3]
-            elif rest[index - 3] is None:
-                rest[index - 3] = torch.empty(1, dtype=kind, device=stand_ins)
-        return (*matrices, *rest, *self.constants)
+            bound[index] = _stand_in(bound[index], kind, stand_ins)
+        return (*bound, *self.constants)
 
     def _compile(self, args: tuple, waits: bool = True) -> None:
         bound = self._bound(args, "meta")

@@ -19,7 +19,7 @@ def gradient_tile(sums, counts_ptr, tile, chunk, dropout, DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr = variant.tile.gradient_m
     BLOCK_N: tl.constexpr = variant.tile.gradient_n
     WGMMA: tl.constexpr = variant.wgmma and sums.left.data.dtype.element_ty.primitive_bitwidth == 16
-    # wgmma's masked operand has to be the right one, as in tiles._shrink; the rank is then the height of the left one.
+    # wgmma's masked operand has to be the right one, as in tiles.shrink; the rank is then the height of the left one.
     TRANSPOSED: tl.constexpr = DROPOUT and WGMMA
     BLOCK_R: tl.constexpr = max(variant.block_r, 64) if TRANSPOSED and variant.tile.block_m >= 64 else variant.block_r
     first_n = tile * BLOCK_N

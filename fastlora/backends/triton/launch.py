@@ -123,10 +123,18 @@ def ceil_div(a: int, b: int) -> int:  # triton.cdiv, made for kernels, takes 3 Â
 
 
 def forward_rank(spec: LaunchSpec, config: TileConfig, target: Target) -> int:
-    """The rank as a forward's tiles hold it: of a masked product it may be the height (see tiles._shrink)."""
+    """The rank as a forward's tiles hold it: of a masked product it may be the height (see tiles.shrink)."""
     block_r = padded_rank(spec.sizes.r)
     masks = spec.dropout and spec.dtype.itemsize == 2
     return max(block_r, 64) if masks and config.block_m >= 64 and multiplies_by_warpgroup(target.arch) else block_r
+
+
+def overwrites_act(spec: LaunchSpec, config: TileConfig, target: Target) -> bool:
+    """Whether a shrink must not be fused where act is loaded by pointers: under dropout on Hopper. Of a block that
+    wgmma reads where it lies, and the mask in registers, Triton 3.6 pipelines such loads with a buffer too few, and
+    overwrites it while wgmma still reads (the emulator finds the race at the largest tiles)."""
+    by_wgmma = target.arch == 90 and spec.dtype.itemsize == 2 and config.block_m >= 64
+    return by_wgmma and spec.dropout and spec.direction == "forward"
 
 
 class PreparedLaunch:
@@ -136,6 +144,7 @@ class PreparedLaunch:
     """
 
     launch: CompiledLaunch
+    kernel_key: tuple
 
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target, *, block_r: int, fused: bool):
         config = replace(config, fused=fused)  # what it cannot have fused is the same kernel as what need not

@@ -50,7 +50,7 @@ def masked_shrink_kernel(
     offs_r = column * RANKS + tl.arange(0, RANKS)
     dropout = _drawn(seed_ptr, seed, by_value, threshold, 1.0)
     dtype = s_ptr.dtype.element_ty
-    TRANSPOSED: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16  # as tiles._shrink, for the same reason
+    TRANSPOSED: tl.constexpr = s_ptr.dtype.element_ty.primitive_bitwidth == 16  # as tiles.shrink, for the same reason
     acc = tl.zeros((RANKS, ROWS) if TRANSPOSED else (ROWS, RANKS), tl.float32)
     for k in tl.range(part * steps * COLUMNS, tl.minimum((part + 1) * steps * COLUMNS, K), COLUMNS):
         offs_k = k + tl.arange(0, COLUMNS)

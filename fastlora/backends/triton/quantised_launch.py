@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.backends.configs import TileConfig, has_few_rows
+from fastlora.backends.configs import TileConfig, has_few_rows, over_packed
+from fastlora.backends.packed_blocks import elements_of_block, why_bad_blocks
 from fastlora.backends.target import Target, target_of
-from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile
+from fastlora.backends.triton.launch import BackwardLaunch, ForwardLaunch, choose_tile, has_wide_loads
 from fastlora.backends.triton.launch import why_unsupported as why_dense_unsupported
 from fastlora.backends.triton.packed_format import FP4, NF4, PackedFormat
 from fastlora.backends.triton.quantised_kernels import quantised_backward_kernel, quantised_forward_kernel
 from fastlora.backends.triton.variant import Variant
+from fastlora.backends.tuning import tuned_in_loop, tuned_way
 from fastlora.problem import Launcher, LaunchSpec
 from fastlora.quantised_weight import QuantisedWeight
 
@@ -27,7 +29,6 @@ PART = 1 << 15  # elements that one tile decodes: few enough to spread a panel, 
 _EXPONENT_BITS = {torch.float8_e4m3fn: 4, torch.float8_e5m2: 5}
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 _TABLES = {"nf4": NF4, "fp4": FP4}
-_LARGEST_BLOCK = 1 << 30  # whose elements 32 bits count, with a part's
 
 
 def why_unsupported(spec: LaunchSpec) -> str | None:
@@ -40,26 +41,16 @@ def why_unsupported(spec: LaunchSpec) -> str | None:
         return reason
     if not packed.contiguous:
         return f"a tensor of the {spec.base_format} weight is not contiguous"
-    if packed.counts[1] >= 1 << 31:
-        return f"{packed.counts[1]} scales of the {spec.base_format} weight, which 32 bits do not count"
-    codes, scales, *rest = packed.dtypes
     if spec.base_format in _TABLES:
-        of_scales = (scales, *rest)
-        usual = (torch.uint8, *(torch.float32,) * 3) if packed.block[1] else (torch.float32,)
-        return None if of_scales == usual else f"scales of the {spec.base_format} weight are {of_scales}, not {usual}"
+        return why_bad_blocks(spec)
+    codes, scales, *rest = packed.dtypes
     if scales not in _SCALES:
         return f"scales of the {spec.base_format} weight are {scales}"
     if codes != torch.int8 and codes not in _EXPONENT_BITS:
         return f"no kernel decodes {codes}"
     if any(dtype.is_floating_point for dtype in rest):
         return f"zero points of the {spec.base_format} weight are {rest[0]}, not whole numbers"
-    _, n, k, _ = spec.sizes
-    rows, columns = packed.block
-    if (rows > 1 and columns != k) or k % columns or n % rows or packed.counts[1] * rows * columns != n * k:
-        return f"{packed.counts[1]} scales of {rows} x {columns} elements of the {spec.base_format} weight [{n}, {k}]"
-    if rows * columns > _LARGEST_BLOCK:
-        return f"{rows * columns} elements of the {spec.base_format} weight have one scale"
-    return None
+    return why_bad_blocks(spec)
 
 
 def prepare(
@@ -76,27 +67,38 @@ def prepare(
     if in_loop is None:
         in_loop = decodes_in_loop(spec)
     if config is None:
-        config = choose_tile(spec, target, one_row_block=in_loop)
-        # Tiles that make S alone need no weight: they fill the wave that the last parts of it leave. (In float32 they
-        # spill.)
-        config = replace(config, fused=config.fused and spec.dtype.itemsize == 4)
+        config = (tuned_way(spec, in_loop) if has_wide_loads(spec) else None) or over_packed(
+            choose_tile(spec, target, one_row_block=in_loop), spec.dtype.itemsize
+        )
     if spec.direction == "backward":
         return _Backward(spec, config, target, part)
     return _Forward(spec, config, target, part, in_loop)
 
 
-def decodes_in_loop(spec: LaunchSpec) -> bool:
-    """Whether the products of a launch should decode the weight in their loop, in registers, instead of once for all.
+def why_not_in_loop(spec: LaunchSpec) -> str | None:
+    """Why the products of such a launch, which is served, cannot decode the weight in their loop, or None. Rows of W0
+    must be whole groups of eight elements with one scale."""
+    if spec.direction == "backward" or spec.dropout:
+        return "only a forward without dropout does that"
+    packed = _format(spec, PART, True)
+    if spec.sizes.k % 8 or not packed.whole or not packed.grouped:
+        return "rows of the weight are not whole groups of eight elements with one scale"
+    return None
+
+
+def decodes_in_loop(spec: LaunchSpec, tuned: bool = True) -> bool:
+    """Whether the products of a launch should decode the weight in their loop, in registers, instead of once for all:
+    as was found by ``fastlora tune``, unless ``tuned`` is False, else few rows do.
 
     A forward without dropout of FEW_ROWS rows at most, as of a decode step, has one row block: each block of the weight
     is decoded once in either case, and here it is neither written nor read again. Of more rows, nothing in the loop
     hides what each row block decodes: by a model (python -m benchmarks.schedule --decoding) both ways take as long at
-    64 rows, on average over Llama's layers, and the loop takes longer in each from 96 on; nothing is measured. Rows of
-    W0 must be whole groups of eight elements with one scale.
+    64 rows, on average over Llama's layers, and the loop takes longer in each from 96 on; nothing is measured.
     """
-    few = has_few_rows(spec.direction, spec.sizes.m, spec.dropout)
-    packed = _format(spec, PART, True)
-    return few and spec.sizes.k % 8 == 0 and packed.whole and packed.grouped
+    if why_not_in_loop(spec):
+        return False
+    found = tuned_in_loop("triton", spec) if tuned else None
+    return has_few_rows(spec.direction, spec.sizes.m, spec.dropout) if found is None else found
 
 
 def _format(spec: LaunchSpec, part: int, in_loop: bool) -> PackedFormat:
@@ -106,15 +108,8 @@ def _format(spec: LaunchSpec, part: int, in_loop: bool) -> PackedFormat:
     whole = n * k % 8 == 0 and packed.starts[0]
     if spec.base_format in _TABLES:
         return PackedFormat(_TABLES[spec.base_format], 0, *packed.block, whole, True, part, in_loop)
-    grouped = _elements_of_block(spec) % 8 == 0
+    grouped = elements_of_block(spec) % 8 == 0
     return PackedFormat((), _EXPONENT_BITS.get(packed.dtypes[0], 0), 0, 0, whole, grouped, part, in_loop)
-
-
-def _elements_of_block(spec: LaunchSpec) -> int:
-    """That share a scale."""
-    assert spec.packed is not None
-    rows, columns = spec.packed.block
-    return rows if spec.base_format in _TABLES else rows * columns
 
 
 class _Decoding:
@@ -136,7 +131,7 @@ class _Decoding:
         self.variant = replace(self.variant, tma=False, tma_down=False, packed=packed)
         self.n_panels, self.parts = n_panels, -(-panel_rows * spec.sizes.k // part)
         self.n_words += n_panels
-        self.block = _elements_of_block(spec)
+        self.block = elements_of_block(spec)
         self.kernel_key = (self.kernel_key[0], self.variant)
         self.launch = self.prepare_launch(
             kernel, self.launch.grid + n_panels * self.parts, ([], [], []), self.launch.compiled_as

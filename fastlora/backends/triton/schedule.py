@@ -47,13 +47,16 @@ def reset_if_last(workspace_ptr, n_words, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def locate(ticket, n_rows, n_columns, n_gradients, gradients_last, wave, GROUP_M: tl.constexpr):
+def locate(
+    ticket, n_rows, n_columns, n_gradients, gradients_last, wave, GROUP_M: tl.constexpr, N_AHEAD: tl.constexpr = 1
+):
     """The tile of a ticket.
 
     The output's n_rows x n_columns tiles are walked in groups of GROUP_M row blocks, all columns of a group before the
     next group, so that a group's rows of act stay in L2. Column 0 makes S for its row block, which the others wait
     for; so a group's column 0 is queued one wave (as many tiles as run at once) before the end of the group in front
-    of it. Each group is followed by n_gradients gradient tiles that read the rows it has just used.
+    of it. Where several projections have an S each, so are the first N_AHEAD columns, one after the other. Each group
+    is followed by n_gradients gradient tiles that read the rows it has just used.
 
         column 0 of group 0 | group 0 …, column 0 of group 1, … one wave | gradients of group 0 | group 1 … and so on
 
@@ -66,12 +69,13 @@ def locate(ticket, n_rows, n_columns, n_gradients, gradients_last, wave, GROUP_M
     n_groups = tl.cdiv(n_rows, GROUP_M)
     last = n_groups - 1
     rows_in_last = n_rows - last * GROUP_M
-    first = tl.minimum(n_rows, GROUP_M)
+    first_rows = tl.minimum(n_rows, GROUP_M)
+    first = first_rows * N_AHEAD
     if n_columns == 0:
         first = 0
     # A group's section of the queue holds its columns 1…, column 0 of the next group, and its gradient tiles.
     section = GROUP_M * n_columns + n_gradients * (1 - gradients_last)
-    last_start = tl.maximum(last * section - tl.where(n_columns > 0, GROUP_M - rows_in_last, 0), 0)
+    last_start = tl.maximum(last * section - tl.where(n_columns > 0, (GROUP_M - rows_in_last) * N_AHEAD, 0), 0)
     t = ticket - first
     group = tl.where(t >= last_start, last, t // section)
     t -= tl.where(group == last, last_start, group * section)
@@ -79,15 +83,22 @@ def locate(ticket, n_rows, n_columns, n_gradients, gradients_last, wave, GROUP_M
     rows_ahead = tl.where(group + 1 < last, GROUP_M, tl.where(group + 1 == last, rows_in_last, 0))
     if n_columns == 0:
         rows_ahead = 0
-    others = rows * tl.maximum(n_columns - 1, 0)
+    tiles_ahead = rows_ahead * N_AHEAD
+    others = rows * tl.maximum(n_columns - N_AHEAD, 0)
     ahead_start = tl.maximum(others - wave, 0)
-    gradient = t - others - rows_ahead
-    is_ahead = (t >= ahead_start) & (t < ahead_start + rows_ahead)
-    t -= tl.where(t >= ahead_start + rows_ahead, rows_ahead, 0)
-    row = tl.where(is_ahead, (group + 1) * GROUP_M + t - ahead_start, group * GROUP_M + t % rows)
-    column = tl.where(is_ahead, 0, 1 + t // rows)
+    gradient = t - others - tiles_ahead
+    is_ahead = (t >= ahead_start) & (t < ahead_start + tiles_ahead)
+    t -= tl.where(t >= ahead_start + tiles_ahead, tiles_ahead, 0)
+    of_ahead, row_ahead = 0, t - ahead_start
+    if N_AHEAD > 1:
+        rows_ahead = tl.maximum(rows_ahead, 1)
+        of_ahead, row_ahead = row_ahead // rows_ahead, row_ahead % rows_ahead
+    row = tl.where(is_ahead, (group + 1) * GROUP_M + row_ahead, group * GROUP_M + t % rows)
+    column = tl.where(is_ahead, of_ahead, N_AHEAD + t // rows)
     if ticket < first:
         row, column, gradient = ticket, 0, -1
+        if N_AHEAD > 1:
+            row, column = ticket % first_rows, ticket // first_rows
     behind = ticket - n_rows * n_columns
     if gradients_last * (behind + 1) > 0:
         group, gradient = behind // n_gradients, behind % n_gradients

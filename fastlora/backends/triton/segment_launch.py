@@ -21,6 +21,7 @@ from fastlora.backends.triton.launch import (
     forward_rank,
     forward_scales,
     has_aligned_rows,
+    overwrites_act,
     seed_arguments,
     seed_types,
     threshold_argument,
@@ -119,7 +120,7 @@ class _Forward(_Segmented):
     def __init__(self, spec: LaunchSpec, config: TileConfig, target: Target):
         m, n, _, r = spec.sizes
         block_r = forward_rank(spec, config, target)
-        fused = config.fused and block_r <= FUSED_RANK
+        fused = config.fused and block_r <= FUSED_RANK and not overwrites_act(spec, config, target)
         super().__init__(spec, config, target, block_r=block_r, fused=fused)
         self.y_shape, self.s_shape = (m, n), (m, r)
         self.n_words = N_COUNTERS.value + self.n_rows

@@ -123,6 +123,7 @@ def segment_tile(
                 down=Matrix(product.down.data + adapter64 * shape.K * shape.R, product.down.stride),
                 up=Matrix(product.up.data + adapter64 * shape.N * shape.R, product.up.stride),
                 bias_ptr=bias_ptr,
+                bias_size=shape.N,
                 out=Matrix(product.out.data + first_row * product.out.stride, product.out.stride),
                 s=Matrix(product.s.data + first_row * product.s.stride, product.s.stride),
                 column_scale=product.column_scale,

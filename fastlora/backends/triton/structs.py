@@ -59,6 +59,8 @@ class Product(NamedTuple):
     | up     | B [N, R]         | A [R, N]                                      |
     | out    | Y [M, N]         | dX [M, N]; no data: dS alone is made          |
     | s      | S [M, R]         | dS [M, R]                                     |
+
+    bias_size: N, or 0 where one of several projections has no bias.
     """
 
     act: Matrix
@@ -66,6 +68,7 @@ class Product(NamedTuple):
     down: Matrix
     up: Matrix
     bias_ptr: Any
+    bias_size: Any
     out: Matrix
     s: Matrix
     column_scale: ColumnScale
@@ -116,6 +119,27 @@ class Segment(NamedTuple):
     first_block: Any
     first_row: Any
     end_row: Any
+
+
+class Projections(NamedTuple):
+    """Projections of one x. What each has of its own is a tuple with one of each, in a matrix of both fields; a pointer
+    is null where a projection has no such tensor. One without an adapter has a rank of 0.
+
+    acts: dYs [M, N_i] of the backward; None: the forward, whose act is x for all.
+    weights, lora_as, lora_bs: [N_i, K], [R_i, K], [N_i, R_i].
+    N, R: their sizes.
+    scales: of their branches.
+    dropout: of their branches' inputs: (addresses of seeds, seeds, thresholds, inverse_keep); None: without.
+    """
+
+    acts: Any
+    weights: Matrix
+    lora_as: Matrix
+    lora_bs: Matrix
+    N: Any
+    R: Any
+    scales: BranchScales
+    dropout: Any
 
 
 class Gradient(NamedTuple):

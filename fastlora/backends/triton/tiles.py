@@ -22,21 +22,24 @@ def product_tile(product, flags_ptr, row, column, shape, scales, dropout, varian
     fit beyond a rank of 64.
     """
     makes_s = column == 0
-    if variant.segments:
+    if variant.may_lack_adapter:
         makes_s = makes_s & (shape.R > 0)
+    BLOCK_M: tl.constexpr = variant.tile.block_m
+    BLOCK_N: tl.constexpr = variant.tile.block_n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if variant.fused:
         if makes_s:
-            acc = _shrink(product, flags_ptr, row, shape, scales, dropout, variant)
+            acc = shrink(acc, product, flags_ptr, row, shape, scales, dropout, variant)
         else:
-            acc = _multiply(product, row, column, shape, variant)
+            acc = multiply(acc, product, row, column, shape, variant)
             wait_for(flags_ptr + row, s_is_made(shape, variant))
         first_n = column * variant.tile.block_n
         finish_tile(acc, product, row, first_n, shape, scales.on_branch, dropout, variant)
     else:
         if column == 0:
-            _shrink(product, flags_ptr, row, shape, scales, dropout, variant)
+            shrink(acc, product, flags_ptr, row, shape, scales, dropout, variant)
         elif product.out.data is not None:
-            acc = _multiply(product, row, column - 1, shape, variant)
+            acc = multiply(acc, product, row, column - 1, shape, variant)
             wait_for(flags_ptr + row, s_is_made(shape, variant))
             first_n = (column - 1) * variant.tile.block_n
             finish_tile(acc, product, row, first_n, shape, scales.on_branch, dropout, variant)
@@ -54,11 +57,8 @@ def _load_act(product, row, k, shape, variant: tl.constexpr):
 
 
 @triton.jit
-def _multiply(product, row, n, shape, variant: tl.constexpr):
-    """A tile of act·weightᵀ, in fp32 registers."""
-    BLOCK_M: tl.constexpr = variant.tile.block_m
-    BLOCK_N: tl.constexpr = variant.tile.block_n
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+def multiply(acc, product, row, n, shape, variant: tl.constexpr):
+    """acc + a tile of act·weightᵀ, in fp32 registers."""
     await_rows(product.act.data, row // variant.tile.group_m, variant)
     await_weight(product, n, variant)
     for k in range(0, shape.K, variant.tile.block_k):
@@ -69,16 +69,14 @@ def _multiply(product, row, n, shape, variant: tl.constexpr):
 
 
 @triton.jit
-def _shrink(product, flags_ptr, row, shape, scales, dropout, variant: tl.constexpr):
-    """Stores a row block of S and raises its flag. Returns, where fused, tile 0 of act·weightᵀ, made in the same pass
-    over act."""
+def shrink(acc, product, flags_ptr, row, shape, scales, dropout, variant: tl.constexpr):
+    """Stores a row block of S and raises its flag. Returns acc, where fused with tile 0 of act·weightᵀ added, made in
+    the same pass over act."""
     BLOCK_M: tl.constexpr = variant.tile.block_m
-    BLOCK_N: tl.constexpr = variant.tile.block_n
     BLOCK_K: tl.constexpr = variant.tile.block_k
     BLOCK_R: tl.constexpr = variant.block_r
     offs_m = rows_of_block(row, variant)
     offs_r = tl.arange(0, BLOCK_R)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     MASKED: tl.constexpr = variant.dropout and variant.forward
     TRANSPOSED: tl.constexpr = MASKED and product.s.data.dtype.element_ty.primitive_bitwidth == 16
     acc_s = tl.zeros((BLOCK_R, BLOCK_M) if TRANSPOSED else (BLOCK_M, BLOCK_R), tl.float32)

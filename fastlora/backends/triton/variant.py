@@ -27,6 +27,8 @@ class Variant:
     block_g: how many of them are looked at together.
     transposed: the base weight lies in memory as [K, N] by the forward's names.
     scaled: dY's columns are scaled by other tiles of the launch, into scratch (structs.ScaledRows).
+    projections: of one x, that the launch computes, any of which may have no adapter (projections.py); 0: it is a
+        layer's.
     """
 
     tile: TileConfig
@@ -44,11 +46,17 @@ class Variant:
     block_g: int = 0
     transposed: bool = False
     scaled: bool = False
+    projections: int = 0
 
     @property
     def shrink_columns(self) -> int:
         """Columns of the queue that hold no tile of the product."""
         return 0 if self.fused else 1
+
+    @property
+    def may_lack_adapter(self) -> bool:
+        """Whether a tile may have no low-rank branch: a rank of 0."""
+        return self.segments or self.projections > 0
 
     @property
     def decoded(self) -> bool:
