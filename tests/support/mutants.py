@@ -158,7 +158,7 @@ MUTANTS = (
     ),
     Mutant(
         "dropout ignored in dX",
-        "epilogue",
+        "branch",
         "tl.where(keep, branch * dropout.inverse_keep, 0.0)",
         "branch * dropout.inverse_keep",
         shows="dropout",
