@@ -245,7 +245,8 @@ def test_a_patched_model_prints_its_groups_and_is_taken_apart_by_unpatch():
 
 
 def test_what_peft_changes_between_calls_is_seen():
-    """Adapters switched, disabled, several at once, with DoRA, with a lora_bias, hotswapped: single layers or PEFT."""
+    """Adapters switched, disabled, several at once, with DoRA, with a lora_bias, hotswapped: single layers or PEFT.
+    In float64, whose roundings are far below what any other adapter or factor changes."""
     model = make("llama", True).double()
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj", "k_proj"]))
     stock = copy.deepcopy(model)
