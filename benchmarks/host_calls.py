@@ -67,6 +67,11 @@ def _stand_in_for_cuda(directory: Path) -> None:
     launch.multiprocessors = lambda device: N_SMS  # type: ignore[assignment]
 
 
+def stand_in_for(backend: str, directory: Path) -> None:
+    """Has a backend's launches go to a driver or runtime, in this directory, that does nothing."""
+    (_stand_in_for_triton if backend == "triton" else _stand_in_for_cuda)(directory)
+
+
 def make_calls(backend: str, dropout_p: float) -> dict[str, Callable[[], object]]:
     """The launches of a layer and F.linear, each called twice before; what they compute is not defined."""
     generator = torch.Generator().manual_seed(0)
@@ -120,7 +125,7 @@ def measure(backend: str, dropout_p: float, rounds: int) -> dict:
     """Calls and µs of one backend in this process, whose drivers it replaces."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
-        (_stand_in_for_triton if backend == "triton" else _stand_in_for_cuda)(Path(directory))
+        stand_in_for(backend, Path(directory))
         selection.why_unsupported = lambda name, spec: None  # type: ignore[assignment]
         calls = make_calls(backend, dropout_p)
         counts = {f"{name}_calls": count_calls(call) for name, call in calls.items() if name != "linear"}

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -27,8 +27,6 @@ from fastlora.problem import (
     ScaledForward,
 )
 from fastlora.projections import (
-    SharedBackward,
-    SharedForward,
     SharedGradients,
     SharedOutputs,
     backward_keys,
@@ -179,12 +177,12 @@ def may_launch_together(tensor: Tensor, requested: str | None) -> bool:
     return not tensor.is_cpu and tensor.device.type == "cuda"
 
 
-def together_forward(operands: SharedForward, requested: str | None) -> SharedOutputs | None:
+def together_forward(operands: Any, requested: str | None) -> SharedOutputs | None:
     """Y and S of projections that share an input, by one launch; or None where no backend serves the call so: then the
     reasons are counted as fallbacks, and each projection is to be a launch of its own.
 
     Args:
-        operands: of a call that ``may_launch_together``.
+        operands: the fields of SharedForward in order, of a call that ``may_launch_together``.
         requested: a backend's name to insist on, or None.
     """
     key = ("together", requested, forward_keys(operands))
@@ -192,8 +190,8 @@ def together_forward(operands: SharedForward, requested: str | None) -> SharedOu
     return launch and launch()
 
 
-def together_backward(operands: SharedBackward, requested: str | None) -> SharedGradients | None:
-    """The gradients that ``operands.needs`` names, likewise."""
+def together_backward(operands: Any, requested: str | None) -> SharedGradients | None:
+    """The gradients that the needs of each projection name, likewise, of the fields of SharedBackward in order."""
     key = ("together", requested, backward_keys(operands))
     launch = _in_launch(operands, requested, key, lambda: describe_shared_backward(operands), TOGETHER)
     return launch and launch()
@@ -316,11 +314,11 @@ def _in_launch(
     return partial(_counted(route), operands)
 
 
-def _flat(operands: tuple) -> tuple:
-    """The operands of a call, also where some are tuples of others."""
+def _flat(operands: Sequence) -> tuple:
+    """The operands of a call, also where some are lists of others."""
     found: list = []
     for each in operands:
-        found += _flat(each) if isinstance(each, tuple) else (each,)
+        found += _flat(each) if isinstance(each, tuple | list) else (each,)
     return tuple(found)
 
 

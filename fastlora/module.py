@@ -202,14 +202,15 @@ class LoRALinear(Branch, nn.Linear):
         """What a call computes with now, or why it cannot be computed with its siblings' (fastlora.shared_input)."""
         if self.merged or self.dora:
             return "merged" if self.merged else "DoRA"
-        if type(self.scaling) not in (float, int):
+        scaling = self.scaling
+        if scaling.__class__ is not float and scaling.__class__ is not int:
             return "a scaling that is no number"
         own: dict[str, Any] = self._parameters
         if "lora_A" in own:
             weight, lora_a, lora_b, bias = own["weight"], own["lora_A"], own["lora_B"], own["bias"]
         else:  # replicas of nn.DataParallel hold tensors that are no parameters
             weight, lora_a, lora_b, bias = self.weight, self.lora_A, self.lora_B, self.bias
-        return weight, lora_a, lora_b, bias, self.scaling, self.dropout if self.training else 0.0
+        return weight, lora_a, lora_b, bias, scaling, self.dropout if self.training else 0.0
 
     def _dora_forward(self, x: Tensor) -> Tensor:
         if is_dtensor(self.weight):

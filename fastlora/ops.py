@@ -131,7 +131,10 @@ def _gradients(ctx, dy, skips_ops):
 
 def _without_node(*args):
     """Y past LoRALinearFunction: without gradients, or in a graph, which trains through the op's own formula."""
-    return (_forward(*args) if _skips_ops(args[0]) else torch.ops.fastlora.lora_forward.default(*args))[0]
+    if _skips_ops(args[0]):
+        return _forward(*args)[0]
+    forward = torch.ops.fastlora.lora_forward.default
+    return (forward(*args) if torch.compiler.is_compiling() else _call(forward, *args))[0]
 
 
 class LoRALinearFunction(torch.autograd.Function):

@@ -4,7 +4,7 @@ Projection i is Y_i = x·W_iᵀ + s_i·(drop_i(x)·A_iᵀ)·B_iᵀ + bias_i, and
 as the call that it would be alone, so that what a kernel reads of a single layer it reads of each of several.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ from fastlora.operands import (
     layout_of,
     uses_tf32,
 )
-from fastlora.problem import BackwardOperands, ForwardOperands, Gradients, LaunchSpec, Needs, Sizes
+from fastlora.problem import ForwardOperands, Gradients, LaunchSpec, Needs, Sizes
 
 NO_GRADIENTS = Gradients(None, None, None, None)
 NO_NEEDS = Needs(False, False, False, False)
@@ -38,7 +38,8 @@ class Projection(NamedTuple):
 
 
 class SharedForward(NamedTuple):
-    """What a forward reads."""
+    """What a forward reads. On the way to a launch its fields, and those of each Projection, are in plain tuples: to
+    name them takes longer than a call can afford."""
 
     x: Tensor  # [M, K]
     projections: tuple[Projection, ...]
@@ -54,43 +55,42 @@ class SharedBackward(NamedTuple):
     needs: tuple[Needs, ...]  # of each projection; none where its dY is None
 
 
-class SharedOutputs(NamedTuple):
-    """What a forward returns."""
+# What a forward returns: Y [M, N] of each, tensors of their own (autograd forbids to modify one of several views in
+# place); S [M, R] of each, None without an adapter.
+SharedOutputs: TypeAlias = tuple[list[Tensor], list[Tensor | None]]
 
-    ys: list[Tensor]  # [M, N] each, tensors of their own: autograd forbids to modify one of several views in place
-    ss: list[Tensor | None]  # [M, R] each; None without an adapter
-
-
-class SharedGradients(NamedTuple):
-    """What a backward returns."""
-
-    dx: Tensor | None  # [M, K], over all projections
-    others: list[Gradients]  # of each projection, without dx
+# What a backward returns: dX [M, K] over all projections; the gradients of each, without dX.
+SharedGradients: TypeAlias = tuple[Tensor | None, list[Gradients]]
 
 
 def forward_keys(operands: SharedForward) -> tuple:
     """What ``describe_shared_forward`` reads of operands: calls of one key have one description."""
     x, projections = operands
-    return tuple(_key(x, p, NO_NEEDS) if p.lora_a is None else forward_key((x, *p)) for p in projections)  # type: ignore[arg-type]
+    keys: tuple = ()
+    for p in projections:
+        keys += (_key(x, p, NO_NEEDS) if p[1] is None else forward_key((x, *p)),)  # type: ignore[arg-type]
+    return keys
 
 
 def backward_keys(operands: SharedBackward) -> tuple:
     """Likewise of ``describe_shared_backward``."""
-    return tuple(
-        None
-        if dy is None
-        else _key(dy, p, needs)
-        if p.lora_a is None
-        else backward_key(_alone(dy, operands.x, p, s), needs)
-        for dy, p, s, needs in zip(operands.dys, operands.projections, operands.ss, operands.needs, strict=True)
-    )
+    dys, x, projections, ss, of_each = operands
+    keys: tuple = ()
+    for dy, p, s, needs in zip(dys, projections, ss, of_each, strict=True):
+        if dy is None:
+            keys += (None,)
+        elif p[1] is None:
+            keys += (_key(dy, p, needs),)
+        else:
+            keys += (backward_key(_alone(dy, x, p, s), needs),)  # type: ignore[arg-type]
+    return keys
 
 
 def describe_shared_forward(operands: SharedForward) -> tuple[SharedForward, LaunchSpec]:
     """The operands of a forward as kernels take them, and the call's description."""
-    x, projections = as_rows(operands.x), []
-    members = []
-    for p in operands.projections:
+    given, of_each = operands
+    x, projections, members = as_rows(given), [], []
+    for p in map(Projection._make, of_each):
         if p.lora_a is None:
             p, spec = _describe_base("forward", x, p, NO_NEEDS)
         else:
@@ -104,32 +104,33 @@ def describe_shared_forward(operands: SharedForward) -> tuple[SharedForward, Lau
 def describe_shared_backward(operands: SharedBackward) -> tuple[SharedBackward, LaunchSpec]:
     """The operands of a backward as kernels take them, and the call's description, whose members are the projections
     that have a dY."""
-    x = None if operands.x is None else as_rows(operands.x)
+    of_each = operands[0], map(Projection._make, operands[2]), *operands[3:]
+    x = None if operands[1] is None else as_rows(operands[1])
     dys, projections, ss, members = [], [], [], []
-    for dy, p, s, needs in zip(operands.dys, operands.projections, operands.ss, operands.needs, strict=True):
+    for dy, p, s, needs in zip(*of_each, strict=True):
         if dy is not None:
             if p.lora_a is None:
                 dy = as_rows(dy)
                 p, spec = _describe_base("backward", dy, p, needs)
             else:
-                described, spec = describe_backward(_alone(dy, x, p, s), needs)
+                described, spec = describe_backward(_alone(dy, x, p, s), needs)  # type: ignore[arg-type]
                 dy, s = described.dy, described.s
                 p = Projection(*described[2:5], p.bias, *described[6:])
             members.append(spec)
         dys.append(dy)
         projections.append(p)
         ss.append(s)
-    return SharedBackward(tuple(dys), x, tuple(projections), tuple(ss), operands.needs), _together(members)
+    return SharedBackward(tuple(dys), x, tuple(projections), tuple(ss), operands[4]), _together(members)
 
 
-def _alone(dy: Tensor, x: Tensor | None, p: Projection, s: Tensor | None) -> BackwardOperands:
-    """The backward of one projection as a call of its own."""
+def _alone(dy: Tensor, x: Tensor | None, p: Projection, s: Tensor | None) -> tuple:
+    """The fields of BackwardOperands of one projection as a call of its own."""
     weight, lora_a, lora_b, _, scaling, dropout_p, seed = p
-    return BackwardOperands(dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed)  # type: ignore[arg-type]
+    return dy, x, weight, lora_a, lora_b, s, scaling, dropout_p, seed
 
 
 def _key(act: Tensor, p: Projection, needs: Needs) -> tuple:
-    weight, bias = p.weight, p.bias
+    weight, _, _, bias, *_ = p
     return (
         act.dtype, act.device, act.shape, act.stride(), act.data_ptr() % 16, needs,
         weight.shape, weight.stride(), weight.data_ptr() % 16,

@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 from fastlora import dispatch
 from fastlora.problem import Gradients, Needs
-from fastlora.projections import NO_GRADIENTS, Projection, SharedBackward, SharedForward
+from fastlora.projections import NO_GRADIENTS
 
 
 def forward(
@@ -25,7 +25,7 @@ def forward(
         requested: a backend's name to insist on, or None.
     """
     if dispatch.may_launch_together(x, requested):
-        made = dispatch.together_forward(SharedForward(x, tuple(Projection(*p) for p in projections)), requested)
+        made = dispatch.together_forward((x, projections), requested)
         if made is not None:
             return made
     ys: list[Tensor] = []
@@ -59,8 +59,7 @@ def backward(
         requested: a backend's name to insist on, or None.
     """
     if dispatch.may_launch_together(projections[0][0], requested):
-        operands = SharedBackward(tuple(dys), x, tuple(Projection(*p) for p in projections), tuple(ss), tuple(needs))
-        made = dispatch.together_backward(operands, requested)
+        made = dispatch.together_backward((dys, x, projections, ss, needs), requested)
         if made is not None:
             return made
     dx, others = None, []

@@ -105,10 +105,10 @@ def together(x: Tensor, projections: Sequence[tuple], backend: str | None, copy_
     """
     seeded: list[tuple] = []
     tensors: list[Tensor | None] = []
-    for weight, lora_a, lora_b, bias, scaling, dropout_p in projections:
-        seed = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
-        seeded += ((weight, lora_a, lora_b, bias, scaling, dropout_p, seed),)
-        tensors += (weight, lora_a, lora_b, bias)
+    for projection in projections:
+        _, lora_a, _, _, _, dropout_p = projection
+        seeded += ((*projection, draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None),)
+        tensors += projection[:_TENSORS]
     if not _is_grad_enabled():
         return _outputs(x, seeded, backend)[0]
     if copy_input and any(a is not None and a.requires_grad for a in tensors[1::_TENSORS]):
@@ -144,9 +144,8 @@ class SharedInputFunction(torch.autograd.Function):
             _mark_constants(ctx, ys, need)
         saved: list[Tensor | None] = [x if need_da else None]
         numbers: list[tuple[float, float]] = []
-        for (weight, lora_a, lora_b, _, scaling, dropout_p, seed), s, need_db in zip(
-            projections, ss, need[2::_TENSORS], strict=True
-        ):
+        for p, s, need_db in zip(projections, ss, need[2::_TENSORS], strict=True):
+            weight, lora_a, lora_b, _, scaling, dropout_p, seed = p
             if not need_db:
                 s = None
             elif need_dx and not need_da:

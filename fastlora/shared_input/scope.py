@@ -56,17 +56,16 @@ class _Scope:
         started: who packed saved tensors, and whether gradients were recorded, when it began. Either differs within a
             region that is checkpointed apart from the parent, whose recomputation would meet other siblings, and draw
             other seeds, than its forward did.
-        seen: layers that were called, or computed ahead.
-        held: by layer, its output computed ahead, with all that must not have changed when it is called for.
+        seen: layers that were called, or computed ahead: the output that is held for the layer's call, with all that
+            must not have changed until then; None once it was called.
     """
 
-    __slots__ = ("held", "outer", "parent", "seen", "started")
+    __slots__ = ("outer", "parent", "seen", "started")
 
-    def __init__(self, parent: nn.Module, outer: "_Scope | None"):
-        self.parent, self.outer = parent, outer
-        self.started = _saved_tensor_hooks(True), _is_grad_enabled()
-        self.seen: set[Any] = set()
-        self.held: dict[Any, tuple] = {}
+    parent: nn.Module
+    outer: "_Scope | None"
+    started: tuple
+    seen: dict[Any, tuple | None]
 
 
 class _Thread(threading.local):
@@ -85,7 +84,9 @@ def open_scope(parent: nn.Module, args: tuple) -> None:
         if scope.parent is parent:  # left open by a KeyboardInterrupt, or the parent runs within itself
             outer = scope.outer
         scope = scope.outer
-    _thread.scope = _Scope(parent, outer)
+    _thread.scope = scope = _Scope()
+    scope.parent, scope.outer, scope.seen = parent, outer, {}
+    scope.started = _saved_tensor_hooks(True), _is_grad_enabled()
 
 
 def close_scope(parent: nn.Module, args: tuple, output: object) -> None:
@@ -97,8 +98,9 @@ def close_scope(parent: nn.Module, args: tuple, output: object) -> None:
         scope = scope.outer
     if scope is not None:
         _thread.scope = scope.outer
-        for _ in scope.held:
-            count_fallback("shared input: computed ahead and never called for")
+        for layer in scope.seen:
+            if scope.seen[layer] is not None:
+                count_fallback("shared input: computed ahead and never called for")
 
 
 def shared_output(layer: Any, kind: type, x: Tensor) -> Tensor | None:
@@ -116,16 +118,19 @@ def shared_output(layer: Any, kind: type, x: Tensor) -> Tensor | None:
     found: Tensor | str
     if scope is None:
         found = "outside its parent's forward"
-    elif layer in scope.held:
-        held_x, version, needs_gradient, around, before, stamps, output = scope.held.pop(layer)
+    elif layer not in scope.seen:
+        found = _compute(scope, layer, kind, x)
+    elif (held := scope.seen[layer]) is None:
+        found = "called again"
+    else:
+        scope.seen[layer] = None
+        held_x, version, needs_gradient, around, before, stamps, output = held
         # As the scope began, too: nothing is held otherwise.
         if x is held_x and x._version == version and x.requires_grad == needs_gradient and _around(x) == around:
             parts = layer.shared_parts(None)
             if parts.__class__ is tuple and _is_unchanged(parts, before, stamps):
                 return output
         found = alone_reason() or _apart(scope) or _CHANGED
-    else:
-        found = _compute(scope, layer, kind, x)
     if found.__class__ is not str:
         return found  # type: ignore[return-value]  # a Tensor
     count_fallback(f"shared input: {found}")
@@ -134,13 +139,10 @@ def shared_output(layer: Any, kind: type, x: Tensor) -> Tensor | None:
 
 def _compute(scope: _Scope, layer: Any, kind: type, x: Tensor) -> Tensor | str:
     """The layer's output, those of its siblings being held from now on; or why it computes on its own."""
-    seen = scope.seen
-    if layer in seen:
-        return "called again"
-    siblings = _siblings(scope.parent, layer)
+    siblings, seen = _siblings(scope.parent, layer), scope.seen
     if siblings is None:
         return "outside its parent's forward"
-    seen.add(layer)
+    seen[layer] = None
     hooks, grad, _, dtype, alone, _ = around = _around(x)
     if alone:
         return alone_reason() or "a transform"
@@ -171,8 +173,7 @@ def _compute(scope: _Scope, layer: Any, kind: type, x: Tensor) -> Tensor | str:
     output, *others = together(cast, projections, environment_backend(), copies and cast is x)
     needs_gradient = x.requires_grad
     for (sibling, parts, stamps), other in zip(ahead, others, strict=True):
-        scope.held[sibling] = x, version, needs_gradient, around, parts, stamps, other
-    seen.update(scope.held)
+        seen[sibling] = x, version, needs_gradient, around, parts, stamps, other
     count_group()
     return output
 
@@ -183,15 +184,10 @@ def _apart(scope: _Scope) -> str | None:
 
 def _siblings(parent: nn.Module, layer: nn.Module) -> list[Any] | None:
     """The group that a layer is in, as the children that the parent has by its names now; None if it is in none."""
-    children = parent._modules
     for names in parent.__dict__.get(PLAN, ()):
-        found: list[Any] = []
-        for name in names:
-            if name in children:
-                found += (children[name],)
-        for child in found:
-            if child is layer:
-                return found
+        found = [*map(parent._modules.get, names)]  # None, which is of no served class, where there is no such child
+        if layer in found:
+            return found
     return None
 
 

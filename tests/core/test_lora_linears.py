@@ -425,24 +425,21 @@ class OneLaunch(SimpleNamespace):
 
         def forward(operands):
             x, of_each = operands
-            made = [
-                (linear(x, p.weight, p.bias), None) if p.lora_a is None else reference.lora_forward(x, *p)
-                for p in of_each
-            ]
-            return projections.SharedOutputs([y for y, _ in made], [s for _, s in made])
+            made = [(linear(x, p[0], p[3]), None) if p[1] is None else reference.lora_forward(x, *p) for p in of_each]
+            return [y for y, _ in made], [s for _, s in made]
 
         def backward(operands):
             dx, others = None, []
-            given = zip(operands.dys, operands.projections, operands.ss, operands.needs, strict=True)
-            for dy, (weight, a, b, _, *numbers), s, needs in given:
+            dys, x, *of_each = operands
+            for dy, (weight, a, b, _, *numbers), s, needs in zip(dys, *of_each, strict=True):
                 found = projections.NO_GRADIENTS
                 if dy is not None and a is None:
                     found = fastlora.problem.Gradients(dy @ weight, None, None, dy.sum(0) if needs.dbias else None)
                 elif dy is not None:
-                    found = reference.lora_backward(dy, operands.x, weight, a, b, s, *numbers, needs)
+                    found = reference.lora_backward(dy, x, weight, a, b, s, *numbers, needs)
                 dx = found.dx if dx is None else dx if found.dx is None else dx + found.dx
                 others.append(found)
-            return projections.SharedGradients(dx, others)
+            return dx, others
 
         return forward if spec.direction == "forward" else backward
 

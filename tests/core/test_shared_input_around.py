@@ -77,7 +77,7 @@ def test_an_exception_closes_the_scope_and_frees_what_it_held():
 
     def fail(attention, x):
         attention.q(x)
-        held.extend(weakref.ref(entry[-1]) for entry in scope._thread.scope.held.values())
+        held.extend(weakref.ref(entry[-1]) for entry in scope._thread.scope.seen.values() if entry)
         raise RuntimeError("in the middle")
 
     model = route(make(layers=1), fail)

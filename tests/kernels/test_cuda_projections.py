@@ -214,7 +214,7 @@ def test_a_launch_of_several_takes_fewer_calls_of_the_host_than_theirs(monkeypat
     monkeypatch.setattr(single, "raw_stream", lambda device: 0)
     projections, needs = projections_of(group, cases), Needs(True, True, True, False)
     forward = describe_shared_forward(SharedForward(cases[0].x, projections))
-    ss = tuple(projection_launch.prepare(forward[1], ctas=4)(forward[0]).ss)
+    ss = tuple(projection_launch.prepare(forward[1], ctas=4)(forward[0])[1])
     dys, of_each = tuple(c.dy for c in cases), (needs,) * len(cases)
     backward = describe_shared_backward(SharedBackward(dys, cases[0].x, projections, ss, of_each))
     alone: list[list] = [[], []]

@@ -123,13 +123,15 @@ def _run_projections(device: cuda_driver.EmulatedDevice) -> None:
             group = checks.Group(group.members, (*cases,))
             made = dispatch.together_forward(SharedForward(group.cases[0].x, checks.operands(group)), "triton")
             assert made is not None
-            gradients = dispatch.together_backward(checks.backward_of(group, made.ss), "triton")
+            ys, ss = made
+            gradients = dispatch.together_backward(checks.backward_of(group, ss), "triton")
             assert gradients is not None
+            dx, others = gradients
             found = [
                 {"y": y} | {name: g for name, g in of_one._asdict().items() if g is not None}
-                for y, of_one in zip(made.ys, gradients.others, strict=True)
+                for y, of_one in zip(ys, others, strict=True)
             ]
-            checks.assert_accurate(({"dx": gradients.dx}, found), group)
+            checks.assert_accurate(({"dx": dx}, found), group)
     assert len(device.stats) == 6
 
 

@@ -93,6 +93,7 @@ class _Launch:
         self, spec: LaunchSpec, plan: Any, shared: dict[str, int], own: Sequence[dict[str, int]], **constants: Any
     ):
         self.spec, self.plan, self.device = spec, plan, spec.device
+        self.casts = any(each.branch == "single" and single.cast_factors(each) for each in spec.members)
         self.words, self.partials = plan.workspace_words, plan.gradient_partial_floats
         strides = shared | {_of(i, name): stride for i, each in enumerate(own) for name, stride in each.items()}
         adapted = [i for i, each in enumerate(own) if "lora_a" in each]
@@ -102,6 +103,28 @@ class _Launch:
         self.tensors = (*strides, "workspace", *(("gradient_partials",) if self.partials else ()))
         matrices = {name: (0, stride) for name, stride in strides.items() if stride}
         self.bound = plan.bind((*self.tensors, *numbers, *seeds), **matrices, **constants)
+
+    def given(self, projections: Sequence[Projection], order: list[int]) -> tuple[list, tuple, list[int]]:
+        """Of each projection, in this order, the tensors of ``_factors``; of those with an adapter the arguments of
+        ``launch``."""
+        tensors: list = []
+        branches: tuple = ()
+        seeds: list[int] = []
+        for i in order:
+            weight, lora_a, lora_b, _, scaling, dropout_p, seed = projections[i]
+            if lora_a is None:
+                tensors += ((weight,),)
+                continue
+            branches += ((scaling, dropout_p),)
+            if self.casts:
+                lora_a, lora_b = cast(lora_a, self.spec.dtype), cast(lora_b, self.spec.dtype)
+            if seed is None:
+                tensors += ((weight, lora_a, lora_b),)
+            else:
+                address, value = single.by_address_or_value(seed)
+                tensors += ((weight, lora_a, lora_b, address),)
+                seeds += (value,)
+        return tensors, branches, seeds
 
     def launch(self, tensors: list[Tensor | None], branches: tuple[tuple[float, float], ...], seeds: list[int]) -> None:
         """A launch with these operands, of which None is one that it does not use.
@@ -143,33 +166,12 @@ def _factors(member: LaunchSpec) -> dict[str, int]:
     }
 
 
-def _given(projections: Sequence[Projection], dtype: torch.dtype) -> tuple[list, tuple, list[int]]:
-    """Of each projection the tensors of ``_factors``; of those with an adapter the arguments of ``_Launch.launch``."""
-    tensors: list = []
-    branches: tuple = ()
-    seeds: list[int] = []
-    for weight, lora_a, lora_b, _, scaling, dropout_p, seed in projections:
-        if lora_a is None or lora_b is None:
-            tensors += ((weight,),)
-            continue
-        if lora_a.dtype != dtype or lora_b.dtype != dtype:
-            lora_a, lora_b = cast(lora_a, dtype), cast(lora_b, dtype)
-        branches += ((scaling, dropout_p),)
-        if seed is None:
-            tensors += ((weight, lora_a, lora_b),)
-        else:
-            address, value = single.by_address_or_value(seed)
-            tensors += ((weight, lora_a, lora_b, address),)
-            seeds += (value,)
-    return tensors, branches, seeds
-
-
 class _Forward(_Launch):
     """Y_i [M, N_i] and S_i [M, R_i] of all projections in one launch."""
 
     def __init__(self, spec: LaunchSpec, plan: Any):
         m, _, k, _ = spec.sizes
-        self.order = _order(spec)
+        self.order, self.count = _order(spec), len(spec.members)
         members = [spec.members[i] for i in self.order]
         self.sizes = [(each.sizes.n, each.sizes.r) for each in members]
         own = [
@@ -181,19 +183,18 @@ class _Forward(_Launch):
     def __call__(self, operands: SharedForward) -> SharedOutputs:
         x, given = operands
         m = self.spec.sizes.m
-        projections = [given[i] for i in self.order]
-        factors, branches, seeds = _given(projections, self.spec.dtype)
+        factors, branches, seeds = self.given(given, self.order)
         tensors: list[Tensor | None] = [x]
-        ys: list[Any] = [None] * len(given)
-        ss: list[Tensor | None] = [None] * len(given)
-        for i, each, of_each, (n, r) in zip(self.order, projections, factors, self.sizes, strict=True):
+        ys: list[Any] = [None] * self.count
+        ss: list[Tensor | None] = [None] * self.count
+        for i, of_each, (n, r) in zip(self.order, factors, self.sizes, strict=True):
             ys[i] = y = x.new_empty(m, n)
-            tensors += (*of_each, each[3], y)
+            tensors += (*of_each, given[i][3], y)
             if r:
                 ss[i] = s = x.new_empty(m, r)
                 tensors += (s,)
         self.launch(tensors, branches, seeds)
-        return SharedOutputs(ys, ss)
+        return ys, ss
 
 
 class _Backward(_Launch):
@@ -225,8 +226,7 @@ class _Backward(_Launch):
         needs = self.spec.needs
         present = [i for i, dy in enumerate(dys) if dy is not None]
         order = [present[i] for i in self.order]
-        projections = [given[i] for i in order]
-        factors, branches, seeds = _given(projections, self.spec.dtype)
+        factors, branches, seeds = self.given(given, order)
         tensors: list[Tensor | None] = [x] if needs.da else []
         dx = None
         if needs.dx:
@@ -243,10 +243,10 @@ class _Backward(_Launch):
         self.launch(tensors, branches, seeds)
         if self.grad_dtype != self.spec.dtype:
             others = [
-                each if p.lora_a is None or p.lora_b is None else _cast(each, p.lora_a.dtype, p.lora_b.dtype)
-                for each, p in zip(others, given, strict=True)
+                each if lora_a is None or lora_b is None else _cast(each, lora_a.dtype, lora_b.dtype)
+                for each, (_, lora_a, lora_b, *_) in zip(others, given, strict=True)
             ]
-        return SharedGradients(dx, others)
+        return dx, others
 
 
 def _cast(gradients: Gradients, of_a: torch.dtype, of_b: torch.dtype) -> Gradients:

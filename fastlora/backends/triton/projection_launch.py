@@ -30,7 +30,7 @@ from fastlora.backends.triton.projection_kernels import projections_backward_ker
 from fastlora.backends.triton.schedule import N_COUNTERS
 from fastlora.backends.workspace import borrow_workspace
 from fastlora.problem import Gradients, Launcher, LaunchSpec, split_scaling
-from fastlora.projections import NO_GRADIENTS, Projection, SharedBackward, SharedForward, SharedGradients, SharedOutputs
+from fastlora.projections import NO_GRADIENTS, SharedBackward, SharedForward, SharedGradients, SharedOutputs
 
 MOST = 8  # projections of one launch: each takes a hundred bytes of the kernel's parameters, and a selection of each
 
@@ -146,18 +146,14 @@ class _Shared(PreparedLaunch):
         count = len(self.members)
         return self.of_each(torch.int64), (_ODD[torch.int64],) * count, (_ODD[torch.int32],) * count, (None,) * count
 
-    def numbers_of(self, projections: Sequence[Projection]) -> "_Numbers":
-        """What scalings and probabilities come to."""
-        return _numbers(tuple([(p.scaling, p.dropout_p) for p in projections]), self.spec.dtype)
-
     def dropout_arguments(
-        self, projections: Sequence[Projection], thresholds: tuple[int, ...], inverse_keeps: tuple[float, ...]
+        self, seeds: Sequence[Tensor | None], thresholds: tuple[int, ...], inverse_keeps: tuple[float, ...]
     ) -> tuple | None:
         """Addresses of seeds, seeds, thresholds and factors of what is kept."""
         if not self.spec.dropout:
             return None
-        ptrs, seeds = zip(*[_NO_SEED if p.seed is None else seed_arguments(p.seed) for p in projections], strict=True)
-        return ptrs, seeds, thresholds, inverse_keeps
+        ptrs, values = zip(*[_NO_SEED if seed is None else seed_arguments(seed) for seed in seeds], strict=True)
+        return ptrs, values, thresholds, inverse_keeps
 
 
 _NO_SEED = (None, 0)
@@ -176,10 +172,10 @@ class _Numbers(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _numbers(factors: tuple[tuple[float, float], ...], dtype: torch.dtype) -> _Numbers:
-    """Of (scaling, dropout_p) of each projection."""
+def _numbers(scaling: tuple[float, ...], dropouts: tuple[float, ...], dtype: torch.dtype) -> _Numbers:
+    """Of scaling and dropout_p of each projection."""
+    factors = zip(scaling, dropouts, strict=True)
     of_sum, in_s, _ = zip(*(forward_scales(*each, dtype) for each in factors), strict=True)
-    scaling, dropouts = zip(*factors, strict=True)
     return _Numbers(
         of_sum,
         in_s if dtype == torch.float16 else None,
@@ -215,13 +211,13 @@ class _Forward(_Shared):
         )
 
     def __call__(self, operands: SharedForward) -> SharedOutputs:
-        x, m = operands.x, self.spec.sizes.m
+        (x, _), m = operands, self.spec.sizes.m
         ys = [x.new_empty(m, n) for n in self.Ns]
         ss = [x.new_empty(m, r) if r else None for r in self.ranks]
         self.launch(*self.arguments(operands, ys, ss, borrow_workspace(self.n_words, self.device)))
         if not self._learned:
             self.learn()
-        return SharedOutputs(ys, ss)
+        return ys, ss
 
     def compile(self, operands: SharedForward) -> None:
         """Compiles for such a call; the operands may be on the "meta" device."""
@@ -234,15 +230,15 @@ class _Forward(_Shared):
     ) -> tuple:
         """Those of projections_forward_kernel, but its constants."""
         x, projections = operands
-        weights, lora_as, lora_bs, biases, *_ = zip(*projections, strict=True)
+        weights, lora_as, lora_bs, biases, scalings, dropouts, seeds = zip(*projections, strict=True)
         m, _, k, _ = self.spec.sizes
-        numbers = self.numbers_of(projections)
+        numbers = _numbers(scalings, dropouts, self.spec.dtype)
         return (
             x, weights, lora_as, lora_bs, biases if any(self.bias_sizes) else None, tuple(ys), tuple(ss), workspace,
             m, k, self.Ns, self.ranks, self.bias_sizes, self.columns, self.n_words, self.wave, self.n_columns,
             self.act_strides[0], *self.matrices, numbers.of_sum, numbers.in_s,
             None if numbers.in_s is None else numbers.on_branch,
-            self.dropout_arguments(projections, numbers.thresholds, (1.0,) * len(projections)),
+            self.dropout_arguments(seeds, numbers.thresholds, (1.0,) * len(seeds)),
         )  # fmt: skip
 
 
@@ -309,8 +305,9 @@ class _Backward(_Shared):
         )
 
     def __call__(self, operands: SharedBackward) -> SharedGradients:
-        given = [i for i, dy in enumerate(operands.dys) if dy is not None]
-        like = operands.dys[given[0]]
+        all_dys = operands[0]
+        given = [i for i, dy in enumerate(all_dys) if dy is not None]
+        like = all_dys[given[0]]
         assert like is not None
         needs, (m, _, k, _) = self.spec.needs, self.spec.sizes
         dx = like.new_empty(m, k) if needs.dx else None
@@ -320,10 +317,10 @@ class _Backward(_Shared):
         self.launch(*self.arguments(operands, dx, made, scratch, workspace))
         if not self._learned:
             self.learn()
-        others = [NO_GRADIENTS] * len(operands.dys)
+        others = [NO_GRADIENTS] * len(all_dys)
         for i, of_one in zip(given, zip(*made, strict=True), strict=True):
             others[i] = Gradients(None, *of_one)
-        return SharedGradients(dx, others)
+        return dx, others
 
     def compile(self, operands: SharedBackward) -> None:
         """Compiles for such a call; the operands may be on the "meta" device."""
@@ -341,20 +338,19 @@ class _Backward(_Shared):
         self, operands: SharedBackward, dx: Tensor | None, made: list[list], scratch: list, workspace: Tensor
     ) -> tuple:
         """Those of projections_backward_kernel, but its constants."""
-        kept = [
-            each for each in zip(operands.dys, operands.projections, operands.ss, strict=True) if each[0] is not None
-        ]
+        given, x, of_each, saved, _ = operands
+        kept = [each for each in zip(given, of_each, saved, strict=True) if each[0] is not None]
         dys, projections, ss = zip(*kept, strict=True)
-        weights, lora_as, lora_bs, *_ = zip(*projections, strict=True)
+        weights, lora_as, lora_bs, _, scalings, dropouts, seeds = zip(*projections, strict=True)
         needs, (m, _, k, _) = self.spec.needs, self.spec.sizes
         das, dbs, dbiases = (tuple(of_kind) if need else None for of_kind, need in zip(made, needs[1:], strict=True))
         ds, *partials = scratch
-        numbers = self.numbers_of(projections)
+        numbers = _numbers(scalings, dropouts, self.spec.dtype)
         return (
-            dys, weights, lora_bs, operands.x if needs.da else None, lora_as, ss if needs.db else None, dx, ds,
+            dys, weights, lora_bs, x if needs.da else None, lora_as, ss if needs.db else None, dx, ds,
             das, dbs, dbiases, *partials, workspace, m, k, self.Ns, self.ranks, *self.tiles, self.n_words, self.wave,
             *self.numbers, numbers.scaling, numbers.on_branch,
-            self.dropout_arguments(projections, numbers.thresholds, numbers.inverse_keeps),
+            self.dropout_arguments(seeds, numbers.thresholds, numbers.inverse_keeps),
         )  # fmt: skip
 
 
