@@ -24,7 +24,7 @@ STAGE ?= contact
 CLANG_FORMAT = $(RUN) -c "from clang_format import clang_format; clang_format()"
 CUDA_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h')
 
-.PHONY: help install demo test test-sweep test-values lint check format wheel sdist gpu gpu-objects clean
+.PHONY: help install demo test test-planted test-sweep test-values lint check format wheel sdist gpu gpu-objects clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,6 +50,9 @@ demo: install  ## fine-tune SmolLM2-135M with fastlora and with PEFT, and compar
 
 test: install test-values  ## every test; on a machine without a GPU the kernels run interpreted and emulated
 	$(RUN) -m pytest tests -n $(WORKERS) --durations 15
+
+test-planted: install  ## defects planted in the kernels: the tests of the tests
+	$(RUN) -m pytest tests/kernels -m planted -n $(WORKERS)
 
 test-sweep: install  ## emulated kernels under many more shapes and schedules; every planted defect and deletion (40 minutes)
 	$(RUN) -m pytest tests/kernels -m sweep -n $(WORKERS)

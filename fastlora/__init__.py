@@ -3,7 +3,7 @@
 from fastlora import analysis, integrations
 from fastlora.adapters.io import load_adapter, save_adapter
 from fastlora.backends import reference
-from fastlora.dispatch import dispatch_counts, reset_dispatch_counts
+from fastlora.counts import dispatch_counts, reset_dispatch_counts
 from fastlora.grouped import GroupedLoRAFunction, grouped_lora_linear
 from fastlora.model import inject, merge, merge_and_unload, trainable_parameters, unmerge
 from fastlora.module import LoRALinear

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from fastlora.dispatch import count_fallback
+from fastlora.counts import count_fallback
 from fastlora.philox import drop_mask, inverse_keep
 from fastlora.problem import Gradients, Needs, split_scaling
 

@@ -18,10 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 
 from fastlora.column_scale import ScaledColumns, scaled, without_autocast
-from fastlora.dispatch import count_fallback, environment_backend, may_launch
+from fastlora.counts import count_fallback
+from fastlora.one_launch import may_launch
 from fastlora.ops import lora_linear
 from fastlora.rows import on_jagged
 from fastlora.scaled_layer import scaled_linear
+from fastlora.selection import environment_backend
 
 WITH_DROPOUT = "DoRA with dropout, which drops the base product's input too"
 _CPU_ELEMENTS, _GPU_ELEMENTS = 1 << 18, 1 << 24  # of a weight that are widened at once

@@ -45,7 +45,7 @@ _LIBRARY = re.compile(r'(?<=torch\.ops\.)fastlora\b|(?<=["\'])fastlora(?=::)|(?<
 _INIT = '''"""LoRA layers in one kernel launch forward and one backward: fastlora {version} as a kernel of the Hub."""
 
 from . import layers
-from .dispatch import dispatch_counts, reset_dispatch_counts
+from .counts import dispatch_counts, reset_dispatch_counts
 from .selection import available_backends
 from .ops import lora_linear
 

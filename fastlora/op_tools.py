@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastlora.counts import count_fallback
 from fastlora.differentiable import dropped, gradients
-from fastlora.dispatch import count_fallback
 from fastlora.philox import drop_mask
 from fastlora.problem import Needs, split_scaling
 from fastlora.rows import flat, in_rows

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastlora import dispatch
 from fastlora.checks import FROZEN_WEIGHT, as_number, check_arguments, check_dropout, frozen_weight_reason
+from fastlora.counts import count_fallback
 from fastlora.differentiable import FORWARD_MODE, TRACE, backward_reason, composed, linked, transform_reason
 from fastlora.differentiable import gradients as differentiable_gradients
-from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.op_tools import register_tools
 from fastlora.philox import draw_seed
 from fastlora.problem import Needs
@@ -18,6 +18,7 @@ from fastlora.quantised_layer import quantised_linear
 from fastlora.quantised_weight import QuantisedWeight, check_decoded_dtype, is_packed, quantised
 from fastlora.rows import flat, in_rows, on_jagged
 from fastlora.saved_tensors import saved_tensors
+from fastlora.selection import environment_backend
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 

@@ -2,7 +2,7 @@
 it, else by its library in front of a dense launch, into one buffer that is freed.
 
 What is saved for backward is the packed weight, by reference, and x and S as over a dense weight: nothing of N×K. On a
-GPU a launch asks for the kernels that decode (``dispatch.packed_forward``); where they do not serve the call, or
+GPU a launch asks for the kernels that decode (``one_launch.packed_forward``); where they do not serve the call, or
 another backend is insisted on, the library decodes, which is counted as a fallback, beside the reason.
 """
 
@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import dispatch
+from fastlora import dispatch, one_launch
+from fastlora.counts import count_fallback
 from fastlora.differentiable import backward_reason, linked
 from fastlora.differentiable import gradients as differentiable_gradients
-from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.problem import Gradients, Needs
 from fastlora.quantised_weight import QuantisedWeight
 from fastlora.rows import flat, in_rows
+from fastlora.selection import environment_backend
 
 _ARGUMENTS = "Tensor[] packed, str format, int[] numbers, ScalarType dtype"  # a QuantisedWeight, see _as_arguments
 _library = torch.library.Library("fastlora", "FRAGMENT")
@@ -53,7 +54,7 @@ def _decoded(weight: QuantisedWeight) -> Tensor:
 def _forward(x: Tensor, weight: QuantisedWeight, *rest: Any) -> tuple[Tensor, Tensor]:
     *operands, backend = rest
     rows = flat(x)
-    made = dispatch.packed_forward((rows, weight, *operands), backend)
+    made = one_launch.packed_forward((rows, weight, *operands), backend)
     y, s = dispatch.forward((rows, _decoded(weight), *operands), backend) if made is None else made
     # A tracked view made in here could not be modified in place by what follows the layer.
     return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[1]]), s
@@ -66,7 +67,7 @@ def _backward(dy: Tensor, x: Tensor | None, weight: QuantisedWeight, *rest: Any)
         return in_rows(differentiable_gradients, dy, x, _dense(dy, weight, needs), *operands, needs)
 
     def gradients(dy, x, weight, *operands):
-        made = dispatch.packed_backward((dy, x, weight, *operands), needs, backend)
+        made = one_launch.packed_backward((dy, x, weight, *operands), needs, backend)
         if made is not None:
             return made
         return dispatch.backward((dy, x, _dense(dy, weight, needs), *operands), needs, backend)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import dispatch
+from fastlora import counts, dispatch, one_launch
 from fastlora.checks import as_number, check_arguments, frozen_weight_reason
 from fastlora.column_scale import Kept, bias_gradient, magnitude_gradient, scaled, scaled_in_one_pass, without_autocast
 from fastlora.differentiable import backward_reason
@@ -37,7 +37,7 @@ def scaled_linear(
     copy_input: bool,
 ) -> Tensor | None:
     """``magnitude/norm∘(x·weightᵀ + scaling·x·lora_aᵀ·lora_bᵀ) + bias`` [..., N] by one launch; None where none serves
-    the call, which is counted (``dispatch.scaled_forward``).
+    the call, which is counted (``one_launch.scaled_forward``).
 
     Args:
         norm: [N], a constant; norms: what keeps it, and forgets it where A or B trains.
@@ -65,7 +65,7 @@ def scaled_linear(
         x = x.clone()
     with torch.no_grad():
         layer = ForwardOperands(flat(x), weight, lora_a, lora_b, bias, scaling, 0.0, None)
-        launch = dispatch.scaled_forward(ScaledForward(layer, magnitude, norm, keeps_unscaled), backend)
+        launch = one_launch.scaled_forward(ScaledForward(layer, magnitude, norm, keeps_unscaled), backend)
     if launch is None:
         return None
     if not trains:
@@ -112,9 +112,9 @@ def _gradients(operands: ScaledBackward, needs: Needs, backend: str | None) -> t
     without a scale behind a pass that does."""
     reason = backward_reason()
     if reason is not None:
-        dispatch.count_fallback(reason)
+        counts.count_fallback(reason)
         return _differentiable(operands, needs)
-    launch = dispatch.scaled_backward(operands, needs, backend)
+    launch = one_launch.scaled_backward(operands, needs, backend)
     if launch is not None:
         return launch()
     layer, magnitude, norm, unscaled = operands

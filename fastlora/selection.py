@@ -1,7 +1,9 @@
 """Which backend serves a call, and why not a faster one."""
 
+import os
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.torch_version import TorchVersion
@@ -10,6 +12,8 @@ from fastlora.backends import composed, reference, segments_composed, segments_r
 from fastlora.backends.target import target_of
 from fastlora.backends.triton import driver
 from fastlora.problem import BACKENDS, LaunchSpec, Sizes
+
+ENVIRONMENT_VARIABLE = "FASTLORA_BACKEND"
 
 UNMEASURED = (100, 103)  # compute capabilities whose matrix instructions no kernel here was written or timed for
 
@@ -175,3 +179,16 @@ def served_by(device: torch.device, dropout: bool = False) -> dict[str, str]:
         spec = LaunchSpec("forward", Sizes(2048, 4096, 4096, 16), dtype, (dtype, dtype), device, dropout=dropout)
         found[str(dtype).removeprefix("torch.")] = select_backend(spec, None)[0]
     return found
+
+
+# The mapping within os.environ, which a change of that changes: the search through its layers takes as long as a check
+# of all arguments.
+_environment: Any = getattr(os.environ, "_data", None)
+_encoded_name = None if _environment is None else os.environ.encodekey(ENVIRONMENT_VARIABLE)
+
+
+def environment_backend() -> str | None:
+    """The backend that the environment insists on, if any."""
+    if _environment is not None and _encoded_name not in _environment:
+        return None
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from fastlora import quantised_operands, scaled_operands
 from fastlora.backends.configs import FEW_ROWS
-from fastlora.dispatch import compile_ahead, environment_backend, served_in_launch
+from fastlora.dispatch import compile_ahead
 from fastlora.experts import layers_ahead
 from fastlora.experts_module import LoRAExperts
 from fastlora.grouped import ahead
 from fastlora.grouped.ahead import GroupedLayer
 from fastlora.module import LoRALinear
+from fastlora.one_launch import served_in_launch
 from fastlora.operands import as_stored, describe_backward, describe_forward
 from fastlora.problem import BackwardOperands, ForwardOperands, LaunchSpec, Needs, ScaledBackward, ScaledForward
 from fastlora.projections import (
@@ -29,6 +30,7 @@ from fastlora.projections import (
 )
 from fastlora.quantised_module import QuantisedLoRALinear
 from fastlora.quantised_weight import QuantisedWeight
+from fastlora.selection import environment_backend
 from fastlora.shared_input.plan import shared_inputs
 
 # Numbers of tokens that stand for all above FEW_ROWS: a tile is chosen by how many there are, of 32 rows at least, and

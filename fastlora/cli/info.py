@@ -66,9 +66,8 @@ def collect() -> dict:
     import torch
 
     import fastlora
-    from fastlora.dispatch import ENVIRONMENT_VARIABLE, environment_backend
     from fastlora.environment import package_versions
-    from fastlora.selection import served_by
+    from fastlora.selection import ENVIRONMENT_VARIABLE, environment_backend, served_by
 
     devices = device_list()
     return {

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fastlora import dispatch
 from fastlora.checks import FROZEN_WEIGHT, as_number, check_dropout
+from fastlora.counts import count_fallback
 from fastlora.differentiable import FORWARD_MODE, TRACE, backward_reason, transform_reason
-from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.grouped.checks import check_dtypes, check_grouped
 from fastlora.grouped.differentiable import gradients as differentiable_gradients
 from fastlora.grouped.differentiable import layer as differentiable_layer
@@ -14,6 +14,7 @@ from fastlora.op_tools import grouped_backward_flops, grouped_forward_flops, reg
 from fastlora.philox import draw_seed
 from fastlora.problem import Gradients, Needs
 from fastlora.segments import GroupedBackward, GroupedForward, Segments, as_gradients, describe_segments
+from fastlora.selection import environment_backend
 
 _library = torch.library.Library("fastlora", "FRAGMENT")
 _SEGMENTS = (

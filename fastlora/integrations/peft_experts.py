@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from fastlora.counts import count_fallback
 from fastlora.differentiable import transform_reason
-from fastlora.dispatch import count_fallback
 from fastlora.experts import (
     Factors,
     Tenants,

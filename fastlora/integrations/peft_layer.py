@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastlora.dispatch import count_fallback
+from fastlora.counts import count_fallback
 from fastlora.dora import Norms, dora_linear
 from fastlora.integrations.fsdp import call_within, class_beneath, swap_class
 from fastlora.integrations.peft_experts import FusedParamWrapper, experts_reason, wraps_experts

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from fastlora import dispatch
+from fastlora import dispatch, one_launch
 from fastlora.problem import Gradients, Needs
 from fastlora.projections import NO_GRADIENTS
 
@@ -24,8 +24,8 @@ def forward(
         projections: the fields of Projection in order, of each.
         requested: a backend's name to insist on, or None.
     """
-    if dispatch.may_launch_together(x, requested):
-        made = dispatch.together_forward((x, projections), requested)
+    if one_launch.may_launch_together(x, requested):
+        made = one_launch.together_forward((x, projections), requested)
         if made is not None:
             return made
     ys: list[Tensor] = []
@@ -58,8 +58,8 @@ def backward(
         needs: the gradients to compute, of each projection; dx is the same in all.
         requested: a backend's name to insist on, or None.
     """
-    if dispatch.may_launch_together(projections[0][0], requested):
-        made = dispatch.together_backward((dys, x, projections, ss, needs), requested)
+    if one_launch.may_launch_together(projections[0][0], requested):
+        made = one_launch.together_backward((dys, x, projections, ss, needs), requested)
         if made is not None:
             return made
     dx, others = None, []

@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from fastlora.checks import as_number, check_arguments, check_dropout, check_types, frozen_weight_reason
+from fastlora.counts import count_fallback
 from fastlora.differentiable import backward_reason, linked, transform_reason
 from fastlora.differentiable import gradients as differentiable_gradients
-from fastlora.dispatch import count_fallback, environment_backend
 from fastlora.ops import lora_linear
 from fastlora.philox import draw_seed
 from fastlora.problem import Gradients, Needs
@@ -17,6 +17,7 @@ from fastlora.projections import NO_GRADIENTS
 from fastlora.quantised_weight import QuantisedWeight, is_packed
 from fastlora.rows import flat
 from fastlora.saved_tensors import saved_tensors
+from fastlora.selection import environment_backend
 from fastlora.shared_input import compute
 
 DISPATCH_MODE = "a dispatch mode"

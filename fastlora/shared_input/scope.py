@@ -17,7 +17,8 @@ from torch.autograd import forward_ad
 
 from fastlora.backends.target import raw_stream
 from fastlora.checks import check_arguments
-from fastlora.dispatch import count_fallback, count_group, environment_backend
+from fastlora.counts import count_fallback, count_group
+from fastlora.selection import environment_backend
 from fastlora.shared_input.ops import PLAIN, alone_reason, checked, together
 
 PLAN = "_fastlora_shared_inputs"  # attribute of a parent: tuples of names of its children

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastlora import dispatch, selection
+from fastlora import one_launch, routes, selection
 from fastlora.backends import reference, tuning
 from fastlora.backends.configs import TILE_TABLES, choose_config, table_for
 from fastlora.backends.cuda import quantised_launch as cuda_packed
@@ -306,16 +306,16 @@ def test_the_backend_that_was_tuned_comes_first_over_a_packed_weight(monkeypatch
     spec = packed_spec()
 
     def serving(requested=None) -> str:
-        dispatch.forget_routes()
-        return dispatch._in_launch((1,), requested, ("a key",), lambda: ((1,), spec))()
+        routes.forget_routes()
+        return one_launch.in_one_launch((1,), requested, ("a key",), lambda: ((1,), spec))()
 
-    assert dispatch.served_in_launch(spec, None) and serving() == "cuda"
+    assert one_launch.served_in_launch(spec, None) and serving() == "cuda"
     key = shape_class("forward", *spec.sizes, spec.dtype, False, "nf4")
     save_choices(DEVICE, {key: {"backend": "triton", "config": None, "in_loop": {"triton": True}}})
     assert serving() == "triton" and serving("cuda") == "cuda"
     refused["triton"] = "triton: not here"
     assert serving() == "cuda"
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 def test_triton_takes_the_tile_that_was_tuned_for_its_way(monkeypatch):

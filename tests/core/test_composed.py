@@ -12,11 +12,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
-from fastlora import dispatch, selection
+from fastlora import routes, selection
 from fastlora.backends import composed, reference, target, tuning
 from fastlora.backends.target import Target
 from fastlora.backends.triton import driver as triton_driver
-from fastlora.problem import Aligned, LaunchSpec, Needs, Sizes
+from fastlora.problem import BACKENDS, Aligned, LaunchSpec, Needs, Sizes
 from tests.support import float16_range, launches, numerics
 
 GPU = torch.device("cuda", 0)
@@ -142,7 +142,7 @@ def gpu(nothing_is_launched, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Imaginary")
     monkeypatch.setattr(tuning, "cache_directory", lambda: tmp_path)
     monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: state.refuse.get(name))
-    monkeypatch.setattr(dispatch, "_warned", False)
+    monkeypatch.setattr(routes, "_warned", False)
     tuning.forget_choices()
     yield state
     monkeypatch.undo()
@@ -150,17 +150,17 @@ def gpu(nothing_is_launched, monkeypatch, tmp_path):
 
 
 def chosen(description: LaunchSpec) -> str:
-    return dispatch._route(description, None).name
+    return routes.find_route(description, None).name
 
 
 def test_it_serves_float32_and_gpus_that_no_kernel_was_timed_on(gpu):
     assert chosen(spec()) == chosen(spec(torch.float16)) == "cuda"
     assert chosen(spec(torch.float32)) == chosen(spec(torch.float32, dropout=True)) == "composed"
     for gpu.arch in selection.UNMEASURED:
-        dispatch.forget_routes()
+        routes.forget_routes()
         assert chosen(spec()) == "composed"
     gpu.refuse["composed"] = "composed: triton: no C compiler"
-    dispatch.forget_routes()
+    routes.forget_routes()
     assert chosen(spec()) == "cuda"
 
 
@@ -171,24 +171,24 @@ def test_the_tuned_backend_comes_first_where_rows_are_as_they_were_timed(gpu):
     assert chosen(spec(direction="backward", needs=ALL)) == chosen(spec(dropout=True)) == "cuda"
     assert chosen(spec(aligned=Aligned(True, True, True, False, True))) == "cuda"
     gpu.refuse["triton"] = "triton: version 3.1 is older than 3.6"
-    dispatch.forget_routes()
+    routes.forget_routes()
     assert chosen(spec()) == "cuda"
     tuning.save_choices("Imaginary", {key: {"backend": "composed", "config": None}})  # also forgets the routes
     assert chosen(spec()) == "composed"
 
 
 def test_the_slow_path_is_said_once_with_reasons(gpu):
-    gpu.refuse = {name: f"{name}: a reason; a remedy" for name in dispatch.BACKENDS[:3]}
+    gpu.refuse = {name: f"{name}: a reason; a remedy" for name in BACKENDS[:3]}
     with pytest.warns(UserWarning, match="by its reference in plain PyTorch, which is slow there") as caught:
         assert chosen(spec()) == chosen(spec(torch.float32)) == "reference"
     assert len(caught) == 1
-    assert all(f"{name}: a reason; a remedy" in str(caught[0].message) for name in dispatch.BACKENDS[:3])
+    assert all(f"{name}: a reason; a remedy" in str(caught[0].message) for name in BACKENDS[:3])
 
 
 def test_no_warning_where_the_reference_is_wanted_or_the_way(gpu):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch._route(spec(), "reference").name == "reference"
+        assert routes.find_route(spec(), "reference").name == "reference"
         assert chosen(spec(sizes=(0, 64, 64, 8))) == "reference"
         assert chosen(spec()._replace(device=torch.device("cpu"))) == "reference"
 
@@ -205,11 +205,11 @@ def no_cuda_kernels(nothing_is_launched, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
     monkeypatch.setattr(selection.backend_module("cuda"), "why_unsupported", lambda spec: "not built")
-    monkeypatch.setattr(dispatch, "_warned", True)
-    dispatch.forget_routes()
+    monkeypatch.setattr(routes, "_warned", True)
+    routes.forget_routes()
     yield
     monkeypatch.undo()
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 def old_triton(patch):
@@ -235,11 +235,11 @@ LACKS = [old_triton, no_triton, no_compiler]
 @pytest.mark.parametrize("lacks", LACKS, ids=lambda lacks: lacks.__name__)
 def test_without_triton_it_serves_what_drops_nothing(no_cuda_kernels, monkeypatch, lacks):
     assert chosen(spec()) == chosen(spec(dropout=True)) == "triton"
-    dispatch.forget_routes()
+    routes.forget_routes()
     reason = lacks(monkeypatch)
     for dtype in (torch.bfloat16, torch.float32):
         assert chosen(spec(dtype)) == "composed"
-        route = dispatch._route(spec(dtype, dropout=True), None)
+        route = routes.find_route(spec(dtype, dropout=True), None)
         assert route.name == "reference" and any(
             f"{reason}" in each and "composed: " in each for each in route.passed_over
         )
@@ -250,7 +250,7 @@ def test_without_triton_it_serves_what_drops_nothing(no_cuda_kernels, monkeypatc
 
 def test_float64_drops_nothing_by_a_kernel(no_cuda_kernels):
     assert chosen(spec(torch.float64)) == "composed"
-    route = dispatch._route(spec(torch.float64, dropout=True), None)
+    route = routes.find_route(spec(torch.float64, dropout=True), None)
     assert route.name == "reference"
     assert "composed: no kernel draws dropout's mask in torch.float64; use float32" in " ".join(route.passed_over)
 

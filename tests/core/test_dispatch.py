@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch, selection
+from fastlora import routes, selection
 from fastlora.backends.triton import driver as triton_driver
-from fastlora.problem import LaunchSpec, Sizes
+from fastlora.problem import BACKENDS, LaunchSpec, Sizes
 from fastlora.selection import select_backend
 
 DRIVER_UNUSABLE = triton_driver._driver_unusable.__wrapped__  # unremembered
@@ -23,12 +23,12 @@ def spec(device=GPU, dtype=torch.bfloat16, sizes=(64, 64, 64, 8), direction="for
 @pytest.fixture
 def reasons(monkeypatch):
     """Backends that serve everything; a test makes one refuse by setting its reason."""
-    table = dict.fromkeys(dispatch.BACKENDS)
-    monkeypatch.setattr(dispatch, "_warned", True)
+    table = dict.fromkeys(BACKENDS)
+    monkeypatch.setattr(routes, "_warned", True)
     monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: table[name])
-    dispatch.forget_routes()
+    routes.forget_routes()
     yield table
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 @pytest.fixture
@@ -78,18 +78,18 @@ def test_fallbacks_are_counted_by_reason(counts, reasons):
     reasons["triton"] = "triton: dtype torch.float64"
     reasons["composed"] = "composed: no kernel draws"
     for _ in range(3):
-        assert dispatch._counted(dispatch._route(spec(), None)) and counts()["cuda"] == counts()["triton"] == 0
+        assert routes.counted(routes.find_route(spec(), None)) and counts()["cuda"] == counts()["triton"] == 0
     assert counts()["reference"] == 3
     assert counts()["fallbacks"] == dict.fromkeys(filter(None, reasons.values()), 3)
-    dispatch.count_fallback("peft: merged")
+    counts.count_fallback("peft: merged")
     assert counts()["fallbacks"]["peft: merged"] == 1
 
 
 def choose(description: LaunchSpec) -> str:
     """The backend that serves a call: what dispatch.forward does of it, without a GPU's tensors."""
     fastlora.reset_dispatch_counts()
-    dispatch._counted(dispatch._route(description, None))
-    (name,) = (name for name in dispatch.BACKENDS if fastlora.dispatch_counts()[name])
+    routes.counted(routes.find_route(description, None))
+    (name,) = (name for name in BACKENDS if fastlora.dispatch_counts()[name])
     return name
 
 
@@ -118,10 +118,10 @@ def backends(monkeypatch, counts):
         monkeypatch.setattr(selection.backend_module(name), "prepare", prepare)
     monkeypatch.setattr(selection.backend_module("triton"), "why_unsupported", lambda spec: None)
     monkeypatch.setattr(triton_driver, "_driver_unusable", lambda: None)
-    monkeypatch.setattr(dispatch, "_warned", True)
-    dispatch.forget_routes()
+    monkeypatch.setattr(routes, "_warned", True)
+    routes.forget_routes()
     yield SimpleNamespace(module=module, extension=extension, cuda=cuda, prepared=prepared)
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 def no_device(backends, patch):

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
-from fastlora import dispatch, lora_linear, lora_linears, projections, selection
+from fastlora import dispatch, lora_linear, lora_linears, one_launch, projections, routes, selection
 from fastlora.backends import reference
 from tests.support.numerics import assert_reordered
 
@@ -447,10 +447,10 @@ class OneLaunch(SimpleNamespace):
 def test_a_backend_with_one_launch_is_asked_and_serves(monkeypatch):
     """The seam: a LaunchSpec of branch "shared_input", one launch each way, refusals counted, routes remembered."""
     backend = OneLaunch(specs=[], refusal=None)
-    monkeypatch.setattr(dispatch, "TOGETHER", ("triton",))
+    monkeypatch.setattr(one_launch, "TOGETHER", ("triton",))
     monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: backend.why_unsupported(spec))
     monkeypatch.setattr(selection, "serving_module", lambda name, spec: backend)
-    dispatch.forget_routes()
+    routes.forget_routes()
     arguments = draw(lead=(6,))
     try:
         for _ in range(2):
@@ -475,20 +475,20 @@ def test_a_backend_with_one_launch_is_asked_and_serves(monkeypatch):
         got, wanted = (gradients([r[0], r[1], r[3]], arguments, allow_unused=True) for r in (ys, expected))
         assert [g is None for g in got] == [w is None for w in wanted]
         assert_reordered(*([g for g in each if g is not None] for each in (got, wanted)), 64)
-        dispatch.forget_routes()
+        routes.forget_routes()
         backend.refusal = "triton: too wide"
         fastlora.reset_dispatch_counts()
         of_each = zip(*arguments[1:4], arguments[5], SCALINGS, WHOLE, strict=True)
         operands = projections.SharedForward(arguments[0], tuple(projections.Projection(*p) for p in of_each))
-        assert dispatch.together_forward(operands, "triton") is None
+        assert one_launch.together_forward(operands, "triton") is None
         assert fastlora.dispatch_counts()["fallbacks"] == {"triton: too wide": 1}
     finally:
-        dispatch.forget_routes()
+        routes.forget_routes()
 
 
 def test_which_calls_ask_for_one_launch():
     on_gpu = SimpleNamespace(is_cpu=False, device=torch.device("cuda"))
-    asked = {name: dispatch.may_launch_together(on_gpu, name) for name in (None, "cuda", "triton", "composed")}
+    asked = {name: one_launch.may_launch_together(on_gpu, name) for name in (None, "cuda", "triton", "composed")}
     assert asked == {None: True, "cuda": True, "triton": True, "composed": False}
-    assert not dispatch.may_launch_together(torch.zeros(1), None)
-    assert dispatch.may_launch_together(torch.zeros(1), "triton")
+    assert not one_launch.may_launch_together(torch.zeros(1), None)
+    assert one_launch.may_launch_together(torch.zeros(1), "triton")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch
+from fastlora import dispatch, routes
 from fastlora.backends import reference
 from fastlora.operands import as_rows, describe_backward, describe_forward, is_aligned
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs, Sizes, split_scaling
@@ -123,7 +123,7 @@ def test_one_description_is_prepared_once(monkeypatch):
     real = reference.prepare
     monkeypatch.setattr(reference, "prepare", lambda spec: prepared.append(spec) or real(spec))
     monkeypatch.setattr(dispatch, "_PLAIN", ())
-    dispatch.forget_routes()
+    routes.forget_routes()
     case = numerics.draw_case(4, 8, 8, 8, torch.float32)
     for _ in range(3):
         dispatch.forward(forward_operands(case), None)

@@ -8,7 +8,7 @@ import torch
 
 import fastlora
 from benchmarks.host_calls import count_calls
-from fastlora import dispatch, selection
+from fastlora import one_launch, routes, selection
 from fastlora.backends.cuda import extension, projection_launch
 from fastlora.backends.cuda import launch as single
 from fastlora.backends.cuda.tiles import choose_tile
@@ -160,7 +160,7 @@ def test_what_is_compiled_is_served(group, dtype):
     assert projection_launch.why_not_compiled(described(group, dtype=dtype)) is None
     assert projection_launch.why_not_compiled(described(group, Needs(True, True, True, False), dtype=dtype)) is None
     assert selection.serving_module("cuda", described(group)) is projection_launch
-    assert "cuda" in dispatch.TOGETHER
+    assert "cuda" in one_launch.TOGETHER
 
 
 @pytest.mark.parametrize(
@@ -245,14 +245,14 @@ def test_lora_linears_trains_by_one_launch_each_way(monkeypatch):
     for c, (_, r) in zip(cases, group.sizes, strict=True):
         factors = [t.clone().requires_grad_() if r else None for t in (c.lora_a, c.lora_b)]
         given.append((c.weight, *factors, c.scaling))
-    dispatch.forget_routes()
+    routes.forget_routes()
     fastlora.reset_dispatch_counts()
     try:
         with emulated() as launched:
             ys = fastlora.lora_linears(x, *zip(*given, strict=True), backend="cuda")
             torch.autograd.backward([ys[0], ys[2]], [cases[0].dy, cases[2].dy])
     finally:
-        dispatch.forget_routes()
+        routes.forget_routes()
     counts = fastlora.dispatch_counts()
     assert len(launched.stats) == counts["cuda"] == 2 and not counts["fallbacks"], counts
     needs = (NEEDS, None, NEEDS)

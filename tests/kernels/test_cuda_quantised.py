@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch
+from fastlora import one_launch, routes
 from fastlora.backends.cuda import extension, quantised_launch, tiles
 from fastlora.backends.cuda import launch as cuda
 from fastlora.backends.cuda.quantised_launch import ROWS_IN_LOOP
@@ -140,16 +140,16 @@ def test_a_layer_asks_for_the_launch_that_decodes(monkeypatch, m):
     scratch in the backward alone."""
     case, packed = draw("nf4 nested", (m, 64, 128, 8), torch.bfloat16)
     given = {name: getattr(case, name).requires_grad_() for name in ("x", "lora_a", "lora_b", "bias")}
-    monkeypatch.setattr(dispatch, "may_launch", lambda device, requested: True)
+    monkeypatch.setattr(one_launch, "may_launch", lambda device, requested: True)
     monkeypatch.setattr(quantised_launch, "why_unsupported", quantised_launch.why_not_compiled)
     monkeypatch.setattr(cuda, "multiprocessors", lambda device: 4)
-    dispatch.forget_routes()
+    routes.forget_routes()
     fastlora.reset_dispatch_counts()
     with emulated() as launch, allocated(packed.shape, torch.bfloat16) as scratch:
         for _ in range(2):  # the second finds its route by its key
             y = fastlora.lora_linear(given["x"], packed, given["lora_a"], given["lora_b"], case.scaling, given["bias"])
             gradients = torch.autograd.grad(y, list(given.values()), case.dy)
-    dispatch.forget_routes()
+    routes.forget_routes()
     assert len(launch.stats) == 4 and len(scratch) == (4 if m > ROWS_IN_LOOP else 2)
     assert fastlora.dispatch_counts() == {"cuda": 4, "triton": 0, "composed": 0, "reference": 0, "fallbacks": {}}
     results = {"y": y.detach(), **dict(zip(("dx", "da", "db", "dbias"), gradients, strict=True))}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch, lora_linear, lora_linears, selection
+from fastlora import lora_linear, lora_linears, one_launch, routes, selection
 from fastlora.backends import composed, reference
 from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, table_for
 from fastlora.backends.target import Target
@@ -150,10 +150,10 @@ def on_triton(monkeypatch):
         monkeypatch.setattr(kernels, "target_of", lambda device: Target(80, n_sms=3))
     monkeypatch.setattr(projection_launch, "_choose", lambda spec, target: SMALL[80])
     monkeypatch.setattr(single, "choose_tile", lambda spec, target: SMALL[80])
-    dispatch.forget_routes()
+    routes.forget_routes()
     fastlora.reset_dispatch_counts()
     yield
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 @needs_compiler
@@ -215,12 +215,12 @@ def test_float32_on_a_gpu_is_composed_where_that_is_preferred(monkeypatch):
     """As of single layers: nothing is counted as a fallback, and each projection goes its own way."""
     monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: None)
     found = []
-    monkeypatch.setattr(dispatch, "_launching_route", lambda *args: found.append(args))
+    monkeypatch.setattr(one_launch, "launching_route", lambda *args: found.append(args))
     for dtype, together in ((torch.float32, False), (torch.bfloat16, True)):
         operands, spec = described(dtype=dtype)
         monkeypatch.setattr(selection, "target_of", lambda device: Target(80, n_sms=3))
-        assert dispatch._prefers_composed(spec, None) != together
-        assert not dispatch._prefers_composed(spec, "triton")
+        assert one_launch.prefers_composed(spec, None) != together
+        assert not one_launch.prefers_composed(spec, "triton")
     assert not found
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 
 import fastlora
-from fastlora import dispatch, quantised_layer, quantised_operands, selection
+from fastlora import one_launch, quantised_layer, quantised_operands, routes, selection
 from fastlora.backends import workspace
 from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, table_for
 from fastlora.backends.target import Target
@@ -118,7 +118,7 @@ def test_what_no_launch_decodes_is_a_fallback_with_its_reason(monkeypatch):
     """On a GPU: the weight is decoded in front of a dense launch, and both are counted."""
     codes, scales = torch.randint(-9, 9, (32, 16), dtype=torch.int8), torch.ones(2, 2)
     packed = QuantisedWeight("int8", (codes, scales), (32, 16), torch.float32, (16, 8))
-    monkeypatch.setattr(dispatch, "may_launch", lambda device, requested: True)
+    monkeypatch.setattr(one_launch, "may_launch", lambda device, requested: True)
     monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     x, a, b = torch.randn(70, 16, requires_grad=True), torch.randn(2, 16), torch.randn(32, 2)
     fastlora.reset_dispatch_counts()
@@ -145,7 +145,7 @@ def test_warm_up_compiles_what_decodes(monkeypatch):
     monkeypatch.setattr(quantised_layer, "_skips_op", lambda tensor: False)
     monkeypatch.setattr(workspace, "_by_stream", {})
     monkeypatch.setenv("FASTLORA_BACKEND", "triton")
-    dispatch.forget_routes()
+    routes.forget_routes()
     with compile_for(80, assembles=False) as driver:
         warmed = fastlora.warmup(layer, (16, 100), workers=1)
         assert warmed.kernels == len(hooked) == 3 and not driver.launched
@@ -153,7 +153,7 @@ def test_warm_up_compiles_what_decodes(monkeypatch):
         for rows in (16, 100):
             layer(torch.ones(rows, 64, dtype=torch.float16, requires_grad=True)).sum().backward()
         assert len(driver.launched) == 4 and len(hooked) == 3
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 @needs_compiler

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch, selection
+from fastlora import one_launch, routes, selection
 from fastlora.backends.configs import TILE_TABLES
 from fastlora.backends.target import Target
 from fastlora.backends.triton import quantised_launch
@@ -86,16 +86,16 @@ def test_a_layer_asks_for_the_launch_that_decodes(monkeypatch):
     """From the public function on: one launch each way, counted as Triton's, and no fallback."""
     case, packed = checks.draw("nf4 nested", (50, 48, 64, 8), torch.bfloat16)
     given = {name: getattr(case, name).requires_grad_() for name in ("x", "lora_a", "lora_b", "bias")}
-    monkeypatch.setattr(dispatch, "may_launch", lambda device, requested: True)
+    monkeypatch.setattr(one_launch, "may_launch", lambda device, requested: True)
     monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     monkeypatch.setattr(quantised_launch, "target_of", lambda device: Target(80, n_sms=3))
-    dispatch.forget_routes()
+    routes.forget_routes()
     fastlora.reset_dispatch_counts()
     with emulated(80) as stats, checks.allocated(packed.shape, torch.bfloat16) as scratch:
         for _ in range(2):  # the second finds its route by its key
             y = fastlora.lora_linear(given["x"], packed, given["lora_a"], given["lora_b"], case.scaling, given["bias"])
             gradients = torch.autograd.grad(y, list(given.values()), case.dy)
-    dispatch.forget_routes()
+    routes.forget_routes()
     assert len(stats) == 4 and len(scratch) == 2, "a forward of few rows has none"
     fallbacks = {"cuda: the tensors are on cpu": 4}
     assert fastlora.dispatch_counts() == {"cuda": 0, "triton": 4, "composed": 0, "reference": 0, "fallbacks": fallbacks}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch, scaled_operands, selection
+from fastlora import routes, scaled_operands, selection
 from fastlora.backends import composed, reference
 from fastlora.backends.configs import FUSED_RANK, TILE_TABLES, table_for
 from fastlora.backends.cuda import extension
@@ -112,11 +112,11 @@ def test_what_a_warm_up_compiles(monkeypatch):
     found = {}
     for dropout in (0.0, 0.1):
         options = {"r": 16, "dora": True, "dropout": dropout, "dtype": torch.bfloat16, "device": "meta"}
-        dispatch.forget_routes()
+        routes.forget_routes()
         with asked_for(90) as asked:
             fastlora.warmup(fastlora.LoRALinear(512, 512, **options), 2048, backend="triton")
         found[dropout] = sorted(name for name, _ in asked)
-    dispatch.forget_routes()
+    routes.forget_routes()
     assert found[0.0] == ["scaled_backward_kernel", "scaled_forward_kernel", "scaled_forward_kernel"]
     assert found[0.1] == ["scaled_forward_kernel"]
 

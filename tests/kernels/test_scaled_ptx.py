@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch, selection
+from fastlora import one_launch, routes, selection
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
 from fastlora.backends.triton import scaled_launch
@@ -52,16 +52,16 @@ def test_bytes_of_both_launches():
 @pytest.fixture
 def on_triton(monkeypatch):
     """Calls on the CPU are a GPU's, of which Triton's are emulated."""
-    monkeypatch.setattr(dispatch, "may_launch", lambda device, requested: True)
-    monkeypatch.setattr(dispatch, "_LAUNCHING", ("triton",))
+    monkeypatch.setattr(one_launch, "may_launch", lambda device, requested: True)
+    monkeypatch.setattr(one_launch, "_LAUNCHING", ("triton",))
     monkeypatch.setattr("fastlora.dora.may_launch", lambda device, requested: True)
     monkeypatch.setattr(selection, "triton_unusable", lambda device: None)
     for kernels in (scaled_launch, triton_lora):
         monkeypatch.setattr(kernels, "target_of", lambda device: Target(80, n_sms=3))
-    dispatch.forget_routes()
+    routes.forget_routes()
     fastlora.reset_dispatch_counts()
     yield
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 def draw() -> checks.Case:

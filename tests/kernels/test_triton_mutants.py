@@ -1,6 +1,6 @@
 """Every planted defect of the Triton kernels is found; a table says by what.
 
-python -m pytest tests/kernels/test_triton_mutants.py -rP     prints the check that found each
+python -m pytest tests/kernels/test_triton_mutants.py -m planted -rP     prints the check that found each
 """
 
 import pytest
@@ -15,7 +15,8 @@ TESTED = ("dX without the last projection",)  # of projections' own, which are m
 def planted():
     for defect in defects.triton_planted():
         swept = defect.place.startswith("projection") and defect.name not in TESTED
-        yield pytest.param(defect, id=defect.name.replace(" ", "-"), marks=(pytest.mark.sweep,) if swept else ())
+        marks = pytest.mark.sweep if swept else pytest.mark.planted
+        yield pytest.param(defect, id=defect.name.replace(" ", "-"), marks=marks)
 
 
 @pytest.mark.parametrize("defect", planted())

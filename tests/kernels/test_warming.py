@@ -9,7 +9,7 @@ from triton.runtime import _async_compile
 from triton.runtime.jit import JITFunction
 
 import fastlora
-from fastlora import dispatch, selection
+from fastlora import routes, selection
 from fastlora.backends import workspace
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as triton_lora
@@ -40,9 +40,9 @@ needs_compiler = pytest.mark.skipif(
 def on_triton(monkeypatch):
     """Any layer's calls may be Triton's."""
     monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: None)
-    dispatch.forget_routes()
+    routes.forget_routes()
     yield
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_experts_compile_nothing_after_a_warm_up(triton_alone, arch, kind, libra
             warmed = fastlora.warmup(model, tokens, backend="triton")
             foreseen = {each for each in found if each[0].startswith("segments_")}
             found.clear()
-            dispatch.forget_routes()
+            routes.forget_routes()
             for each in tokens or (65, 127, 500, 3001, 16384):
                 step(experts_call(experts, each))
         assert warmed.layers == len(targets) + 2 and found <= foreseen

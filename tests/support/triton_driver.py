@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fastlora import one_launch
 from tests.support import cuda_driver, numerics
 
 STREAM = 0x5712EA
@@ -110,7 +111,6 @@ def _run_projections(device: cuda_driver.EmulatedDevice) -> None:
     for what is compiled for the first call's seeds serves others."""
     from unittest import mock
 
-    from fastlora import dispatch
     from fastlora.backends.target import Target
     from fastlora.backends.triton import projection_launch
     from fastlora.projections import SharedForward
@@ -121,10 +121,10 @@ def _run_projections(device: cuda_driver.EmulatedDevice) -> None:
             group = checks.draw(40, 72, checks.DROPPED)
             cases = [c if c.seed is None else dataclasses.replace(c, seed=torch.tensor(seed)) for c in group.cases]
             group = checks.Group(group.members, (*cases,))
-            made = dispatch.together_forward(SharedForward(group.cases[0].x, checks.operands(group)), "triton")
+            made = one_launch.together_forward(SharedForward(group.cases[0].x, checks.operands(group)), "triton")
             assert made is not None
             ys, ss = made
-            gradients = dispatch.together_backward(checks.backward_of(group, ss), "triton")
+            gradients = one_launch.together_backward(checks.backward_of(group, ss), "triton")
             assert gradients is not None
             dx, others = gradients
             found = [

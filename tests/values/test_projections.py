@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora import dispatch, lora_linear, lora_linears
+from fastlora import lora_linear, lora_linears, routes
 from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target
 from fastlora.backends.triton import launch as single
@@ -52,7 +52,7 @@ def test_without_dropout_or_dx(device):
 
 def test_the_mask_of_each_is_that_of_its_own_call(device):
     """From the public function on: the seeds that single calls would draw, in their order."""
-    dispatch.forget_routes()
+    routes.forget_routes()
     members = (Member(24, 4, dropout_p=0.5), Member(16, 8, dropout_p=0.0), Member(32, 4, dropout_p=0.2))
     group = checks.draw(20, 32, members, torch.float32, device=device)
     parts = [[getattr(c, name) for c in group.cases] for name in ("weight", "lora_a", "lora_b", "scaling")]
@@ -67,4 +67,4 @@ def test_the_mask_of_each_is_that_of_its_own_call(device):
     ]
     for mine, wanted in zip(together, alone, strict=True):
         checks.numerics.assert_reordered([mine], [wanted], terms=32)
-    dispatch.forget_routes()
+    routes.forget_routes()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import dispatch
+from fastlora import routes
 from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target
 from fastlora.backends.triton import quantised_launch
@@ -72,13 +72,13 @@ def test_from_the_public_function(rows, device):
     """One launch each way, counted as Triton's, and no fallback; 40 rows in the loop, 100 ahead of it."""
     case, packed = drawn("nf4 nested", (rows, 48, 64, 8), torch.float32, device)
     given = {name: getattr(case, name).requires_grad_() for name in ("x", "lora_a", "lora_b", "bias")}
-    dispatch.forget_routes()
+    routes.forget_routes()
     fastlora.reset_dispatch_counts()
     with checks.allocated(packed.shape, torch.float32) as scratch:
         rest = (given["lora_a"], given["lora_b"], case.scaling, given["bias"])
         y = fastlora.lora_linear(given["x"], packed, *rest, backend="triton")
         gradients = torch.autograd.grad(y, list(given.values()), case.dy)
-    dispatch.forget_routes()
+    routes.forget_routes()
     assert len(scratch) == 1 + (rows > 64)
     assert fastlora.dispatch_counts()["triton"] == 2 and not fastlora.dispatch_counts()["fallbacks"]
     detached = {name: tensor.detach() for name, tensor in given.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import dispatch, dora
+from fastlora import dora, routes
 from fastlora.backends.configs import TileConfig
 from fastlora.backends.target import Target
 from fastlora.backends.triton import scaled_launch
@@ -68,10 +68,10 @@ def test_without_a_bias(device):
 @contextmanager
 def counted():
     """Within it routes are found anew, and calls are counted from zero."""
-    dispatch.forget_routes()
+    routes.forget_routes()
     fastlora.reset_dispatch_counts()
     yield
-    dispatch.forget_routes()
+    routes.forget_routes()
 
 
 def steps(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

@@ -41,7 +41,8 @@ def check(results, case: Case) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts(layout, device):
-    case = draw(layout, 72, 104, 5, torch.float32, bias="each", scaling="each")
+    n, k = (24, 40) if layout == "hundreds" else (72, 104)  # of hundreds, the segments are what takes the time
+    case = draw(layout, n, k, 5, torch.float32, bias="each", scaling="each")
     check(run(case, device), case)
 
 
@@ -162,7 +163,7 @@ def test_the_op_is_served_and_counted(device, monkeypatch):
         check(results, case)
 
 
-@pytest.mark.parametrize("lengths", [[150], [3] * 40], ids=str)
+@pytest.mark.parametrize("lengths", [[150], [3] * 12], ids=str)
 def test_the_tables_own_tiles(lengths, device):
     case = draw_case(lengths, 72, 136, 8, n_weights=1)
     check(run(case, device, config=None), case)
