@@ -41,10 +41,10 @@ def package_versions(names: Iterable[str] = PACKAGES) -> dict[str, str | None]:
     return found
 
 
-def source_digest(root: Path) -> str:
-    """Changes with any source file of a checkout, wherever it lies."""
+def source_digest(root: Path, folders: Iterable[str] = ("fastlora", "csrc", "benchmarks", "tests")) -> str:
+    """Changes with any source file of a checkout, or of some of its folders, wherever it lies."""
     digest = hashlib.sha256()
-    files = {path for folder in ("fastlora", "csrc", "benchmarks", "tests") for path in (root / folder).rglob("*")}
+    files = {path for folder in folders for path in (root / folder).rglob("*")}
     for path in sorted(files):
         if path.suffix in SOURCES:
             digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())

@@ -21,7 +21,7 @@ from fastlora.projections import (
     describe_shared_forward,
     forward_keys,
 )
-from fastlora.routes import by_key, counted, launching_route, remember
+from fastlora.routes import by_key, counted, launching_route, remember, remember_unserved, unserved
 
 # The backends that have one launch for several projections of one x, in order of preference. Each is asked
 # ``why_unsupported`` of a LaunchSpec whose branch is "shared_input".
@@ -158,14 +158,19 @@ def in_one_launch(
 ) -> Callable[[], Any] | None:
     """A call as one launch of the first of the backends (``_LAUNCHING``) that can serves it, counted, or None."""
     operands, route = given, by_key.get(key)
+    if route is None and key in unserved:
+        fallbacks.update(unserved[key])
+        return None
     if route is None:
         operands, spec = describe()
-        if spec.is_empty or prefers_composed(spec, requested):
-            return None
-        backends = _LAUNCHING if backends is None else backends
-        name, passed_over = _launching(spec, backends if requested is None else (requested,))
+        name: str | None = None
+        passed_over: tuple[str, ...] = ()
+        if not (spec.is_empty or prefers_composed(spec, requested)):
+            backends = _LAUNCHING if backends is None else backends
+            name, passed_over = _launching(spec, backends if requested is None else (requested,))
         if name is None:
             fallbacks.update(passed_over)
+            remember_unserved(key, passed_over)
             return None
         route = launching_route(spec, name, passed_over)
         remember(key, route, _flat(given), _flat(operands))

@@ -35,11 +35,13 @@ def launching_route(spec: LaunchSpec, name: str, passed_over: tuple[str, ...]) -
 
 _MOST_KEYS = 4096
 by_key: dict[tuple, Route] = {}  # of calls whose operands kernels take as they are
+unserved: dict[tuple, tuple[str, ...]] = {}  # of calls that no one launch serves: why none of the backends
 
 
 def forget_routes() -> None:
     """Has every route found anew."""
     by_key.clear()
+    unserved.clear()
     find_route.cache_clear()
     launching_route.cache_clear()
 
@@ -49,12 +51,21 @@ tuning.on_change(forget_routes)
 
 def remember(key: tuple, route: Route, given: tuple, described: tuple) -> None:
     """Spares later calls of this key their description, where that changes nothing in their operands."""
-    passing = any(isinstance(reason, PassingReason) for reason in route.passed_over)
-    if passing or any(one is not other for one, other in zip(given, described, strict=True)):
+    if all(one is other for one, other in zip(given, described, strict=True)):
+        _remember(by_key, key, route, route.passed_over)
+
+
+def remember_unserved(key: tuple, passed_over: tuple[str, ...]) -> None:
+    """Likewise where no one launch serves them, for these reasons."""
+    _remember(unserved, key, passed_over, passed_over)
+
+
+def _remember(known: dict, key: tuple, what: object, reasons: tuple[str, ...]) -> None:
+    if any(isinstance(reason, PassingReason) for reason in reasons):
         return
-    if len(by_key) >= _MOST_KEYS:
-        by_key.clear()
-    by_key[key] = route
+    if len(known) >= _MOST_KEYS:
+        known.clear()
+    known[key] = what
 
 
 _warned = False

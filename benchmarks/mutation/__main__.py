@@ -3,7 +3,8 @@
 Mutants of the Triton kernels and their launcher, and of csrc, made by rule (tests/support/python_mutations.py and
 cpp_mutations.py), in a random order of the seed; as many from its front as are wanted, without those that the compiler
 refuses. Each meets the checks of ``make test`` until one fails, or two where it changes the protocol. Writes
-``mutation.json`` and ``mutation.md``. Fails where a mutant survives and no reason for that is on record.
+``mutation.json`` and ``mutation.md``. Fails where a mutant survives and no reason for that is on record, and where the
+sources are not those that the rows before are of.
 """
 
 import functools
@@ -16,6 +17,12 @@ import click
 from benchmarks import RESULTS
 from benchmarks.mutation.report import is_missed, report
 from benchmarks.mutation.search import run
+from fastlora import environment
+
+
+def mutated_sources() -> str:
+    """Changes with any source that mutants are made of."""
+    return environment.source_digest(Path(__file__).resolve().parents[2], ("fastlora", "csrc"))
 
 
 @click.command()
@@ -30,15 +37,21 @@ def main(seed: int, triton: int, cuda: int, jobs: int, resume: bool, output: Pat
     output.mkdir(parents=True, exist_ok=True)
     path = output / "mutation.json"
     old = json.loads(path.read_text()) if resume and path.exists() else {}
+    sources, commit = mutated_sources(), environment.commit()
+    if old and old.get("sources") != sources:
+        raise click.UsageError(f"{path} is of other sources (commit {old.get('commit')}): leave --resume out")
     kept = old.get("rows", []) if old.get("seed") == seed else []
     wanted = {"triton": triton, "cuda": cuda}
+    what = {"seed": seed, "wanted": wanted, "commit": commit, "sources": sources}
     by_language = {language: [row for row in kept if row["language"] == language] for language in wanted}
 
     def save(language: str, rows: list[dict]) -> None:
+        if mutated_sources() != sources:
+            raise click.ClickException("the sources have changed during the search, whose mutants are copies of them")
         by_language[language] = rows
         everything = [row for each in by_language.values() for row in each]
-        path.write_text(json.dumps({"seed": seed, "wanted": wanted, "rows": everything}, indent=1) + "\n")
-        (output / "mutation.md").write_text(report(seed, wanted, everything))
+        path.write_text(json.dumps({**what, "rows": everything}, indent=1) + "\n")
+        (output / "mutation.md").write_text(report(seed, wanted, everything, commit))
 
     for language, count in wanted.items():
         done = {row["mutant"]: row for row in by_language[language]}

@@ -15,7 +15,7 @@ def is_luck(row: dict) -> bool:
     return 0 < len(row["by"]) < row["wanted"]
 
 
-def report(seed: int, wanted: dict[str, int], rows: list[dict]) -> str:
+def report(seed: int, wanted: dict[str, int], rows: list[dict], commit: str | None) -> str:
     """The results as Markdown."""
     counts = " ".join(f"--{language} {count}" for language, count in wanted.items())
     lines = [
@@ -25,6 +25,7 @@ def report(seed: int, wanted: dict[str, int], rows: list[dict]) -> str:
         "`tests/support/python_mutations.py` and `cpp_mutations.py`, by the checks of `make test`. Those that the",
         "compiler refused do not count; others change nothing, for a reason that is given. What changes the protocol",
         "(removed, moved, relaxed) is looked for until a second launch, of another size or schedule, has found it.",
+        f"Commit {commit}.",
         "",
         "| | wanted | mutants | found | change nothing | missed | refused | found of those that change something |",
         "|---|---|---|---|---|---|---|---|",

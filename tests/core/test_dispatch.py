@@ -9,6 +9,7 @@ import torch
 import fastlora
 from fastlora import routes, selection
 from fastlora.backends.triton import driver as triton_driver
+from fastlora.counts import count_fallback
 from fastlora.problem import BACKENDS, LaunchSpec, Sizes
 from fastlora.selection import select_backend
 
@@ -81,7 +82,7 @@ def test_fallbacks_are_counted_by_reason(counts, reasons):
         assert routes.counted(routes.find_route(spec(), None)) and counts()["cuda"] == counts()["triton"] == 0
     assert counts()["reference"] == 3
     assert counts()["fallbacks"] == dict.fromkeys(filter(None, reasons.values()), 3)
-    counts.count_fallback("peft: merged")
+    count_fallback("peft: merged")
     assert counts()["fallbacks"]["peft: merged"] == 1
 
 

@@ -13,7 +13,7 @@ PACKAGE = Path(fastlora.__file__).parent
 # From the ground floor up. A name is a module or a package under fastlora/, "__init__" fastlora itself. A
 # module imports from its own layer and from lower ones; nowhere is there a circle.
 LAYERS = (
-    ("_C", "problem", "philox", "files", "errors", "tables", "environment"),
+    ("_C", "problem", "philox", "files", "errors", "tables", "environment", "counts"),
     (
         "checks",
         "own_forward",
@@ -33,6 +33,8 @@ LAYERS = (
     ),  # fmt: skip
     ("backends",),
     ("selection",),
+    ("routes",),
+    ("one_launch",),
     ("dispatch",),
     ("differentiable",),
     ("op_tools", "quantised_layer"),

@@ -1,60 +1,15 @@
 """Several projections of one input as one node: the values of single layers, one dX, what is saved, what is refused."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn.functional import linear
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastlora
-from fastlora import dispatch, lora_linear, lora_linears, one_launch, projections, routes, selection
+from fastlora import dispatch, lora_linear, lora_linears
 from fastlora.backends import reference
+from tests.support.lora_linears import BFLOAT16, FLOAT32, SIZES, WHOLE, K, draw, gradients, leaves, one_by_one
 from tests.support.numerics import assert_reordered
-
-K = 12
-SIZES = ((8, 3), (4, None), (6, 17), (5, 1))  # N and rank of each projection; None: no adapter
-SCALINGS = (1.7, 0.0, -0.5, 2.0)
-WHOLE = (0.0,) * len(SIZES)  # nothing is dropped
-FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-
-
-def draw(dtype=FLOAT32, adapter_dtype=None, lead=(3, 5), biases=(True, True, False, False), seed=0):
-    """x, and weights, A, B and biases of SIZES; all but the weights train."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, std=1.0, dtype=dtype):
-        return (torch.randn(*shape, generator=generator, dtype=torch.float64) * std).to(dtype)
-
-    def train(tensor):
-        return tensor.requires_grad_()
-
-    adapter_dtype = adapter_dtype or dtype
-    x = train(normal(*lead, K))
-    weights = [normal(n, K, std=K**-0.5) for n, _ in SIZES]
-    lora_as = [None if r is None else train(normal(r, K, std=K**-0.5, dtype=adapter_dtype)) for _, r in SIZES]
-    lora_bs = [None if r is None else train(normal(n, r, std=r**-0.5, dtype=adapter_dtype)) for n, r in SIZES]
-    of_bias = [train(normal(n)) if given else None for (n, _), given in zip(SIZES, biases, strict=True)]
-    return x, weights, lora_as, lora_bs, SCALINGS, of_bias
-
-
-def leaves(arguments):
-    x, _, lora_as, lora_bs, _, biases = arguments
-    return [x, *(t for t in (*lora_as, *lora_bs, *biases) if t is not None and t.requires_grad)]
-
-
-def one_by_one(x, weights, lora_as, lora_bs, scalings, biases, dropout_p=WHOLE, **options):
-    """What lora_linears is to agree with."""
-    return [
-        linear(x, w, bias) if a is None else lora_linear(x, w, a, b, scaling, bias, dropout_p=p, **options)
-        for w, a, b, scaling, bias, p in zip(weights, lora_as, lora_bs, scalings, biases, dropout_p, strict=True)
-    ]
-
-
-def gradients(ys, arguments, **options):
-    torch.manual_seed(7)
-    used = [y for y in ys if y.requires_grad]
-    return torch.autograd.grad(used, leaves(arguments), [torch.randn(y.shape).to(y.dtype) for y in used], **options)
 
 
 @pytest.mark.parametrize(
@@ -412,83 +367,3 @@ def test_a_quantised_weight_is_a_call_of_its_own():
     assert "shared input: a Params4bit" in fastlora.dispatch_counts()["fallbacks"]
     with pytest.raises(TypeError, match="projection 0: without an adapter its weight must be dense"):
         lora_linears(x, [packed], [None], [None], [0.0])
-
-
-class OneLaunch(SimpleNamespace):
-    """A stand-in for a backend that has one launch for several projections."""
-
-    def why_unsupported(self, spec):
-        return self.refusal if spec.branch == "shared_input" else "not asked for"
-
-    def prepare(self, spec):
-        self.specs.append(spec)
-
-        def forward(operands):
-            x, of_each = operands
-            made = [(linear(x, p[0], p[3]), None) if p[1] is None else reference.lora_forward(x, *p) for p in of_each]
-            return [y for y, _ in made], [s for _, s in made]
-
-        def backward(operands):
-            dx, others = None, []
-            dys, x, *of_each = operands
-            for dy, (weight, a, b, _, *numbers), s, needs in zip(dys, *of_each, strict=True):
-                found = projections.NO_GRADIENTS
-                if dy is not None and a is None:
-                    found = fastlora.problem.Gradients(dy @ weight, None, None, dy.sum(0) if needs.dbias else None)
-                elif dy is not None:
-                    found = reference.lora_backward(dy, x, weight, a, b, s, *numbers, needs)
-                dx = found.dx if dx is None else dx if found.dx is None else dx + found.dx
-                others.append(found)
-            return dx, others
-
-        return forward if spec.direction == "forward" else backward
-
-
-def test_a_backend_with_one_launch_is_asked_and_serves(monkeypatch):
-    """The seam: a LaunchSpec of branch "shared_input", one launch each way, refusals counted, routes remembered."""
-    backend = OneLaunch(specs=[], refusal=None)
-    monkeypatch.setattr(one_launch, "TOGETHER", ("triton",))
-    monkeypatch.setattr(selection, "why_unsupported", lambda name, spec: backend.why_unsupported(spec))
-    monkeypatch.setattr(selection, "serving_module", lambda name, spec: backend)
-    routes.forget_routes()
-    arguments = draw(lead=(6,))
-    try:
-        for _ in range(2):
-            fastlora.reset_dispatch_counts()
-            ys = lora_linears(*arguments, dropout_p=(0.5, 0.0, 0.0, 0.0), backend="triton")
-            got = gradients([ys[0], ys[1], ys[3]], arguments, allow_unused=True)
-            counts = fastlora.dispatch_counts()
-            assert counts["triton"] == 2 and counts["reference"] == 0 and not counts["fallbacks"]
-        forward, backward = backend.specs
-        assert (forward.direction, forward.branch, forward.sizes) == ("forward", "shared_input", (6, 23, K, 21))
-        assert [each.sizes[1::2] for each in forward.members] == [(n, r or 0) for n, r in SIZES]
-        assert [each.branch for each in forward.members] == ["single", "none", "single", "single"]
-        assert [each.dropout for each in forward.members] == [True, False, False, False]
-        assert [each.bias for each in forward.members] == [True, True, False, False]
-        assert (backward.direction, backward.sizes) == ("backward", (6, 17, K, 4)) and len(backward.members) == 3
-        assert [tuple(each.needs) for each in backward.members] == [(True,) * 4, (True, False, False, True),
-                                                                    (True, True, True, False)]  # fmt: skip
-        torch.manual_seed(5)
-        ys = lora_linears(*arguments, backend="triton")
-        expected = one_by_one(*arguments)
-        assert all(map(torch.equal, ys, expected))
-        got, wanted = (gradients([r[0], r[1], r[3]], arguments, allow_unused=True) for r in (ys, expected))
-        assert [g is None for g in got] == [w is None for w in wanted]
-        assert_reordered(*([g for g in each if g is not None] for each in (got, wanted)), 64)
-        routes.forget_routes()
-        backend.refusal = "triton: too wide"
-        fastlora.reset_dispatch_counts()
-        of_each = zip(*arguments[1:4], arguments[5], SCALINGS, WHOLE, strict=True)
-        operands = projections.SharedForward(arguments[0], tuple(projections.Projection(*p) for p in of_each))
-        assert one_launch.together_forward(operands, "triton") is None
-        assert fastlora.dispatch_counts()["fallbacks"] == {"triton: too wide": 1}
-    finally:
-        routes.forget_routes()
-
-
-def test_which_calls_ask_for_one_launch():
-    on_gpu = SimpleNamespace(is_cpu=False, device=torch.device("cuda"))
-    asked = {name: one_launch.may_launch_together(on_gpu, name) for name in (None, "cuda", "triton", "composed")}
-    assert asked == {None: True, "cuda": True, "triton": True, "composed": False}
-    assert not one_launch.may_launch_together(torch.zeros(1), None)
-    assert one_launch.may_launch_together(torch.zeros(1), "triton")

@@ -7,7 +7,7 @@ import torch
 
 import fastlora
 from fastlora import dispatch, routes
-from fastlora.backends import reference
+from fastlora.backends import reference, tuning
 from fastlora.operands import as_rows, describe_backward, describe_forward, is_aligned
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs, Sizes, split_scaling
 from tests.support import numerics
@@ -128,7 +128,7 @@ def test_one_description_is_prepared_once(monkeypatch):
     for _ in range(3):
         dispatch.forward(forward_operands(case), None)
     assert len(prepared) == 1
-    dispatch.tuning.forget_choices()
+    tuning.forget_choices()
     dispatch.forward(forward_operands(case), None)
     assert len(prepared) == 2
 

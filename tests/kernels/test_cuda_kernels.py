@@ -57,7 +57,7 @@ def test_a_base_weight_that_lies_transposed(poisoned, tile, dropout, rank):
     check_transposed(tile, dropout, rank, schedule_of(tile, dropout, rank, layers=TRANSPOSED))
 
 
-@pytest.mark.parametrize("number, layer", enumerate(GROUPED), ids=("128x256-16", "128x256-8", "128x128", "64x128"))
+@pytest.mark.parametrize("number, layer", [*enumerate(GROUPED)], ids=("128x256-16", "128x256-8", "128x128", "64x128"))
 def test_groups_as_long_as_shipped(poisoned, number, layer):
     check_group(*layer, schedule_of_group(number))
 

@@ -1,9 +1,12 @@
 """The rules that make mutants: each changes one thing, and what it makes is Python."""
 
 import ast
+import json
 
 import pytest
+from click.testing import CliRunner
 
+from benchmarks.mutation import __main__ as search
 from tests.support import (
     cpp_mutations,
     cuda_checks,
@@ -136,3 +139,20 @@ def test_what_is_called_the_same_is_a_mutant():
         for each in (*generated_triton.mutations(), *generated_cuda.mutations())
     }
     assert not equivalents.REASONS.keys() - lines
+
+
+def test_rows_of_other_sources_are_not_resumed(tmp_path):
+    old = json.dumps({"seed": 1, "commit": "abc", "sources": "others", "rows": []})
+    (tmp_path / "mutation.json").write_text(old)
+    result = CliRunner().invoke(search.main, ["--resume", "--output", str(tmp_path)])
+    assert result.exit_code == 2 and "of other sources (commit abc)" in result.output
+    assert (tmp_path / "mutation.json").read_text() == old and len([*tmp_path.iterdir()]) == 1
+
+
+def test_sources_that_change_during_the_search_end_it(tmp_path, monkeypatch):
+    states = iter(["before", "before", "after"])
+    monkeypatch.setattr(search, "mutated_sources", lambda: next(states))
+    monkeypatch.setattr(search, "run", lambda *arguments: arguments[-1]([]) or [])
+    result = CliRunner().invoke(search.main, ["--output", str(tmp_path)])
+    assert result.exit_code == 1 and "changed during the search" in result.output
+    assert json.loads((tmp_path / "mutation.json").read_text())["sources"] == "before"

@@ -19,7 +19,7 @@ def planted():
         yield pytest.param(defect, id=defect.name.replace(" ", "-"), marks=marks)
 
 
-@pytest.mark.parametrize("defect", planted())
+@pytest.mark.parametrize("defect", [*planted()])
 def test_found(defect):
     found = defect.find(ways=1)
     assert found, f"nothing noticed: {defect.name}"

@@ -6,7 +6,6 @@ import functools
 import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from fastlora.backends import workspace
 from fastlora.backends.configs import TileConfig
-from fastlora.backends.target import Target
 from fastlora.backends.triton import projection_launch
 from fastlora.problem import Needs
 from fastlora.projections import (
@@ -29,7 +27,7 @@ from tests.emulator import LaunchOptions
 from tests.support import float16_range, numerics, triton_checks
 from tests.support.compile_gate import assert_fits, expected_instruction
 from tests.support.triton_checks import SCHEDULES, SMALL
-from tests.support.triton_emulation import emulated
+from tests.support.triton_emulation import emulated_launches
 
 ALL = Needs(True, True, True, True)
 
@@ -132,10 +130,7 @@ def emulate(
     on_kernel: Any = None,
 ):
     """``run`` in the emulator, by a small tile unless ``config`` says otherwise: results, the launches' counters."""
-    if kernels is not projection_launch:  # what a mutant compiles to need not be covered
-        edit_ptx = edit_ptx or str
-    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
-    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
+    with emulated_launches(kernels, arch, options, edit_ptx, on_kernel) as stats:
         results = run(group, config or SMALL[arch], backward, kernels)
     assert len(stats) == 1 + backward, "one launch each way"
     return results, stats

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from fastlora import quantised_operands
 from fastlora.backends import workspace
 from fastlora.backends.configs import TileConfig
-from fastlora.backends.target import Target
 from fastlora.backends.triton import quantised_launch
 from fastlora.problem import Needs
 from fastlora.quantised_weight import QuantisedWeight, quantised
@@ -21,7 +20,7 @@ from tests.emulator import LaunchOptions
 from tests.support import numerics
 from tests.support.quantised_models import quantise
 from tests.support.triton_checks import ALL, SCHEDULES, SMALL
-from tests.support.triton_emulation import emulated
+from tests.support.triton_emulation import emulated_launches
 
 PART = 1024  # so small that a panel of a small tile has several
 
@@ -140,10 +139,7 @@ def emulate(
     **choice: Any,
 ):
     """``run`` in the emulator, by a small tile unless ``config`` says otherwise: results, the launches' counters."""
-    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
-    if kernels is not quantised_launch:  # what a mutant compiles to need not be covered
-        edit_ptx = edit_ptx or str
-    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
+    with emulated_launches(kernels, arch, options, edit_ptx, on_kernel) as stats:
         results = run(case, packed, config or SMALL[arch], needs, kernels, **choice)
     assert len(stats) == (2 if needs else 1), "one launch each way"
     return results, stats

@@ -5,7 +5,6 @@ import functools
 import importlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-from unittest import mock
 
 import pytest
 import torch
@@ -15,14 +14,13 @@ from torch.nn.functional import linear
 from fastlora import scaled_operands
 from fastlora.backends import workspace
 from fastlora.backends.configs import TileConfig
-from fastlora.backends.target import Target
 from fastlora.backends.triton import scaled_launch
 from fastlora.problem import BackwardOperands, ForwardOperands, Needs, ScaledBackward, ScaledForward
 from tests.emulator import LaunchOptions
 from tests.support import numerics, triton_checks
 from tests.support.compile_gate import assert_fits, expected_instruction
 from tests.support.triton_checks import ALL, SCHEDULES, SMALL
-from tests.support.triton_emulation import emulated
+from tests.support.triton_emulation import emulated_launches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,10 +151,7 @@ def emulate(
     config: TileConfig | None = None,
 ):
     """``run`` in the emulator, by a small tile unless ``config`` says otherwise: results, the launches' counters."""
-    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
-    if kernels is not scaled_launch:  # what a mutant compiles to need not be covered
-        edit_ptx = edit_ptx or str
-    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
+    with emulated_launches(kernels, arch, options, edit_ptx, on_kernel) as stats:
         results = run(case, config or SMALL[arch], needs, trains, kernels)
     assert len(stats) == (1 if needs is None else 2), "one launch each way"
     return results, stats

@@ -5,21 +5,19 @@ import dataclasses
 import importlib
 import itertools
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from fastlora.backends import workspace
 from fastlora.backends.configs import TileConfig
-from fastlora.backends.target import Target
 from fastlora.backends.triton import segment_launch
 from fastlora.problem import Needs
 from fastlora.segments import GroupedBackward, GroupedForward, Segments, describe_segments
 from tests.emulator import LaunchOptions
 from tests.support import float16_range, segments
 from tests.support.triton_checks import ARCHITECTURES, DROPPED_SCHEDULES, SCHEDULES, SMALL
-from tests.support.triton_emulation import emulated
+from tests.support.triton_emulation import emulated_launches
 
 ALL = Needs(True, True, True, True)
 BAD_ENDS_SCHEDULES = SCHEDULES[3:]
@@ -139,10 +137,9 @@ def run(
     on_kernel=None,
 ) -> tuple[dict[str, Tensor], list]:
     """The same in the emulator, on a device with few multiprocessors; and the counters of the launches."""
-    if kernels is not segment_launch:  # a mutant's package; what it compiles to need not be covered
-        kernels, edit_ptx = importlib.import_module(f"{kernels.__package__}.segment_launch"), edit_ptx or str
-    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
-    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
+    if kernels is not segment_launch:  # a mutant's package
+        kernels = importlib.import_module(f"{kernels.__package__}.segment_launch")
+    with emulated_launches(kernels, arch, options, edit_ptx, on_kernel) as stats:
         results = launch(case, config, needs, kernels)
     assert len(stats) == (1 if needs is None else 2), "one launch each way"
     assert not any(buffer.any() for buffer in workspace._by_stream.values()), "the workspace was left dirty"

@@ -20,7 +20,7 @@ from fastlora.problem import Needs
 from tests.emulator import LaunchOptions
 from tests.support import float16_range, launches, numerics
 from tests.support.compile_gate import assert_fits, expected_instruction
-from tests.support.triton_emulation import emulated
+from tests.support.triton_emulation import emulated, emulated_launches
 
 needs_compiler = pytest.mark.skipif(
     triton_lora.triton.knobs.runtime.interpret,
@@ -81,12 +81,9 @@ def run(
     """
     c = case
     needs = needs and needs._replace(dbias=needs.dbias and c.bias is not None)
-    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
-    if kernels is not triton_lora:  # what a mutant compiles to need not be covered
-        edit_ptx = edit_ptx or str
     results: dict[str, torch.Tensor] = {}
     unedited = _unedited_forward(case, config, arch) if only else None
-    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
+    with emulated_launches(kernels, arch, options, edit_ptx, on_kernel) as stats:
         y, s = unedited if only == "backward" else launches.forward(kernels, *_forward_operands(c), config=config)
         if needs and only != "forward":
             backward_args = (c.dy, c.x, c.weight, c.lora_a, c.lora_b, s, c.scaling, c.dropout_p, c.seed, needs)

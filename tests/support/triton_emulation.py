@@ -3,10 +3,13 @@
 import functools
 from collections.abc import Callable
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 
+from fastlora.backends.target import Target
 from tests.emulator import LaunchOptions, load_ptx, triton_descriptor
 from tests.emulator.conformance import coverage
 from tests.support.compile_target import Launch, compile_for
@@ -91,4 +94,21 @@ def emulated(
         )
 
     with compile_for(arch, run, assembles=on_kernel is not None):
+        yield stats
+
+
+@contextmanager
+def emulated_launches(
+    kernels: ModuleType,
+    arch: int,
+    options: LaunchOptions | None = None,
+    edit_ptx: Callable[[str], str] | None = None,
+    on_kernel: Callable[[Any], None] | None = None,
+):
+    """``emulated`` for the launches of one module, on a device with few multiprocessors. The module may be a mutant's
+    copy: what that compiles to need not be covered."""
+    if not kernels.__name__.startswith("fastlora."):
+        edit_ptx = edit_ptx or str
+    device = mock.patch.object(kernels, "target_of", lambda device: Target(arch, n_sms=3))
+    with device, emulated(arch, options, edit_ptx, on_kernel) as stats:
         yield stats
