@@ -9,6 +9,7 @@ import torch
 from packaging.requirements import Requirement
 
 from benchmarks import ROOT, readme_picture
+from benchmarks.traffic import projections
 from fastlora.backends.configs import MAX_RANK
 from fastlora.backends.cuda import extension
 from fastlora.bench.verdict import means_over_cases
@@ -146,6 +147,16 @@ def test_the_picture_shows_the_numbers_that_are_there():
     assert readme_picture.carried(readme_picture.PICTURE) == numbers
     assert numbers["launches"]["fastlora"] == [1, 1] and len(numbers["saved MiB"]) == 5
     assert readme_picture.PICTURE.stat().st_size < 150_000
+
+
+def test_the_table_of_layers_that_share_an_input_is_the_counted_one():
+    counted = projections.projection_table(json.loads(projections.RESULT.read_text())).rows
+    shown = re.findall(r"^\| (q, k, v|gate, up) \| (.*) \|$", section("What it saves"), re.MULTILINE)
+    assert [name for name, _ in shown] == list(projections.GROUPS)
+    for name, cells in shown:
+        of_group = [row for row in counted if row[0] == name]
+        wanted = [f"{row[2]} + {row[5]}; {row[3]} + {row[6]}" for row in of_group]
+        assert len(wanted) == 4 and cells.split(" | ") == wanted
 
 
 def test_a_picture_of_other_numbers_is_found(tmp_path):
