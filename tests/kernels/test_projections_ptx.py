@@ -10,7 +10,7 @@ from tests.support import projection_checks as checks
 from tests.support.triton_checks import ARCHITECTURES, SCHEDULES, needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("own_workspace", "poisoned")]
-TESTED = {("q, k, v", 80), ("mixed", 80)}
+TESTED = {("q, k, v", 80), ("mixed", 80), ("without dS", 80)}
 
 
 def swept(condition: bool) -> tuple:

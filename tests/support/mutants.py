@@ -412,6 +412,13 @@ MUTANTS = (
         shows="projections",
     ),
     Mutant(
+        "a column where nothing reads dS",
+        "projection_launch",
+        "fused, n_columns = self.variant.fused, 0",
+        "fused, n_columns = self.variant.fused, 1",
+        shows="projections",
+    ),
+    Mutant(
         "the first projection at a boundary",
         "projections",
         "index += tl.where(tile >= end, 1, 0)",

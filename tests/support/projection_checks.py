@@ -193,6 +193,7 @@ EIGHT = tuple(Member(8 + 8 * (i % 3), 1 + i, bias=i % 2 == 0, scaling=(-1.0, 1.0
 WITHOUT_DX = tuple(
     each._replace(needs=each.needs and each.needs._replace(dx=False)) for each in (*MIXED, Member(16, 2, bias=True))
 )
+WITHOUT_DS = tuple(Member(n, 16, bias=True, needs=Needs(False, False, True, True)) for n in (64, 96))
 GROUPS: dict[str, tuple[int, int, tuple[Member, ...]]] = {
     "q, k, v": (272, 192, QKV),
     "gate, up": (208, 160, GATE_UP),
@@ -200,6 +201,7 @@ GROUPS: dict[str, tuple[int, int, tuple[Member, ...]]] = {
     "mixed": (264, 97, MIXED),
     "eight": (139, 72, EIGHT),
     "without dX": (150, 40, WITHOUT_DX),
+    "without dS": (200, 96, WITHOUT_DS),
     "one": (130, 64, (Member(40, 16, bias=True),)),
 }
 
