@@ -55,7 +55,8 @@ def _look_in_process(row: dict, mutant: Any, thorough: bool) -> dict:
 
 
 def _send(sending: Any, *arguments: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, _MOST_BYTES))
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_BYTES, hard))
     sending.send(_look(*arguments))
 
 

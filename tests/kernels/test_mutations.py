@@ -2,6 +2,7 @@
 
 import ast
 import json
+import subprocess
 
 import pytest
 from click.testing import CliRunner
@@ -156,3 +157,22 @@ def test_sources_that_change_during_the_search_end_it(tmp_path, monkeypatch):
     result = CliRunner().invoke(search.main, ["--output", str(tmp_path)])
     assert result.exit_code == 1 and "changed during the search" in result.output
     assert json.loads((tmp_path / "mutation.json").read_text())["sources"] == "before"
+
+
+def test_a_test_that_fails_without_the_mutation_says_nothing(tmp_path, monkeypatch):
+    (tmp_path / "fastlora").mkdir()
+    (tmp_path / "fastlora" / "value.py").write_text("VALUE = 1\n")
+    (tmp_path / "test_it.py").write_text(
+        "import os\nfrom fastlora.value import VALUE\n\ndef test_value():\n"
+        "    assert VALUE == 1 and 'BROKEN' not in os.environ, 'it is - not'\n"
+    )
+    subprocess.run("git init -q . && git add .", shell=True, cwd=tmp_path, check=True)
+    monkeypatch.setattr(generated, "ROOT", tmp_path)
+    mutant = Generated("fastlora/value.py", Mutation("constant", 8, 9, "1", "2"))
+    same = Generated("fastlora/value.py", Mutation("constant", 8, 9, "1", "1"))
+    generated.run_tests(same, ((), ("test_it.py",)))
+    with pytest.raises(AssertionError, match="FAILED test_it.py::test_value"):
+        generated.run_tests(mutant, ((), ("test_it.py",)))
+    checks = [("tests", lambda: generated.run_tests(mutant, (("BROKEN=1",), ("test_it.py",))))]
+    with pytest.raises(generated.FaultySearch, match="FAILED test_it.py::test_value"):
+        generated.findings(checks, 1, must_compile=True)

@@ -5,6 +5,8 @@ survives them all meets the tests themselves, in a copy of the repository.
 """
 
 import random
+import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -21,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # What these rules change is the protocol (waits, flags, fences), whose finds should not hang on one launch.
 _PROTOCOL_RULES = ("removed", "moved", "relaxed")
 _TESTS_LIMIT_S = 3600
+_TESTS_MOST_BYTES = 256 << 30  # of address space: some have operands that lie 4 GiB apart
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Stillborn(Exception):
     """The compiler refuses the mutant."""
 
 
+class FaultySearch(Exception):
+    """A test fails without the mutation as well: it says nothing of the mutant."""
+
+
 def why_equivalent(generated: Generated) -> str | None:
     """Why nothing need find a mutant, or None."""
     return equivalents.REASONS.get((Path(generated.path).name, generated.mutated_lines))
@@ -87,11 +94,14 @@ def findings(checks: Iterable[check_lists.Check], ways: int, must_compile: bool)
 
     Raises:
         Stillborn: as a check does, unless that is a finding.
+        FaultySearch: what failed does so without the mutation.
     """
 
     def failure(check: Callable[[], None]) -> tuple[str, str] | None:
         try:
             return defects.failure(check)
+        except FaultySearch:
+            raise
         except Exception as error:
             if isinstance(error, Stillborn) and not must_compile:
                 raise
@@ -105,6 +115,10 @@ def run_tests(generated: Generated, *runs: tuple[tuple[str, ...], tuple[str, ...
 
     Args:
         runs: (environment, what pytest is given) of each run of pytest.
+
+    Raises:
+        AssertionError: a test fails.
+        FaultySearch: it fails without the mutation, too.
     """
     with tempfile.TemporaryDirectory() as directory:
         copy = Path(directory, "copy")
@@ -116,11 +130,32 @@ def run_tests(generated: Generated, *runs: tuple[tuple[str, ...], tuple[str, ...
         for library in (ROOT / "fastlora").glob("_C*.so"):
             shutil.copy(library, copy / "fastlora")
         changed = copy / generated.path
-        changed.write_text(generated.apply(changed.read_text()))
+        text = changed.read_text()
+        changed.write_text(generated.apply(text))
         for environment, arguments in runs:
-            pytest = (sys.executable, "-m", "pytest", "-x", "-q")
-            command = ["env", *environment, f"PYTHONPATH={copy}", *pytest, *arguments]
-            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=_TESTS_LIMIT_S)
-            lines = done.stdout.splitlines()
-            named = (line for line in reversed(lines) if line.startswith(("FAILED", "ERROR")))
-            assert done.returncode == 0, next(named, "\n".join(lines[-3:]))
+            failed = _failed_test(copy, environment, arguments)
+            if failed is None:
+                continue
+            changed.write_text(text)
+            test = re.match(r"(?:FAILED|ERROR) (.*?)(?: - .*)?$", failed)
+            if _failed_test(copy, environment, (test.group(1),) if test else arguments) is not None:
+                raise FaultySearch(failed)
+            raise AssertionError(failed)
+
+
+def _failed_test(copy: Path, environment: Iterable[str], arguments: Iterable[str]) -> str | None:
+    """What pytest says of the first test that fails in a copy of the repository, or None."""
+    command = ["env", *environment, f"PYTHONPATH={copy}", sys.executable, "-m", "pytest", "-x", "-q", *arguments]
+    done = subprocess.run(
+        command, cwd=copy, capture_output=True, text=True, timeout=_TESTS_LIMIT_S, preexec_fn=_with_more_addresses
+    )
+    lines = done.stdout.splitlines()
+    named = (line for line in reversed(lines) if line.startswith(("FAILED", "ERROR")))
+    return None if done.returncode == 0 else next(named, "\n".join(lines[-3:]))
+
+
+def _with_more_addresses() -> None:
+    """The search leaves its own processes fewer."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_AS, (_TESTS_MOST_BYTES, hard))
