@@ -158,4 +158,5 @@ def _with_more_addresses() -> None:
     """The search leaves its own processes fewer."""
     limit, hard = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
-        resource.setrlimit(resource.RLIMIT_AS, (_TESTS_MOST_BYTES, hard))
+        most = _TESTS_MOST_BYTES if hard == resource.RLIM_INFINITY else min(_TESTS_MOST_BYTES, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, hard))
