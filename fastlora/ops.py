@@ -276,6 +276,10 @@ def lora_linear(
             dense = base.dequantize() if packed else base
             return composed(x, dense, lora_a, lora_b, scaling, bias, dropout_p, reason, seed)
         backend = environment_backend()
+    elif reason == FORWARD_MODE and not _skips_ops(x):  # without gradients the tangents would be lost in silence
+        raise ValueError(
+            f"backend {backend!r} has no forward-mode derivative: leave backend out, and torch's own operators make it"
+        )
     seed = draw_seed(x.device) if dropout_p > 0.0 else None
     if copy_input and trains and not compiles and x is given and lora_a.requires_grad:
         x = x.clone()

@@ -95,6 +95,19 @@ def test_a_dual_number_in_front_of_an_insisted_backend_raises():
             lora_linear(x, case.weight, case.lora_a, case.lora_b, 1.7, backend="reference")
 
 
+@pytest.mark.parametrize("gradients", [torch.enable_grad, torch.no_grad])
+def test_an_insisted_backend_on_a_gpu_loses_no_tangent_in_silence(gradients, monkeypatch):
+    """By the op that a GPU's calls take, which would drop it where no gradient is recorded."""
+    monkeypatch.setattr(ops, "_skips_ops", lambda tensor: False)
+    case = numerics.draw_case(6, 4, 5, 2, torch.float64)
+    with forward_ad.dual_level(), gradients():
+        x = forward_ad.make_dual(case.x, case.x.cos())
+        with pytest.raises(ValueError, match="'reference' has no forward-mode derivative"):
+            lora_linear(x, case.weight, case.lora_a, case.lora_b, 1.7, backend="reference")
+        y = lora_linear(x, case.weight, case.lora_a, case.lora_b, 1.7)
+        assert forward_ad.unpack_dual(y).tangent is not None
+
+
 @pytest.mark.parametrize("skips_ops", [True, False])
 def test_forward_over_reverse(skips_ops, monkeypatch):
     """A layer that ran before the dual level, and whose backward meets dual numbers in it."""
